@@ -1,0 +1,105 @@
+//! What a recording's log holds: one record for each thing that the machine could not have known.
+
+use serde::{Deserialize, Serialize};
+
+use crate::logged::Logged;
+use crate::moment::Moment;
+
+/// Why a run ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ending {
+    /// The guest asked for a reset (i8042, port 0x92 or port 0xcf9).
+    Reset,
+    /// The guest took a triple fault, which resets a PC.
+    TripleFault,
+    /// HLT with interrupts off: how a guest without ACPI powers off.
+    PowerOff,
+    /// HLT with interrupts on, but nothing left that could ever interrupt.
+    IdleForever,
+    /// The guest wrote this process exit code's source to the debug-exit port: `(value << 1) | 1`.
+    DebugExit(u8),
+    /// Someone asked the recorder to stop (Ctrl-C, the escape key, a limit).
+    Stopped,
+    /// The engine could not go on; the reason is for a person.
+    EngineFailed(String),
+}
+
+/// One thing that entered the machine, or a mark of how far it had come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Event {
+    /// Arrival: bytes typed on the console.
+    Console(Vec<u8>),
+    /// Arrival: virtual time is now this many nanoseconds since the machine started.
+    Time(u64),
+    /// Answer: the guest asked for the time and was told this many nanoseconds.
+    ClockRead(u64),
+    /// No input: where the machine stood, so that a recording cut short replays this far, verified.
+    Mark(EffectDigest),
+    /// The run's end.
+    End {
+        /// Why it ended.
+        ending: Ending,
+        /// Effects up to the end.
+        effects: EffectDigest,
+        /// BLAKE3 over CPU, devices and RAM; `None` where the engine could not stop at an exact
+        /// moment (a stop asked for under a clock that counts exits only).
+        final_digest: Option<[u8; 32]>,
+    },
+}
+
+/// What has left the machine so far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EffectDigest {
+    /// Console bytes written.
+    pub console_bytes: u64,
+    /// BLAKE3 of all console bytes written.
+    pub console_digest: [u8; 32],
+}
+
+/// One record of the log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// When.
+    pub moment: Moment,
+    /// The first eight bytes of the CPU state's digest at that moment.
+    pub cpu_digest: u64,
+    /// What.
+    pub event: Event,
+}
+
+/// A logged record taken apart: each payload keeps its proof.
+#[derive(Debug)]
+pub enum LoggedEvent {
+    /// See [`Event::Console`].
+    Console(Logged<Vec<u8>>),
+    /// See [`Event::Time`].
+    Time(Logged<u64>),
+    /// See [`Event::ClockRead`].
+    ClockRead(Logged<u64>),
+    /// See [`Event::Mark`].
+    Mark(EffectDigest),
+    /// See [`Event::End`].
+    End {
+        /// Why it ended.
+        ending: Ending,
+        /// Effects up to the end.
+        effects: EffectDigest,
+        /// See [`Event::End`].
+        final_digest: Option<[u8; 32]>,
+    },
+}
+
+impl Logged<Record> {
+    /// Takes the record apart.
+    pub fn into_event(self) -> LoggedEvent {
+        match self.into_inner().event {
+            Event::Console(bytes) => LoggedEvent::Console(Logged::new(bytes)),
+            Event::Time(ns) => LoggedEvent::Time(Logged::new(ns)),
+            Event::ClockRead(ns) => LoggedEvent::ClockRead(Logged::new(ns)),
+            Event::Mark(effects) => LoggedEvent::Mark(effects),
+            Event::End { ending, effects, final_digest } => {
+                LoggedEvent::End { ending, effects, final_digest }
+            }
+        }
+    }
+}

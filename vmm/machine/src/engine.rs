@@ -1,0 +1,156 @@
+//! The contract of an engine: what executes the guest.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use reprise_trace::cpu_state::CpuState;
+use reprise_trace::moment::{Moment, TickKind};
+
+use crate::clock::TimeBase;
+
+/// An access by the guest that the board must answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// IN: answered with [`Engine::finish_access`], value in the low `size` bytes.
+    PortRead {
+        /// I/O port.
+        port: u16,
+        /// 1, 2 or 4 bytes.
+        size: u8,
+    },
+    /// OUT: acknowledged with [`Engine::finish_access`], whose value is ignored.
+    PortWrite {
+        /// I/O port.
+        port: u16,
+        /// 1, 2 or 4 bytes.
+        size: u8,
+        /// What is written, in the low `size` bytes.
+        value: u32,
+    },
+    /// A load from a guest-physical address that is not RAM.
+    MmioRead {
+        /// Guest-physical address.
+        address: u64,
+        /// 1 to 16 bytes.
+        size: u8,
+    },
+    /// A store to a guest-physical address that is not RAM.
+    MmioWrite {
+        /// Guest-physical address.
+        address: u64,
+        /// 1 to 16 bytes.
+        size: u8,
+        /// What is written, little-endian, in the low `size` bytes.
+        value: u128,
+    },
+}
+
+/// Why [`Engine::run`] came back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// The tick that was asked for is reached: the machine stands at an instruction boundary, and
+    /// exactly `until` ticks have passed.
+    TickReached,
+    /// The guest accesses the board. [`Engine::tick`] does not yet count this instruction. The
+    /// machine answers with [`Engine::finish_access`] before it asks the engine anything else.
+    Access(Access),
+    /// The guest executed HLT, which is retired and counted. RIP is past it.
+    Halt,
+    /// An interrupt that was asked for with [`Engine::set_interrupt_request`] can be delivered now.
+    InterruptWindow,
+    /// The guest took a triple fault.
+    TripleFault,
+    /// Somebody kicked the engine; it stands at an instruction boundary (or, under a clock that
+    /// counts exits, anywhere).
+    Kicked,
+    /// The engine cannot execute what the guest wants; the reason is for a person and names what to
+    /// do.
+    Unsupported(String),
+}
+
+/// The engine itself failed (an ioctl refused): the host's fault, not the guest's.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}")]
+pub struct EngineError {
+    /// One line that says what failed and what to do.
+    pub what: String,
+}
+
+/// Stops a running engine from another thread.
+pub trait Kick: Send + Sync {
+    /// Makes [`Engine::run`] come back soon with [`Exit::Kicked`]. Never lost: a kick that comes
+    /// while the engine does not run makes its next run come back at once.
+    fn kick(&self);
+}
+
+/// A kick that is only a flag, which the engine polls.
+#[derive(Clone, Debug, Default)]
+pub struct FlagKick(pub Arc<AtomicBool>);
+
+impl Kick for FlagKick {
+    fn kick(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+/// What executes the guest, and owns its RAM.
+pub trait Engine {
+    /// What this engine's clock counts.
+    fn tick_kind(&self) -> TickKind;
+
+    /// Ticks since the machine started, at this instruction boundary.
+    fn tick(&self) -> u64;
+
+    /// Runs the guest until `tick() == until` or an earlier exit. Under [`TickKind::Exit`] each
+    /// access and each HLT is a tick, counted when it is finished, and `until` is only compared at
+    /// those.
+    ///
+    /// # Panics
+    /// If `until` is in the past, or the last access was not finished.
+    fn run(&mut self, until: u64) -> Result<Exit, EngineError>;
+
+    /// Answers the access that [`Engine::run`] came back with: the instruction is then retired and
+    /// counted (a REP INS/OUTS or a store that straddles pages may give several accesses before it
+    /// is). `value` holds what was read, little-endian.
+    fn finish_access(&mut self, value: u128) -> Result<(), EngineError>;
+
+    /// Whether the guest would take an external interrupt at this boundary: RFLAGS.IF set, no
+    /// interrupt shadow.
+    fn interruptible(&mut self) -> Result<bool, EngineError>;
+
+    /// Asks for [`Exit::InterruptWindow`] at the first boundary where the guest is interruptible;
+    /// an engine whose clock counts exits ignores it (the machine looks at each exit).
+    fn set_interrupt_request(&mut self, wanted: bool);
+
+    /// Delivers an external interrupt through the guest's IDT before the next instruction, and wakes
+    /// the guest from HLT. Delivery itself counts no tick. A fault of the delivery is the guest's.
+    ///
+    /// # Panics
+    /// If the guest is not interruptible.
+    fn inject(&mut self, vector: u8) -> Result<(), EngineError>;
+
+    /// Tells the engine how virtual time follows ticks from now on.
+    fn set_time_base(&mut self, base: TimeBase);
+
+    /// Where the guest stands. Only at an instruction boundary.
+    fn moment(&mut self) -> Result<Moment, EngineError>;
+
+    /// The whole CPU state. Only at an instruction boundary, the last access finished.
+    fn cpu_state(&mut self) -> Result<CpuState, EngineError>;
+
+    /// Sets the whole CPU state; ticks are not touched.
+    fn set_cpu_state(&mut self, state: &CpuState) -> Result<(), EngineError>;
+
+    /// Reads guest RAM.
+    ///
+    /// # Panics
+    /// If the range is not all RAM.
+    fn read_ram(&self, address: u64, bytes: &mut [u8]);
+
+    /// RAM, as (guest-physical start, bytes) regions in address order, passed to `visit` in pieces
+    /// of at most 1 MiB that do not cross a region.
+    fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8]));
+
+    /// Something that kicks this engine from another thread.
+    fn kicker(&self) -> Arc<dyn Kick>;
+}
