@@ -1,6 +1,6 @@
 //! Guest RAM: where it lies in guest-physical address space, and who owns it.
 
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 /// Start of the hole below 1 MiB where a PC has its video memory; nothing answers there.
 pub const HOLE_START: u64 = 0xa_0000;
