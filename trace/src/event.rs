@@ -34,7 +34,7 @@ pub enum Event {
     /// Answer: the guest asked for the time and was told this many nanoseconds.
     ClockRead(u64),
     /// No input: where the machine stood, so that a recording cut short replays this far, verified.
-    Mark(EffectDigest),
+    Mark(MarkDigest),
     /// The run's end.
     End {
         /// Why it ended.
@@ -54,6 +54,27 @@ pub struct EffectDigest {
     pub console_bytes: u64,
     /// BLAKE3 of all console bytes written.
     pub console_digest: [u8; 32],
+}
+
+impl EffectDigest {
+    /// The short form that a mark carries.
+    pub fn mark(&self) -> MarkDigest {
+        let prefix = self.console_digest.first_chunk().expect("a digest has 32 bytes");
+        MarkDigest {
+            console_bytes: self.console_bytes,
+            console_digest_prefix: u64::from_le_bytes(*prefix),
+        }
+    }
+}
+
+/// [`EffectDigest`] in short: marks come a few times a second, and the log has to stay small. The
+/// run's [`Event::End`] carries the digest whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MarkDigest {
+    /// Console bytes written.
+    pub console_bytes: u64,
+    /// The first eight bytes of [`EffectDigest::console_digest`], little-endian.
+    pub console_digest_prefix: u64,
 }
 
 /// One record of the log.
@@ -77,7 +98,7 @@ pub enum LoggedEvent {
     /// See [`Event::ClockRead`].
     ClockRead(Logged<u64>),
     /// See [`Event::Mark`].
-    Mark(EffectDigest),
+    Mark(MarkDigest),
     /// See [`Event::End`].
     End {
         /// Why it ended.
