@@ -1,1 +1,6 @@
-//! To be written.
+//! The guests that Reprise brings along: small bare-metal ones, built from source and embedded in
+//! the binary, and the recipe of the stock-Debian Linux image.
+
+mod embedded;
+
+pub use embedded::{EMBEDDED, EmbeddedGuest, embedded};
