@@ -78,6 +78,20 @@ const GUESTS: &[Guest] = &[
         kernel: with_interrupts!["position_hash.c", "ticks_loop.S", "ticks.c"],
         user: &[],
     },
+    Guest {
+        name: "echo",
+        bits: 64,
+        multiboot: false,
+        kernel: with_interrupts!["position_hash.c", "echo.c"],
+        user: &[],
+    },
+    Guest {
+        name: "misbehave",
+        bits: 64,
+        multiboot: false,
+        kernel: with_interrupts!["misbehave.c"],
+        user: &[],
+    },
 ];
 
 fn main() {

@@ -36,6 +36,12 @@ pub static EMBEDDED: &[EmbeddedGuest] = &[
         "hashes where count= timer interrupts at hz= land in a loop, with a port write every poll= \
          rounds"
     ),
+    guest!(
+        "echo",
+        "",
+        "echoes what is typed and hashes it, and where its interrupts landed; a line \"quit\" ends it"
+    ),
+    guest!("misbehave", "", "does do=NAME, to test the machine; without one it lists the names"),
 ];
 
 /// The embedded guest of this name.
