@@ -1,1 +1,26 @@
-//! To be written.
+//! The KVM engine: the only crate that speaks to `/dev/kvm`.
+//!
+//! [`KvmEngine`] executes the guest on the host's KVM and answers the contract of
+//! [`reprise_machine::engine::Engine`]. Nothing of the machine lives in the kernel: no interrupt
+//! controller, no timer, no irqfd, no ioeventfd; every access of the guest to the board comes out as
+//! an exit.
+//!
+//! Two clocks: [`KvmClock::Sync`] counts exits and runs at the speed of KVM, [`KvmClock::Step`]
+//! counts instructions by stepping each one.
+#![allow(unsafe_code)]
+
+mod access;
+mod cpuid;
+mod engine;
+mod error;
+mod kick;
+mod memory;
+mod paging;
+mod state;
+mod vcpu;
+
+#[cfg(test)]
+mod testing;
+
+pub use engine::{KvmClock, KvmEngine};
+pub use error::KvmError;

@@ -1,0 +1,315 @@
+//! [`KvmEngine`]: the contract between the machine and KVM.
+//!
+//! An access leaves KVM in the middle of an instruction: the kernel completes it (writes the register
+//! that IN loads, moves RIP) at the start of the next KVM_RUN. So a finished access is only noted here,
+//! and when somebody looks at the CPU before the guest runs on, KVM_RUN is called with `immediate_exit`,
+//! which completes the instruction and does nothing else. Where the same instruction then asks for
+//! another access (REP OUTS, a read-modify-write of MMIO), that exit is kept for the next run.
+
+use std::sync::Arc;
+
+use reprise_machine::clock::TimeBase;
+use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
+use reprise_machine::ram::GuestRam;
+use reprise_trace::cpu_state::{CS, CpuState};
+use reprise_trace::moment::{Moment, TickKind};
+
+use crate::access::PendingExit;
+use crate::error::KvmError;
+use crate::kick::{VcpuKick, install_handler};
+use crate::paging::Paging;
+use crate::vcpu::{RawExit, Vcpu};
+use crate::{cpuid, state};
+
+const RFLAGS_IF: u64 = 1 << 9;
+
+/// The longest instruction, in bytes.
+const MAX_INSTRUCTION_BYTES: usize = 15;
+
+/// How the engine counts ticks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvmClock {
+    /// A tick is an access to the board or a HLT. Each element of a string instruction on ports, and
+    /// each access that KVM reports of one instruction on MMIO, is a tick of its own.
+    Sync,
+    /// A tick is a retired instruction.
+    Step,
+}
+
+/// The guest on the host's KVM.
+pub struct KvmEngine {
+    // Before `ram`, which must outlive it: fields drop in order.
+    pub(crate) vcpu: Vcpu,
+    pub(crate) ram: GuestRam,
+    pub(crate) clock: KvmClock,
+    pub(crate) tick: u64,
+    /// An exit with an element that the machine has not answered, or not been told of.
+    pub(crate) pending: Option<PendingExit>,
+    /// The machine was told of `pending`, and its answer is awaited.
+    pub(crate) awaiting_answer: bool,
+    /// KVM holds an instruction whose accesses are all answered.
+    pub(crate) incomplete: bool,
+    /// What completing an instruction brought up.
+    pub(crate) queued: Option<RawExit>,
+    pub(crate) halted: bool,
+    /// An interrupt is queued in KVM and not delivered.
+    pub(crate) injected: bool,
+    pub(crate) window_wanted: bool,
+    pub(crate) kick: Arc<VcpuKick>,
+    /// KVM cannot set the guest's TSC on every host, so this is only kept.
+    tsc_offset: u64,
+}
+
+impl KvmEngine {
+    /// A vCPU in the state of [`CpuState::default`] whose memory is `ram`.
+    ///
+    /// # Errors
+    /// Says in one line what KVM refuses or lacks: see [`KvmError`].
+    pub fn new(ram: GuestRam, clock: KvmClock) -> Result<Self, EngineError> {
+        install_handler()?;
+        // SAFETY: the engine owns the RAM and drops it after the vCPU.
+        let vcpu = unsafe { Vcpu::new(&ram, &cpuid::table()?)? };
+        Ok(Self {
+            vcpu,
+            ram,
+            clock,
+            tick: 0,
+            pending: None,
+            awaiting_answer: false,
+            incomplete: false,
+            queued: None,
+            halted: false,
+            injected: false,
+            window_wanted: false,
+            kick: Arc::default(),
+            tsc_offset: 0,
+        })
+    }
+
+    /// Brings KVM to an instruction boundary, or, where the instruction wants another access, to
+    /// that one.
+    pub(crate) fn settle(&mut self) -> Result<(), KvmError> {
+        if !std::mem::take(&mut self.incomplete) {
+            return Ok(());
+        }
+        match self.vcpu.complete()? {
+            // A debug exit only says that the stepped instruction is done.
+            RawExit::Interrupted | RawExit::Debug { .. } => {}
+            exit => self.queued = Some(exit),
+        }
+        Ok(())
+    }
+
+    /// Hands an access out.
+    pub(crate) fn present(&mut self, exit: PendingExit) -> Exit {
+        self.pending = Some(exit);
+        self.awaiting_answer = true;
+        Exit::Access(exit.access(&mut self.vcpu))
+    }
+
+    fn run_sync(&mut self) -> Result<Exit, EngineError> {
+        if let Some(exit) = self.pending {
+            return Ok(self.present(exit));
+        }
+        if self.halted {
+            return Ok(Exit::Halt);
+        }
+        if let Some(exit) = self.queued.take() {
+            return self.sync_exit(exit);
+        }
+        let kick = self.kick.clone();
+        // SAFETY: the vCPU lives as long as the engine, which this function borrows.
+        let _registered = unsafe { kick.register(self.vcpu.immediate_exit()) };
+        loop {
+            if self.kick.take() {
+                return Ok(Exit::Kicked);
+            }
+            self.incomplete = false;
+            let exit = self.vcpu.run()?;
+            match exit {
+                RawExit::Interrupted => self.vcpu.fd.set_kvm_immediate_exit(0),
+                exit => {
+                    self.injected = false;
+                    return self.sync_exit(exit);
+                }
+            }
+        }
+    }
+
+    fn sync_exit(&mut self, exit: RawExit) -> Result<Exit, EngineError> {
+        if let Some(pending) = PendingExit::new(exit) {
+            return Ok(self.present(pending));
+        }
+        if exit == RawExit::Halt {
+            self.tick += 1;
+            self.halted = true;
+            return Ok(Exit::Halt);
+        }
+        self.unusual_exit(exit)
+    }
+
+    /// An exit that ends the run.
+    pub(crate) fn unusual_exit(&mut self, exit: RawExit) -> Result<Exit, EngineError> {
+        let what = match exit {
+            RawExit::Shutdown => return Ok(Exit::TripleFault),
+            RawExit::InternalError { suberror: 1 } => {
+                "KVM cannot emulate the instruction".to_string()
+            }
+            RawExit::InternalError { suberror } => {
+                format!("KVM gave up (internal error {suberror})")
+            }
+            RawExit::FailEntry { reason } => {
+                format!("the host's CPU refuses the guest's state (reason {reason:#x})")
+            }
+            RawExit::MemoryFault => "KVM cannot reach the memory used".to_string(),
+            exit => format!("KVM came back with something unexpected ({exit:?})"),
+        };
+        let place = self.describe_place()?;
+        Ok(Exit::Unsupported(format!("{what} at {place}: use --engine soft")))
+    }
+
+    /// RIP and the bytes there, for a message.
+    pub(crate) fn describe_place(&mut self) -> Result<String, KvmError> {
+        let state = state::read(&self.vcpu.fd)?;
+        let mut bytes = [0; MAX_INSTRUCTION_BYTES];
+        let linear = state.segments[CS].base.wrapping_add(state.rip);
+        let count = Paging::from(&state).read_prefix(&self.ram, linear, &mut bytes);
+        let mut place = format!("rip {:#x}", state.rip);
+        if count == 0 {
+            place.push_str(" (no memory there)");
+            return Ok(place);
+        }
+        place.push_str(" (bytes");
+        for byte in &bytes[..count] {
+            place.push_str(&format!(" {byte:02x}"));
+        }
+        place.push(')');
+        Ok(place)
+    }
+
+    /// Lets KVM forget a half-done instruction, whose effects no longer matter.
+    fn abandon_instruction(&mut self) -> Result<(), KvmError> {
+        /// More than any one page of a string instruction gives.
+        const MAX_ACCESSES: usize = 1 << 16;
+        let half_done = self.pending.take().is_some() || self.queued.take().is_some();
+        self.awaiting_answer = false;
+        if !half_done && !self.incomplete {
+            return Ok(());
+        }
+        self.incomplete = false;
+        for _ in 0..MAX_ACCESSES {
+            let exit = self.vcpu.complete()?;
+            if PendingExit::new(exit).is_none() {
+                return Ok(());
+            }
+        }
+        Err(KvmError::Unusable {
+            path: "the vCPU".into(),
+            reason: "it stands in an endless string instruction".into(),
+        })
+    }
+}
+
+impl Engine for KvmEngine {
+    fn tick_kind(&self) -> TickKind {
+        match self.clock {
+            KvmClock::Sync => TickKind::Exit,
+            KvmClock::Step => TickKind::Instruction,
+        }
+    }
+
+    fn tick(&self) -> u64 {
+        self.tick
+    }
+
+    fn run(&mut self, until: u64) -> Result<Exit, EngineError> {
+        assert!(!self.awaiting_answer, "the last access is finished before the guest runs on");
+        assert!(until >= self.tick, "tick {until} is in the past");
+        if self.tick == until {
+            return Ok(Exit::TickReached);
+        }
+        match self.clock {
+            KvmClock::Sync => self.run_sync(),
+            KvmClock::Step => unimplemented!(),
+        }
+    }
+
+    fn finish_access(&mut self, value: u128) -> Result<(), EngineError> {
+        let mut exit = self.pending.take().expect("run came back with an access");
+        assert!(std::mem::take(&mut self.awaiting_answer), "an access is finished once");
+        if exit.finish(&mut self.vcpu, value) {
+            self.pending = Some(exit);
+        } else {
+            self.incomplete = true;
+        }
+        self.tick += 1;
+        Ok(())
+    }
+
+    fn interruptible(&mut self) -> Result<bool, EngineError> {
+        self.settle()?;
+        if self.injected || self.pending.is_some() || self.queued.is_some() {
+            return Ok(false);
+        }
+        let regs =
+            self.vcpu.fd.get_regs().map_err(|errno| KvmError::refused("KVM_GET_REGS", errno))?;
+        if regs.rflags & RFLAGS_IF == 0 {
+            return Ok(false);
+        }
+        Ok(state::read_events(&self.vcpu.fd)?.interrupt.shadow == 0)
+    }
+
+    fn set_interrupt_request(&mut self, wanted: bool) {
+        self.window_wanted = wanted;
+    }
+
+    fn inject(&mut self, vector: u8) -> Result<(), EngineError> {
+        assert!(self.interruptible()?, "only an interruptible guest takes an interrupt");
+        self.vcpu.interrupt(vector)?;
+        self.injected = true;
+        self.halted = false;
+        Ok(())
+    }
+
+    fn set_time_base(&mut self, _base: TimeBase) {
+        // KVM's guest reads the host's TSC.
+    }
+
+    fn moment(&mut self) -> Result<Moment, EngineError> {
+        self.settle()?;
+        let regs =
+            self.vcpu.fd.get_regs().map_err(|errno| KvmError::refused("KVM_GET_REGS", errno))?;
+        Ok(Moment { tick: self.tick, rip: regs.rip, rcx: regs.rcx })
+    }
+
+    fn cpu_state(&mut self) -> Result<CpuState, EngineError> {
+        self.settle()?;
+        let state = state::read(&self.vcpu.fd)?;
+        Ok(CpuState { halted: self.halted, tsc_offset: self.tsc_offset, ..state })
+    }
+
+    fn set_cpu_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
+        self.abandon_instruction()?;
+        state::write(&self.vcpu.fd, state)?;
+        self.halted = state.halted;
+        self.tsc_offset = state.tsc_offset;
+        self.injected = false;
+        Ok(())
+    }
+
+    fn read_ram(&self, address: u64, bytes: &mut [u8]) {
+        self.ram.read(address, bytes);
+    }
+
+    fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8])) {
+        self.ram.visit(visit);
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        self.kick.clone()
+    }
+}
+
+#[cfg(test)]
+#[path = "engine_tests.rs"]
+mod tests;

@@ -1,0 +1,69 @@
+//! Why KVM cannot be used.
+
+use reprise_machine::engine::EngineError;
+use vmm_sys_util::errno::Error as Errno;
+
+/// Why KVM cannot be used on this host, or refused what it was asked. Each message is one line that
+/// says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// There is no such device.
+    #[error(
+        "{path} does not exist: load the host's kvm module (kvm_intel, kvm_amd) or allow nested virtualisation, or use --engine soft"
+    )]
+    Missing {
+        /// The device's path.
+        path: String,
+    },
+    /// The device may not be opened by this user.
+    #[error(
+        "no permission to open {path}: add yourself to its group (often `kvm`), or use --engine soft"
+    )]
+    Permission {
+        /// The device's path.
+        path: String,
+    },
+    /// The device cannot be opened for another reason, or is not KVM.
+    #[error("{path} cannot be used ({reason}): use --engine soft")]
+    Unusable {
+        /// The device's path.
+        path: String,
+        /// The host's reason.
+        reason: String,
+    },
+    /// KVM speaks another version of its interface.
+    #[error(
+        "this host's KVM has API version {0}, and version 12 is needed: update its kernel, or use --engine soft"
+    )]
+    ApiVersion(i32),
+    /// KVM lacks something that the engine needs.
+    #[error("this host's KVM lacks {0}: update its kernel, or use --engine soft")]
+    Lacks(&'static str),
+    /// An ioctl was refused.
+    #[error("KVM refused {what} ({reason}): {advice}")]
+    Refused {
+        /// The ioctl and what it was for.
+        what: String,
+        /// The host's reason.
+        reason: String,
+        /// What to do.
+        advice: &'static str,
+    },
+}
+
+impl KvmError {
+    /// An ioctl that failed where it should not.
+    pub(crate) fn refused(what: impl Into<String>, errno: Errno) -> Self {
+        Self::Refused {
+            what: what.into(),
+            reason: errno.to_string(),
+            advice: "run `reprise doctor` to see what this host can do, or use --engine soft",
+        }
+    }
+}
+
+impl From<KvmError> for EngineError {
+    fn from(error: KvmError) -> Self {
+        EngineError { what: error.to_string() }
+    }
+}

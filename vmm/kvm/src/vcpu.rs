@@ -1,0 +1,230 @@
+//! One virtual machine with one vCPU, and what KVM_RUN says in plain values.
+
+use std::os::fd::AsRawFd;
+
+use kvm_bindings::*;
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use reprise_machine::ram::GuestRam;
+use vmm_sys_util::errno::Error as Errno;
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl_iow_nr;
+
+use crate::error::KvmError;
+use crate::memory::map_ram;
+
+/// Where KVM is reached.
+pub(crate) const DEVICE: &str = "/dev/kvm";
+
+/// The stable KVM interface, since Linux 2.6.22.
+const API_VERSION: i32 = 12;
+
+/// What the engine cannot do without.
+const NEEDED: [(Cap, &str); 7] = [
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
+    (Cap::Debugregs, "KVM_CAP_DEBUGREGS"),
+    (Cap::Xsave, "KVM_CAP_XSAVE"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    (Cap::SyncRegs, "KVM_CAP_SYNC_REGS"),
+];
+
+// kvm-ioctls has no wrapper for it: it queues an external interrupt where there is no in-kernel
+// interrupt controller.
+ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
+
+/// Why KVM_RUN came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RawExit {
+    /// Port I/O: `count` elements of `size` bytes, in the data area of `kvm_run`.
+    Port { port: u16, size: u8, count: u32, is_write: bool },
+    /// A load or store outside RAM.
+    Mmio { address: u64, size: u8, is_write: bool },
+    /// HLT, RIP past it.
+    Halt,
+    /// Triple fault.
+    Shutdown,
+    /// A debug event that userspace asked for: the exception's vector.
+    Debug { vector: u32 },
+    /// A signal, or `immediate_exit`.
+    Interrupted,
+    /// KVM's instruction emulator gave up.
+    InternalError { suberror: u32 },
+    /// The hardware refused the guest state.
+    FailEntry { reason: u64 },
+    /// The guest touched memory that the host cannot give.
+    MemoryFault,
+    /// Anything else: the KVM_EXIT number.
+    Other { reason: u32 },
+}
+
+/// Opens KVM and checks that it is what the engine needs.
+pub(crate) fn open(path: &str) -> Result<Kvm, KvmError> {
+    let unusable = |reason: String| KvmError::Unusable { path: path.into(), reason };
+    let c_path = std::ffi::CString::new(path).map_err(|error| unusable(error.to_string()))?;
+    let kvm = Kvm::new_with_path(&c_path).map_err(|errno| match errno.errno() {
+        libc::ENOENT | libc::ENXIO | libc::ENODEV => KvmError::Missing { path: path.into() },
+        libc::EACCES | libc::EPERM => KvmError::Permission { path: path.into() },
+        _ => unusable(errno.to_string()),
+    })?;
+    match kvm.get_api_version() {
+        API_VERSION => Ok(kvm),
+        // Not a KVM device at all.
+        version if version < 0 => Err(unusable("it is not KVM".into())),
+        version => Err(KvmError::ApiVersion(version)),
+    }
+}
+
+/// Fails with the first needed capability that is absent.
+pub(crate) fn check_capabilities(kvm: &Kvm) -> Result<(), KvmError> {
+    match NEEDED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+        Some((_, name)) => Err(KvmError::Lacks(name)),
+        None => Ok(()),
+    }
+}
+
+/// A virtual machine with one vCPU. Fields drop in order: the vCPU before its machine.
+pub(crate) struct Vcpu {
+    pub(crate) fd: VcpuFd,
+    _vm: VmFd,
+    /// Capabilities of KVM_SET_GUEST_DEBUG, as KVM_CAP_SET_GUEST_DEBUG2 gives them.
+    pub(crate) guest_debug: u32,
+}
+
+impl Vcpu {
+    /// A machine whose memory is `ram`.
+    ///
+    /// # Safety
+    /// `ram` must outlive the vCPU.
+    pub(crate) unsafe fn new(ram: &GuestRam, cpuid: &CpuId) -> Result<Self, KvmError> {
+        let kvm = open(DEVICE)?;
+        check_capabilities(&kvm)?;
+        let vm = kvm.create_vm().map_err(|errno| KvmError::refused("KVM_CREATE_VM", errno))?;
+        if needs_tss_page() {
+            // Old Intel CPUs run real mode as VM86 and need three pages of guest-physical space.
+            vm.set_tss_address(0xfffb_d000)
+                .map_err(|errno| KvmError::refused("KVM_SET_TSS_ADDR", errno))?;
+        }
+        // SAFETY: the caller promises what map_ram asks for.
+        unsafe { map_ram(&vm, ram)? };
+        let fd = vm.create_vcpu(0).map_err(|errno| KvmError::refused("KVM_CREATE_VCPU", errno))?;
+        fd.set_cpuid2(cpuid).map_err(|errno| KvmError::refused("KVM_SET_CPUID2", errno))?;
+        // Without the newer capability, only what has always been there.
+        let guest_debug = vm.check_extension_raw(u64::from(KVM_CAP_SET_GUEST_DEBUG2)) as u32;
+        Ok(Self { fd, _vm: vm, guest_debug })
+    }
+
+    /// Runs the guest until it exits.
+    pub(crate) fn run(&mut self) -> Result<RawExit, KvmError> {
+        match self.fd.run() {
+            Ok(kvm_ioctls::VcpuExit::MemoryFault { .. }) => return Ok(RawExit::MemoryFault),
+            Ok(_) => {}
+            Err(errno) => {
+                return match errno.errno() {
+                    libc::EINTR | libc::EAGAIN => Ok(RawExit::Interrupted),
+                    libc::EFAULT => Ok(RawExit::MemoryFault),
+                    _ => Err(KvmError::refused("KVM_RUN", errno)),
+                };
+            }
+        }
+        Ok(read_exit(self.fd.get_kvm_run()))
+    }
+
+    /// Completes an instruction whose exit is answered, and runs nothing else. Comes back with
+    /// [`RawExit::Interrupted`], or with what else the same instruction wants.
+    pub(crate) fn complete(&mut self) -> Result<RawExit, KvmError> {
+        self.fd.set_kvm_immediate_exit(1);
+        let exit = self.run();
+        self.fd.set_kvm_immediate_exit(0);
+        exit
+    }
+
+    /// Queues an external interrupt, which the next KVM_RUN delivers before anything else.
+    pub(crate) fn interrupt(&mut self, vector: u8) -> Result<(), KvmError> {
+        let interrupt = kvm_interrupt { irq: u32::from(vector) };
+        // SAFETY: the fd is a vCPU, and the kernel only reads the structure.
+        let result = unsafe { ioctl_with_ref(&self.fd, KVM_INTERRUPT(), &interrupt) };
+        if result == 0 {
+            return Ok(());
+        }
+        Err(KvmError::refused(format!("KVM_INTERRUPT {vector:#x}"), Errno::last()))
+    }
+
+    /// The address of `immediate_exit`, valid while `self` lives.
+    pub(crate) fn immediate_exit(&mut self) -> *mut u8 {
+        &raw mut self.fd.get_kvm_run().immediate_exit
+    }
+
+    /// Element `index` of the port exit that KVM_RUN came back with.
+    pub(crate) fn port_data(&mut self, size: u8, index: u32) -> &mut [u8] {
+        let run: *mut kvm_run = self.fd.get_kvm_run();
+        // SAFETY: called only after a KVM_EXIT_IO, so the kernel filled this member of the union.
+        let io = unsafe { (*run).__bindgen_anon_1.io };
+        assert!(index < io.count && size == io.size, "the element belongs to the exit");
+        let offset = io.data_offset as usize + usize::from(size) * index as usize;
+        // SAFETY: the kernel says where in the mapping of `kvm_run` the elements lie, the element is
+        // one of them, and the borrow of self keeps the mapping and excludes other users.
+        unsafe { std::slice::from_raw_parts_mut(run.cast::<u8>().add(offset), usize::from(size)) }
+    }
+
+    /// The data of the MMIO exit that KVM_RUN came back with.
+    pub(crate) fn mmio_data(&mut self) -> &mut [u8; 8] {
+        // SAFETY: called only after a KVM_EXIT_MMIO, so the kernel filled this member of the union.
+        unsafe { &mut self.fd.get_kvm_run().__bindgen_anon_1.mmio.data }
+    }
+
+    /// For messages and doctor: the vCPU's file descriptor is open.
+    pub(crate) fn _raw(&self) -> i32 {
+        self.fd.as_raw_fd()
+    }
+}
+
+fn read_exit(run: &kvm_run) -> RawExit {
+    let detail = &run.__bindgen_anon_1;
+    match run.exit_reason {
+        KVM_EXIT_IO => {
+            // SAFETY: the exit reason says that the kernel filled this member of the union.
+            let io = unsafe { detail.io };
+            RawExit::Port {
+                port: io.port,
+                size: io.size,
+                count: io.count,
+                is_write: u32::from(io.direction) == KVM_EXIT_IO_OUT,
+            }
+        }
+        KVM_EXIT_MMIO => {
+            // SAFETY: as above.
+            let mmio = unsafe { detail.mmio };
+            RawExit::Mmio {
+                address: mmio.phys_addr,
+                size: mmio.len.min(8) as u8,
+                is_write: mmio.is_write != 0,
+            }
+        }
+        KVM_EXIT_HLT => RawExit::Halt,
+        KVM_EXIT_SHUTDOWN => RawExit::Shutdown,
+        KVM_EXIT_DEBUG => {
+            // SAFETY: as above.
+            let debug = unsafe { detail.debug };
+            RawExit::Debug { vector: debug.arch.exception }
+        }
+        KVM_EXIT_INTR => RawExit::Interrupted,
+        KVM_EXIT_INTERNAL_ERROR => {
+            // SAFETY: as above.
+            let internal = unsafe { detail.internal };
+            RawExit::InternalError { suberror: internal.suberror }
+        }
+        KVM_EXIT_FAIL_ENTRY => {
+            // SAFETY: as above.
+            let fail = unsafe { detail.fail_entry };
+            RawExit::FailEntry { reason: fail.hardware_entry_failure_reason }
+        }
+        reason => RawExit::Other { reason },
+    }
+}
+
+/// Intel CPUs without "unrestricted guest" cannot run real mode directly.
+fn needs_tss_page() -> bool {
+    std::fs::read_to_string("/sys/module/kvm_intel/parameters/unrestricted_guest")
+        .is_ok_and(|value| value.trim() == "N")
+}
