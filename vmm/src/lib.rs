@@ -1,1 +1,4 @@
-//! To be written.
+//! Reprise as a library: boot loaders, session assembly and the commands of the binary.
+#![forbid(unsafe_code)]
+
+pub mod boot;
