@@ -2,7 +2,14 @@
 //!
 //! Reader and writer of a format live in one file; `FORMAT.md` beside this crate describes the bytes.
 
+mod contents;
 pub mod cpu_state;
 pub mod event;
+pub mod frame;
+pub mod header;
+pub mod log;
 pub mod logged;
 pub mod moment;
+pub mod recording;
+mod seek_index;
+mod varint;

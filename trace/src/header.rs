@@ -1,0 +1,181 @@
+//! A recording's header: what was recorded, on what, and by what. Stored with serde and postcard
+//! behind a schema id and version, because it changes more often than the file around it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::frame::MAX_FRAME_BYTES;
+use crate::moment::TickKind;
+
+/// What a header's bytes start with: the schema's name, then its version, little-endian.
+const SCHEMA_ID: [u8; 4] = *b"rrHD";
+const SCHEMA_VERSION: u16 = 1;
+
+/// The most images that a recording embeds.
+pub const MAX_IMAGES: usize = 16;
+/// The largest image that a recording embeds, in bytes: 1 GiB, above what a 3 GiB machine boots.
+pub const MAX_IMAGE_BYTES: u64 = 1 << 30;
+
+/// The machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineInfo {
+    /// Guest RAM, in MiB.
+    pub ram_mib: u64,
+    /// What the guest's real-time clock shows when the machine starts: seconds since 1970, UTC.
+    pub rtc_start_s: u64,
+}
+
+/// The guest CPU model, which decides what the guest's code does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuModelInfo {
+    /// For example `x86-64-v2`.
+    pub name: String,
+    /// Raised whenever the model changes in a way that a guest can see.
+    pub version: u32,
+}
+
+/// The host that recorded. It decides nothing by itself, but flags and results that the
+/// architecture leaves undefined differ between CPUs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostInfo {
+    /// CPUID's vendor string.
+    pub cpu_vendor: String,
+    /// CPU family, extended family added.
+    pub cpu_family: u32,
+    /// CPU model, extended model added.
+    pub cpu_model: u32,
+    /// CPU stepping.
+    pub cpu_stepping: u32,
+    /// CPUID's brand string.
+    pub cpu_brand: String,
+    /// The host kernel's release, as uname gives it.
+    pub kernel_release: String,
+}
+
+/// What an image is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ImageRole {
+    /// What the machine starts.
+    Kernel,
+    /// The initial RAM disk.
+    Initrd,
+}
+
+/// An image that the recording embeds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageInfo {
+    /// What it is for.
+    pub role: ImageRole,
+    /// Its file's name, without a directory.
+    pub name: String,
+    /// Its length, in bytes.
+    pub bytes: u64,
+    /// BLAKE3 of its bytes.
+    pub blake3: [u8; 32],
+}
+
+impl ImageInfo {
+    /// Describes `bytes`.
+    pub fn of(role: ImageRole, name: impl Into<String>, bytes: &[u8]) -> Self {
+        Self {
+            role,
+            name: name.into(),
+            bytes: bytes.len() as u64,
+            blake3: *blake3::hash(bytes).as_bytes(),
+        }
+    }
+
+    /// Whether this describes `bytes`.
+    pub fn describes(&self, bytes: &[u8]) -> bool {
+        self.bytes == bytes.len() as u64 && self.blake3 == *blake3::hash(bytes).as_bytes()
+    }
+}
+
+/// The guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestInfo {
+    /// The embedded guest's name, or the kernel's file name.
+    pub name: String,
+    /// The kernel's command line.
+    pub command_line: String,
+    /// The images, in the order in which they are embedded.
+    pub images: Vec<ImageInfo>,
+}
+
+/// What a recording says about itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Header {
+    /// The machine.
+    pub machine: MachineInfo,
+    /// Its CPU model.
+    pub cpu_model: CpuModelInfo,
+    /// What one tick is.
+    pub tick_kind: TickKind,
+    /// Nanoseconds of guest time in one tick; zero where virtual time is the host's clock, logged.
+    pub ns_per_tick: u64,
+    /// The engine that recorded: `kvm` or `soft`.
+    pub engine: String,
+    /// How it counted ticks: `instructions`, `sync`, `step` or `pmu`.
+    pub clock: String,
+    /// The host that recorded.
+    pub host: HostInfo,
+    /// The guest.
+    pub guest: GuestInfo,
+    /// When recording began: seconds since 1970, UTC.
+    pub created_unix_s: u64,
+    /// The version of Reprise that recorded.
+    pub reprise_version: String,
+}
+
+/// Why bytes are no header that can be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HeaderError {
+    /// Written under another schema version.
+    #[error(
+        "its header has schema version {found}, and this Reprise reads {SCHEMA_VERSION}: use the Reprise that recorded it"
+    )]
+    Version {
+        /// The version in the file.
+        found: u16,
+    },
+    /// Not a header.
+    #[error("its header does not decode: take another copy of the recording")]
+    Malformed,
+    /// More text than a header may hold.
+    #[error("its header is longer than {MAX_FRAME_BYTES} bytes: give a shorter command line")]
+    TooLarge,
+    /// More or larger images than a recording may embed.
+    #[error(
+        "its images are too many or too large: at most {MAX_IMAGES} of at most {MAX_IMAGE_BYTES} bytes each are embedded"
+    )]
+    Images,
+}
+
+impl Header {
+    /// The header's bytes.
+    pub(crate) fn encode(&self) -> Result<Vec<u8>, HeaderError> {
+        self.check_images()?;
+        let mut bytes = SCHEMA_ID.to_vec();
+        bytes.extend_from_slice(&SCHEMA_VERSION.to_le_bytes());
+        postcard::to_extend(self, bytes).map_err(|_| HeaderError::Malformed)
+    }
+
+    /// From a header's bytes.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, HeaderError> {
+        let bytes = bytes.strip_prefix(&SCHEMA_ID).ok_or(HeaderError::Malformed)?;
+        let (version, bytes) = bytes.split_first_chunk().ok_or(HeaderError::Malformed)?;
+        let found = u16::from_le_bytes(*version);
+        if found != SCHEMA_VERSION {
+            return Err(HeaderError::Version { found });
+        }
+        match postcard::take_from_bytes::<Self>(bytes) {
+            Ok((header, [])) => header.check_images().map(|()| header),
+            _ => Err(HeaderError::Malformed),
+        }
+    }
+
+    fn check_images(&self) -> Result<(), HeaderError> {
+        let images = &self.guest.images;
+        let all_fit = images.iter().all(|image| image.bytes <= MAX_IMAGE_BYTES);
+        if images.len() > MAX_IMAGES || !all_fit { Err(HeaderError::Images) } else { Ok(()) }
+    }
+}
