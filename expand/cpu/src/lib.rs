@@ -1,1 +1,23 @@
-//! To be written.
+//! The software CPU: x86-64 system emulation on an x86-64 host.
+//!
+//! Guest and host speak the same instruction set, so the host CPU is the semantics: a
+//! computational instruction runs as a short native sequence (`native/`) that loads just the
+//! registers and flags it reads. What cannot run so is written by hand: `ops/` for control flow,
+//! stack and string instructions, `system/` for segments, exceptions and system state. `decode/`
+//! turns guest bytes into blocks of pre-decoded operations, `memory/` carries accesses through
+//! paging, and `execute.rs` runs blocks.
+
+#[cfg(not(target_arch = "x86_64"))]
+compile_error!("the software CPU executes guest instructions on an x86-64 host");
+
+pub mod cpu;
+pub mod decode;
+pub mod engine;
+mod execute;
+pub mod fault;
+mod flags;
+pub mod memory;
+pub mod mode;
+mod native;
+mod ops;
+mod system;

@@ -1,0 +1,404 @@
+//! The CPU's state while it executes, and the way in and out of its stored form.
+
+use reprise_machine::clock::TimeBase;
+use reprise_machine::engine::{Access, Exit};
+use reprise_machine::ram::GuestRam;
+use reprise_trace::cpu_state::{CS, CpuState, DS, DescriptorTable, ES, SS, Segment};
+
+use crate::decode::block_cache::BlockCache;
+use crate::fault::{Fault, Stop};
+use crate::flags::{self, Arithmetic};
+use crate::memory::Memory;
+use crate::mode::Mode;
+use crate::native::Native;
+use crate::native::host_fpu::FpuImage;
+
+/// Index into [`Registers::gpr`] of a register that is always zero: an absent base or index.
+pub(crate) const ZERO: u8 = 16;
+/// Index into [`Registers::gpr`] of the running block's first RIP: the base of RIP-relative operands.
+pub(crate) const BLOCK_RIP: u8 = 17;
+/// Index into [`Registers::segment_base`] of a base that is always zero.
+pub(crate) const NO_SEGMENT: u8 = 6;
+
+/// What native sequences load from and store to, by offset.
+#[derive(Clone, Debug)]
+#[repr(C, align(16))]
+pub(crate) struct Registers {
+    pub(crate) gpr: [u64; 18],
+    pub(crate) xmm: [u128; 16],
+    pub(crate) arithmetic: Arithmetic,
+    /// Bases of ES, CS, SS, DS, FS, GS as the current mode uses them.
+    pub(crate) segment_base: [u64; 8],
+}
+
+/// MSRs, control and descriptor registers: what only system instructions touch.
+#[derive(Clone, Debug)]
+pub(crate) struct SystemState {
+    pub(crate) segments: [Segment; 6],
+    pub(crate) ldtr: Segment,
+    pub(crate) tr: Segment,
+    pub(crate) gdtr: DescriptorTable,
+    pub(crate) idtr: DescriptorTable,
+    pub(crate) cr0: u64,
+    pub(crate) cr2: u64,
+    pub(crate) cr3: u64,
+    pub(crate) cr4: u64,
+    pub(crate) cr8: u64,
+    pub(crate) dr: [u64; 4],
+    pub(crate) dr6: u64,
+    pub(crate) dr7: u64,
+    pub(crate) efer: u64,
+    pub(crate) star: u64,
+    pub(crate) lstar: u64,
+    pub(crate) cstar: u64,
+    pub(crate) sfmask: u64,
+    pub(crate) kernel_gs_base: u64,
+    pub(crate) sysenter_cs: u64,
+    pub(crate) sysenter_esp: u64,
+    pub(crate) sysenter_eip: u64,
+    pub(crate) pat: u64,
+    pub(crate) tsc_offset: u64,
+    pub(crate) tsc_aux: u64,
+}
+
+/// An access that the board answered for the instruction in progress.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AnsweredAccess {
+    pub(crate) access: Access,
+    pub(crate) value: u128,
+}
+
+/// One x86-64 CPU with its RAM. `registers` comes first: generated code finds it at offset zero.
+#[repr(C)]
+pub struct Cpu {
+    pub(crate) registers: Registers,
+    /// The next instruction's offset in CS, at a block boundary.
+    pub(crate) rip: u64,
+    /// RFLAGS without the arithmetic flags.
+    pub(crate) rflags_rest: u64,
+    pub(crate) mode: Mode,
+    /// Current privilege level.
+    pub(crate) cpl: u8,
+    /// STI, MOV SS or POP SS retired just before.
+    pub(crate) interrupt_shadow: bool,
+    /// TF, breakpoints or alignment checks: one instruction at a time, with checks around it.
+    pub(crate) careful: bool,
+    /// Instructions retired before the running block.
+    pub(crate) tick: u64,
+    pub(crate) time_base: TimeBase,
+    pub(crate) memory: Memory,
+    pub(crate) system: SystemState,
+    /// x87 and SSE control state while it does not live in the host's registers; the XMM registers
+    /// are in `registers`.
+    pub(crate) fpu: FpuImage,
+    pub(crate) pending_fault: Fault,
+    pub(crate) pending_exit: Option<Exit>,
+    /// Accesses of the instruction in progress that the board has answered already, in order.
+    pub(crate) answered: Vec<AnsweredAccess>,
+    /// How many of them the present attempt at the instruction has used.
+    pub(crate) answered_used: usize,
+    pub(crate) blocks: BlockCache,
+    pub(crate) native: Native,
+}
+
+impl Cpu {
+    /// A CPU in the state of [`CpuState::default`] that owns `ram`.
+    ///
+    /// # Errors
+    /// If the host refuses the memory for generated code.
+    pub fn new(ram: GuestRam) -> std::io::Result<Box<Self>> {
+        let mut cpu = Box::new(Self {
+            registers: Registers {
+                gpr: [0; 18],
+                xmm: [0; 16],
+                arithmetic: Arithmetic::default(),
+                segment_base: [0; 8],
+            },
+            rip: 0,
+            rflags_rest: 2,
+            mode: Mode::default(),
+            cpl: 0,
+            interrupt_shadow: false,
+            careful: false,
+            tick: 0,
+            time_base: TimeBase { tick: 0, ns: 0, ns_per_tick: 1 },
+            memory: Memory::new(ram),
+            system: SystemState::from_stored(&CpuState::default()),
+            fpu: FpuImage::from_state(&CpuState::default().fpu),
+            pending_fault: Fault::UD,
+            pending_exit: None,
+            answered: Vec::new(),
+            answered_used: 0,
+            blocks: BlockCache::new(),
+            native: Native::new()?,
+        });
+        cpu.set_state(&CpuState::default());
+        Ok(cpu)
+    }
+
+    /// All of RFLAGS.
+    pub(crate) fn rflags(&self) -> u64 {
+        self.rflags_rest | self.registers.arithmetic.to_rflags()
+    }
+
+    /// Sets all of RFLAGS; bits that do not exist are dropped.
+    pub(crate) fn set_rflags(&mut self, rflags: u64) {
+        self.registers.arithmetic = Arithmetic::from_rflags(rflags);
+        self.rflags_rest = rflags & flags::KNOWN & !flags::ARITHMETIC | 2;
+        self.update_careful();
+        self.update_memory_mode();
+    }
+
+    /// Raises `fault` from the instruction in progress.
+    #[inline]
+    pub(crate) fn fault<T>(&mut self, fault: Fault) -> Result<T, Stop> {
+        self.pending_fault = fault;
+        Err(Stop::Fault)
+    }
+
+    /// Whether EFER.LMA is set.
+    #[inline]
+    pub(crate) fn long_mode(&self) -> bool {
+        self.mode.has(Mode::LONG)
+    }
+
+    /// Whether CS is a 64-bit segment.
+    #[inline]
+    pub(crate) fn mode_64(&self) -> bool {
+        self.mode.has(Mode::CODE_64)
+    }
+
+    /// Recomputes everything that is derived from system state. Called after each change of a
+    /// control register, EFER or a segment.
+    pub(crate) fn update_mode(&mut self) {
+        let system = &self.system;
+        let mut mode = 0;
+        let long = system.efer & EFER_LMA != 0;
+        let code = &system.segments[CS];
+        if long {
+            mode |= Mode::LONG;
+        }
+        if long && code.long() {
+            mode |= Mode::CODE_64;
+        } else if code.default_32() {
+            mode |= Mode::CODE_32;
+        }
+        if mode & Mode::CODE_64 == 0 {
+            if system.segments[SS].default_32() {
+                mode |= Mode::STACK_32;
+            }
+            if !segments_are_flat(&system.segments) {
+                mode |= Mode::SEGMENTED;
+            }
+        }
+        if system.cr0 & (CR0_EM | CR0_TS) != 0 {
+            mode |= Mode::X87_TRAPS;
+        }
+        if system.cr0 & CR0_TS != 0 {
+            mode |= Mode::SSE_TRAPS;
+        }
+        if system.cr0 & CR0_EM != 0 || system.cr4 & CR4_OSFXSR == 0 {
+            mode |= Mode::SSE_UNDEFINED;
+        }
+        if self.fpu.x87_unmasked() {
+            mode |= Mode::X87_UNMASKED;
+        }
+        if self.fpu.sse_unmasked() {
+            mode |= Mode::SSE_UNMASKED;
+        }
+        if self.cpl == 3 {
+            mode |= Mode::USER;
+        }
+        self.mode = Mode(mode);
+        let flat_base = self.mode.has(Mode::CODE_64);
+        for (index, segment) in system.segments.iter().enumerate() {
+            let ignored = flat_base && matches!(index, ES | CS | SS | DS);
+            self.registers.segment_base[index] = if ignored { 0 } else { segment.base };
+        }
+        self.update_careful();
+        self.update_memory_mode();
+    }
+
+    /// Recomputes whether instructions run one at a time with checks.
+    pub(crate) fn update_careful(&mut self) {
+        let alignment =
+            self.cpl == 3 && self.system.cr0 & CR0_AM != 0 && self.rflags_rest & flags::AC != 0;
+        let breakpoints = self.system.dr7 & 0xff != 0;
+        let was = self.careful;
+        self.careful = self.rflags_rest & flags::TF != 0 || breakpoints || alignment;
+        if was != self.careful || breakpoints || alignment {
+            self.memory.set_checks(alignment, breakpoints);
+        }
+    }
+
+    /// Tells the memory side which rights apply from now on.
+    pub(crate) fn update_memory_mode(&mut self) {
+        self.memory.set_rights(self.cpl == 3, self.rflags_rest & flags::AC != 0);
+    }
+
+    /// The state as stored. Only at an instruction boundary, outside [`Cpu::execute`].
+    pub fn state(&self) -> CpuState {
+        let system = &self.system;
+        let mut gpr = [0; 16];
+        gpr.copy_from_slice(&self.registers.gpr[..16]);
+        CpuState {
+            gpr,
+            rip: self.rip,
+            rflags: self.rflags(),
+            segments: system.segments,
+            ldtr: system.ldtr,
+            tr: system.tr,
+            gdtr: system.gdtr,
+            idtr: system.idtr,
+            cr0: system.cr0,
+            cr2: system.cr2,
+            cr3: system.cr3,
+            cr4: system.cr4,
+            cr8: system.cr8,
+            dr: system.dr,
+            dr6: system.dr6,
+            dr7: system.dr7,
+            efer: system.efer,
+            star: system.star,
+            lstar: system.lstar,
+            cstar: system.cstar,
+            sfmask: system.sfmask,
+            kernel_gs_base: system.kernel_gs_base,
+            sysenter_cs: system.sysenter_cs,
+            sysenter_esp: system.sysenter_esp,
+            sysenter_eip: system.sysenter_eip,
+            pat: system.pat,
+            tsc_offset: system.tsc_offset,
+            tsc_aux: system.tsc_aux,
+            fpu: self.fpu.to_state(&self.registers.xmm),
+            interrupt_shadow: self.interrupt_shadow,
+            halted: false,
+        }
+    }
+
+    /// Takes over a stored state; ticks are not touched.
+    pub fn set_state(&mut self, state: &CpuState) {
+        self.registers.gpr[..16].copy_from_slice(&state.gpr);
+        self.registers.gpr[ZERO as usize] = 0;
+        self.registers.xmm = state.fpu.xmm;
+        self.rip = state.rip;
+        self.system = SystemState::from_stored(state);
+        self.fpu = FpuImage::from_state(&state.fpu);
+        self.interrupt_shadow = state.interrupt_shadow;
+        self.cpl = state.cpl();
+        self.set_rflags(state.rflags);
+        self.update_mode();
+        self.flush_translations();
+    }
+
+    /// Forgets every cached translation: CR3, CR0, CR4 or EFER changed.
+    pub(crate) fn flush_translations(&mut self) {
+        let system = &self.system;
+        self.memory.set_paging(system.cr0, system.cr3, system.cr4, system.efer);
+        self.blocks.forget_addresses();
+    }
+}
+
+impl SystemState {
+    fn from_stored(state: &CpuState) -> Self {
+        Self {
+            segments: state.segments,
+            ldtr: state.ldtr,
+            tr: state.tr,
+            gdtr: state.gdtr,
+            idtr: state.idtr,
+            cr0: state.cr0,
+            cr2: state.cr2,
+            cr3: state.cr3,
+            cr4: state.cr4,
+            cr8: state.cr8,
+            dr: state.dr,
+            dr6: state.dr6,
+            dr7: state.dr7,
+            efer: state.efer,
+            star: state.star,
+            lstar: state.lstar,
+            cstar: state.cstar,
+            sfmask: state.sfmask,
+            kernel_gs_base: state.kernel_gs_base,
+            sysenter_cs: state.sysenter_cs,
+            sysenter_esp: state.sysenter_esp,
+            sysenter_eip: state.sysenter_eip,
+            pat: state.pat,
+            tsc_offset: state.tsc_offset,
+            tsc_aux: state.tsc_aux,
+        }
+    }
+}
+
+/// Protected mode.
+pub(crate) const CR0_PE: u64 = 1 << 0;
+/// Emulate x87.
+pub(crate) const CR0_EM: u64 = 1 << 2;
+/// Task switched.
+pub(crate) const CR0_TS: u64 = 1 << 3;
+/// Native x87 errors.
+pub(crate) const CR0_NE: u64 = 1 << 5;
+/// Write protect.
+pub(crate) const CR0_WP: u64 = 1 << 16;
+/// Alignment mask.
+pub(crate) const CR0_AM: u64 = 1 << 18;
+/// Paging.
+pub(crate) const CR0_PG: u64 = 1 << 31;
+/// Time-stamp disable.
+pub(crate) const CR4_TSD: u64 = 1 << 2;
+/// Debugging extensions.
+pub(crate) const CR4_DE: u64 = 1 << 3;
+/// Page-size extensions.
+pub(crate) const CR4_PSE: u64 = 1 << 4;
+/// Physical-address extension.
+pub(crate) const CR4_PAE: u64 = 1 << 5;
+/// FXSAVE and SSE enabled by the system.
+pub(crate) const CR4_OSFXSR: u64 = 1 << 9;
+/// Unmasked SSE exceptions raise #XM rather than #UD.
+pub(crate) const CR4_OSXMMEXCPT: u64 = 1 << 10;
+/// Supervisor-mode execution prevention.
+pub(crate) const CR4_SMEP: u64 = 1 << 20;
+/// Supervisor-mode access prevention.
+pub(crate) const CR4_SMAP: u64 = 1 << 21;
+/// System-call extensions.
+pub(crate) const EFER_SCE: u64 = 1 << 0;
+/// Long-mode enable.
+pub(crate) const EFER_LME: u64 = 1 << 8;
+/// Long-mode active.
+pub(crate) const EFER_LMA: u64 = 1 << 10;
+/// No-execute enable.
+pub(crate) const EFER_NXE: u64 = 1 << 11;
+
+/// Whether every segment that data can go through is a writable or readable one over the whole
+/// 32-bit space, so that checking limits could find nothing. FS and GS may have any base.
+fn segments_are_flat(segments: &[Segment; 6]) -> bool {
+    let whole = |segment: &Segment| segment.present() && segment.limit == u32::MAX;
+    let writable = |segment: &Segment| segment.attributes & 0b1110 == 0b0010;
+    let flat = |index: usize| {
+        let segment = &segments[index];
+        whole(segment) && segment.base == 0 && writable(segment)
+    };
+    let extra = |index: usize| {
+        let segment = &segments[index];
+        whole(segment) && writable(segment)
+    };
+    let code = &segments[CS];
+    flat(ES)
+        && flat(DS)
+        && flat(SS)
+        && extra(reprise_trace::cpu_state::FS)
+        && extra(reprise_trace::cpu_state::GS)
+        && whole(code)
+        && code.base == 0
+        && code.attributes & 0b1010 == 0b1010
+}
+
+impl std::fmt::Debug for Cpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cpu")
+            .field("tick", &self.tick)
+            .field("rip", &self.rip)
+            .finish_non_exhaustive()
+    }
+}

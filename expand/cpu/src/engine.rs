@@ -1,0 +1,133 @@
+//! The software CPU as an engine of the machine.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use reprise_machine::clock::TimeBase;
+use reprise_machine::engine::{Access, Engine, EngineError, Exit, FlagKick, Kick};
+use reprise_machine::ram::GuestRam;
+use reprise_trace::cpu_state::{CpuState, RCX};
+use reprise_trace::moment::{Moment, TickKind};
+
+use crate::cpu::{AnsweredAccess, Cpu};
+use crate::native::host_fpu::with_guest_fpu;
+
+/// Executes the guest in software, counting instructions.
+#[derive(Debug)]
+pub struct SoftEngine {
+    cpu: Box<Cpu>,
+    kick: Arc<AtomicBool>,
+    interrupt_requested: bool,
+    halted: bool,
+    /// The access that the machine has been handed and not yet finished.
+    unfinished: Option<Access>,
+    /// What finishing the last access led to, for the next run to hand over.
+    queued: Option<Exit>,
+}
+
+impl SoftEngine {
+    /// An engine that owns `ram`.
+    ///
+    /// # Errors
+    /// If the host refuses the memory for generated code.
+    pub fn new(ram: GuestRam) -> Result<Self, EngineError> {
+        let cpu = Cpu::new(ram).map_err(|error| EngineError {
+            what: format!("the host refuses memory for generated code: {error}"),
+        })?;
+        Ok(Self {
+            cpu,
+            kick: Arc::default(),
+            interrupt_requested: false,
+            halted: false,
+            unfinished: None,
+            queued: None,
+        })
+    }
+
+    fn hand_over(&mut self, exit: Exit) -> Exit {
+        match &exit {
+            Exit::Access(access) => self.unfinished = Some(*access),
+            Exit::Halt => self.halted = true,
+            _ => {}
+        }
+        exit
+    }
+}
+
+impl Engine for SoftEngine {
+    fn tick_kind(&self) -> TickKind {
+        TickKind::Instruction
+    }
+
+    fn tick(&self) -> u64 {
+        self.cpu.tick
+    }
+
+    fn run(&mut self, until: u64) -> Result<Exit, EngineError> {
+        assert!(self.unfinished.is_none(), "the last access is finished before the guest runs on");
+        assert!(until >= self.cpu.tick, "tick {until} has passed");
+        if let Some(exit) = self.queued.take() {
+            return Ok(self.hand_over(exit));
+        }
+        assert!(!self.halted, "a halted guest runs only after an interrupt");
+        let (kick, requested) = (&self.kick, self.interrupt_requested);
+        let exit = with_guest_fpu(&mut self.cpu, |cpu| cpu.execute(until, kick, requested));
+        Ok(self.hand_over(exit))
+    }
+
+    fn finish_access(&mut self, value: u128) -> Result<(), EngineError> {
+        let access = self.unfinished.take().expect("an access is waiting");
+        self.cpu.answered.push(AnsweredAccess { access, value });
+        // The instruction runs again from its start and finds the answer; it may ask for another.
+        self.queued = with_guest_fpu(&mut self.cpu, |cpu| cpu.execute_block(1));
+        Ok(())
+    }
+
+    fn interruptible(&mut self) -> Result<bool, EngineError> {
+        Ok(self.queued.is_none() && self.cpu.interruptible())
+    }
+
+    fn set_interrupt_request(&mut self, wanted: bool) {
+        self.interrupt_requested = wanted;
+    }
+
+    fn inject(&mut self, vector: u8) -> Result<(), EngineError> {
+        assert!(self.cpu.interruptible(), "the guest takes no interrupt here");
+        self.halted = false;
+        if self.cpu.deliver_interrupt(vector).is_err() {
+            self.queued = Some(Exit::TripleFault);
+        }
+        Ok(())
+    }
+
+    fn set_time_base(&mut self, base: TimeBase) {
+        self.cpu.time_base = base;
+    }
+
+    fn moment(&mut self) -> Result<Moment, EngineError> {
+        let cpu = &self.cpu;
+        Ok(Moment { tick: cpu.tick, rip: cpu.rip, rcx: cpu.registers.gpr[RCX] })
+    }
+
+    fn cpu_state(&mut self) -> Result<CpuState, EngineError> {
+        Ok(CpuState { halted: self.halted, ..self.cpu.state() })
+    }
+
+    fn set_cpu_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
+        self.halted = state.halted;
+        self.cpu.set_state(state);
+        Ok(())
+    }
+
+    fn read_ram(&self, address: u64, bytes: &mut [u8]) {
+        self.cpu.memory.physical.ram().read(address, bytes);
+    }
+
+    fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8])) {
+        self.cpu.memory.physical.ram().visit(visit);
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        Arc::new(FlagKick(self.kick.clone()))
+    }
+}

@@ -1,0 +1,168 @@
+//! Guest memory as instructions see it: linear addresses, rights, and what lies behind them.
+
+pub(crate) mod access;
+pub(crate) mod physical;
+pub(crate) mod tlb;
+pub(crate) mod walk;
+
+use reprise_machine::ram::GuestRam;
+
+use crate::fault::Fault;
+use physical::Physical;
+use tlb::{Tlb, rights};
+use walk::{Accessor, Kind, Paging, page_of};
+
+/// What a linear page turned out to be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Page {
+    /// RAM: the guest-physical page and the host address of its first byte.
+    Ram { physical: u64, host: *mut u8 },
+    /// No RAM: the guest-physical page.
+    Mmio { physical: u64 },
+}
+
+/// Paging, the software TLB and physical memory.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    pub(crate) physical: Physical,
+    tlb: Box<Tlb>,
+    paging: Paging,
+    user: bool,
+    /// RFLAGS.AC: overrides SMAP for explicit accesses.
+    smap_overridden: bool,
+    /// The TLB tables that fast accesses use.
+    table: usize,
+    /// Alignment is checked.
+    pub(crate) check_alignment: bool,
+    /// Data breakpoints are checked.
+    pub(crate) check_breakpoints: bool,
+}
+
+impl Memory {
+    pub(crate) fn new(ram: GuestRam) -> Self {
+        Self {
+            physical: Physical::new(ram),
+            tlb: Tlb::new(),
+            paging: Paging::default(),
+            user: false,
+            smap_overridden: false,
+            table: rights::SUPERVISOR,
+            check_alignment: false,
+            check_breakpoints: false,
+        }
+    }
+
+    /// Takes over control registers and forgets every translation.
+    pub(crate) fn set_paging(&mut self, cr0: u64, cr3: u64, cr4: u64, efer: u64) {
+        self.paging = Paging { cr0, cr3, cr4, efer };
+        self.tlb.flush();
+        self.choose_table();
+    }
+
+    /// Sets under which rights accesses run from now on.
+    pub(crate) fn set_rights(&mut self, user: bool, smap_overridden: bool) {
+        self.user = user;
+        self.smap_overridden = smap_overridden;
+        self.choose_table();
+    }
+
+    /// Sets which checks every access takes beyond paging.
+    pub(crate) fn set_checks(&mut self, alignment: bool, breakpoints: bool) {
+        self.check_alignment = alignment;
+        self.check_breakpoints = breakpoints;
+        self.choose_table();
+    }
+
+    fn choose_table(&mut self) {
+        self.table = if self.check_alignment || self.check_breakpoints {
+            rights::NONE
+        } else {
+            self.rights_of(self.accessor())
+        };
+    }
+
+    /// Who explicit accesses come from.
+    fn accessor(&self) -> Accessor {
+        Accessor {
+            user: self.user,
+            user_pages_forbidden: !self.user && self.paging.smap() && !self.smap_overridden,
+        }
+    }
+
+    /// Who implicit system accesses (descriptor tables, TSS, IDT) come from.
+    fn system_accessor(&self) -> Accessor {
+        Accessor { user: false, user_pages_forbidden: self.paging.smap() }
+    }
+
+    fn rights_of(&self, accessor: Accessor) -> usize {
+        if accessor.user {
+            rights::USER
+        } else if accessor.user_pages_forbidden {
+            rights::SUPERVISOR_ONLY
+        } else {
+            rights::SUPERVISOR
+        }
+    }
+
+    /// The host address of `size` bytes that may be read without asking further.
+    #[inline(always)]
+    pub(crate) fn hit_read(&self, linear: u64, size: u64) -> Option<*mut u8> {
+        self.tlb.hit_read(self.table, linear, size)
+    }
+
+    /// The host address of `size` bytes that may be written without asking or noting anything.
+    #[inline(always)]
+    pub(crate) fn hit_write(&self, linear: u64, size: u64) -> Option<*mut u8> {
+        self.tlb.hit_write(self.table, linear, size)
+    }
+
+    /// Translates one page for an explicit data access, and remembers it if it may be.
+    pub(crate) fn data_page(&mut self, linear: u64, write: bool) -> Result<Page, Fault> {
+        let accessor = self.accessor();
+        self.page(linear, write, accessor)
+    }
+
+    /// Translates one page for an implicit system access.
+    pub(crate) fn system_page(&mut self, linear: u64, write: bool) -> Result<Page, Fault> {
+        let accessor = self.system_accessor();
+        self.page(linear, write, accessor)
+    }
+
+    fn page(&mut self, linear: u64, write: bool, accessor: Accessor) -> Result<Page, Fault> {
+        let kind = if write { Kind::Write } else { Kind::Read };
+        let physical = self.paging.translate(&mut self.physical, linear, kind, accessor)?;
+        let Some(host) = self.physical.host_page(physical) else {
+            return Ok(Page::Mmio { physical });
+        };
+        let table = self.rights_of(accessor);
+        self.tlb.fill_read(table, page_of(linear), host);
+        if write && !self.physical.has_code(physical) {
+            self.tlb.fill_write(table, page_of(linear), host);
+        }
+        Ok(Page::Ram { physical, host })
+    }
+
+    /// The guest-physical address of a byte to fetch.
+    pub(crate) fn fetch_address(&mut self, linear: u64) -> Result<u64, Fault> {
+        let accessor = Accessor { user: self.user, user_pages_forbidden: false };
+        let table = self.rights_of(accessor);
+        if let Some(address) = self.tlb.hit_fetch(table, linear) {
+            return Ok(address);
+        }
+        let physical = self.paging.translate(&mut self.physical, linear, Kind::Fetch, accessor)?;
+        self.tlb.fill_fetch(table, page_of(linear), physical);
+        Ok(physical | linear & 0xfff)
+    }
+
+    /// INVLPG.
+    pub(crate) fn flush_page(&mut self, linear: u64) {
+        self.tlb.flush_page(linear);
+    }
+
+    /// Marks a range within one page as decoded code, so that writes to it are noticed.
+    pub(crate) fn mark_code(&mut self, address: u64, size_bytes: u64) {
+        if self.physical.mark_code(address, size_bytes) {
+            self.tlb.flush_writes();
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! Guest-physical memory as the CPU sees it: RAM by host pointer, and which of it holds decoded
+//! code.
+#![allow(unsafe_code)]
+
+use reprise_machine::ram::{GuestRam, HOLE_END, HOLE_START};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+
+/// Bytes of a page.
+pub(crate) const PAGE_BYTES: u64 = 4096;
+/// A page's code is tracked in chunks of this many bytes, one bit each.
+const CHUNK_BYTES: u64 = PAGE_BYTES / 64;
+
+/// RAM, owned, and the map of decoded code in it.
+#[derive(Debug)]
+pub(crate) struct Physical {
+    ram: GuestRam,
+    /// Host address of guest-physical 0.
+    low: *mut u8,
+    /// Host address that guest-physical 0 would have, were the upper region continued down to it.
+    high: *mut u8,
+    ram_bytes: u64,
+    /// For each page, which of its chunks hold decoded code.
+    code_chunks: Vec<u64>,
+    /// Pages whose decoded code was written since the block cache last looked, with the chunks.
+    code_written: Vec<(u64, u64)>,
+}
+
+// SAFETY: the pointers lead into the mapping that `ram` owns and moves with it; nothing else holds
+// them, and every access goes through `&self` or `&mut self`.
+unsafe impl Send for Physical {}
+
+impl Physical {
+    pub(crate) fn new(ram: GuestRam) -> Self {
+        let host = |address: u64| {
+            ram.memory()
+                .get_host_address(GuestAddress(address))
+                .expect("both RAM regions are mapped, as GuestRam::new made them")
+        };
+        let low = host(0);
+        let high = host(HOLE_END).wrapping_sub(HOLE_END as usize);
+        let ram_bytes = ram.ram_bytes();
+        let code_chunks = vec![0; (ram_bytes / PAGE_BYTES) as usize];
+        Self { ram, low, high, ram_bytes, code_chunks, code_written: Vec::new() }
+    }
+
+    pub(crate) fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// The host address of a guest-physical page in RAM; `None` where there is no RAM.
+    #[inline]
+    pub(crate) fn host_page(&self, page: u64) -> Option<*mut u8> {
+        debug_assert_eq!(page % PAGE_BYTES, 0);
+        if page < HOLE_START {
+            Some(self.low.wrapping_add(page as usize))
+        } else if (HOLE_END..self.ram_bytes).contains(&page) {
+            Some(self.high.wrapping_add(page as usize))
+        } else {
+            None
+        }
+    }
+
+    /// Reads bytes that lie within one page of RAM; false where there is no RAM.
+    pub(crate) fn read(&self, address: u64, bytes: &mut [u8]) -> bool {
+        let offset = address % PAGE_BYTES;
+        assert!(offset + bytes.len() as u64 <= PAGE_BYTES, "a physical access stays in its page");
+        let Some(page) = self.host_page(address - offset) else { return false };
+        // SAFETY: `page` is a mapped page of PAGE_BYTES and the range was checked to lie in it;
+        // `bytes` is a distinct Rust allocation.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                page.add(offset as usize),
+                bytes.as_mut_ptr(),
+                bytes.len(),
+            );
+        }
+        true
+    }
+
+    /// Writes bytes that lie within one page of RAM, noting code overwritten; false where there is
+    /// no RAM.
+    pub(crate) fn write(&mut self, address: u64, bytes: &[u8]) -> bool {
+        let offset = address % PAGE_BYTES;
+        assert!(offset + bytes.len() as u64 <= PAGE_BYTES, "a physical access stays in its page");
+        let Some(page) = self.host_page(address - offset) else { return false };
+        // SAFETY: as in `read`.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), page.add(offset as usize), bytes.len());
+        }
+        self.note_write(address, bytes.len() as u64);
+        true
+    }
+
+    /// Notes that a range within one page of RAM was written behind [`Physical::write`].
+    pub(crate) fn note_write(&mut self, address: u64, size_bytes: u64) {
+        let page = address / PAGE_BYTES;
+        let code = self.code_chunks[page as usize];
+        if code != 0 {
+            let hit = code & chunk_mask(address % PAGE_BYTES, size_bytes);
+            if hit != 0 {
+                self.code_written.push((page * PAGE_BYTES, hit));
+            }
+        }
+    }
+
+    /// Whether `page` holds decoded code, so that writes to it must be noted.
+    #[inline]
+    pub(crate) fn has_code(&self, page: u64) -> bool {
+        self.code_chunks[(page / PAGE_BYTES) as usize] != 0
+    }
+
+    /// Marks a range within one page as decoded; true if it is the page's first.
+    pub(crate) fn mark_code(&mut self, address: u64, size_bytes: u64) -> bool {
+        let chunks = &mut self.code_chunks[(address / PAGE_BYTES) as usize];
+        let first = *chunks == 0;
+        *chunks |= chunk_mask(address % PAGE_BYTES, size_bytes);
+        first
+    }
+
+    /// Sets which chunks of a page hold decoded code, after some were invalidated.
+    pub(crate) fn set_code(&mut self, page: u64, chunks: u64) {
+        self.code_chunks[(page / PAGE_BYTES) as usize] = chunks;
+    }
+
+    /// Whether decoded code was overwritten since [`Physical::take_code_written`].
+    #[inline(always)]
+    pub(crate) fn code_was_written(&self) -> bool {
+        !self.code_written.is_empty()
+    }
+
+    /// Takes the pages, with their chunks, whose decoded code was overwritten.
+    pub(crate) fn take_code_written(&mut self) -> Vec<(u64, u64)> {
+        std::mem::take(&mut self.code_written)
+    }
+}
+
+/// The chunks that a range within one page touches.
+pub(crate) fn chunk_mask(offset: u64, size_bytes: u64) -> u64 {
+    let first = offset / CHUNK_BYTES;
+    let last = (offset + size_bytes.max(1) - 1) / CHUNK_BYTES;
+    let upto_last = if last >= 63 { u64::MAX } else { (1 << (last + 1)) - 1 };
+    upto_last & !((1 << first) - 1)
+}

@@ -1,0 +1,237 @@
+//! Page walks: linear to guest-physical addresses, with rights, accessed and dirty bits.
+
+use reprise_devices::cpu_model::PHYSICAL_ADDRESS_BITS;
+
+use super::physical::{PAGE_BYTES, Physical};
+use crate::cpu::{CR0_PG, CR0_WP, CR4_PAE, CR4_PSE, CR4_SMAP, CR4_SMEP, EFER_LMA, EFER_NXE};
+use crate::fault::{Fault, vector};
+
+/// What an access wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Read,
+    Write,
+    Fetch,
+}
+
+/// What paging depends on.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Paging {
+    pub(crate) cr0: u64,
+    pub(crate) cr3: u64,
+    pub(crate) cr4: u64,
+    pub(crate) efer: u64,
+}
+
+/// Who accesses.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Accessor {
+    pub(crate) user: bool,
+    /// A supervisor data access to a user page faults (SMAP applies).
+    pub(crate) user_pages_forbidden: bool,
+}
+
+const PRESENT: u64 = 1 << 0;
+const WRITABLE: u64 = 1 << 1;
+const USER: u64 = 1 << 2;
+const ACCESSED: u64 = 1 << 5;
+const DIRTY: u64 = 1 << 6;
+const LARGE: u64 = 1 << 7;
+const NO_EXECUTE: u64 = 1 << 63;
+
+/// The shape of one paging mode.
+struct Shape {
+    /// Levels from the root down; for each, the lowest linear-address bit of its index.
+    shifts: &'static [u32],
+    /// Bits of an index.
+    index_bits: u32,
+    /// Bytes of an entry.
+    entry_bytes: u64,
+}
+
+const FOUR_LEVEL: Shape = Shape { shifts: &[39, 30, 21, 12], index_bits: 9, entry_bytes: 8 };
+const PAE: Shape = Shape { shifts: &[30, 21, 12], index_bits: 9, entry_bytes: 8 };
+const TWO_LEVEL: Shape = Shape { shifts: &[22, 12], index_bits: 10, entry_bytes: 4 };
+
+/// Where a walk ended.
+struct Leaf {
+    physical_page: u64,
+    /// All rights bits ANDed (WRITABLE, USER), and NO_EXECUTE ORed.
+    rights: u64,
+    /// Entries passed, with their physical addresses, root first.
+    path: [(u64, u64); 4],
+    levels: usize,
+}
+
+impl Paging {
+    fn shape(&self) -> &'static Shape {
+        if self.efer & EFER_LMA != 0 {
+            &FOUR_LEVEL
+        } else if self.cr4 & CR4_PAE != 0 {
+            &PAE
+        } else {
+            &TWO_LEVEL
+        }
+    }
+
+    /// Bits that must be zero in an entry of a 64-bit-entry mode, whatever its level.
+    fn reserved(&self) -> u64 {
+        let above_physical = (1 << 52) - (1u64 << PHYSICAL_ADDRESS_BITS);
+        let no_execute = if self.efer & EFER_NXE == 0 { NO_EXECUTE } else { 0 };
+        let outside_long = if self.efer & EFER_LMA == 0 { 0x7ff << 52 } else { 0 };
+        above_physical | no_execute | outside_long
+    }
+
+    /// Translates the page of `linear`, setting accessed and dirty bits; the guest-physical page.
+    pub(crate) fn translate(
+        &self,
+        memory: &mut Physical,
+        linear: u64,
+        kind: Kind,
+        accessor: Accessor,
+    ) -> Result<u64, Fault> {
+        if self.cr0 & CR0_PG == 0 {
+            return Ok(linear & 0xffff_f000);
+        }
+        let leaf =
+            self.walk(memory, linear).map_err(|code| self.fault(linear, code, kind, accessor))?;
+        if !self.allowed(leaf.rights, kind, accessor) {
+            return Err(self.fault(linear, PRESENT as u32, kind, accessor));
+        }
+        self.mark(memory, &leaf, kind);
+        Ok(leaf.physical_page)
+    }
+
+    fn walk(&self, memory: &Physical, linear: u64) -> Result<Leaf, u32> {
+        const RESERVED_CODE: u32 = 1 << 3 | PRESENT as u32;
+        let shape = self.shape();
+        let legacy = shape.entry_bytes == 4;
+        let mut table = match shape.shifts.len() {
+            4 => self.cr3 & 0x000f_ffff_ffff_f000,
+            3 => self.cr3 & 0xffff_ffe0,
+            _ => self.cr3 & 0xffff_f000,
+        };
+        let mut rights = WRITABLE | USER;
+        let mut path = [(0, 0); 4];
+        let last = shape.shifts.len() - 1;
+        for (level, &shift) in shape.shifts.iter().enumerate() {
+            let index = linear >> shift & ((1 << shape.index_bits) - 1);
+            // The PAE root has four entries only: the linear address has 32 bits.
+            let index = if shift == 30 && last == 2 { index & 3 } else { index };
+            let address = table + index * shape.entry_bytes;
+            let mut bytes = [0xff; 8];
+            let there = memory.read(address, &mut bytes[..shape.entry_bytes as usize]);
+            let mut entry = u64::from_le_bytes(bytes);
+            if legacy {
+                entry &= 0xffff_ffff;
+            }
+            if !there {
+                return Err(RESERVED_CODE);
+            }
+            if entry & PRESENT == 0 {
+                return Err(0);
+            }
+            path[level] = (address, entry);
+            // The PAE root's entries carry no rights, and their rights bits are reserved.
+            let pae_root = last == 2 && level == 0;
+            if pae_root {
+                if entry & (self.reserved() | NO_EXECUTE | 0x1e6) != 0 {
+                    return Err(RESERVED_CODE);
+                }
+            } else {
+                if !legacy && entry & self.reserved() != 0 {
+                    return Err(RESERVED_CODE);
+                }
+                rights = rights & entry | (rights | entry) & NO_EXECUTE;
+            }
+            let large_allowed = !legacy || self.cr4 & CR4_PSE != 0;
+            let large = entry & LARGE != 0 && level != last && large_allowed && !pae_root;
+            if large && (shift == 39 || shift == 30) {
+                return Err(RESERVED_CODE); // No 1 GiB pages in the CPU model.
+            }
+            if level == last || large {
+                let physical_page = if legacy && large {
+                    // PSE-36 gives a 4 MiB page address bits 32-39 in entry bits 13-20.
+                    entry & 0xffc0_0000 | (entry >> 13 & 0xff) << 32 | linear & 0x003f_f000
+                } else {
+                    let in_page = (1u64 << shift) - 1;
+                    if large && entry & in_page & !0x1fff != 0 {
+                        return Err(RESERVED_CODE);
+                    }
+                    entry & 0x000f_ffff_ffff_f000 & !in_page | linear & in_page & !0xfff
+                };
+                return Ok(Leaf { physical_page, rights, path, levels: level + 1 });
+            }
+            table = entry & 0x000f_ffff_ffff_f000;
+        }
+        unreachable!("the last level is a leaf")
+    }
+
+    fn allowed(&self, rights: u64, kind: Kind, accessor: Accessor) -> bool {
+        let user_page = rights & USER != 0;
+        if accessor.user && !user_page {
+            return false;
+        }
+        match kind {
+            Kind::Fetch => {
+                let smep = self.cr4 & CR4_SMEP != 0 && !accessor.user && user_page;
+                rights & NO_EXECUTE == 0 && !smep
+            }
+            Kind::Read => !(accessor.user_pages_forbidden && user_page && !accessor.user),
+            Kind::Write => {
+                let protected = accessor.user || self.cr0 & CR0_WP != 0;
+                let forbidden = accessor.user_pages_forbidden && user_page && !accessor.user;
+                !forbidden && (rights & WRITABLE != 0 || !protected)
+            }
+        }
+    }
+
+    fn fault(&self, linear: u64, cause: u32, kind: Kind, accessor: Accessor) -> Fault {
+        let mut code = cause;
+        if kind == Kind::Write {
+            code |= WRITABLE as u32;
+        }
+        if accessor.user {
+            code |= USER as u32;
+        }
+        let execute_faults = self.efer & EFER_NXE != 0 || self.cr4 & CR4_SMEP != 0;
+        if kind == Kind::Fetch && execute_faults {
+            code |= 1 << 4;
+        }
+        Fault { vector: vector::PF, error_code: Some(code), page_fault_address: Some(linear) }
+    }
+
+    /// Sets accessed bits along the path and, for a write, the leaf's dirty bit.
+    fn mark(&self, memory: &mut Physical, leaf: &Leaf, kind: Kind) {
+        let shape = self.shape();
+        for (level, &(address, entry)) in leaf.path[..leaf.levels].iter().enumerate() {
+            if shape.shifts.len() == 3 && level == 0 {
+                continue; // The PAE root has no accessed bits.
+            }
+            let mut wanted = entry | ACCESSED;
+            if level + 1 == leaf.levels && kind == Kind::Write {
+                wanted |= DIRTY;
+            }
+            if wanted != entry {
+                memory.write(address, &wanted.to_le_bytes()[..shape.entry_bytes as usize]);
+            }
+        }
+    }
+
+    /// Whether SMAP is on.
+    pub(crate) fn smap(&self) -> bool {
+        self.cr4 & CR4_SMAP != 0
+    }
+}
+
+/// Whether a linear address is canonical under 48-bit addressing.
+#[inline(always)]
+pub(crate) fn canonical(linear: u64) -> bool {
+    (linear as i64) << 16 >> 16 == linear as i64
+}
+
+/// The page of an address.
+#[inline(always)]
+pub(crate) fn page_of(address: u64) -> u64 {
+    address & !(PAGE_BYTES - 1)
+}

@@ -1,0 +1,72 @@
+//! The mode in which code is decoded: what of the CPU's state a block depends on.
+
+/// A set of bits that two blocks must share to be the same block. Everything in it changes only by
+/// instructions that end a block.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Mode(pub u32);
+
+impl Mode {
+    /// 32-bit code segment.
+    pub const CODE_32: u32 = 1 << 0;
+    /// 64-bit code segment.
+    pub const CODE_64: u32 = 1 << 1;
+    /// SS.B: the stack pointer is ESP, not SP (outside 64-bit mode).
+    pub const STACK_32: u32 = 1 << 2;
+    /// Some segment is not flat, so each access checks its limit and rights.
+    pub const SEGMENTED: u32 = 1 << 3;
+    /// CR0.EM or CR0.TS: x87 and MMX instructions trap.
+    pub const X87_TRAPS: u32 = 1 << 4;
+    /// CR0.TS: SSE instructions trap with #NM.
+    pub const SSE_TRAPS: u32 = 1 << 5;
+    /// CR4.OSFXSR clear or CR0.EM set: SSE instructions are undefined.
+    pub const SSE_UNDEFINED: u32 = 1 << 6;
+    /// An x87 exception is unmasked: each x87 instruction is checked.
+    pub const X87_UNMASKED: u32 = 1 << 7;
+    /// An SSE exception is unmasked: each SSE arithmetic instruction is checked.
+    pub const SSE_UNMASKED: u32 = 1 << 8;
+    /// EFER.LMA: 64-bit system structures.
+    pub const LONG: u32 = 1 << 9;
+    /// Privilege level 3. Not part of what code means, but of whether it may be fetched.
+    pub const USER: u32 = 1 << 10;
+
+    /// Whether `bit` is set.
+    #[inline(always)]
+    pub fn has(self, bit: u32) -> bool {
+        self.0 & bit != 0
+    }
+
+    /// Bits of the code segment's default size: 16, 32 or 64.
+    pub fn code_bits(self) -> u32 {
+        if self.has(Self::CODE_64) {
+            64
+        } else if self.has(Self::CODE_32) {
+            32
+        } else {
+            16
+        }
+    }
+
+    /// What RIP is cut to.
+    #[inline(always)]
+    pub fn rip_mask(self) -> u64 {
+        if self.has(Self::CODE_64) {
+            u64::MAX
+        } else if self.has(Self::CODE_32) {
+            0xffff_ffff
+        } else {
+            0xffff
+        }
+    }
+
+    /// What the stack pointer is cut to.
+    #[inline(always)]
+    pub fn stack_mask(self) -> u64 {
+        if self.has(Self::CODE_64) {
+            u64::MAX
+        } else if self.has(Self::STACK_32) {
+            0xffff_ffff
+        } else {
+            0xffff
+        }
+    }
+}

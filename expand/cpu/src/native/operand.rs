@@ -1,0 +1,119 @@
+//! Bringing a memory operand to a native sequence: at its place in guest RAM where the software TLB
+//! knows it, else through a bounce buffer.
+#![allow(unsafe_code)]
+
+use iced_x86::{Instruction, Mnemonic};
+
+use super::{MemoryUse, Sequence};
+use crate::cpu::Cpu;
+use crate::decode::op::{Handler, NativeWithMemory, Op};
+use crate::fault::{Fault, Flow, Stop};
+use crate::memory::access::MAX_OPERAND_BYTES;
+use crate::ops::BlockEnd;
+
+/// An operand that lies across pages, or on a device, or on code, while its instruction runs.
+#[repr(align(64))]
+struct Bounce([u8; MAX_OPERAND_BYTES]);
+
+/// Gives `op` the native sequence of its instruction; false if there is none.
+pub(crate) fn select(cpu: &mut Cpu, op: &mut Op) -> Option<BlockEnd> {
+    let sequence = cpu.native.sequence(&op.instruction)?;
+    let Sequence { entry, memory } = sequence;
+    match memory {
+        None => {
+            // SAFETY: the sequence takes the CPU in RDI, ignores RSI, and returns a `Flow` in EAX:
+            // it has the handler's signature.
+            op.handler = unsafe { std::mem::transmute::<*const u8, Handler>(entry) };
+        }
+        Some(MemoryUse { size_bytes, reads, writes }) => {
+            // SAFETY: the sequence takes the CPU in RDI and the operand's address in RSI.
+            op.native = Some(unsafe { std::mem::transmute::<*const u8, NativeWithMemory>(entry) });
+            op.operand_bytes = size_bytes;
+            op.reads = reads;
+            op.writes = writes;
+            op.handler = match (writes, needs_alignment(&op.instruction)) {
+                (false, false) => read,
+                (true, false) => write,
+                (_, true) => aligned,
+            };
+        }
+    }
+    Some(BlockEnd::Continue)
+}
+
+/// Whether a misaligned operand is #GP: all 16-byte operands of legacy SSE instructions but the
+/// explicitly unaligned ones, and CMPXCHG16B.
+fn needs_alignment(instruction: &Instruction) -> bool {
+    use Mnemonic::{Lddqu, Movdqu, Movupd, Movups, Pcmpestri, Pcmpestrm, Pcmpistri, Pcmpistrm};
+    instruction.memory_size().size() == 16
+        && !matches!(
+            instruction.mnemonic(),
+            Lddqu | Movdqu | Movupd | Movups | Pcmpestri | Pcmpestrm | Pcmpistri | Pcmpistrm
+        )
+}
+
+/// Runs `op`'s native sequence on the operand at `host`.
+#[inline(always)]
+fn run(cpu: &mut Cpu, op: &Op, host: *mut u8) -> Flow {
+    let native = op.native.expect("a memory operation has its sequence");
+    // SAFETY: the sequence was emitted for this very instruction; it touches the CPU's registers
+    // and `operand_bytes` at `host`, which the caller checked to be mapped RAM or its own buffer.
+    unsafe { native(cpu, host) }
+}
+
+/// An operand that is only read.
+pub(crate) extern "sysv64" fn read(cpu: &mut Cpu, op: &Op) -> Flow {
+    let linear = op.linear_address(cpu);
+    match cpu.memory.hit_read(linear, u64::from(op.operand_bytes)) {
+        Some(host) => run(cpu, op, host),
+        None => Flow::from(read_slow(cpu, op, linear)),
+    }
+}
+
+/// An operand that is written, and perhaps read before.
+pub(crate) extern "sysv64" fn write(cpu: &mut Cpu, op: &Op) -> Flow {
+    let linear = op.linear_address(cpu);
+    match cpu.memory.hit_write(linear, u64::from(op.operand_bytes)) {
+        Some(host) => run(cpu, op, host),
+        None => Flow::from(write_slow(cpu, op, linear)),
+    }
+}
+
+/// A 16-byte operand that must be aligned.
+extern "sysv64" fn aligned(cpu: &mut Cpu, op: &Op) -> Flow {
+    if op.linear_address(cpu) % 16 != 0 {
+        return Flow::from(cpu.fault::<()>(Fault::GP0));
+    }
+    if op.writes { write(cpu, op) } else { read(cpu, op) }
+}
+
+#[cold]
+#[inline(never)]
+fn read_slow(cpu: &mut Cpu, op: &Op, linear: u64) -> Result<(), Stop> {
+    let mut bounce = Bounce([0; MAX_OPERAND_BYTES]);
+    let operand = &mut bounce.0[..usize::from(op.operand_bytes)];
+    cpu.load_slow(linear, op.segment, operand)?;
+    run(cpu, op, bounce.0.as_mut_ptr());
+    Ok(())
+}
+
+#[cold]
+#[inline(never)]
+fn write_slow(cpu: &mut Cpu, op: &Op, linear: u64) -> Result<(), Stop> {
+    let size = usize::from(op.operand_bytes);
+    let mut bounce = Bounce([0; MAX_OPERAND_BYTES]);
+    cpu.check_store(linear, op.segment, size as u64)?;
+    if op.reads {
+        cpu.load_slow(linear, op.segment, &mut bounce.0[..size])?;
+    }
+    // The store may leave for the board, after which the instruction runs again from the start: its
+    // registers must then be as before. (x87 stores pop; none of them goes to a device.)
+    let before = cpu.registers.clone();
+    run(cpu, op, bounce.0.as_mut_ptr());
+    let stored = cpu.store_slow(linear, op.segment, &bounce.0[..size]);
+    if stored.is_err() {
+        cpu.registers = before;
+        return stored;
+    }
+    cpu.stored()
+}

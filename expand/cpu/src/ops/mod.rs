@@ -1,0 +1,173 @@
+//! Instructions written by hand: those that a native sequence cannot be. Each module names the
+//! instructions it handles in its `select`; what none of them takes runs natively.
+
+mod bcd;
+mod bits;
+mod branch;
+mod divide;
+mod flag_ops;
+mod moves;
+mod port_io;
+mod sse_control;
+mod stack;
+mod string;
+mod x87_control;
+
+use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Register};
+
+use crate::cpu::Cpu;
+use crate::decode::op::Op;
+use crate::fault::{Fault, Flow};
+use crate::mode::Mode;
+use crate::{native, system};
+
+/// Defines a handler from a body that may end in a `Stop`.
+macro_rules! handler {
+    ($(#[$meta:meta])* $name:ident $(<$(const $parameter:ident: $type:ty),+>)?
+        ($cpu:ident, $op:ident) $body:block) => {
+        $(#[$meta])*
+        pub(crate) extern "sysv64" fn $name $(<$(const $parameter: $type),+>)?
+            ($cpu: &mut $crate::cpu::Cpu, $op: &$crate::decode::op::Op) -> $crate::fault::Flow {
+            #[inline(always)]
+            fn body $(<$(const $parameter: $type),+>)?
+                ($cpu: &mut $crate::cpu::Cpu, $op: &$crate::decode::op::Op)
+                -> Result<(), $crate::fault::Stop> $body
+            $crate::fault::Flow::from(body $(::<$($parameter),+>)? ($cpu, $op))
+        }
+    };
+}
+pub(crate) use handler;
+
+/// What an instruction means for its block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BlockEnd {
+    /// The next instruction follows in the block.
+    Continue,
+    /// The block ends; the handler sets RIP.
+    Branch,
+    /// The block ends, since what follows may be decoded or run differently; RIP follows by itself.
+    After,
+}
+
+/// Chooses what runs `op.instruction` and fills in the fields that it needs.
+pub(crate) fn select(cpu: &mut Cpu, op: &mut Op) -> BlockEnd {
+    let mode = cpu.mode;
+    if undefined(&op.instruction) {
+        op.handler = raise_ud;
+        return BlockEnd::Branch;
+    }
+    if let Some(handler) = fpu_trap(&op.instruction, mode) {
+        op.handler = handler;
+        return BlockEnd::Branch;
+    }
+    const BY_HAND: &[fn(&mut Op, Mode) -> Option<BlockEnd>] = &[
+        moves::select,
+        stack::select,
+        branch::select,
+        string::select,
+        flag_ops::select,
+        divide::select,
+        bits::select,
+        port_io::select,
+        bcd::select,
+        x87_control::select,
+        sse_control::select,
+        system::select,
+    ];
+    for by_hand in BY_HAND {
+        if let Some(end) = by_hand(op, mode) {
+            return end;
+        }
+    }
+    if let Some(end) = native::select(cpu, op) {
+        x87_control::wrap_native(op, mode);
+        sse_control::wrap_native(op, mode);
+        return end;
+    }
+    op.handler = raise_ud;
+    BlockEnd::Branch
+}
+
+/// Features of the CPU model, as the decoder names them; an instruction of any other is undefined.
+const FEATURES: &[CpuidFeature] = &[
+    CpuidFeature::INTEL8086,
+    CpuidFeature::INTEL8086_ONLY,
+    CpuidFeature::INTEL186,
+    CpuidFeature::INTEL286,
+    CpuidFeature::INTEL386,
+    CpuidFeature::INTEL486,
+    CpuidFeature::X64,
+    CpuidFeature::CLFSH,
+    CpuidFeature::CMOV,
+    CpuidFeature::CMPXCHG16B,
+    CpuidFeature::CPUID,
+    CpuidFeature::CX8,
+    CpuidFeature::FPU,
+    CpuidFeature::FPU287,
+    CpuidFeature::FPU387,
+    CpuidFeature::FXSR,
+    CpuidFeature::MMX,
+    CpuidFeature::MSR,
+    CpuidFeature::MULTIBYTENOP,
+    CpuidFeature::PAUSE,
+    CpuidFeature::POPCNT,
+    CpuidFeature::PREFETCHW,
+    CpuidFeature::RDPMC,
+    CpuidFeature::SEP,
+    CpuidFeature::SMAP,
+    CpuidFeature::SSE,
+    CpuidFeature::SSE2,
+    CpuidFeature::SSE3,
+    CpuidFeature::SSE4_1,
+    CpuidFeature::SSE4_2,
+    CpuidFeature::SSSE3,
+    CpuidFeature::SYSCALL,
+    CpuidFeature::TSC,
+    // Hints that are NOPs where the feature is absent.
+    CpuidFeature::CET_IBT,
+    CpuidFeature::CET_SS,
+    CpuidFeature::HLE_or_RTM,
+];
+
+fn undefined(instruction: &Instruction) -> bool {
+    if instruction.code() == Code::INVALID || instruction.encoding() != EncodingKind::Legacy {
+        return true;
+    }
+    instruction.cpuid_features().iter().any(|feature| !FEATURES.contains(feature))
+}
+
+/// What an x87, MMX or SSE instruction raises because the system has switched the unit off.
+fn fpu_trap(instruction: &Instruction, mode: Mode) -> Option<crate::decode::op::Handler> {
+    let operands = || {
+        (0..instruction.op_count())
+            .filter(|&operand| instruction.op_kind(operand) == iced_x86::OpKind::Register)
+            .map(|operand| instruction.op_register(operand))
+    };
+    let fpu_features = [CpuidFeature::FPU, CpuidFeature::FPU287, CpuidFeature::FPU387];
+    let x87 = instruction.cpuid_features().iter().any(|feature| fpu_features.contains(feature))
+        || operands().any(Register::is_mm)
+        || instruction.mnemonic() == iced_x86::Mnemonic::Emms;
+    let sse = operands().any(Register::is_xmm) || sse_control::is_sse_state(instruction);
+    if sse && mode.has(Mode::SSE_UNDEFINED) {
+        Some(raise_ud)
+    } else if sse && mode.has(Mode::SSE_TRAPS) || x87 && mode.has(Mode::X87_TRAPS) {
+        Some(raise_nm)
+    } else {
+        None
+    }
+}
+
+/// #UD.
+pub(crate) extern "sysv64" fn raise_ud(cpu: &mut Cpu, _op: &Op) -> Flow {
+    Flow::from(cpu.fault::<()>(Fault::UD))
+}
+
+/// #NM.
+pub(crate) extern "sysv64" fn raise_nm(cpu: &mut Cpu, _op: &Op) -> Flow {
+    Flow::from(cpu.fault::<()>(Fault::NM))
+}
+
+/// An instruction without effect.
+pub(crate) extern "sysv64" fn nothing(_cpu: &mut Cpu, _op: &Op) -> Flow {
+    Flow::NEXT
+}

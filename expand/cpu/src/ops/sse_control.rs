@@ -1,0 +1,13 @@
+//! To be written.
+
+use super::BlockEnd;
+use crate::decode::op::Op;
+use crate::mode::Mode;
+
+pub(super) fn select(_op: &mut Op, _mode: Mode) -> Option<BlockEnd> {
+    None
+}
+pub(super) fn wrap_native(_op: &mut Op, _mode: Mode) {}
+pub(super) fn is_sse_state(_instruction: &iced_x86::Instruction) -> bool {
+    false
+}
