@@ -4,4 +4,7 @@
 
 extern crate alloc;
 
+pub mod board;
+pub mod cpu_model;
+pub mod state;
 pub mod time;
