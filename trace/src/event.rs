@@ -1,5 +1,7 @@
 //! What a recording's log holds: one record for each thing that the machine could not have known.
 
+use std::fmt::{self, Display, Formatter};
+
 use serde::{Deserialize, Serialize};
 
 use crate::logged::Logged;
@@ -86,6 +88,53 @@ pub struct Record {
     pub cpu_digest: u64,
     /// What.
     pub event: Event,
+}
+
+/// Console bytes of one record that are shown to a person.
+const SHOWN_CONSOLE_BYTES: usize = 32;
+
+impl Display for Ending {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Reset => f.write_str("the guest asked for a reset"),
+            Self::TripleFault => f.write_str("the guest took a triple fault"),
+            Self::PowerOff => f.write_str("the guest powered off"),
+            Self::IdleForever => f.write_str("the guest waits for nothing that could come"),
+            Self::DebugExit(value) => write!(f, "the guest wrote {value} to the debug-exit port"),
+            Self::Stopped => f.write_str("the run was stopped"),
+            Self::EngineFailed(reason) => write!(f, "the engine failed: {reason}"),
+        }
+    }
+}
+
+impl Display for Event {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Console(bytes) => {
+                let shown = &bytes[..bytes.len().min(SHOWN_CONSOLE_BYTES)];
+                let more = if shown.len() < bytes.len() { "..." } else { "" };
+                let count = bytes.len();
+                write!(f, "{count} console bytes \"{}{more}\"", shown.escape_ascii())
+            }
+            Self::Time(ns) => write!(f, "time {ns} ns"),
+            Self::ClockRead(ns) => write!(f, "clock read {ns} ns"),
+            Self::Mark(mark) => write!(
+                f,
+                "mark after {} console bytes (digest {:016x}...)",
+                mark.console_bytes,
+                mark.console_digest_prefix.swap_bytes()
+            ),
+            Self::End { ending, effects, .. } => {
+                write!(f, "end after {} console bytes: {ending}", effects.console_bytes)
+            }
+        }
+    }
+}
+
+impl Display for Record {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at {}", self.event, self.moment)
+    }
 }
 
 /// A logged record taken apart: each payload keeps its proof.

@@ -4,6 +4,7 @@
 
 mod contents;
 pub mod cpu_state;
+pub mod diff;
 pub mod event;
 pub mod frame;
 pub mod header;

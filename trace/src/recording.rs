@@ -24,8 +24,7 @@ use crate::varint::put;
 /// The format that this crate writes, and the only one that it reads.
 pub const FORMAT_VERSION: u32 = 1;
 
-/// How every version of the format starts. The first byte is no text, and a transfer that converts
-/// line ends or drops the top bit spoils it.
+/// How every version of the format starts. The first byte is no ASCII, so no text starts so.
 const MAGIC: [u8; 8] = *b"\xf2reprise";
 /// Magic, format version, CRC32C of both.
 const PREAMBLE_BYTES: usize = 16;
