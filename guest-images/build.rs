@@ -92,6 +92,20 @@ const GUESTS: &[Guest] = &[
         kernel: with_interrupts!["misbehave.c"],
         user: &[],
     },
+    Guest {
+        name: "compute",
+        bits: 64,
+        multiboot: false,
+        kernel: with_interrupts!["compute.c"],
+        user: &[
+            "user/program.c",
+            "user/sha256.c",
+            "user/sort.c",
+            "user/matrix.c",
+            "user/compression.c",
+            "user/system_calls.c",
+        ],
+    },
 ];
 
 fn main() {
@@ -129,14 +143,19 @@ fn build(guest: &Guest, compiler: &[String], out: &Path) {
     let mut objects = Vec::new();
     for (sources, extra) in [(guest.kernel, KERNEL_FLAGS), (guest.user, &[][..])] {
         for source in sources {
-            let object = directory.join(format!("{}.o", source.replace('.', "_")));
+            // The user layout knows the program's objects by their names.
+            let object = directory.join(format!("{}.o", source.replace(['/', '.'], "_")));
             let mut command = compile_command(guest, compiler);
             command.args(extra).arg("-c").arg(source).arg("-o").arg(&object);
             run(&mut command);
             objects.push(object);
         }
     }
-    let script = if guest.bits == 64 { "link.ld" } else { "link32.ld" };
+    let script = match (guest.bits, guest.user.is_empty()) {
+        (32, _) => "link32.ld",
+        (_, true) => "link.ld",
+        (_, false) => "link-user.ld",
+    };
     let mut command = compile_command(guest, compiler);
     command.args(LINK_FLAGS).arg(format!("-Wl,-T,{script}"));
     command.args(&objects).arg("-o").arg(out.join(format!("{}.elf", guest.name)));

@@ -1,5 +1,5 @@
-/* One entry point a vector, 16 bytes apart; each makes the same frame (struct frame of machine.h) and calls
- * interrupt_handler. */
+/* One entry point a vector, 16 bytes apart; each makes the same frame (struct frame of machine.h)
+ * and calls interrupt_handler. */
 
 #define ENTRY_BYTES 16
 #define VECTORS_WITH_ERROR_CODE 0x60227d00 /* 8, 10 to 14, 17, 21, 29, 30 */
@@ -9,16 +9,12 @@
     .globl interrupt_entries
 interrupt_entries:
     .set vector, 0
-    .rept 49
+    .rept 48
     .balign ENTRY_BYTES
     .if (vector >= 32) || (((VECTORS_WITH_ERROR_CODE >> vector) & 1) == 0)
     push $0
     .endif
-    .if vector == 48
-    push $0x80 /* the system call gate shares this table's last place */
-    .else
     push $vector
-    .endif
     jmp interrupt_common
     .set vector, vector + 1
     .endr

@@ -10,7 +10,6 @@
 #define PIC_8086_MODE 0x01 /* ICW4 */
 #define PIC_END_OF_INTERRUPT 0x20
 #define PIC_SLAVE_LINE 2
-#define IRQ_LINES 16
 
 #define PIT_CHANNEL_0 0x40
 #define PIT_COMMAND 0x43
@@ -37,12 +36,12 @@ struct gate {
 
 extern const char interrupt_entries[];
 
-static struct gate gates[VECTOR_SYSTEM_CALL + 1] __attribute__((aligned(16)));
+static struct gate gates[ENTRIES] __attribute__((aligned(16)));
 static uint8_t masked[2];
 
-static void gate_set(unsigned vector, unsigned entry, uint8_t type)
+static void gate_set(unsigned vector, uint8_t type)
 {
-    uintptr_t offset = (uintptr_t)interrupt_entries + entry * ENTRY_BYTES;
+    uintptr_t offset = (uintptr_t)interrupt_entries + vector * ENTRY_BYTES;
     gates[vector].offset_low = (uint16_t)offset;
     gates[vector].offset_middle = (uint16_t)(offset >> 16);
     gates[vector].selector = KERNEL_CODE;
@@ -73,8 +72,8 @@ static void pic_start(void)
 void interrupts_start(void)
 {
     for (unsigned vector = 0; vector < ENTRIES; vector++)
-        gate_set(vector, vector, GATE_INTERRUPT);
-    gate_set(VECTOR_SYSTEM_CALL, ENTRIES, GATE_TRAP_USER);
+        gate_set(vector, GATE_INTERRUPT);
+    gate_set(VECTOR_SYSTEM_CALL, GATE_TRAP_USER);
     gates[VECTOR_DOUBLE_FAULT].stack = 1;
     struct __attribute__((packed)) {
         uint16_t limit;
@@ -130,12 +129,12 @@ _Noreturn void exception_end(const struct frame *frame)
 /* Called by interrupts.S. */
 void interrupt_handler(struct frame *frame)
 {
-    if (frame->vector < VECTOR_IRQ_BASE)
-        exception_end(frame);
-    if (frame->vector >= VECTOR_IRQ_BASE + IRQ_LINES) {
+    if (frame->vector == VECTOR_SYSTEM_CALL) {
         system_call_handler(frame);
         return;
     }
+    if (frame->vector < VECTOR_IRQ_BASE)
+        exception_end(frame);
     unsigned irq = (unsigned)frame->vector - VECTOR_IRQ_BASE;
     irq_handler(irq, frame);
     if (irq >= 8)

@@ -68,7 +68,10 @@ struct frame {
 #define RFLAGS_CONTROL 0x700
 
 #define VECTOR_IRQ_BASE 0x20
-#define VECTOR_SYSTEM_CALL 0x80
+/* INT 4, the overflow exception's vector: a hypervisor without hardware support runs CPL3 on the
+ * host's own IDT, and passes on only those software interrupts whose gates the host opens to CPL3.
+ * Those are 3 and 4, and 3 is the debuggers'. */
+#define VECTOR_SYSTEM_CALL 4
 #define IRQ_TIMER 0
 #define IRQ_CONSOLE 4
 

@@ -3,4 +3,4 @@
 
 mod embedded;
 
-pub use embedded::{EMBEDDED, EmbeddedGuest, embedded};
+pub use embedded::{COMPUTE_AT_SCALE_1, EMBEDDED, EmbeddedGuest, embedded};

@@ -1,0 +1,99 @@
+/* compute: a small kernel at CPL0, and real work at CPL3 in user pages (user/). Timer interrupts
+ * come and are counted, but not told: their number hangs on the machine's speed.
+ * Command line: scale= units of about 20 million instructions. */
+
+#include "machine.h"
+#include "user/system_calls.h"
+
+#define DEFAULT_SCALE 150
+#define TIMER_HZ 100
+
+#define USER_CODE 0x33
+#define USER_DATA 0x2b
+#define RFLAGS_AT_ENTRY 0x202 /* IF */
+
+#define LARGE_PAGE_BYTES 0x200000
+#define PAGE_WRITABLE 0x2
+#define PAGE_USER 0x4
+
+#define USER_TEXT 0x400000
+#define USER_DATA_START 0x600000
+#define USER_END 0xe00000 /* the stack grows down from here */
+
+extern uint64_t page_directory_first_gib[];
+extern const char program_entry[];
+
+static volatile uint32_t timer_interrupts;
+
+void irq_handler(unsigned irq, struct frame *frame)
+{
+    (void)frame;
+    if (irq == IRQ_TIMER)
+        timer_interrupts++;
+}
+
+static _Noreturn void program_end(bool right)
+{
+    interrupts_close();
+    irq_mask(IRQ_TIMER);
+    print(right ? "compute: done\r\n" : "compute: a result is wrong\r\n");
+    machine_end();
+}
+
+static bool is_user_range(uint64_t start, uint64_t bytes)
+{
+    return start >= USER_TEXT && start <= USER_END && bytes <= USER_END - start;
+}
+
+/* Interrupts are open: the gate is a trap gate. */
+void system_call_handler(struct frame *frame)
+{
+    switch (frame->rax) {
+    case SYSTEM_CALL_EXIT:
+        program_end(frame->rdi != 0);
+    case SYSTEM_CALL_WRITE:
+        if (is_user_range(frame->rdi, frame->rsi)) {
+            console_write((const char *)frame->rdi, frame->rsi);
+            return;
+        }
+        break;
+    case SYSTEM_CALL_YIELD:
+        port_write(PORT_DELAY, 0);
+        return;
+    }
+    exception_end(frame);
+}
+
+/* Code read-only, data and stack writable; the rest stays the kernel's. */
+static void open_user_pages(void)
+{
+    for (uint64_t page = USER_TEXT; page < USER_END; page += LARGE_PAGE_BYTES) {
+        uint64_t *entry = &page_directory_first_gib[page / LARGE_PAGE_BYTES];
+        *entry |= PAGE_USER;
+        if (page < USER_DATA_START)
+            *entry &= ~(uint64_t)PAGE_WRITABLE;
+    }
+    uint64_t tables;
+    __asm__ volatile("mov %%cr3, %0; mov %0, %%cr3" : "=r"(tables) : : "memory");
+}
+
+static _Noreturn void enter_user(uint32_t scale)
+{
+    __asm__ volatile("push %0; push %1; push %2; push %3; push %4; iretq"
+                     :
+                     : "i"(USER_DATA), "r"((uint64_t)USER_END - 8), "i"(RFLAGS_AT_ENTRY),
+                       "i"(USER_CODE), "r"(program_entry), "D"(scale)
+                     : "memory");
+    __builtin_unreachable();
+}
+
+void kernel_main(const char *command_line)
+{
+    command_line_set(command_line);
+    console_start();
+    interrupts_start();
+    open_user_pages();
+    uint32_t scale = command_line_number("scale", DEFAULT_SCALE);
+    timer_start(TIMER_HZ);
+    enter_user(scale);
+}
