@@ -175,7 +175,7 @@ impl Sample {
     /// From a seed: images of several pieces, and a log of many frames, some compressed.
     pub(crate) fn large(seed: u64) -> Self {
         let mut random = Random(seed);
-        let text = b"all work and no play ".repeat(120_000);
+        let text = b"all work and no play ".repeat(50_000);
         let images = vec![text, Vec::new(), random.bytes(9000)];
         let mut records = random.records(600);
         for record in &mut records[200..400] {
