@@ -2,6 +2,10 @@
 
 use reprise_devices::time::VirtualTime;
 
+/// Virtual time goes no further than this many nanoseconds, 146 years: a recording that says so is
+/// forged.
+pub const MAX_VIRTUAL_NS: u64 = 1 << 62;
+
 /// How a recording's virtual time comes about. Fixed for a recording, in its header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TimeSource {
@@ -27,9 +31,11 @@ pub struct TimeBase {
 }
 
 impl TimeBase {
-    /// Virtual time at `tick`, which is not before the last jump.
+    /// Virtual time at `tick`, which is not before the last jump. Saturates: a forged log may hold
+    /// any jump.
     pub fn at(&self, tick: u64) -> VirtualTime {
-        VirtualTime::from_ns(self.ns + (tick - self.tick) * self.ns_per_tick)
+        let ticks = tick.saturating_sub(self.tick);
+        VirtualTime::from_ns(self.ns.saturating_add(ticks.saturating_mul(self.ns_per_tick)))
     }
 
     /// The first tick at which virtual time has reached `deadline`; `None` where time does not
@@ -38,6 +44,37 @@ impl TimeBase {
         if self.ns_per_tick == 0 {
             return None;
         }
-        Some(self.tick + deadline.ns.saturating_sub(self.ns).div_ceil(self.ns_per_tick))
+        let ticks = deadline.ns.saturating_sub(self.ns).div_ceil(self.ns_per_tick);
+        Some(self.tick.saturating_add(ticks))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tick_of_a_deadline_is_the_first_that_reaches_it() {
+        let base = TimeBase { tick: 1000, ns: 50, ns_per_tick: 100 };
+        for deadline_ns in [50, 51, 149, 150, 151, 12_345] {
+            let tick = base.tick_of(VirtualTime::from_ns(deadline_ns)).unwrap();
+            assert!(base.at(tick).ns >= deadline_ns, "deadline {deadline_ns}");
+            assert!(tick == 1000 || base.at(tick - 1).ns < deadline_ns, "deadline {deadline_ns}");
+        }
+    }
+
+    #[test]
+    fn a_forged_jump_saturates() {
+        let base = TimeBase { tick: 0, ns: u64::MAX - 1, ns_per_tick: 100 };
+        assert_eq!(base.at(u64::MAX).ns, u64::MAX);
+        let base = TimeBase { tick: u64::MAX - 1, ns: 0, ns_per_tick: 1 };
+        assert_eq!(base.tick_of(VirtualTime::from_ns(u64::MAX)), Some(u64::MAX));
+    }
+
+    #[test]
+    fn time_from_the_host_follows_no_tick() {
+        let base = TimeBase { tick: 3, ns: 70, ns_per_tick: 0 };
+        assert_eq!(base.at(1_000_000).ns, 70);
+        assert_eq!(base.tick_of(VirtualTime::from_ns(71)), None);
     }
 }

@@ -49,19 +49,23 @@ pub enum Access {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Exit {
     /// The tick that was asked for is reached: the machine stands at an instruction boundary, and
-    /// exactly `until` ticks have passed.
+    /// exactly `until` ticks have passed. A HLT that retires with the last tick gives this or
+    /// [`Exit::Halt`]; the machine takes both.
     TickReached,
     /// The guest accesses the board. [`Engine::tick`] does not yet count this instruction. The
     /// machine answers with [`Engine::finish_access`] before it asks the engine anything else.
     Access(Access),
-    /// The guest executed HLT, which is retired and counted. RIP is past it.
+    /// The guest executed HLT, which is retired and counted. RIP is past it. A guest that is halted
+    /// already gives this at once.
     Halt,
     /// An interrupt that was asked for with [`Engine::set_interrupt_request`] can be delivered now.
     InterruptWindow,
     /// The guest took a triple fault.
     TripleFault,
     /// Somebody kicked the engine; it stands at an instruction boundary (or, under a clock that
-    /// counts exits, anywhere).
+    /// counts exits, anywhere). Where instructions are ticks it is a boundary that another run finds
+    /// again by its tick alone: never amid the repetitions of a REP, never between two accesses of
+    /// one instruction.
     Kicked,
     /// The engine cannot execute what the guest wants; the reason is for a person and names what to
     /// do.

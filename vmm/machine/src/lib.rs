@@ -2,6 +2,12 @@
 #![forbid(unsafe_code)]
 
 pub mod clock;
+pub mod digest;
+pub mod divergence;
+pub mod effects;
 pub mod engine;
 pub mod host;
+pub mod inputs;
+pub mod machine;
+pub mod outcome;
 pub mod ram;

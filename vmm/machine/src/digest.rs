@@ -1,0 +1,70 @@
+//! The digest of a machine's whole state: CPU, devices and RAM.
+
+use reprise_devices::board::Board;
+
+use crate::engine::{Engine, EngineError};
+
+/// What is skipped where it is all zero: most of a young guest's RAM.
+const PAGE_BYTES: usize = 4096;
+const ZERO_PAGE: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
+
+/// BLAKE3 digests of a machine's state, in parts, so that two that differ say where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StateDigest {
+    /// Over the CPU state, as [`reprise_trace::cpu_state::CpuState::digest`].
+    pub cpu: [u8; 32],
+    /// Over the board's saved state.
+    pub devices: [u8; 32],
+    /// Over guest RAM: its pages that are not all zero, and where they lie.
+    pub ram: [u8; 32],
+}
+
+impl StateDigest {
+    /// Takes the digest. Costs a pass over guest RAM.
+    pub(crate) fn of<E: Engine>(engine: &mut E, board: &Board) -> Result<Self, EngineError> {
+        let devices = postcard::to_allocvec(&board.save())
+            .expect("device state has no type that can fail to encode");
+        Ok(Self {
+            cpu: *engine.cpu_state()?.digest().as_bytes(),
+            devices: *blake3::hash(&devices).as_bytes(),
+            ram: ram_digest(engine),
+        })
+    }
+
+    /// The digest over all parts: what a recording's end carries.
+    pub fn whole(&self) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&self.cpu).update(&self.devices).update(&self.ram);
+        *hasher.finalize().as_bytes()
+    }
+
+    /// The first eight bytes of the CPU's digest, as each log record carries it.
+    pub(crate) fn cpu_short(&self) -> u64 {
+        let prefix = self.cpu.first_chunk().expect("a digest has 32 bytes");
+        u64::from_le_bytes(*prefix)
+    }
+}
+
+/// Over the pages of RAM that are not all zero. Independent of the pieces in which an engine shows
+/// its RAM, as long as they are whole pages.
+fn ram_digest<E: Engine>(engine: &E) -> [u8; 32] {
+    let mut addresses = blake3::Hasher::new();
+    let mut contents = blake3::Hasher::new();
+    engine.visit_ram(&mut |start, piece| {
+        let mut run_start = 0;
+        let mut offset = 0;
+        for page in piece.chunks(PAGE_BYTES) {
+            if *page == ZERO_PAGE[..page.len()] {
+                contents.update(&piece[run_start..offset]);
+                run_start = offset + page.len();
+            } else {
+                addresses.update(&(start + offset as u64).to_le_bytes());
+            }
+            offset += page.len();
+        }
+        contents.update(&piece[run_start..]);
+    });
+    let mut ram = blake3::Hasher::new();
+    ram.update(addresses.finalize().as_bytes()).update(contents.finalize().as_bytes());
+    *ram.finalize().as_bytes()
+}

@@ -1,0 +1,210 @@
+//! The determinism boundary: everything that a machine could not have known enters through
+//! [`Inputs`], which has exactly two implementations.
+//!
+//! [`Recording`] asks the host, appends to the log, and only then hands on what the log gave back.
+//! [`Replaying`] reads the log and holds no host. The trait is sealed, so there is no third way in.
+
+mod recording;
+mod replaying;
+
+use reprise_devices::time::VirtualTime;
+use reprise_trace::event::{EffectDigest, Ending};
+use reprise_trace::log::LogError;
+use reprise_trace::logged::Logged;
+use reprise_trace::moment::Moment;
+
+pub use self::recording::Recording;
+pub use self::replaying::{Replaying, Verification};
+use crate::clock::TimeSource;
+use crate::digest::StateDigest;
+use crate::divergence::Divergence;
+use crate::effects::Effects;
+use crate::engine::{Access, Engine, EngineError};
+
+/// So often at most does virtual time move to a deadline within one sleep of the guest before a
+/// record says how far it is: a replay that is not what was recorded, or a forged recording, does
+/// not jump from deadline to deadline without end.
+const MAX_UNLOGGED_JUMPS: u64 = 1 << 20;
+
+mod sealed {
+    /// Keeps [`super::Inputs`] at two implementations.
+    pub trait Sealed {}
+    impl<H: crate::host::Host, S: reprise_trace::log::FrameSink> Sealed for super::Recording<H, S> {}
+    impl Sealed for super::Replaying {}
+}
+
+/// Where a machine stands, and the proof: what every log record is stamped with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    /// Where.
+    pub moment: Moment,
+    /// The first eight bytes of the CPU state's digest; of what was asked, for an answer.
+    pub cpu_digest: u64,
+}
+
+impl Stamp {
+    /// A stamp that is known by its tick alone, because the machine stands at no exact moment.
+    pub(crate) fn of_tick(tick: u64) -> Self {
+        Self { moment: Moment { tick, rip: 0, rcx: 0 }, cpu_digest: 0 }
+    }
+
+    /// An answer is given amid an instruction, where an engine cannot be asked for the CPU's state:
+    /// it carries its tick, and a digest of the access that asked.
+    fn of_access(tick: u64, access: &Access) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        match *access {
+            Access::PortRead { port, size } => {
+                hasher.update(&[0, size]).update(&port.to_le_bytes());
+            }
+            Access::PortWrite { port, size, value } => {
+                hasher.update(&[1, size]).update(&port.to_le_bytes());
+                hasher.update(&value.to_le_bytes());
+            }
+            Access::MmioRead { address, size } => {
+                hasher.update(&[2, size]).update(&address.to_le_bytes());
+            }
+            Access::MmioWrite { address, size, value } => {
+                hasher.update(&[3, size]).update(&address.to_le_bytes());
+                hasher.update(&value.to_le_bytes());
+            }
+        }
+        let digest = hasher.finalize();
+        let prefix = digest.as_bytes().first_chunk().expect("a digest has 32 bytes");
+        Self { cpu_digest: u64::from_le_bytes(*prefix), ..Self::of_tick(tick) }
+    }
+}
+
+/// An instruction boundary at which something may enter the machine. It is one that the replaying
+/// machine finds again: under a clock that counts exits, a finished one.
+pub struct Boundary<'a, E> {
+    pub(crate) engine: &'a mut E,
+    pub(crate) effects: &'a Effects,
+    /// Ticks so far.
+    pub(crate) tick: u64,
+    /// Virtual time here.
+    pub(crate) now: VirtualTime,
+    /// The next device deadline; it lies after `now`.
+    pub(crate) deadline: Option<VirtualTime>,
+    /// Console bytes that the guest's UART can take.
+    pub(crate) console_room: usize,
+    /// The guest is in HLT.
+    pub(crate) halted: bool,
+    pub(crate) time: TimeSource,
+}
+
+impl<E: Engine> Boundary<'_, E> {
+    /// Asks the engine where exactly this is.
+    pub(crate) fn stamp(&mut self) -> Result<Stamp, EngineError> {
+        let moment = self.engine.moment()?;
+        Ok(Stamp { moment, cpu_digest: self.engine.cpu_state()?.short_digest() })
+    }
+}
+
+/// What enters the machine at a boundary.
+#[derive(Debug)]
+pub enum Arrival {
+    /// Virtual time is now this many nanoseconds.
+    Time(Logged<u64>),
+    /// Console input.
+    Console(Logged<Vec<u8>>),
+    /// The run ends here.
+    Stop {
+        /// How.
+        ending: Ending,
+        /// Whether here is an exact moment.
+        exact: bool,
+    },
+}
+
+/// What a halted machine does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Idle {
+    /// Looks for arrivals again.
+    Look,
+    /// Moves virtual time to this deadline, which is the next.
+    Jump(VirtualTime),
+}
+
+/// Why the run loop stops.
+#[derive(Debug)]
+pub enum Stop {
+    /// The run ended.
+    Ended {
+        /// How.
+        ending: Ending,
+        /// Whether the machine stands at an exact moment.
+        exact: bool,
+    },
+    /// The log has no more, and no end.
+    CutShort(Option<LogError>),
+    /// The tick asked for is reached.
+    TargetReached,
+    /// The replay is not what was recorded.
+    Diverged(Box<Divergence>),
+    /// The engine failed.
+    Engine(EngineError),
+    /// The log cannot be written.
+    Unwritable(LogError),
+}
+
+impl From<EngineError> for Stop {
+    fn from(error: EngineError) -> Self {
+        Self::Engine(error)
+    }
+}
+
+impl From<Divergence> for Stop {
+    fn from(divergence: Divergence) -> Self {
+        Self::Diverged(Box::new(divergence))
+    }
+}
+
+/// What enters a machine, in the order in which it enters, and what leaves it.
+///
+/// Implemented by [`Recording`] and [`Replaying`], and by nothing else.
+pub trait Inputs: sealed::Sealed {
+    /// The tick at which the machine must stand at the latest, because the log has something there;
+    /// above `tick`, where it stands now.
+    fn stop_at(&mut self, tick: u64) -> Result<Option<u64>, Stop>;
+
+    /// The next thing that enters at this boundary. Called until it gives `None`.
+    fn arrival<E: Engine>(&mut self, here: &mut Boundary<'_, E>) -> Result<Option<Arrival>, Stop>;
+
+    /// What a halted guest with nothing to wake it does next.
+    fn idle<E: Engine>(&mut self, here: &mut Boundary<'_, E>) -> Result<Idle, Stop>;
+
+    /// The host's time in nanoseconds, for an access whose answer depends on it; not before `now`.
+    fn clock_answer(
+        &mut self,
+        tick: u64,
+        access: &Access,
+        now: VirtualTime,
+    ) -> Result<Logged<u64>, Stop>;
+
+    /// Somebody kicked the engine. `exact` says whether that is at a boundary which a replay finds
+    /// again.
+    fn kicked(&mut self, tick: u64, now: VirtualTime, exact: bool) -> Result<(), Stop>;
+
+    /// The guest wrote to its console.
+    fn console_output(&mut self, bytes: &[u8]);
+
+    /// The run ends: recorded, or compared with what was. `state` is `None` where the machine
+    /// stands at no exact moment.
+    fn end(
+        &mut self,
+        stamp: Stamp,
+        effects: EffectDigest,
+        ending: &Ending,
+        state: Option<&StateDigest>,
+    ) -> Result<(), Stop>;
+
+    /// The engine failed, so that where the run ends cannot be said: closes the log behind its last
+    /// record.
+    fn close_without_end(&mut self) -> Result<(), Stop>;
+
+    /// Records written or replayed so far.
+    fn events(&self) -> u64;
+
+    /// The last record that is safe (recording) or agreed (replaying).
+    fn confirmed_until(&self) -> Option<Moment>;
+}

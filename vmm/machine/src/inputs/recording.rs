@@ -1,0 +1,360 @@
+//! The recording side of the boundary: asks the host, appends to the log, hands on what the log
+//! gave back.
+
+use std::collections::VecDeque;
+
+use reprise_devices::time::VirtualTime;
+use reprise_trace::event::{EffectDigest, Ending, Event, LoggedEvent, Record};
+use reprise_trace::log::{FrameSink, LogError, LogWriter};
+use reprise_trace::logged::Logged;
+use reprise_trace::moment::Moment;
+
+use super::{Arrival, Boundary, Idle, Inputs, MAX_UNLOGGED_JUMPS, Stamp, Stop};
+use crate::clock::{MAX_VIRTUAL_NS, TimeSource};
+use crate::digest::StateDigest;
+use crate::engine::{Access, Engine};
+use crate::host::{Host, Wake};
+
+/// An idle guest's records go out after at most this long, even when nobody kicks: half of the
+/// second that a killed recorder may lose.
+const IDLE_FLUSH_NS: u64 = 500_000_000;
+
+/// A guest to whom no input will come, and that sleeps through this many deadlines without taking an
+/// interrupt, sleeps for ever: its timer runs, but is masked.
+const MAX_UNPACED_JUMPS: u64 = 1 << 24;
+
+/// Asks the host and writes the log. With a [`reprise_trace::log::DiscardSink`] it is a run without
+/// recording.
+#[derive(Debug)]
+pub struct Recording<H: Host, S: FrameSink> {
+    host: H,
+    /// `None` once the log is closed.
+    log: Option<LogWriter<S>>,
+    sink: Option<S>,
+    records: u64,
+    last_logged: Option<Moment>,
+    last_flushed: Option<Moment>,
+    /// What this visit to a boundary will log.
+    staged: VecDeque<Event>,
+    stop: Option<Ending>,
+    /// Nothing can wake the guest: the run ends at the next boundary if nothing has come until then.
+    forever: bool,
+    /// The outside has been looked at in this visit to a boundary.
+    visited: bool,
+    /// Somebody kicked: look at everything at the next boundary.
+    look: bool,
+    mark_due: bool,
+    flush_due: bool,
+    /// The host had more input than the guest had room for.
+    input_waiting: bool,
+    /// The room before the last bytes were given: input waits until the guest has read them, so
+    /// that a byte read one by one does not make a record each.
+    room_wanted: usize,
+    rest: Option<Rest>,
+}
+
+/// A guest's sleep in HLT, where virtual time follows ticks and so has to be moved.
+#[derive(Clone, Copy, Debug)]
+struct Rest {
+    tick: u64,
+    /// The host's clock and virtual time at one instant of the sleep.
+    host_ns: u64,
+    virtual_ns: u64,
+    /// How often virtual time has moved to a deadline since the last record here. Nothing in the log
+    /// says so: unless it is never, the next record here must be an [`Event::Time`], or a replay
+    /// would apply it too early.
+    unlogged_jumps: u64,
+    /// How often it has moved because nobody was there to wait for.
+    unpaced_jumps: u64,
+}
+
+impl<H: Host, S: FrameSink> Recording<H, S> {
+    /// A recording into `log`.
+    pub fn new(host: H, log: LogWriter<S>) -> Self {
+        Self {
+            host,
+            log: Some(log),
+            sink: None,
+            records: 0,
+            last_logged: None,
+            last_flushed: None,
+            staged: VecDeque::new(),
+            stop: None,
+            forever: false,
+            visited: false,
+            look: true,
+            mark_due: false,
+            flush_due: false,
+            input_waiting: false,
+            room_wanted: 0,
+            rest: None,
+        }
+    }
+
+    /// The host, and where the log went; the sink is `None` if the run did not end or the log could
+    /// not be written.
+    pub fn into_parts(self) -> (H, Option<S>) {
+        (self.host, self.sink)
+    }
+
+    /// The host.
+    pub fn host(&self) -> &H {
+        &self.host
+    }
+
+    fn append(&mut self, stamp: Stamp, event: Event) -> Result<Logged<Record>, Stop> {
+        let log = self.log.as_mut().ok_or(Stop::Unwritable(LogError::Closed))?;
+        let record = Record { moment: stamp.moment, cpu_digest: stamp.cpu_digest, event };
+        let logged = log.append(record).map_err(Stop::Unwritable)?;
+        self.records += 1;
+        self.last_logged = Some(stamp.moment);
+        Ok(logged)
+    }
+
+    fn flush(&mut self) -> Result<(), Stop> {
+        let log = self.log.as_mut().ok_or(Stop::Unwritable(LogError::Closed))?;
+        log.flush().map_err(Stop::Unwritable)?;
+        self.last_flushed = self.last_logged;
+        Ok(())
+    }
+
+    /// Stages what enters at this boundary, in order: time, console input, a mark.
+    fn visit<E: Engine>(&mut self, here: &Boundary<'_, E>) {
+        let looking = std::mem::take(&mut self.look) || here.halted;
+        if looking {
+            self.stop = self.host.stop_requested();
+            self.mark_due |= self.host.flush_due();
+        }
+        let input = self.input_for(here, looking);
+        let entering = input.is_some() || self.stop.is_some();
+        let forever = std::mem::take(&mut self.forever) && !entering;
+        let marking = std::mem::take(&mut self.mark_due);
+        let known = self.last_logged.is_some_and(|moment| moment.tick == here.tick);
+        let mark = marking && !known && !entering;
+        self.flush_due |= marking;
+        match here.time {
+            TimeSource::Ticks { .. } => self.stage_sleep(here, entering, mark || forever),
+            TimeSource::Host => self.stage_host_time(here, entering),
+        }
+        self.staged.extend(input.map(Event::Console));
+        if mark {
+            self.staged.push_back(Event::Mark(here.effects.digest().mark()));
+        }
+        if forever {
+            self.stop = Some(Ending::IdleForever);
+        }
+    }
+
+    /// Console bytes that the guest has room for.
+    fn input_for<E: Engine>(&mut self, here: &Boundary<'_, E>, looking: bool) -> Option<Vec<u8>> {
+        let room = here.console_room;
+        let drained = self.input_waiting && room >= self.room_wanted;
+        if room == 0 || !(looking || drained) {
+            return None;
+        }
+        let bytes = self.host.take_console_input(room);
+        self.input_waiting = bytes.len() >= room;
+        self.room_wanted = room;
+        (!bytes.is_empty()).then_some(bytes)
+    }
+
+    /// Where virtual time follows ticks, only a sleep moves it. Whatever enters then comes at the
+    /// time that has passed on the host's clock, capped at the deadline that ends the sleep.
+    /// `noting` says that a record will follow which does not depend on the time.
+    fn stage_sleep<E: Engine>(&mut self, here: &Boundary<'_, E>, entering: bool, noting: bool) {
+        if !here.halted {
+            self.rest = None;
+            return;
+        }
+        let host_ns = self.host.now_ns();
+        let rest = self.rest_at(here, host_ns);
+        let mut ns = here.now.ns;
+        if entering {
+            let limit = here.deadline.map_or(MAX_VIRTUAL_NS, |deadline| deadline.ns);
+            ns = rest.virtual_at(host_ns).min(limit).max(ns);
+        }
+        let jumped = rest.unlogged_jumps > 0;
+        let many = rest.unlogged_jumps >= MAX_UNLOGGED_JUMPS;
+        if ns > here.now.ns || (jumped && (entering || noting)) || many {
+            self.staged.push_back(Event::Time(ns));
+            self.rest = Some(Rest { unlogged_jumps: 0, ..rest });
+        }
+    }
+
+    /// Where the host's clock is virtual time, it enters when a device waits for it, and with
+    /// whatever else enters.
+    fn stage_host_time<E: Engine>(&mut self, here: &Boundary<'_, E>, entering: bool) {
+        let ns = self.host.now_ns().min(MAX_VIRTUAL_NS);
+        let due = here.deadline.is_some_and(|deadline| deadline.ns <= ns);
+        if due || (entering && ns > here.now.ns) {
+            self.staged.push_back(Event::Time(ns));
+        }
+    }
+
+    /// This sleep, which starts here if it has not yet.
+    fn rest_at<E: Engine>(&mut self, here: &Boundary<'_, E>, host_ns: u64) -> Rest {
+        let (tick, virtual_ns) = (here.tick, here.now.ns);
+        let fresh = Rest { tick, host_ns, virtual_ns, unlogged_jumps: 0, unpaced_jumps: 0 };
+        let rest = self.rest.filter(|rest| rest.tick == here.tick).unwrap_or(fresh);
+        self.rest = Some(rest);
+        rest
+    }
+
+    /// Whether anything that has happened is not in the sink yet, or not verifiable by a record.
+    fn has_unflushed(&self, tick: u64) -> bool {
+        self.last_flushed != self.last_logged
+            || self.last_logged.is_none_or(|moment| moment.tick != tick)
+    }
+
+    /// Sleeps until `remaining_ns` have passed or something came. Gives whether the whole time has
+    /// passed.
+    fn sleep(&mut self, tick: u64, remaining_ns: Option<u64>) -> bool {
+        let limit_ns = self.has_unflushed(tick).then_some(IDLE_FLUSH_NS);
+        let timeout_ns = match (remaining_ns, limit_ns) {
+            (Some(remaining), Some(limit)) => Some(remaining.min(limit)),
+            (remaining, limit) => remaining.or(limit),
+        };
+        match self.host.wait(timeout_ns) {
+            Wake::Look => {
+                self.look = true;
+                false
+            }
+            Wake::Timeout if timeout_ns == remaining_ns => true,
+            Wake::Timeout => {
+                self.mark_due = true;
+                false
+            }
+        }
+    }
+}
+
+impl Rest {
+    /// Virtual time when the host's clock says `host_ns`, if the guest still sleeps.
+    fn virtual_at(&self, host_ns: u64) -> u64 {
+        self.virtual_ns.saturating_add(host_ns.saturating_sub(self.host_ns))
+    }
+}
+
+impl<H: Host, S: FrameSink> Inputs for Recording<H, S> {
+    fn stop_at(&mut self, _tick: u64) -> Result<Option<u64>, Stop> {
+        Ok(None)
+    }
+
+    fn arrival<E: Engine>(&mut self, here: &mut Boundary<'_, E>) -> Result<Option<Arrival>, Stop> {
+        if !std::mem::replace(&mut self.visited, true) {
+            self.visit(here);
+        }
+        while let Some(event) = self.staged.pop_front() {
+            let stamp = here.stamp()?;
+            match self.append(stamp, event)?.into_event() {
+                LoggedEvent::Time(ns) => return Ok(Some(Arrival::Time(ns))),
+                LoggedEvent::Console(bytes) => return Ok(Some(Arrival::Console(bytes))),
+                _ => {}
+            }
+        }
+        self.visited = false;
+        if std::mem::take(&mut self.flush_due) {
+            self.flush()?;
+        }
+        Ok(self.stop.take().map(|ending| Arrival::Stop { ending, exact: true }))
+    }
+
+    fn idle<E: Engine>(&mut self, here: &mut Boundary<'_, E>) -> Result<Idle, Stop> {
+        let guest_is_deaf = self.input_waiting && here.console_room == 0;
+        let input_may_come = !guest_is_deaf && self.host.input_may_come();
+        let deadline = here.deadline.filter(|deadline| deadline.ns <= MAX_VIRTUAL_NS);
+        let Some(deadline) = deadline else {
+            match input_may_come {
+                true => _ = self.sleep(here.tick, None),
+                false => self.forever = true,
+            }
+            return Ok(Idle::Look);
+        };
+        let host_ns = self.host.now_ns();
+        if here.time == TimeSource::Host {
+            if host_ns < deadline.ns {
+                self.sleep(here.tick, Some(deadline.ns - host_ns));
+            }
+            return Ok(Idle::Look);
+        }
+        let mut rest = self.rest_at(here, host_ns);
+        if input_may_come {
+            let remaining_ns = deadline.ns.saturating_sub(rest.virtual_at(host_ns));
+            if remaining_ns > 0 && !self.sleep(here.tick, Some(remaining_ns)) {
+                return Ok(Idle::Look);
+            }
+        } else if rest.unpaced_jumps >= MAX_UNPACED_JUMPS {
+            self.forever = true;
+            return Ok(Idle::Look);
+        } else {
+            // Nobody is there to notice how long the sleep takes, so it takes no time.
+            (rest.host_ns, rest.virtual_ns) = (host_ns, deadline.ns);
+            rest.unpaced_jumps += 1;
+        }
+        rest.unlogged_jumps += 1;
+        self.rest = Some(rest);
+        Ok(Idle::Jump(deadline))
+    }
+
+    fn clock_answer(
+        &mut self,
+        tick: u64,
+        access: &Access,
+        now: VirtualTime,
+    ) -> Result<Logged<u64>, Stop> {
+        let ns = self.host.now_ns().min(MAX_VIRTUAL_NS).max(now.ns);
+        match self.append(Stamp::of_access(tick, access), Event::ClockRead(ns))?.into_event() {
+            LoggedEvent::ClockRead(ns) => Ok(ns),
+            other => unreachable!("the log gave back {other:?} for a clock read"),
+        }
+    }
+
+    fn kicked(&mut self, tick: u64, now: VirtualTime, exact: bool) -> Result<(), Stop> {
+        self.look = true;
+        self.host.progress(tick, now.ns);
+        if exact {
+            return Ok(());
+        }
+        // No boundary may come for long (the guest may compute for ever), so what can be done
+        // anywhere is done here.
+        if self.host.flush_due() {
+            self.mark_due = true;
+            self.flush()?;
+        }
+        match self.host.stop_requested() {
+            Some(ending) => Err(Stop::Ended { ending, exact: false }),
+            None => Ok(()),
+        }
+    }
+
+    fn console_output(&mut self, bytes: &[u8]) {
+        self.host.console_output(bytes);
+    }
+
+    fn end(
+        &mut self,
+        stamp: Stamp,
+        effects: EffectDigest,
+        ending: &Ending,
+        state: Option<&StateDigest>,
+    ) -> Result<(), Stop> {
+        let final_digest = state.map(StateDigest::whole);
+        self.append(stamp, Event::End { ending: ending.clone(), effects, final_digest })?;
+        self.close_without_end()
+    }
+
+    fn close_without_end(&mut self) -> Result<(), Stop> {
+        self.flush()?;
+        let log = self.log.take().ok_or(Stop::Unwritable(LogError::Closed))?;
+        self.sink = Some(log.finish().map_err(Stop::Unwritable)?);
+        Ok(())
+    }
+
+    fn events(&self) -> u64 {
+        self.records
+    }
+
+    fn confirmed_until(&self) -> Option<Moment> {
+        self.last_flushed
+    }
+}

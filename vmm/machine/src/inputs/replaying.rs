@@ -1,0 +1,363 @@
+//! The replaying side of the boundary: reads the log, compares, and holds no host.
+
+use std::fmt;
+
+use reprise_devices::time::VirtualTime;
+use reprise_trace::event::{EffectDigest, Ending, Event, LoggedEvent, Record};
+use reprise_trace::log::LogReader;
+use reprise_trace::logged::Logged;
+use reprise_trace::moment::Moment;
+
+use super::{Arrival, Boundary, Idle, Inputs, MAX_UNLOGGED_JUMPS, Stamp, Stop};
+use crate::clock::{MAX_VIRTUAL_NS, TimeSource};
+use crate::digest::StateDigest;
+use crate::divergence::{Difference, Divergence, describe, describe_ending};
+use crate::engine::{Access, Engine};
+
+/// How much of the machine a replay compares.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Verification {
+    /// Everything: position, CPU state, effects, final state.
+    #[default]
+    Exact,
+    /// Position and effects, and not the digests of CPU and final state: for another engine than the
+    /// one that recorded, which may keep hidden state (unused segments, accessed bits) differently.
+    AcrossEngines,
+}
+
+/// Sees console output go by.
+type ConsoleObserver = Box<dyn FnMut(&[u8])>;
+/// Sees how far the replay is: tick and virtual nanoseconds.
+type ProgressObserver = Box<dyn FnMut(u64, u64)>;
+
+/// Reads the log. Holds no host; observers only see what goes out.
+pub struct Replaying {
+    log: LogReader,
+    verification: Verification,
+    console: Option<ConsoleObserver>,
+    progress: Option<ProgressObserver>,
+    records: u64,
+    verified_until: Option<Moment>,
+    /// Jumps to deadlines since the last record or the sleep's start, and the sleep's tick.
+    unlogged_jumps: u64,
+    sleep_tick: u64,
+}
+
+impl fmt::Debug for Replaying {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { log, verification, records, verified_until, .. } = self;
+        f.debug_struct("Replaying")
+            .field("log", log)
+            .field("verification", verification)
+            .field("records", records)
+            .field("verified_until", verified_until)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Replaying {
+    /// A replay of `log`.
+    pub fn new(log: LogReader) -> Self {
+        Self {
+            log,
+            verification: Verification::default(),
+            console: None,
+            progress: None,
+            records: 0,
+            verified_until: None,
+            unlogged_jumps: 0,
+            sleep_tick: 0,
+        }
+    }
+
+    /// Chooses what is compared.
+    pub fn verifying(mut self, verification: Verification) -> Self {
+        self.verification = verification;
+        self
+    }
+
+    /// Shows console output as it is replayed.
+    pub fn on_console(mut self, observer: impl FnMut(&[u8]) + 'static) -> Self {
+        self.console = Some(Box::new(observer));
+        self
+    }
+
+    /// Shows tick and virtual nanoseconds whenever the engine is kicked.
+    pub fn on_progress(mut self, observer: impl FnMut(u64, u64) + 'static) -> Self {
+        self.progress = Some(Box::new(observer));
+        self
+    }
+
+    /// The next record.
+    fn peek(&mut self) -> Result<&Record, Stop> {
+        match self.log.peek() {
+            Ok(Some(record)) => Ok(record),
+            Ok(None) => Err(Stop::CutShort(None)),
+            Err(damage) => Err(Stop::CutShort(Some(damage))),
+        }
+    }
+
+    /// Takes the record that [`Self::peek`] showed, which agreed.
+    fn take(&mut self) -> Result<LoggedEvent, Stop> {
+        match self.log.next_record() {
+            Ok(Some(record)) => {
+                self.records += 1;
+                self.verified_until = Some(record.get().moment);
+                self.unlogged_jumps = 0;
+                Ok(record.into_event())
+            }
+            Ok(None) => Err(Stop::CutShort(None)),
+            Err(damage) => Err(Stop::CutShort(Some(damage))),
+        }
+    }
+
+    /// The next record, if its place is this boundary.
+    fn due<E: Engine>(&mut self, here: &Boundary<'_, E>) -> Result<Option<Record>, Stop> {
+        let record = self.peek()?;
+        if record.moment.tick > here.tick {
+            return Ok(None);
+        }
+        if record.moment.tick < here.tick {
+            return Err(passed(record, here.tick).into());
+        }
+        let waits = match &record.event {
+            // Given amid the next instruction.
+            Event::ClockRead(_) => true,
+            // Time moves only in a sleep, and to one deadline after the other.
+            Event::Time(ns) if here.time != TimeSource::Host => {
+                !here.halted || here.deadline.is_some_and(|deadline| *ns > deadline.ns)
+            }
+            // The guest comes to these by itself.
+            Event::End { ending, .. } => match ending {
+                Ending::Stopped | Ending::EngineFailed(_) => false,
+                Ending::IdleForever => !here.halted,
+                Ending::Reset | Ending::TripleFault | Ending::PowerOff | Ending::DebugExit(_) => {
+                    true
+                }
+            },
+            Event::Time(_) | Event::Console(_) | Event::Mark(_) => false,
+        };
+        Ok((!waits).then(|| record.clone()))
+    }
+
+    fn compare_position(&self, recorded: Stamp, found: Stamp) -> Result<(), Divergence> {
+        let (was, is) = (recorded.moment, found.moment);
+        let difference = if was.rip != is.rip {
+            (Difference::Rip, was.rip, is.rip)
+        } else if was.rcx != is.rcx {
+            (Difference::Rcx, was.rcx, is.rcx)
+        } else if recorded.cpu_digest != found.cpu_digest
+            && self.verification == Verification::Exact
+        {
+            (Difference::CpuState, recorded.cpu_digest, found.cpu_digest)
+        } else {
+            return Ok(());
+        };
+        let (difference, expected, found) = difference;
+        Err(divergence(was, difference, format!("{expected:#x}"), format!("{found:#x}")))
+    }
+
+    /// Compares the end's state, whose position agrees already.
+    fn compare_final(
+        &self,
+        moment: Moment,
+        recorded: &[u8; 32],
+        state: &StateDigest,
+    ) -> Result<(), Divergence> {
+        let found = state.whole();
+        if found == *recorded || self.verification == Verification::AcrossEngines {
+            return Ok(());
+        }
+        let found = format!("{} (the CPU agrees: devices or RAM differ)", hex(&found));
+        Err(divergence(moment, Difference::FinalState, hex(recorded), found))
+    }
+}
+
+fn stamp_of(record: &Record) -> Stamp {
+    Stamp { moment: record.moment, cpu_digest: record.cpu_digest }
+}
+
+fn divergence(
+    moment: Moment,
+    difference: Difference,
+    expected: String,
+    found: String,
+) -> Divergence {
+    Divergence { moment, difference, expected, found }
+}
+
+fn passed(record: &Record, tick: u64) -> Divergence {
+    let expected = describe(&record.event);
+    divergence(record.moment, Difference::Passed, expected, format!("none up to tick {tick}"))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn compare_time(moment: Moment, recorded_ns: u64, now: VirtualTime) -> Result<(), Divergence> {
+    if (now.ns..=MAX_VIRTUAL_NS).contains(&recorded_ns) {
+        return Ok(());
+    }
+    let (expected, found) = (format!("{recorded_ns} ns"), format!("{} ns already", now.ns));
+    Err(divergence(moment, Difference::Time, expected, found))
+}
+
+fn compare_effects<T: PartialEq>(
+    moment: Moment,
+    recorded: (u64, T),
+    found: (u64, T),
+) -> Result<(), Divergence> {
+    if recorded == found {
+        return Ok(());
+    }
+    let same_length = recorded.0 == found.0;
+    let found = format!("{} bytes{}", found.0, if same_length { ", but other ones" } else { "" });
+    Err(divergence(moment, Difference::Effects, format!("{} bytes", recorded.0), found))
+}
+
+impl Inputs for Replaying {
+    fn stop_at(&mut self, tick: u64) -> Result<Option<u64>, Stop> {
+        // A record at this very tick is waiting for what the next instruction does.
+        let next = match self.log.peek() {
+            Ok(Some(record)) if record.moment.tick > tick => record.moment.tick,
+            _ => tick.saturating_add(1),
+        };
+        Ok(Some(next))
+    }
+
+    fn arrival<E: Engine>(&mut self, here: &mut Boundary<'_, E>) -> Result<Option<Arrival>, Stop> {
+        while let Some(record) = self.due(here)? {
+            if let Event::End { ending, final_digest, .. } = record.event {
+                // Taken and compared by `end`.
+                return Ok(Some(Arrival::Stop { ending, exact: final_digest.is_some() }));
+            }
+            self.compare_position(stamp_of(&record), here.stamp()?)?;
+            match record.event {
+                Event::Time(ns) => compare_time(record.moment, ns, here.now)?,
+                Event::Mark(mark) => {
+                    let found = here.effects.digest().mark();
+                    compare_effects(
+                        record.moment,
+                        (mark.console_bytes, mark.console_digest_prefix),
+                        (found.console_bytes, found.console_digest_prefix),
+                    )?;
+                }
+                _ => {}
+            }
+            match self.take()? {
+                LoggedEvent::Time(ns) => return Ok(Some(Arrival::Time(ns))),
+                LoggedEvent::Console(bytes) => return Ok(Some(Arrival::Console(bytes))),
+                _ => {}
+            }
+        }
+        Ok(None)
+    }
+
+    fn idle<E: Engine>(&mut self, here: &mut Boundary<'_, E>) -> Result<Idle, Stop> {
+        if std::mem::replace(&mut self.sleep_tick, here.tick) != here.tick {
+            self.unlogged_jumps = 0;
+        }
+        let deadline = match here.time {
+            TimeSource::Ticks { .. } => here.deadline,
+            TimeSource::Host => None,
+        };
+        match deadline.filter(|deadline| deadline.ns <= MAX_VIRTUAL_NS) {
+            Some(deadline) if self.unlogged_jumps < MAX_UNLOGGED_JUMPS => {
+                self.unlogged_jumps += 1;
+                return Ok(Idle::Jump(deadline));
+            }
+            _ => {}
+        }
+        let tick = here.tick;
+        let record = self.peek()?;
+        let expected = format!("{} at tick {}", describe(&record.event), record.moment.tick);
+        let found = format!("nothing that could wake it at tick {tick}");
+        Err(divergence(record.moment, Difference::Idle, expected, found).into())
+    }
+
+    fn clock_answer(
+        &mut self,
+        tick: u64,
+        access: &Access,
+        now: VirtualTime,
+    ) -> Result<Logged<u64>, Stop> {
+        let record = self.peek()?;
+        let agrees = stamp_of(record) == Stamp::of_access(tick, access);
+        match record.event {
+            Event::ClockRead(ns) if agrees => compare_time(record.moment, ns, now)?,
+            _ => {
+                let expected = format!("{} at {}", describe(&record.event), record.moment);
+                let found = format!("the time asked for at tick {tick} by {access:x?}");
+                let moment = record.moment;
+                return Err(divergence(moment, Difference::Answer, expected, found).into());
+            }
+        }
+        match self.take()? {
+            LoggedEvent::ClockRead(ns) => Ok(ns),
+            other => unreachable!("the log shows a clock read and gives {other:?}"),
+        }
+    }
+
+    fn kicked(&mut self, tick: u64, now: VirtualTime, _exact: bool) -> Result<(), Stop> {
+        if let Some(observer) = &mut self.progress {
+            observer(tick, now.ns);
+        }
+        Ok(())
+    }
+
+    fn console_output(&mut self, bytes: &[u8]) {
+        if let Some(observer) = &mut self.console {
+            observer(bytes);
+        }
+    }
+
+    fn end(
+        &mut self,
+        stamp: Stamp,
+        effects: EffectDigest,
+        ending: &Ending,
+        state: Option<&StateDigest>,
+    ) -> Result<(), Stop> {
+        let record = self.peek()?.clone();
+        let moment = record.moment;
+        let Event::End { ending: recorded, effects: recorded_effects, final_digest } =
+            &record.event
+        else {
+            let found = format!("the end: {} at {}", describe_ending(ending), stamp.moment);
+            return Err(
+                divergence(moment, Difference::Ending, describe(&record.event), found).into()
+            );
+        };
+        if recorded != ending || moment.tick != stamp.moment.tick {
+            let expected = describe_ending(recorded);
+            let found = format!("{} at {}", describe_ending(ending), stamp.moment);
+            return Err(divergence(moment, Difference::Ending, expected, found).into());
+        }
+        if final_digest.is_some() {
+            self.compare_position(stamp_of(&record), stamp)?;
+        }
+        compare_effects(
+            moment,
+            (recorded_effects.console_bytes, recorded_effects.console_digest),
+            (effects.console_bytes, effects.console_digest),
+        )?;
+        if let (Some(recorded), Some(state)) = (final_digest, state) {
+            self.compare_final(moment, recorded, state)?;
+        }
+        self.take()?;
+        Ok(())
+    }
+
+    fn close_without_end(&mut self) -> Result<(), Stop> {
+        Ok(())
+    }
+
+    fn events(&self) -> u64 {
+        self.records
+    }
+
+    fn confirmed_until(&self) -> Option<Moment> {
+        self.verified_until
+    }
+}

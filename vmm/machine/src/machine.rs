@@ -1,0 +1,404 @@
+//! The run loop: one for recording, running, replaying and simulated tests.
+//!
+//! The machine does something only at boundaries where it stands for a reason that the guest
+//! causes (an access, HLT, a deadline's tick, interrupts opening) or that the log holds. A kick
+//! makes the recording machine stand at boundaries where the replaying one does not; there the
+//! loop does nothing but look for arrivals, and what it finds it logs, so that the replay stands
+//! there too. At each boundary the order is the same: deadlines, arrivals, the interrupt.
+
+use reprise_devices::board::{Board, PowerEvent};
+use reprise_devices::time::VirtualTime;
+use reprise_trace::event::Ending;
+use reprise_trace::moment::TickKind;
+
+use crate::clock::{TimeBase, TimeSource};
+use crate::digest::StateDigest;
+use crate::effects::Effects;
+use crate::engine::{Access, Engine, EngineError, Exit};
+use crate::inputs::{Arrival, Boundary, Idle, Inputs, Stamp, Stop};
+use crate::outcome::{Conclusion, MachineError, Outcome};
+
+/// RFLAGS.IF.
+const INTERRUPT_FLAG: u64 = 1 << 9;
+
+/// An engine and a board, with everything from outside coming through `I`.
+pub struct Machine<E: Engine, I: Inputs> {
+    engine: E,
+    board: Board,
+    inputs: I,
+    time: TimeSource,
+    base: TimeBase,
+    effects: Effects,
+    sleep: Option<Sleep>,
+    power_event: Option<PowerEvent>,
+    /// The engine was told to come back when interrupts open.
+    interrupt_requested: bool,
+    /// The tick at which the last interrupt was delivered. Until that tick has passed the delivery
+    /// may be half done (on KVM it happens with the handler's first instruction), so nothing enters.
+    delivered_at: Option<u64>,
+    accesses: u64,
+    interrupts: u64,
+}
+
+/// The guest is in HLT.
+#[derive(Clone, Copy, Debug)]
+struct Sleep {
+    /// With RFLAGS.IF set, that is, an interrupt can end it.
+    interruptible: bool,
+}
+
+impl<E: Engine, I: Inputs> Machine<E, I> {
+    /// A machine whose engine is at its first instruction and whose board is as it is at reset.
+    pub fn new(mut engine: E, board: Board, inputs: I, time: TimeSource) -> Self {
+        let ns_per_tick = match time {
+            TimeSource::Ticks { ns_per_tick } => ns_per_tick,
+            TimeSource::Host => 0,
+        };
+        let base = TimeBase { tick: engine.tick(), ns: 0, ns_per_tick };
+        engine.set_time_base(base);
+        Self {
+            engine,
+            board,
+            inputs,
+            time,
+            base,
+            effects: Effects::default(),
+            sleep: None,
+            power_event: None,
+            interrupt_requested: false,
+            delivered_at: None,
+            accesses: 0,
+            interrupts: 0,
+        }
+    }
+
+    /// Runs the guest to its end.
+    ///
+    /// A replay that differs from its recording is an outcome
+    /// ([`Conclusion::Diverged`]), not an error.
+    ///
+    /// # Errors
+    /// If the engine fails, or the recording cannot be written. What was recorded replays.
+    pub fn run(&mut self) -> Result<Outcome, MachineError> {
+        self.run_until(u64::MAX)
+    }
+
+    /// As [`Self::run`], but stops at the first boundary at or behind tick `target`, before anything
+    /// enters there. Only for a replay: a recording that stops so has no end.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_until(&mut self, target: u64) -> Result<Outcome, MachineError> {
+        let stop = self.run_loop(target);
+        self.conclude(stop)
+    }
+
+    /// The digest of the machine's state. Costs a pass over guest RAM.
+    ///
+    /// # Errors
+    /// If the engine fails.
+    pub fn state_digest(&mut self) -> Result<StateDigest, EngineError> {
+        StateDigest::of(&mut self.engine, &self.board)
+    }
+
+    /// The engine, for looking at the guest.
+    pub fn engine(&mut self) -> &mut E {
+        &mut self.engine
+    }
+
+    /// The board.
+    pub fn board(&self) -> &Board {
+        &self.board
+    }
+
+    /// Takes the machine apart.
+    pub fn into_parts(self) -> (E, Board, I) {
+        (self.engine, self.board, self.inputs)
+    }
+
+    /// Runs until something stops the run.
+    fn run_loop(&mut self, target: u64) -> Stop {
+        // Whether the machine stands at a boundary that a replay finds again.
+        let mut stands = true;
+        loop {
+            let stepped = match self.visit(stands, target) {
+                Ok(true) => self.execute(target),
+                Ok(false) => Ok(true),
+                Err(stop) => return stop,
+            };
+            match stepped {
+                Ok(stands_now) => stands = stands_now,
+                Err(stop) => return stop,
+            }
+        }
+    }
+
+    /// Does what is to be done at this boundary. Gives whether the guest executes next.
+    fn visit(&mut self, stands: bool, target: u64) -> Result<bool, Stop> {
+        let tick = self.engine.tick();
+        if !stands || self.delivered_at == Some(tick) {
+            return Ok(true);
+        }
+        if let Some(event) = self.power_event.take() {
+            return Err(Stop::Ended { ending: ending_of(event), exact: true });
+        }
+        if tick >= target {
+            return Err(Stop::TargetReached);
+        }
+        self.settle();
+        self.take_arrivals()?;
+        self.deliver_interrupt()?;
+        match self.sleep {
+            None => Ok(true),
+            Some(sleep) => self.idle(sleep).map(|()| false),
+        }
+    }
+
+    fn now(&self) -> VirtualTime {
+        self.base.at(self.engine.tick())
+    }
+
+    /// Lets the devices do what is due.
+    fn settle(&mut self) {
+        let now = self.now();
+        if self.board.next_deadline().is_some_and(|deadline| deadline <= now) {
+            self.board.advance(now);
+        }
+        self.drain_console();
+    }
+
+    /// Console output leaves the machine.
+    fn drain_console(&mut self) {
+        if self.board.has_console_output() {
+            let bytes = self.board.take_console_output();
+            self.effects.console_output(&bytes);
+            self.inputs.console_output(&bytes);
+        }
+    }
+
+    fn boundary<'a>(
+        engine: &'a mut E,
+        board: &Board,
+        effects: &'a Effects,
+        now: VirtualTime,
+        halted: bool,
+        time: TimeSource,
+    ) -> Boundary<'a, E> {
+        let tick = engine.tick();
+        let (deadline, console_room) = (board.next_deadline(), board.console_room());
+        Boundary { engine, effects, tick, now, deadline, console_room, halted, time }
+    }
+
+    fn take_arrivals(&mut self) -> Result<(), Stop> {
+        loop {
+            let (now, halted) = (self.now(), self.sleep.is_some());
+            let Self { engine, board, effects, time, .. } = self;
+            let mut here = Self::boundary(engine, board, effects, now, halted, *time);
+            match self.inputs.arrival(&mut here)? {
+                None => return Ok(()),
+                Some(Arrival::Time(ns)) => {
+                    self.set_time(VirtualTime::from_ns(ns.into_inner()));
+                }
+                Some(Arrival::Console(bytes)) => self.board.console_input(bytes, now),
+                Some(Arrival::Stop { ending, exact }) => return Err(Stop::Ended { ending, exact }),
+            }
+            self.settle();
+        }
+    }
+
+    /// Moves virtual time, and the devices with it.
+    fn set_time(&mut self, now: VirtualTime) {
+        self.base = TimeBase { tick: self.engine.tick(), ns: now.ns, ..self.base };
+        self.engine.set_time_base(self.base);
+        self.board.advance(now);
+        self.drain_console();
+    }
+
+    /// Delivers the pending interrupt, or asks the engine to come back when that is possible. Both
+    /// depend on the state of the guest and the board alone.
+    fn deliver_interrupt(&mut self) -> Result<(), Stop> {
+        let pending = self.board.interrupt_pending();
+        let deliverable = pending && self.engine.interruptible()?;
+        let wait_for_window = pending && !deliverable;
+        if wait_for_window != self.interrupt_requested {
+            self.engine.set_interrupt_request(wait_for_window);
+            self.interrupt_requested = wait_for_window;
+        }
+        if deliverable {
+            let vector = self.board.acknowledge_interrupt();
+            self.engine.inject(vector)?;
+            self.delivered_at = Some(self.engine.tick());
+            self.sleep = None;
+            self.interrupts += 1;
+        }
+        Ok(())
+    }
+
+    /// The guest sleeps, and nothing at this boundary wakes it.
+    fn idle(&mut self, sleep: Sleep) -> Result<(), Stop> {
+        if !sleep.interruptible {
+            return Err(Stop::Ended { ending: Ending::PowerOff, exact: true });
+        }
+        let now = self.now();
+        let Self { engine, board, effects, time, .. } = self;
+        let mut here = Self::boundary(engine, board, effects, now, true, *time);
+        match self.inputs.idle(&mut here)? {
+            Idle::Look => {}
+            Idle::Jump(deadline) => self.set_time(deadline),
+        }
+        Ok(())
+    }
+
+    /// Lets the guest execute. Gives whether the machine stands at a boundary that a replay finds
+    /// again.
+    fn execute(&mut self, target: u64) -> Result<bool, Stop> {
+        let tick = self.engine.tick();
+        let until = self.run_limit(tick, target)?;
+        match self.engine.run(until)? {
+            Exit::TickReached | Exit::InterruptWindow => Ok(true),
+            Exit::Access(access) => self.answer(access),
+            Exit::Halt => {
+                let interruptible = self.engine.interruptible()?
+                    || self.engine.cpu_state()?.rflags & INTERRUPT_FLAG != 0;
+                self.sleep.get_or_insert(Sleep { interruptible });
+                Ok(true)
+            }
+            Exit::Kicked => {
+                let stands = self.engine.tick_kind() != TickKind::Exit;
+                let now = self.now();
+                self.inputs.kicked(self.engine.tick(), now, stands)?;
+                Ok(stands)
+            }
+            Exit::TripleFault => Err(Stop::Ended { ending: Ending::TripleFault, exact: true }),
+            // The failed attempt may have left traces, so that this is no exact moment.
+            Exit::Unsupported(reason) => {
+                Err(Stop::Ended { ending: Ending::EngineFailed(reason), exact: false })
+            }
+        }
+    }
+
+    /// The tick up to which the guest may execute.
+    fn run_limit(&mut self, tick: u64, target: u64) -> Result<u64, Stop> {
+        let next = tick.saturating_add(1);
+        if self.delivered_at == Some(tick) {
+            // Stand again as soon as the delivery is done: nothing entered at this tick since.
+            return Ok(next);
+        }
+        let deadline = self.board.next_deadline().and_then(|deadline| self.base.tick_of(deadline));
+        let logged = self.inputs.stop_at(tick)?;
+        let limit = deadline.unwrap_or(u64::MAX).min(logged.unwrap_or(u64::MAX)).min(target);
+        Ok(limit.max(next))
+    }
+
+    /// Answers an access. Gives whether its instruction is done; if not, more accesses follow, and
+    /// in between is no boundary.
+    fn answer(&mut self, access: Access) -> Result<bool, Stop> {
+        self.accesses += 1;
+        let tick = self.engine.tick();
+        self.read_clock_for(&access, tick)?;
+        let now = self.base.at(tick);
+        let value = match access {
+            Access::PortRead { port, size } => u128::from(self.board.port_read(port, size, now)),
+            Access::PortWrite { port, size, value } => {
+                self.board.port_write(port, size, value, now);
+                0
+            }
+            Access::MmioRead { address, size } => self.board.mmio_read(address, size, now),
+            Access::MmioWrite { address, size, value } => {
+                self.board.mmio_write(address, size, value, now);
+                0
+            }
+        };
+        self.engine.finish_access(value)?;
+        self.drain_console();
+        self.power_event = self.power_event.take().or_else(|| self.board.take_power_event());
+        Ok(self.engine.tick() != tick)
+    }
+
+    /// Where the host's clock is virtual time, it is read for the accesses that depend on it.
+    fn read_clock_for(&mut self, access: &Access, tick: u64) -> Result<(), Stop> {
+        let depends = match access {
+            Access::PortRead { port, .. } | Access::PortWrite { port, .. } => {
+                Board::port_depends_on_time(*port)
+            }
+            Access::MmioRead { .. } | Access::MmioWrite { .. } => false,
+        };
+        if depends && self.time == TimeSource::Host {
+            let ns = self.inputs.clock_answer(tick, access, self.base.at(tick))?;
+            self.set_time(VirtualTime::from_ns(ns.into_inner()));
+        }
+        Ok(())
+    }
+
+    /// Closes the log or compares with its end, and says what the run came to.
+    fn conclude(&mut self, stop: Stop) -> Result<Outcome, MachineError> {
+        match stop {
+            Stop::Ended { ending, exact } => match self.end(&ending, exact) {
+                Ok((stamp, state)) => Ok(self.outcome(Conclusion::Ended(ending), stamp, state)),
+                // The end itself may differ, be missing, or not fit on the disk.
+                Err(Stop::Ended { .. }) => unreachable!("an end does not end again"),
+                Err(stop) => self.conclude(stop),
+            },
+            Stop::CutShort(damage) => self.stand(Conclusion::CutShort { damage }),
+            Stop::TargetReached => self.stand(Conclusion::TargetReached),
+            Stop::Diverged(divergence) => {
+                let stamp = Stamp::of_tick(self.engine.tick());
+                Ok(self.outcome(Conclusion::Diverged(*divergence), stamp, None))
+            }
+            Stop::Engine(error) => match self.inputs.close_without_end() {
+                Err(Stop::Unwritable(error)) => Err(self.unwritable(error)),
+                _ => Err(MachineError::Engine(error)),
+            },
+            Stop::Unwritable(error) => Err(self.unwritable(error)),
+        }
+    }
+
+    fn unwritable(&self, error: reprise_trace::log::LogError) -> MachineError {
+        MachineError::Recording { error, kept_until: self.inputs.confirmed_until() }
+    }
+
+    /// The run ended at this boundary, or, if not `exact`, somewhere behind this tick.
+    fn end(&mut self, ending: &Ending, exact: bool) -> Result<(Stamp, Option<StateDigest>), Stop> {
+        let (stamp, state) = match exact {
+            true => {
+                let state = self.state_digest()?;
+                (
+                    Stamp { moment: self.engine.moment()?, cpu_digest: state.cpu_short() },
+                    Some(state),
+                )
+            }
+            false => (Stamp::of_tick(self.engine.tick()), None),
+        };
+        self.inputs.end(stamp, self.effects.digest(), ending, state.as_ref())?;
+        Ok((stamp, state))
+    }
+
+    /// The outcome of a replay that stops at a boundary.
+    fn stand(&mut self, conclusion: Conclusion) -> Result<Outcome, MachineError> {
+        let state = self.state_digest()?;
+        let stamp = Stamp { moment: self.engine.moment()?, cpu_digest: state.cpu_short() };
+        Ok(self.outcome(conclusion, stamp, Some(state)))
+    }
+
+    fn outcome(&self, conclusion: Conclusion, stamp: Stamp, state: Option<StateDigest>) -> Outcome {
+        Outcome {
+            conclusion,
+            moment: stamp.moment,
+            ticks: self.engine.tick(),
+            virtual_ns: self.now().ns,
+            effects: self.effects.digest(),
+            state,
+            events: self.inputs.events(),
+            verified_until: self.inputs.confirmed_until(),
+            accesses: self.accesses,
+            interrupts: self.interrupts,
+        }
+    }
+}
+
+fn ending_of(event: PowerEvent) -> Ending {
+    match event {
+        PowerEvent::Reset => Ending::Reset,
+        PowerEvent::DebugExit(value) => Ending::DebugExit(value),
+    }
+}
