@@ -1,9 +1,84 @@
-//! To be written.
+//! Instructions that only touch flags, and those that do nothing.
 
-use super::BlockEnd;
-use crate::decode::op::Op;
+use iced_x86::Mnemonic;
+use reprise_trace::cpu_state::RAX;
+
+use super::{BlockEnd, handler, nothing};
+use crate::cpu::Cpu;
+use crate::decode::op::{Handler, Op};
+use crate::fault::{Fault, Stop};
+use crate::flags::{self, Arithmetic};
 use crate::mode::Mode;
 
-pub(super) fn select(_op: &mut Op, _mode: Mode) -> Option<BlockEnd> {
-    None
+pub(super) fn select(op: &mut Op, _mode: Mode) -> Option<BlockEnd> {
+    let (handler, end): (Handler, BlockEnd) = match op.instruction.mnemonic() {
+        Mnemonic::Cli => (cli, BlockEnd::Continue),
+        Mnemonic::Sti => (sti, BlockEnd::After),
+        Mnemonic::Cld => (cld, BlockEnd::Continue),
+        Mnemonic::Std => (std, BlockEnd::Continue),
+        Mnemonic::Clc => (clc, BlockEnd::Continue),
+        Mnemonic::Stc => (stc, BlockEnd::Continue),
+        Mnemonic::Cmc => (cmc, BlockEnd::Continue),
+        Mnemonic::Lahf => (lahf, BlockEnd::Continue),
+        Mnemonic::Sahf => (sahf, BlockEnd::Continue),
+        Mnemonic::Nop | Mnemonic::Reservednop | Mnemonic::Pause => (nothing, BlockEnd::Continue),
+        Mnemonic::Endbr64 | Mnemonic::Endbr32 => (nothing, BlockEnd::Continue),
+        Mnemonic::Rdsspd | Mnemonic::Rdsspq => (nothing, BlockEnd::Continue),
+        _ => return None,
+    };
+    op.handler = handler;
+    Some(end)
 }
+
+fn check_iopl(cpu: &mut Cpu) -> Result<(), Stop> {
+    if u64::from(cpu.cpl) > (cpu.rflags_rest & flags::IOPL) >> 12 {
+        return cpu.fault(Fault::GP0);
+    }
+    Ok(())
+}
+
+handler!(cli(cpu, _op) {
+    check_iopl(cpu)?;
+    cpu.rflags_rest &= !flags::IF;
+    Ok(())
+});
+handler!(sti(cpu, _op) {
+    check_iopl(cpu)?;
+    if cpu.rflags_rest & flags::IF == 0 {
+        cpu.rflags_rest |= flags::IF;
+        cpu.interrupt_shadow = true;
+    }
+    Ok(())
+});
+handler!(cld(cpu, _op) {
+    cpu.rflags_rest &= !flags::DF;
+    Ok(())
+});
+handler!(std(cpu, _op) {
+    cpu.rflags_rest |= flags::DF;
+    Ok(())
+});
+handler!(clc(cpu, _op) {
+    cpu.registers.arithmetic.0 &= !0x100;
+    Ok(())
+});
+handler!(stc(cpu, _op) {
+    cpu.registers.arithmetic.0 |= 0x100;
+    Ok(())
+});
+handler!(cmc(cpu, _op) {
+    cpu.registers.arithmetic.0 ^= 0x100;
+    Ok(())
+});
+handler!(lahf(cpu, _op) {
+    let low = cpu.registers.arithmetic.to_rflags() & 0xff | 2;
+    let rax = &mut cpu.registers.gpr[RAX];
+    *rax = *rax & !0xff00 | low << 8;
+    Ok(())
+});
+handler!(sahf(cpu, _op) {
+    let high = cpu.registers.gpr[RAX] >> 8 & 0xff;
+    let overflow = cpu.registers.arithmetic.to_rflags() & flags::OF;
+    cpu.registers.arithmetic = Arithmetic::from_rflags(high | overflow);
+    Ok(())
+});
