@@ -76,7 +76,7 @@ impl<'a> Placement<'a> {
         start: u64,
         bytes: u64,
     ) -> Result<(), BootError> {
-        let end = start.checked_add(bytes).unwrap_or(u64::MAX);
+        let end = start.saturating_add(bytes);
         let crosses_hole = start < HOLE_END && end > HOLE_START && bytes > 0;
         if crosses_hole || end > MAX_RAM_MIB << 20 {
             return Err(BootError::OutsideRam { what, start, end });

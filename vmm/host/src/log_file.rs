@@ -1,0 +1,229 @@
+//! The recording's file, written by a thread of its own: compression, writing and syncing take
+//! nothing from the machine's thread but the hand-over of a frame.
+//!
+//! The file has its final name from the start. Each frame is one write, so whatever kills the
+//! process leaves a recording that replays up to its last whole frame; the disk is told to keep what
+//! was written at bounded intervals.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use reprise_trace::log::{FrameSink, LogError};
+use reprise_trace::recording::{RecordingError, RecordingWriter};
+
+/// Frames that may wait to be written: at most 4 MiB of records. A machine that is faster than its
+/// disk for longer waits for the disk.
+const QUEUE_FRAMES: usize = 64;
+/// What a power failure may lose.
+const SYNC_INTERVAL: Duration = Duration::from_millis(500);
+
+struct Frame {
+    records: Vec<u8>,
+    record_count: u32,
+}
+
+/// What a finished recording takes in its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogTotals {
+    /// Bytes of the log with its framing.
+    pub log_bytes: u64,
+    /// Bytes of the whole file.
+    pub file_bytes: u64,
+}
+
+/// Takes frames and has them written.
+#[derive(Debug)]
+pub struct LogFile<W: Write + Send + 'static = File> {
+    queue: Option<SyncSender<Frame>>,
+    thread: Option<JoinHandle<Result<RecordingWriter<W>, LogError>>>,
+    file: File,
+}
+
+impl<W: Write + Send + 'static> LogFile<W> {
+    /// Starts the thread. `writer` has taken every image; `file` is what it writes to.
+    ///
+    /// # Errors
+    /// The host gives no thread.
+    pub fn start(writer: RecordingWriter<W>, file: File) -> io::Result<Self> {
+        let (queue, frames) = sync_channel(QUEUE_FRAMES);
+        let synced = file.try_clone()?;
+        let thread = std::thread::Builder::new()
+            .name("log writer".to_owned())
+            .spawn(move || write_frames(writer, &synced, &frames))?;
+        Ok(Self { queue: Some(queue), thread: Some(thread), file })
+    }
+
+    /// Writes what is waiting, closes the recording, and syncs it.
+    ///
+    /// # Errors
+    /// It cannot be written. What was written before replays.
+    pub fn finish(mut self) -> Result<LogTotals, RecordingError> {
+        let writer = self.join()?;
+        let log_bytes = writer.log_bytes();
+        writer.finish()?;
+        sync(&self.file).map_err(LogError::Write)?;
+        let file_bytes = self.file.metadata().map_err(LogError::Write)?.len();
+        Ok(LogTotals { log_bytes, file_bytes })
+    }
+
+    /// Ends the thread and takes what it comes to.
+    fn join(&mut self) -> Result<RecordingWriter<W>, LogError> {
+        self.queue = None;
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Ok(result)) => result,
+            // Its failure was reported before, or it has panicked, which the panic hook reported.
+            None | Some(Err(_)) => Err(LogError::Closed),
+        }
+    }
+}
+
+impl<W: Write + Send + 'static> FrameSink for LogFile<W> {
+    fn write_frame(&mut self, records: Vec<u8>, record_count: u32) -> Result<(), LogError> {
+        let queue = self.queue.as_ref().ok_or(LogError::Closed)?;
+        match queue.send(Frame { records, record_count }) {
+            Ok(()) => Ok(()),
+            // The thread has gone: it says why.
+            Err(_) => Err(self.join().err().unwrap_or(LogError::Closed)),
+        }
+    }
+}
+
+impl<W: Write + Send + 'static> Drop for LogFile<W> {
+    /// What was handed over is written even if nobody finishes the recording.
+    fn drop(&mut self) {
+        let _ = self.join();
+    }
+}
+
+fn write_frames<W: Write>(
+    mut writer: RecordingWriter<W>,
+    file: &File,
+    frames: &Receiver<Frame>,
+) -> Result<RecordingWriter<W>, LogError> {
+    let mut last_sync = Instant::now();
+    let mut unsynced = false;
+    loop {
+        let until_sync = SYNC_INTERVAL.saturating_sub(last_sync.elapsed());
+        let received = if unsynced {
+            frames.recv_timeout(until_sync)
+        } else {
+            frames.recv().map_err(|_| RecvTimeoutError::Disconnected)
+        };
+        match received {
+            Ok(frame) => {
+                writer.write_log_frame(frame.records, frame.record_count)?;
+                unsynced = true;
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return Ok(writer),
+        }
+        if unsynced && last_sync.elapsed() >= SYNC_INTERVAL {
+            sync(file).map_err(LogError::Write)?;
+            (last_sync, unsynced) = (Instant::now(), false);
+        }
+    }
+}
+
+/// Tells the disk to keep the file; pipes and devices keep nothing, and say so.
+fn sync(file: &File) -> io::Result<()> {
+    match file.sync_data() {
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
+        result => result,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use reprise_trace::event::{Event, MarkDigest, Record};
+    use reprise_trace::header::{CpuModelInfo, GuestInfo, Header, HostInfo, MachineInfo};
+    use reprise_trace::log::LogWriter;
+    use reprise_trace::moment::{Moment, TickKind};
+    use reprise_trace::recording::Recording;
+
+    use super::*;
+
+    fn header() -> Header {
+        Header {
+            machine: MachineInfo { ram_mib: 4, rtc_start_s: 0 },
+            cpu_model: CpuModelInfo { name: "test".to_owned(), version: 1 },
+            tick_kind: TickKind::Instruction,
+            ns_per_tick: 1,
+            engine: "soft".to_owned(),
+            clock: "instructions".to_owned(),
+            host: HostInfo::default(),
+            guest: GuestInfo {
+                name: "test".to_owned(),
+                command_line: String::new(),
+                images: Vec::new(),
+            },
+            created_unix_s: 0,
+            reprise_version: "0".to_owned(),
+        }
+    }
+
+    fn record(tick: u64) -> Record {
+        let mark = MarkDigest { console_bytes: 0, console_digest_prefix: 0 };
+        let moment = Moment { tick, rip: tick.wrapping_mul(0x9e37_79b9_7f4a_7c15), rcx: tick };
+        Record { moment, cpu_digest: !moment.rip, event: Event::Mark(mark) }
+    }
+
+    fn start(file: &File) -> LogWriter<LogFile> {
+        let handle = |file: &File| file.try_clone().expect("a descriptor");
+        let writer = RecordingWriter::create(handle(file), &header()).expect("a header");
+        LogWriter::new(LogFile::start(writer, handle(file)).expect("a thread"))
+    }
+
+    #[test]
+    fn what_was_handed_over_is_in_the_file_closed_or_not() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        for closed in [true, false] {
+            let path = directory.path().join(format!("{closed}.rr"));
+            let file = File::create_new(&path).expect("a file");
+            let mut log = start(&file);
+            for tick in 0..20_000 {
+                log.append(record(tick)).expect("written");
+            }
+            log.flush().expect("written");
+            if closed {
+                let totals = log.finish().expect("written").finish().expect("closed");
+                assert_eq!(totals.file_bytes, std::fs::metadata(&path).expect("file").len());
+                assert!(totals.log_bytes > 0 && totals.log_bytes < totals.file_bytes);
+            } else {
+                drop(log);
+            }
+            let recording = Recording::open(File::open(&path).expect("file")).expect("opens");
+            assert_eq!(recording.summary().complete, closed);
+            assert_eq!(recording.summary().record_count, 20_000);
+        }
+    }
+
+    /// A disk on which there is room for so many bytes.
+    struct SmallDisk(usize);
+
+    impl Write for SmallDisk {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0 = self.0.checked_sub(bytes.len()).ok_or(io::ErrorKind::StorageFull)?;
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_full_disk_comes_back_at_a_later_frame() {
+        let writer = RecordingWriter::create(SmallDisk(4096), &header()).expect("room for this");
+        let file = tempfile::tempfile().expect("a file");
+        let mut log = LogWriter::new(LogFile::start(writer, file).expect("a thread"));
+        let error = (0..1_000_000)
+            .find_map(|tick| log.append(record(tick)).err())
+            .expect("the disk is full");
+        assert!(matches!(&error, LogError::Write(_)), "{error}");
+        let sink = log.finish().expect("nothing was pending");
+        assert!(sink.finish().is_err());
+    }
+}

@@ -1,0 +1,206 @@
+//! The world outside, as the recording machine asks it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use reprise_machine::engine::Kick;
+use reprise_machine::host::{Host, Wake};
+use reprise_trace::event::Ending;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::HostError;
+use crate::console::{ConsoleOutput, ConsoleSink};
+use crate::input::{InputSource, OpenInput};
+use crate::terminal::{RawMode, StopSignals};
+use crate::watcher::{Watcher, eventfd};
+
+/// How far a machine is.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress {
+    /// Ticks since the machine started.
+    pub tick: u64,
+    /// Virtual time, in nanoseconds since the machine started.
+    pub virtual_ns: u64,
+    /// Time on the host's clock since the machine started.
+    pub elapsed: Duration,
+}
+
+/// Told how far the machine is, a few times a second.
+pub type ProgressObserver = Box<dyn FnMut(Progress)>;
+
+/// How the machine meets the world.
+pub struct HostOptions {
+    /// Where console input comes from.
+    pub input: InputSource,
+    /// Where console output goes.
+    pub console: ConsoleSink,
+    /// SIGINT, SIGTERM and SIGHUP ask for a stop, so that a recording is closed. A process can have
+    /// one such host at a time.
+    pub handle_signals: bool,
+    /// Told how far the machine is.
+    pub progress: Option<ProgressObserver>,
+}
+
+impl Default for HostOptions {
+    /// Nobody types, nobody listens.
+    fn default() -> Self {
+        Self {
+            input: InputSource::None,
+            console: ConsoleSink::Discard,
+            handle_signals: false,
+            progress: None,
+        }
+    }
+}
+
+/// The real world: standard input or a file, standard output, the monotonic clock, signals.
+///
+/// The terminal and the signals are as they were when the value is dropped.
+pub struct RealHost {
+    started: Instant,
+    console: ConsoleOutput,
+    progress: Option<ProgressObserver>,
+    /// The generation of changes that the last wait saw.
+    seen: u64,
+    // In the order of dropping: no signal writes to an eventfd that is gone.
+    _raw_mode: Option<RawMode>,
+    _signals: Option<StopSignals>,
+    watcher: Watcher,
+    _stop: EventFd,
+}
+
+impl std::fmt::Debug for RealHost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RealHost").field("started", &self.started).finish_non_exhaustive()
+    }
+}
+
+impl RealHost {
+    /// Opens the input, takes over terminal and signals as asked, and starts the clock. `kick`
+    /// interrupts the engine when there is something to look at.
+    ///
+    /// # Errors
+    /// The input cannot be read, or the host refuses a descriptor or a thread.
+    pub fn start(options: HostOptions, kick: Arc<dyn Kick>) -> Result<Self, HostError> {
+        let input = OpenInput::open(&options.input)?;
+        let stop = eventfd()?;
+        let watcher = Watcher::start(input, &stop, kick)?;
+        let signals = options.handle_signals.then(|| StopSignals::route_to(&stop)).transpose()?;
+        let at_terminal = options.input == InputSource::Terminal;
+        let raw_mode = at_terminal.then(RawMode::enter).transpose()?;
+        Ok(Self {
+            started: Instant::now(),
+            console: ConsoleOutput::new(options.console),
+            progress: options.progress,
+            seen: 0,
+            _raw_mode: raw_mode,
+            _signals: signals,
+            watcher,
+            _stop: stop,
+        })
+    }
+
+    /// Time on the host's clock since the machine started.
+    pub fn elapsed(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Why console output was lost, if it was.
+    pub fn console_failure(&self) -> Option<&std::io::Error> {
+        self.console.failure()
+    }
+}
+
+impl Host for RealHost {
+    fn now_ns(&mut self) -> u64 {
+        // 584 years fit.
+        self.started.elapsed().as_nanos() as u64
+    }
+
+    fn take_console_input(&mut self, room: usize) -> Vec<u8> {
+        self.watcher.take_input(room)
+    }
+
+    fn input_may_come(&mut self) -> bool {
+        self.watcher.shared().input_may_come()
+    }
+
+    fn wait(&mut self, timeout_ns: Option<u64>) -> Wake {
+        self.console.push();
+        let timeout = timeout_ns.map(Duration::from_nanos);
+        let generation = self.watcher.shared().wait_for_change(self.seen, timeout);
+        if generation == self.seen {
+            return Wake::Timeout;
+        }
+        self.seen = generation;
+        Wake::Look
+    }
+
+    fn console_output(&mut self, bytes: &[u8]) {
+        self.console.write(bytes);
+    }
+
+    fn stop_requested(&mut self) -> Option<Ending> {
+        self.watcher.shared().stop_requested().then_some(Ending::Stopped)
+    }
+
+    fn flush_due(&mut self) -> bool {
+        let due = self.watcher.shared().take_flush_due();
+        if due {
+            self.console.push();
+        }
+        due
+    }
+
+    fn progress(&mut self, tick: u64, virtual_ns: u64) {
+        let elapsed = self.elapsed();
+        if let Some(observer) = &mut self.progress {
+            observer(Progress { tick, virtual_ns, elapsed });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+
+    use reprise_machine::engine::FlagKick;
+
+    use super::*;
+
+    fn host(input: InputSource) -> (RealHost, FlagKick) {
+        let kick = FlagKick::default();
+        let options = HostOptions { input, ..HostOptions::default() };
+        (RealHost::start(options, Arc::new(kick.clone())).expect("a host"), kick)
+    }
+
+    #[test]
+    fn a_typed_file_is_taken_in_pieces_and_then_used_up() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("typed");
+        std::fs::write(&path, "abcde").expect("write");
+        let (mut host, _) = host(InputSource::File(path));
+        assert!(host.input_may_come());
+        assert_eq!(host.take_console_input(2), b"ab");
+        assert_eq!(host.take_console_input(9), b"cde");
+        assert!(!host.input_may_come());
+    }
+
+    #[test]
+    fn waiting_ends_with_its_time_and_with_the_flush_timer() {
+        let (mut host, kick) = host(InputSource::None);
+        let before = host.now_ns();
+        assert_eq!(host.wait(Some(2_000_000)), Wake::Timeout);
+        assert!(host.now_ns() - before >= 2_000_000);
+        assert_eq!(host.wait(None), Wake::Look);
+        assert!(host.flush_due() && !host.flush_due());
+        assert!(kick.0.load(Ordering::Acquire));
+    }
+
+    #[test]
+    fn an_event_before_the_wait_is_not_lost() {
+        let (mut host, _) = host(InputSource::None);
+        std::thread::sleep(Duration::from_millis(400));
+        assert_eq!(host.wait(None), Wake::Look);
+    }
+}
