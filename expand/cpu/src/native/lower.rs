@@ -9,8 +9,8 @@
 use std::mem::offset_of;
 
 use iced_x86::{
-    Code, CodeSize, Encoder, Instruction, InstructionInfoFactory, MemoryOperand, OpAccess, OpKind,
-    Register,
+    Code, CodeSize, Encoder, FlowControl, Instruction, InstructionInfoFactory, MemoryOperand,
+    OpAccess, OpKind, Register,
 };
 
 use super::MemoryUse;
@@ -55,6 +55,14 @@ pub(super) fn normalise(
     instruction: &Instruction,
     info: &mut InstructionInfoFactory,
 ) -> Option<(Instruction, Option<MemoryUse>)> {
+    // Whatever touches more than registers, flags and one operand is not for the host.
+    if instruction.flow_control() != FlowControl::Next
+        || instruction.is_privileged()
+        || instruction.is_stack_instruction()
+        || instruction.is_string_instruction()
+    {
+        return None;
+    }
     let mut normal = *instruction;
     normal.set_has_lock_prefix(false);
     normal.set_has_xacquire_prefix(false);
