@@ -9,9 +9,11 @@ mod flag_ops;
 mod moves;
 mod port_io;
 mod sse_control;
+mod sse_exceptions;
 mod stack;
 mod string;
 mod x87_control;
+mod x87_exceptions;
 
 use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Register};
 
@@ -123,15 +125,15 @@ const FEATURES: &[CpuidFeature] = &[
     CpuidFeature::SSSE3,
     CpuidFeature::SYSCALL,
     CpuidFeature::TSC,
-    // Hints that are NOPs where the feature is absent.
-    CpuidFeature::CET_IBT,
-    CpuidFeature::CET_SS,
-    CpuidFeature::HLE_or_RTM,
 ];
 
 fn undefined(instruction: &Instruction) -> bool {
     if instruction.code() == Code::INVALID || instruction.encoding() != EncodingKind::Legacy {
         return true;
+    }
+    // Opcodes that were reserved as NOPs are NOPs, whatever later CPUs made of them.
+    if sse_control::is_hint(instruction) {
+        return false;
     }
     instruction.cpuid_features().iter().any(|feature| !FEATURES.contains(feature))
 }
@@ -143,13 +145,13 @@ fn fpu_trap(instruction: &Instruction, mode: Mode) -> Option<crate::decode::op::
             .filter(|&operand| instruction.op_kind(operand) == iced_x86::OpKind::Register)
             .map(|operand| instruction.op_register(operand))
     };
-    let fpu_features = [CpuidFeature::FPU, CpuidFeature::FPU287, CpuidFeature::FPU387];
-    let x87 = instruction.cpuid_features().iter().any(|feature| fpu_features.contains(feature))
-        || operands().any(Register::is_mm)
-        || instruction.mnemonic() == iced_x86::Mnemonic::Emms;
+    let mmx = operands().any(Register::is_mm) || instruction.mnemonic() == iced_x86::Mnemonic::Emms;
+    let x87 = mmx || x87_control::is_x87_state(instruction);
     let sse = operands().any(Register::is_xmm) || sse_control::is_sse_state(instruction);
     if sse && mode.has(Mode::SSE_UNDEFINED) {
         Some(raise_ud)
+    } else if mmx && mode.has(Mode::X87_TRAPS) {
+        Some(raise_mmx_trap)
     } else if sse && mode.has(Mode::SSE_TRAPS) || x87 && mode.has(Mode::X87_TRAPS) {
         Some(raise_nm)
     } else {
@@ -165,6 +167,12 @@ pub(crate) extern "sysv64" fn raise_ud(cpu: &mut Cpu, _op: &Op) -> Flow {
 /// #NM.
 pub(crate) extern "sysv64" fn raise_nm(cpu: &mut Cpu, _op: &Op) -> Flow {
     Flow::from(cpu.fault::<()>(Fault::NM))
+}
+
+/// What an MMX instruction raises: #UD where CR0.EM is set, #NM where only CR0.TS is.
+extern "sysv64" fn raise_mmx_trap(cpu: &mut Cpu, _op: &Op) -> Flow {
+    let emulated = cpu.system.cr0 & crate::cpu::CR0_EM != 0;
+    Flow::from(cpu.fault::<()>(if emulated { Fault::UD } else { Fault::NM }))
 }
 
 /// An instruction without effect.
