@@ -1,7 +1,6 @@
 //! The block loop: runs pre-decoded operations and keeps the instruction count exact.
 #![allow(unsafe_code)]
 
-use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use reprise_machine::engine::Exit;
@@ -54,8 +53,15 @@ impl Cpu {
         }
         match self.current_block() {
             Ok(block) => {
-                let (number, flow) = self.run_ops(&block, budget as usize);
-                self.finish_ops(&block, number, flow)
+                // SAFETY: a block lives until the cache drops it, which happens only in
+                // `drop_overwritten_code` and in `find_block`; running operations calls neither.
+                let block = unsafe { block.as_ref() };
+                let (number, flow) = self.run_ops(block, budget as usize);
+                let exit = self.finish_ops(block, number, flow);
+                if self.memory.physical.code_was_written() {
+                    self.drop_overwritten_code();
+                }
+                exit
             }
             Err(_) => self.take_fault(),
         }
@@ -64,7 +70,7 @@ impl Cpu {
     /// Runs operations of `block` until one does not simply retire; how many did, and the flow of
     /// the one that did not.
     #[inline(always)]
-    fn run_ops(&mut self, block: &Rc<Block>, budget: usize) -> (usize, Flow) {
+    fn run_ops(&mut self, block: &Block, budget: usize) -> (usize, Flow) {
         self.registers.gpr[usize::from(BLOCK_RIP)] = self.rip;
         let ops = &block.ops[..block.ops.len().min(budget)];
         for (number, op) in ops.iter().enumerate() {
@@ -79,7 +85,7 @@ impl Cpu {
     }
 
     #[inline(always)]
-    fn finish_ops(&mut self, block: &Rc<Block>, number: usize, flow: Flow) -> Option<Exit> {
+    fn finish_ops(&mut self, block: &Block, number: usize, flow: Flow) -> Option<Exit> {
         if flow == Flow::NEXT {
             self.tick += number as u64;
             if number < block.ops.len() {
@@ -90,9 +96,6 @@ impl Cpu {
             if !self.answered.is_empty() {
                 self.forget_answers();
             }
-            if self.memory.physical.code_was_written() {
-                self.drop_overwritten_code();
-            }
             return None;
         }
         self.finish_stopped(block, number, flow)
@@ -100,7 +103,7 @@ impl Cpu {
 
     #[cold]
     #[inline(never)]
-    fn finish_stopped(&mut self, block: &Rc<Block>, number: usize, flow: Flow) -> Option<Exit> {
+    fn finish_stopped(&mut self, block: &Block, number: usize, flow: Flow) -> Option<Exit> {
         let op = &block.ops[number];
         self.tick += number as u64;
         let exit = match flow {
@@ -123,9 +126,6 @@ impl Cpu {
             }
         };
         self.forget_answers();
-        if self.memory.physical.code_was_written() {
-            self.drop_overwritten_code();
-        }
         exit
     }
 
@@ -141,18 +141,19 @@ impl Cpu {
         }
         let resume = self.rflags_rest & flags::RF != 0;
         let block = match self.current_block() {
-            Ok(block) => block,
+            // SAFETY: as in `execute_block`.
+            Ok(block) => unsafe { block.as_ref() },
             Err(Stop::Fault | Stop::Exit | Stop::EndBlock | Stop::RetiredExit) => {
                 return self.take_fault();
             }
         };
         let before = self.tick;
-        let (number, flow) = self.run_ops(&block, 1);
+        let (number, flow) = self.run_ops(block, 1);
         if flow == Flow::EXIT {
             self.interrupt_shadow = shadow;
         }
         let faulted = flow == Flow::FAULT;
-        let exit = self.finish_ops(&block, number, flow);
+        let exit = self.finish_ops(block, number, flow);
         let retired = self.tick != before && !faulted;
         if retired {
             if resume {
@@ -161,6 +162,9 @@ impl Cpu {
             if let Err(TripleFault) = self.after_instruction(trap) {
                 return Some(Exit::TripleFault);
             }
+        }
+        if self.memory.physical.code_was_written() {
+            self.drop_overwritten_code();
         }
         exit
     }

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
-use std::rc::Rc;
+use std::ptr::NonNull;
 
 use super::op::Op;
 use crate::memory::physical::{PAGE_BYTES, chunk_mask};
@@ -30,12 +30,12 @@ struct AddressEntry {
     linear: u64,
     mode: Mode,
     generation: u32,
-    block: Option<Rc<Block>>,
+    block: Option<NonNull<Block>>,
 }
 
 #[derive(Default)]
 struct PageBlocks {
-    blocks: HashMap<(u16, Mode), Rc<Block>>,
+    blocks: HashMap<(u16, Mode), Box<Block>>,
 }
 
 /// All decoded blocks.
@@ -44,6 +44,8 @@ pub(crate) struct BlockCache {
     addresses: Box<[AddressEntry]>,
     generation: u32,
     block_count: usize,
+    /// The last block that straddled two pages.
+    transient: Option<Box<Block>>,
 }
 
 impl std::fmt::Debug for BlockCache {
@@ -52,8 +54,9 @@ impl std::fmt::Debug for BlockCache {
     }
 }
 
-// SAFETY: the `Rc`s never leave the cache's CPU: the block loop clones one while it runs a block and
-// drops it before it returns, so the cache with all its counts moves between threads as one.
+// SAFETY: the pointers in `addresses` lead to boxes that `pages` owns; an entry is only followed while
+// its generation is current, and every removal of a block starts a new generation. All of it moves
+// between threads together.
 unsafe impl Send for BlockCache {}
 
 fn slot(linear: u64) -> usize {
@@ -68,38 +71,47 @@ impl BlockCache {
             addresses: vec![empty; ADDRESS_ENTRIES].into_boxed_slice(),
             generation: 1,
             block_count: 0,
+            transient: None,
         }
     }
 
     /// The block at a linear address, if it was found there since translations last changed.
     #[inline(always)]
-    pub(crate) fn by_address(&self, linear: u64, mode: Mode) -> Option<&Rc<Block>> {
+    pub(crate) fn by_address(&self, linear: u64, mode: Mode) -> Option<NonNull<Block>> {
         let entry = &self.addresses[slot(linear)];
         if entry.linear == linear && entry.mode == mode && entry.generation == self.generation {
-            entry.block.as_ref()
+            entry.block
         } else {
             None
         }
     }
 
     /// Remembers that `linear` leads to `block`.
-    pub(crate) fn remember_address(&mut self, linear: u64, mode: Mode, block: &Rc<Block>) {
+    pub(crate) fn remember_address(&mut self, linear: u64, mode: Mode, block: NonNull<Block>) {
         self.addresses[slot(linear)] =
             AddressEntry { linear, mode, generation: self.generation, block: Some(block.clone()) };
     }
 
     /// The block at a guest-physical address.
-    pub(crate) fn by_physical(&self, address: u64, mode: Mode) -> Option<Rc<Block>> {
+    pub(crate) fn by_physical(&self, address: u64, mode: Mode) -> Option<NonNull<Block>> {
         let offset = (address % PAGE_BYTES) as u16;
-        self.pages.get(&(address / PAGE_BYTES))?.blocks.get(&(offset, mode)).cloned()
+        let block = self.pages.get(&(address / PAGE_BYTES))?.blocks.get(&(offset, mode))?;
+        Some(NonNull::from(&**block))
     }
 
-    /// Keeps a block.
-    pub(crate) fn insert(&mut self, address: u64, mode: Mode, block: Rc<Block>) {
+    /// Keeps a block; where it lives.
+    pub(crate) fn insert(&mut self, address: u64, mode: Mode, block: Box<Block>) -> NonNull<Block> {
+        let place = NonNull::from(&*block);
         let offset = (address % PAGE_BYTES) as u16;
         let page = self.pages.entry(address / PAGE_BYTES).or_default();
         page.blocks.insert((offset, mode), block);
         self.block_count += 1;
+        place
+    }
+
+    /// Keeps a block that runs once; where it lives until the next of its kind.
+    pub(crate) fn keep_transient(&mut self, block: Box<Block>) -> NonNull<Block> {
+        NonNull::from(&**self.transient.insert(block))
     }
 
     /// Whether so many blocks are kept that it is time to start afresh.

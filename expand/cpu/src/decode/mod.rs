@@ -3,7 +3,7 @@
 pub(crate) mod block_cache;
 pub(crate) mod op;
 
-use std::rc::Rc;
+use std::ptr::NonNull;
 
 use iced_x86::{Decoder, DecoderOptions, Instruction};
 
@@ -26,12 +26,13 @@ const OPTIONS: u32 =
     DecoderOptions::NO_MPFX_0FBC | DecoderOptions::NO_MPFX_0FBD | DecoderOptions::NO_WBNOINVD;
 
 impl Cpu {
-    /// The block at the current RIP, decoded if need be.
+    /// The block at the current RIP, decoded if need be. It lives until the block cache next drops
+    /// blocks, or another transient block comes: never while it runs.
     #[inline(always)]
-    pub(crate) fn current_block(&mut self) -> Result<Rc<Block>, Stop> {
+    pub(crate) fn current_block(&mut self) -> Result<NonNull<Block>, Stop> {
         let linear = self.code_address();
         match self.blocks.by_address(linear, self.mode) {
-            Some(block) => Ok(block.clone()),
+            Some(block) => Ok(block),
             None => self.find_block(linear),
         }
     }
@@ -45,7 +46,7 @@ impl Cpu {
 
     #[cold]
     #[inline(never)]
-    fn find_block(&mut self, linear: u64) -> Result<Rc<Block>, Stop> {
+    fn find_block(&mut self, linear: u64) -> Result<NonNull<Block>, Stop> {
         if !canonical(linear) {
             return self.fault(Fault::GP0);
         }
@@ -60,7 +61,7 @@ impl Cpu {
         };
         let mode = Mode(self.mode.0 & !Mode::USER);
         if let Some(block) = self.blocks.by_physical(address, mode) {
-            self.blocks.remember_address(linear, self.mode, &block);
+            self.blocks.remember_address(linear, self.mode, block);
             return Ok(block);
         }
         if self.blocks.is_full() {
@@ -68,12 +69,13 @@ impl Cpu {
                 self.memory.physical.set_code(page, 0);
             }
         }
-        let block = Rc::new(self.decode_block(linear, address)?);
-        if !block.transient {
-            self.memory.mark_code(address, u64::from(block.size_bytes));
-            self.blocks.insert(address, mode, block.clone());
-            self.blocks.remember_address(linear, self.mode, &block);
+        let block = Box::new(self.decode_block(linear, address)?);
+        if block.transient {
+            return Ok(self.blocks.keep_transient(block));
         }
+        self.memory.mark_code(address, u64::from(block.size_bytes));
+        let block = self.blocks.insert(address, mode, block);
+        self.blocks.remember_address(linear, self.mode, block);
         Ok(block)
     }
 
