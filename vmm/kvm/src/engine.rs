@@ -16,15 +16,14 @@ use reprise_trace::moment::{Moment, TickKind};
 
 use crate::access::PendingExit;
 use crate::error::KvmError;
+use crate::instruction::MAX_BYTES;
 use crate::kick::{VcpuKick, install_handler};
 use crate::paging::Paging;
+use crate::step::Stepper;
 use crate::vcpu::{RawExit, Vcpu};
 use crate::{cpuid, state};
 
 const RFLAGS_IF: u64 = 1 << 9;
-
-/// The longest instruction, in bytes.
-const MAX_INSTRUCTION_BYTES: usize = 15;
 
 /// How the engine counts ticks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +55,7 @@ pub struct KvmEngine {
     pub(crate) injected: bool,
     pub(crate) window_wanted: bool,
     pub(crate) kick: Arc<VcpuKick>,
+    pub(crate) stepper: Stepper,
     /// KVM cannot set the guest's TSC on every host, so this is only kept.
     tsc_offset: u64,
 }
@@ -82,6 +82,7 @@ impl KvmEngine {
             injected: false,
             window_wanted: false,
             kick: Arc::default(),
+            stepper: Stepper::default(),
             tsc_offset: 0,
         })
     }
@@ -171,7 +172,7 @@ impl KvmEngine {
     /// RIP and the bytes there, for a message.
     pub(crate) fn describe_place(&mut self) -> Result<String, KvmError> {
         let state = state::read(&self.vcpu.fd)?;
-        let mut bytes = [0; MAX_INSTRUCTION_BYTES];
+        let mut bytes = [0; MAX_BYTES];
         let linear = state.segments[CS].base.wrapping_add(state.rip);
         let count = Paging::from(&state).read_prefix(&self.ram, linear, &mut bytes);
         let mut place = format!("rip {:#x}", state.rip);
@@ -225,12 +226,12 @@ impl Engine for KvmEngine {
     fn run(&mut self, until: u64) -> Result<Exit, EngineError> {
         assert!(!self.awaiting_answer, "the last access is finished before the guest runs on");
         assert!(until >= self.tick, "tick {until} is in the past");
-        if self.tick == until {
+        if self.tick == until && self.clock == KvmClock::Sync {
             return Ok(Exit::TickReached);
         }
         match self.clock {
             KvmClock::Sync => self.run_sync(),
-            KvmClock::Step => unimplemented!(),
+            KvmClock::Step => self.run_step(until),
         }
     }
 
@@ -242,11 +243,17 @@ impl Engine for KvmEngine {
         } else {
             self.incomplete = true;
         }
-        self.tick += 1;
+        match self.clock {
+            KvmClock::Sync => self.tick += 1,
+            KvmClock::Step => self.step_finished_access()?,
+        }
         Ok(())
     }
 
     fn interruptible(&mut self) -> Result<bool, EngineError> {
+        if self.clock == KvmClock::Step {
+            return Ok(self.step_interruptible()?);
+        }
         self.settle()?;
         if self.injected || self.pending.is_some() || self.queued.is_some() {
             return Ok(false);
@@ -265,9 +272,12 @@ impl Engine for KvmEngine {
 
     fn inject(&mut self, vector: u8) -> Result<(), EngineError> {
         assert!(self.interruptible()?, "only an interruptible guest takes an interrupt");
+        self.halted = false;
+        if self.clock == KvmClock::Step {
+            return Ok(self.step_inject(vector)?);
+        }
         self.vcpu.interrupt(vector)?;
         self.injected = true;
-        self.halted = false;
         Ok(())
     }
 
@@ -294,6 +304,7 @@ impl Engine for KvmEngine {
         self.halted = state.halted;
         self.tsc_offset = state.tsc_offset;
         self.injected = false;
+        self.stepper.forget();
         Ok(())
     }
 

@@ -18,6 +18,11 @@ use crate::error::KvmError;
 /// The signal's offset from SIGRTMIN: any one that nobody else in the process handles.
 const SIGNAL_OFFSET: c_int = 2;
 
+/// The signal that ends KVM_RUN.
+pub(crate) fn signal() -> c_int {
+    SIGRTMIN() + SIGNAL_OFFSET
+}
+
 /// The thread that runs the vCPU, and where its `immediate_exit` lies.
 struct Target {
     thread: pthread_t,
@@ -42,7 +47,7 @@ impl Kick for VcpuKick {
             target.immediate_exit().store(1, Ordering::SeqCst);
             // SAFETY: a registered thread is inside `KvmEngine::run`, and leaves it only after it
             // has unregistered itself, for which it needs the lock that is held here.
-            unsafe { libc::pthread_kill(target.thread, SIGRTMIN() + SIGNAL_OFFSET) };
+            unsafe { libc::pthread_kill(target.thread, signal()) };
         }
     }
 }
@@ -97,7 +102,7 @@ pub(crate) fn install_handler() -> Result<(), KvmError> {
     static INSTALLED: OnceLock<Result<(), Errno>> = OnceLock::new();
     extern "C" fn ignore(_: c_int, _: *mut siginfo_t, _: *mut c_void) {}
     INSTALLED
-        .get_or_init(|| register_signal_handler(SIGRTMIN() + SIGNAL_OFFSET, ignore))
+        .get_or_init(|| register_signal_handler(signal(), ignore))
         .map_err(|errno| KvmError::refused("a signal handler for the vCPU's thread", errno))
 }
 
@@ -109,7 +114,7 @@ fn unblock_on_this_thread() {
     UNBLOCKED.with(|unblocked| {
         if !unblocked.replace(true) {
             // The number is valid, so this cannot fail.
-            let _ = unblock_signal(SIGRTMIN() + SIGNAL_OFFSET);
+            let _ = unblock_signal(signal());
         }
     });
 }

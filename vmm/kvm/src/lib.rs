@@ -13,12 +13,16 @@ mod access;
 mod cpuid;
 mod engine;
 mod error;
+mod instruction;
 mod kick;
 mod memory;
 mod paging;
 mod state;
+mod step;
+mod transfer;
 mod vcpu;
 
+#[cfg(test)]
 #[cfg(test)]
 mod testing;
 

@@ -1,7 +1,5 @@
 //! One virtual machine with one vCPU, and what KVM_RUN says in plain values.
 
-use std::os::fd::AsRawFd;
-
 use kvm_bindings::*;
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use reprise_machine::ram::GuestRam;
@@ -173,9 +171,20 @@ impl Vcpu {
         unsafe { &mut self.fd.get_kvm_run().__bindgen_anon_1.mmio.data }
     }
 
-    /// For messages and doctor: the vCPU's file descriptor is open.
-    pub(crate) fn _raw(&self) -> i32 {
-        self.fd.as_raw_fd()
+    /// Makes every KVM_RUN step one instruction, and leave registers in `kvm_run`.
+    pub(crate) fn single_step(&mut self) -> Result<(), KvmError> {
+        self.set_debug(KVM_GUESTDBG_SINGLESTEP | self.guest_debug & KVM_GUESTDBG_BLOCKIRQ, [0; 8])?;
+        self.fd.get_kvm_run().kvm_valid_regs = u64::from(KVM_SYNC_X86_VALID_FIELDS);
+        Ok(())
+    }
+
+    /// Asks for debug exits, besides KVM_GUESTDBG_ENABLE as in `control`, with these debug registers.
+    pub(crate) fn set_debug(&mut self, control: u32, debugreg: [u64; 8]) -> Result<(), KvmError> {
+        let control = KVM_GUESTDBG_ENABLE | control;
+        let arch = kvm_guest_debug_arch { debugreg };
+        self.fd
+            .set_guest_debug(&kvm_guest_debug { control, pad: 0, arch })
+            .map_err(|errno| KvmError::refused("KVM_SET_GUEST_DEBUG", errno))
     }
 }
 

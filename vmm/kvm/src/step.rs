@@ -1,0 +1,373 @@
+//! The clock `step`: every instruction is stepped, and each that retires is a tick.
+//!
+//! One single-step of KVM is nearly one instruction. Where it is not, this file makes it so:
+//!
+//! - A fault retires nothing, and KVM steps the fault's delivery and the handler's first instruction
+//!   together: one tick, as it should be.
+//! - An interrupt is delivered and IRETQ executed by [`crate::transfer`], because KVM would step each
+//!   together with the instruction behind it.
+//! - HLT is executed here: some KVMs report a stepped HLT as any other instruction.
+//! - A REP string instruction is stepped many times and retires when RIP leaves it.
+//! - An instruction that accesses the board retires when the access is finished and KVM has completed
+//!   it without asking for another one.
+//!
+//! Before each step the instruction is decoded and its possible successors are worked out. A step that
+//! ends elsewhere must have gone through an exception handler; where no handler explains it, the run
+//! ends with a reason instead of a wrong count.
+
+use iced_x86::{Code, Instruction};
+use kvm_bindings::*;
+use reprise_machine::engine::{EngineError, Exit};
+use reprise_trace::cpu_state::CpuState;
+
+use crate::access::PendingExit;
+use crate::engine::KvmEngine;
+use crate::error::KvmError;
+use crate::instruction::{Successors, decode_at, handler_of, repeats, successors};
+use crate::vcpu::RawExit;
+use crate::{state, transfer};
+
+const RFLAGS_IF: u64 = 1 << 9;
+
+/// Vectors of exceptions, as against interrupts.
+const EXCEPTIONS: std::ops::RangeInclusive<u8> = 0..=31;
+
+/// The guest as the step clock sees it.
+#[derive(Default)]
+pub(crate) struct Stepper {
+    /// Registers, segments, control registers and the interrupt shadow; the rest is not kept.
+    view: CpuState,
+    /// `view` is what KVM holds.
+    current: bool,
+    /// KVM_SET_GUEST_DEBUG has been called since registers were last set.
+    armed: bool,
+    /// The instruction that has begun and not retired.
+    begun: Option<Begun>,
+    /// An interrupt that KVM is to deliver with the next step.
+    interrupt: Option<u8>,
+    /// What the next run comes back with.
+    refused: Option<Exit>,
+}
+
+/// An instruction that has begun.
+#[derive(Clone, Copy, Debug)]
+struct Begun {
+    rip: u64,
+    repeats: bool,
+    successors: Successors,
+    /// An interrupt that KVM delivers first.
+    interrupt: Option<u8>,
+}
+
+impl Stepper {
+    /// Whatever is known of the guest is out of date.
+    pub(crate) fn forget(&mut self) {
+        self.current = false;
+        self.armed = false;
+        self.begun = None;
+        self.interrupt = None;
+        self.refused = None;
+    }
+}
+
+impl KvmEngine {
+    pub(crate) fn run_step(&mut self, until: u64) -> Result<Exit, EngineError> {
+        if let Some(exit) = self.stepper.refused.clone() {
+            return Ok(exit);
+        }
+        let kick = self.kick.clone();
+        // SAFETY: the vCPU lives as long as the engine, which this function borrows.
+        let _registered = unsafe { kick.register(self.vcpu.immediate_exit()) };
+        loop {
+            if let Some(exit) = self.pending {
+                return Ok(self.present(exit));
+            }
+            if self.stepper.begun.is_none() {
+                if self.tick == until {
+                    return Ok(Exit::TickReached);
+                }
+                if self.halted {
+                    return Ok(Exit::Halt);
+                }
+                if self.kick.take() {
+                    return Ok(Exit::Kicked);
+                }
+                if self.window_wanted && self.step_interruptible()? {
+                    return Ok(Exit::InterruptWindow);
+                }
+            }
+            let exit = match self.queued.take() {
+                Some(exit) => self.step_exit(exit)?,
+                None => self.step()?,
+            };
+            if let Some(exit) = exit {
+                return Ok(exit);
+            }
+        }
+    }
+
+    /// Whether the guest takes interrupts at this boundary.
+    pub(crate) fn step_interruptible(&mut self) -> Result<bool, KvmError> {
+        self.refresh()?;
+        let view = &self.stepper.view;
+        Ok(!self.injected && view.rflags & RFLAGS_IF != 0 && !view.interrupt_shadow)
+    }
+
+    /// Delivers an interrupt at once where that can be done here, else leaves it to KVM and the next
+    /// step.
+    pub(crate) fn step_inject(&mut self, vector: u8) -> Result<(), KvmError> {
+        self.refresh()?;
+        let view = &self.stepper.view;
+        match transfer::deliver(&self.ram, view, vector, view.rip) {
+            Some(after) => self.replace(after),
+            None => {
+                self.vcpu.interrupt(vector)?;
+                self.injected = true;
+                self.stepper.interrupt = Some(vector);
+                Ok(())
+            }
+        }
+    }
+
+    /// What the machine's answer to the last access leads to.
+    pub(crate) fn step_finished_access(&mut self) -> Result<(), EngineError> {
+        if self.pending.is_some() {
+            return Ok(());
+        }
+        self.settle()?;
+        self.load_view();
+        if self.queued.is_none() {
+            // An instruction that is not explained is reported by the next run.
+            if let Some(exit) = self.retire()? {
+                self.stepper.refused = Some(exit);
+            }
+        }
+        Ok(())
+    }
+
+    /// One step; `None` to go on.
+    fn step(&mut self) -> Result<Option<Exit>, EngineError> {
+        self.refresh()?;
+        if let Some(vector) = self.stepper.interrupt.take() {
+            self.stepper.begun = Some(Begun {
+                rip: self.stepper.view.rip,
+                repeats: false,
+                successors: Successors::None,
+                interrupt: Some(vector),
+            });
+        } else if self.stepper.begun.is_none() {
+            let view = &self.stepper.view;
+            let instruction = decode_at(&self.ram, view, view.rip);
+            if let Some(outcome) = self.execute_here(instruction.as_ref())? {
+                return Ok(outcome);
+            }
+            self.begin(instruction.as_ref());
+        }
+        self.arm()?;
+        let exit = self.vcpu.run()?;
+        self.load_view();
+        self.step_exit(exit)
+    }
+
+    /// Notes what is about to execute.
+    fn begin(&mut self, instruction: Option<&Instruction>) {
+        let view = &self.stepper.view;
+        let successors = match instruction {
+            Some(instruction) => successors(&self.ram, view, instruction),
+            None => Successors::None,
+        };
+        self.stepper.begun = Some(Begun {
+            rip: view.rip,
+            repeats: instruction.is_some_and(repeats),
+            successors,
+            interrupt: None,
+        });
+    }
+
+    /// Executes what KVM's single-step does not, or ends the run before what nothing here can step.
+    /// The outer `None` means that KVM steps the instruction.
+    fn execute_here(
+        &mut self,
+        instruction: Option<&Instruction>,
+    ) -> Result<Option<Option<Exit>>, EngineError> {
+        let view = &self.stepper.view;
+        if view.cpl() == 3 {
+            return self.cannot_step("user code (CPL3)").map(Some);
+        }
+        let Some(instruction) = instruction else { return Ok(None) };
+        let after = match instruction.code() {
+            Code::Hlt => {
+                self.halted = true;
+                let next = CpuState { interrupt_shadow: false, ..view.clone() };
+                Some(CpuState { rip: instruction.next_ip(), ..next })
+            }
+            Code::Iretq => transfer::iretq(&self.ram, view),
+            Code::Int_imm8 => {
+                let vector = instruction.immediate8();
+                transfer::deliver(&self.ram, view, vector, instruction.next_ip())
+            }
+            Code::Int3 => transfer::deliver(&self.ram, view, 3, instruction.next_ip()),
+            Code::Sysretq | Code::Sysretd | Code::Sysexitq | Code::Sysexitd => {
+                return self.cannot_step("the way into user code (CPL3)").map(Some);
+            }
+            _ => None,
+        };
+        let Some(after) = after else { return Ok(None) };
+        self.replace(after)?;
+        self.tick += 1;
+        Ok(Some(if self.halted { Some(Exit::Halt) } else { None }))
+    }
+
+    fn cannot_step(&mut self, what: &str) -> Result<Option<Exit>, EngineError> {
+        let place = self.describe_place()?;
+        Ok(Some(Exit::Unsupported(format!(
+            "the step clock cannot step {what} at {place} on this host's KVM: use --clock sync or --engine soft"
+        ))))
+    }
+
+    fn step_exit(&mut self, exit: RawExit) -> Result<Option<Exit>, EngineError> {
+        match exit {
+            RawExit::Debug { .. } => self.retire(),
+            RawExit::Interrupted => self.interrupted_step(),
+            RawExit::Halt => {
+                self.halted = true;
+                self.tick += 1;
+                self.stepper.begun = None;
+                Ok(Some(Exit::Halt))
+            }
+            exit => match PendingExit::new(exit) {
+                Some(pending) => Ok(Some(self.present(pending))),
+                None => self.unusual_exit(exit).map(Some),
+            },
+        }
+    }
+
+    /// A signal came before the step was made, or amid a repeated instruction.
+    fn interrupted_step(&mut self) -> Result<Option<Exit>, EngineError> {
+        self.vcpu.fd.set_kvm_immediate_exit(0);
+        match self.stepper.begun {
+            Some(begun) if begun.rip != self.stepper.view.rip => self.retire(),
+            Some(begun) if begun.repeats || begun.interrupt.is_some() => Ok(None),
+            _ => {
+                self.stepper.begun = None;
+                Ok(None)
+            }
+        }
+    }
+
+    /// A step is done: counts the instruction if it has retired, checks that it explains where RIP
+    /// stands.
+    fn retire(&mut self) -> Result<Option<Exit>, EngineError> {
+        let Some(begun) = self.stepper.begun else { return Ok(None) };
+        self.injected = false;
+        let rip = self.stepper.view.rip;
+        if begun.successors.contain(rip) {
+            if begun.repeats && rip == begun.rip {
+                return Ok(None);
+            }
+        } else {
+            match self.first_of_handler(&begun) {
+                Some(instruction) if repeats(&instruction) && instruction.ip() == rip => {
+                    // The handler's first instruction is under way.
+                    self.begin(Some(&instruction));
+                    return Ok(None);
+                }
+                Some(_) => {}
+                None => return self.unexplained(&begun),
+            }
+        }
+        self.stepper.begun = None;
+        self.tick += 1;
+        Ok(None)
+    }
+
+    /// The first instruction of the handler through which a step must have gone, if there is one.
+    fn first_of_handler(&self, begun: &Begun) -> Option<Instruction> {
+        let view = &self.stepper.view;
+        let vectors = match begun.interrupt {
+            Some(vector) => vector..=vector,
+            None => EXCEPTIONS,
+        };
+        vectors.into_iter().find_map(|vector| {
+            let handler = handler_of(&self.ram, view, vector)?;
+            let first = decode_at(&self.ram, view, handler)?;
+            // IRETQ would have been stepped together with what follows.
+            let counted = first.code() != Code::Iretq;
+            let explains = successors(&self.ram, view, &first).contain(view.rip);
+            (counted && explains).then_some(first)
+        })
+    }
+
+    fn unexplained(&mut self, begun: &Begun) -> Result<Option<Exit>, EngineError> {
+        let place = self.describe_place()?;
+        Ok(Some(Exit::Unsupported(format!(
+            "one step of this host's KVM led from rip {:#x} to {place}, which is more than an instruction: use --clock sync or --engine soft",
+            begun.rip
+        ))))
+    }
+
+    /// Brings the view up to date.
+    fn refresh(&mut self) -> Result<(), KvmError> {
+        if self.stepper.current {
+            return Ok(());
+        }
+        let fd = &self.vcpu.fd;
+        let regs = fd.get_regs().map_err(|errno| KvmError::refused("KVM_GET_REGS", errno))?;
+        let mut sregs =
+            fd.get_sregs().map_err(|errno| KvmError::refused("KVM_GET_SREGS", errno))?;
+        let shadow = state::read_events(fd)?.interrupt.shadow;
+        self.set_view(&regs, &mut sregs, shadow);
+        Ok(())
+    }
+
+    /// Takes the view from what KVM_RUN left in `kvm_run`.
+    fn load_view(&mut self) {
+        let kvm_sync_regs { regs, mut sregs, events } = self.vcpu.fd.sync_regs();
+        self.set_view(&regs, &mut sregs, events.interrupt.shadow);
+    }
+
+    fn set_view(&mut self, regs: &kvm_regs, sregs: &mut kvm_sregs, shadow: u8) {
+        let view = &mut self.stepper.view;
+        state::read_regs(regs, view);
+        state::read_sregs(sregs, view);
+        view.interrupt_shadow = shadow != 0;
+        self.stepper.current = true;
+    }
+
+    /// Puts the guest into the state that executing something here has led to.
+    fn replace(&mut self, after: CpuState) -> Result<(), KvmError> {
+        let fd = &self.vcpu.fd;
+        let before = &self.stepper.view;
+        if before.segments != after.segments {
+            let mut sregs =
+                fd.get_sregs().map_err(|errno| KvmError::refused("KVM_GET_SREGS", errno))?;
+            state::write_sregs(&after, &mut sregs);
+            fd.set_sregs(&sregs).map_err(|errno| KvmError::refused("KVM_SET_SREGS", errno))?;
+        }
+        if before.interrupt_shadow {
+            let mut events = state::read_events(fd)?;
+            state::write_events(&after, &mut events);
+            fd.set_vcpu_events(&events)
+                .map_err(|errno| KvmError::refused("KVM_SET_VCPU_EVENTS", errno))?;
+        }
+        fd.set_regs(&state::write_regs(&after))
+            .map_err(|errno| KvmError::refused("KVM_SET_REGS", errno))?;
+        self.stepper.view = after;
+        self.stepper.armed = false;
+        Ok(())
+    }
+
+    /// Makes KVM step. Setting registers clears TF on some hosts, so it is done again after that.
+    fn arm(&mut self) -> Result<(), KvmError> {
+        if self.stepper.armed {
+            return Ok(());
+        }
+        self.vcpu.single_step()?;
+        self.stepper.armed = true;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+#[path = "step_tests.rs"]
+mod tests;
