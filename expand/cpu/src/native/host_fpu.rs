@@ -84,6 +84,13 @@ impl Area {
         std::array::from_fn(|index| self.0[offset + index])
     }
 
+    /// MMX register `number`: it is the significand of the x87 register of that number, whatever TOP.
+    pub(crate) fn mmx(&self, number: u8) -> u64 {
+        let top = self.u16(fxsave::FSW) >> 11 & 7;
+        let from_top = usize::from((u16::from(number) + 8 - top) & 7);
+        self.u64(fxsave::ST + from_top * 16)
+    }
+
     pub(crate) fn set(&mut self, offset: usize, bytes: &[u8]) {
         self.0[offset..offset + bytes.len()].copy_from_slice(bytes);
     }
@@ -458,6 +465,13 @@ pub(crate) mod host {
                 options(readonly, nostack, preserves_flags)
             );
         }
+    }
+
+    /// What every MMX instruction does to the x87 unit: TOP is 0, and no register is empty.
+    #[inline(always)]
+    pub(crate) fn enter_mmx() {
+        // SAFETY: reads a register; see the module.
+        unsafe { asm!("movd {:e}, mm0", out(reg) _, options(nomem, nostack, preserves_flags)) };
     }
 
     /// FNSTENV, which masks every exception.

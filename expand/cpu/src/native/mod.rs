@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use iced_x86::{Instruction, InstructionInfoFactory};
 
 use code_buffer::CodeBuffer;
-pub(crate) use operand::select;
+pub(crate) use operand::{Form, form, read, run_on, run_register, run_selected, select, write};
 
 /// The sequences made so far. Two guest instructions that differ only in their memory operand's
 /// address share one.

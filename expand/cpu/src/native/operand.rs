@@ -24,6 +24,7 @@ pub(crate) fn select(cpu: &mut Cpu, op: &mut Op) -> Option<BlockEnd> {
             // SAFETY: the sequence takes the CPU in RDI, ignores RSI, and returns a `Flow` in EAX:
             // it has the handler's signature.
             op.handler = unsafe { std::mem::transmute::<*const u8, Handler>(entry) };
+            op.inner = op.handler;
         }
         Some(MemoryUse { size_bytes, reads, writes }) => {
             // SAFETY: the sequence takes the CPU in RDI and the operand's address in RSI.
@@ -44,12 +45,61 @@ pub(crate) fn select(cpu: &mut Cpu, op: &mut Op) -> Option<BlockEnd> {
 /// Whether a misaligned operand is #GP: all 16-byte operands of legacy SSE instructions but the
 /// explicitly unaligned ones, and CMPXCHG16B.
 fn needs_alignment(instruction: &Instruction) -> bool {
-    use Mnemonic::{Lddqu, Movdqu, Movupd, Movups, Pcmpestri, Pcmpestrm, Pcmpistri, Pcmpistrm};
-    instruction.memory_size().size() == 16
-        && !matches!(
-            instruction.mnemonic(),
-            Lddqu | Movdqu | Movupd | Movups | Pcmpestri | Pcmpestrm | Pcmpistri | Pcmpistrm
-        )
+    use Mnemonic::{Lddqu, Movdqu, Movupd, Movups};
+    use Mnemonic::{Pcmpestri, Pcmpestri64, Pcmpestrm, Pcmpestrm64, Pcmpistri, Pcmpistrm};
+    let unaligned = matches!(instruction.mnemonic(), Lddqu | Movdqu | Movupd | Movups)
+        || matches!(instruction.mnemonic(), Pcmpestri | Pcmpestri64 | Pcmpestrm | Pcmpestrm64)
+        || matches!(instruction.mnemonic(), Pcmpistri | Pcmpistrm);
+    instruction.memory_size().size() == 16 && !unaligned
+}
+
+/// How an operation that [`select`] took brings its operand to its sequence, for those that wrap it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// There is none in memory: [`run_register`].
+    Register,
+    /// [`read`].
+    Read,
+    /// [`write`].
+    Write,
+    /// [`aligned`], whether it is read or written.
+    Aligned,
+}
+
+/// See [`Form`].
+pub(crate) fn form(op: &Op) -> Form {
+    match (op.native.is_some(), op.writes) {
+        (false, _) => Form::Register,
+        _ if needs_alignment(&op.instruction) => Form::Aligned,
+        (true, false) => Form::Read,
+        (true, true) => Form::Write,
+    }
+}
+
+/// Runs an operation as [`select`] left it, for a handler that stands in front of any form.
+pub(crate) fn run_selected(cpu: &mut Cpu, op: &Op) -> Flow {
+    match form(op) {
+        Form::Register => run_register(cpu, op),
+        Form::Read => read(cpu, op),
+        Form::Write => write(cpu, op),
+        Form::Aligned => aligned(cpu, op),
+    }
+}
+
+/// Runs the sequence of an operation without memory operand.
+#[inline(always)]
+pub(crate) fn run_register(cpu: &mut Cpu, op: &Op) -> Flow {
+    // SAFETY: `select` put the sequence there, and only memory operands let anything replace it.
+    unsafe { (op.inner)(cpu, op) }
+}
+
+/// Runs `op`'s native sequence on an operand in the caller's hands.
+///
+/// # Panics
+/// If the operand has not the size that the operation asks for.
+pub(crate) fn run_on(cpu: &mut Cpu, op: &Op, operand: &mut [u8]) -> Flow {
+    assert_eq!(operand.len(), usize::from(op.operand_bytes));
+    run(cpu, op, operand.as_mut_ptr())
 }
 
 /// Runs `op`'s native sequence on the operand at `host`.
@@ -80,7 +130,7 @@ pub(crate) extern "sysv64" fn write(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// A 16-byte operand that must be aligned.
-extern "sysv64" fn aligned(cpu: &mut Cpu, op: &Op) -> Flow {
+pub(crate) extern "sysv64" fn aligned(cpu: &mut Cpu, op: &Op) -> Flow {
     if op.linear_address(cpu) % 16 != 0 {
         return Flow::from(cpu.fault::<()>(Fault::GP0));
     }

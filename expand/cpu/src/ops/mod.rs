@@ -6,12 +6,15 @@ mod bits;
 mod branch;
 mod divide;
 mod flag_ops;
+mod masked_move;
 mod moves;
 mod port_io;
 mod sse_control;
 mod sse_exceptions;
 mod stack;
 mod string;
+#[cfg(test)]
+mod testing;
 mod x87_control;
 mod x87_exceptions;
 
@@ -74,6 +77,7 @@ pub(crate) fn select(cpu: &mut Cpu, op: &mut Op) -> BlockEnd {
         bcd::select,
         x87_control::select,
         sse_control::select,
+        masked_move::select,
         system::select,
     ];
     for by_hand in BY_HAND {
