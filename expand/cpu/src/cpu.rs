@@ -12,6 +12,7 @@ use crate::memory::Memory;
 use crate::mode::Mode;
 use crate::native::Native;
 use crate::native::host_fpu::FpuImage;
+use crate::system::debug::DebugState;
 
 /// Index into [`Registers::gpr`] of a register that is always zero: an absent base or index.
 pub(crate) const ZERO: u8 = 16;
@@ -99,6 +100,7 @@ pub struct Cpu {
     pub(crate) answered_used: usize,
     pub(crate) blocks: BlockCache,
     pub(crate) native: Native,
+    pub(crate) debug: DebugState,
 }
 
 impl Cpu {
@@ -131,6 +133,7 @@ impl Cpu {
             answered_used: 0,
             blocks: BlockCache::new(),
             native: Native::new()?,
+            debug: DebugState::default(),
         });
         cpu.set_state(&CpuState::default());
         Ok(cpu)
@@ -224,11 +227,10 @@ impl Cpu {
         let alignment =
             self.cpl == 3 && self.system.cr0 & CR0_AM != 0 && self.rflags_rest & flags::AC != 0;
         let breakpoints = self.system.dr7 & 0xff != 0;
-        let was = self.careful;
-        self.careful = self.rflags_rest & flags::TF != 0 || breakpoints || alignment;
-        if was != self.careful || breakpoints || alignment {
-            self.memory.set_checks(alignment, breakpoints);
-        }
+        // RF holds for one instruction, after which it must go.
+        let one_step = self.rflags_rest & (flags::TF | flags::RF) != 0;
+        self.careful = one_step || breakpoints || alignment;
+        self.memory.set_checks(alignment, breakpoints);
     }
 
     /// Tells the memory side which rights apply from now on.
