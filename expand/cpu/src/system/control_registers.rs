@@ -259,8 +259,8 @@ handler!(invalidate_page(cpu, op) {
     cpu.invalidate_translation(linear);
     Ok(())
 });
-/// Caches have no content of their own here.
 handler!(invalidate_caches(cpu, _op) {
+    // Caches have no content of their own here.
     cpu.require_level_0()
 });
 

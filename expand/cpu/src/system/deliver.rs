@@ -134,14 +134,20 @@ impl Cpu {
         } else {
             self.deliver_real_mode(event)
         };
-        let selector_code =
-            matches!(self.pending_fault.vector, vector::TS | vector::NP | vector::SS | vector::GP);
-        if delivered.is_err() && event.source != Source::Software && selector_code {
-            if let Some(code) = &mut self.pending_fault.error_code {
-                *code |= EXTERNAL;
-            }
+        if delivered.is_err() && event.source != Source::Software {
+            self.mark_external();
         }
         delivered
+    }
+
+    /// Sets EXT in the pending fault's error code, where it has a selector or vector.
+    fn mark_external(&mut self) {
+        use vector::{GP, NP, SS, TS};
+        if let Fault { vector: TS | NP | SS | GP, error_code: Some(code), .. } =
+            &mut self.pending_fault
+        {
+            *code |= EXTERNAL;
+        }
     }
 
     fn deliver_protected(&mut self, event: &Event) -> Result<(), Stop> {
@@ -361,10 +367,10 @@ impl Cpu {
         let (first, second) = bytes.split_at(in_first);
         let next = self.wrap(linear.wrapping_add(in_first as u64));
         let first_page = self.data_page(linear, true)?;
-        if !second.is_empty() {
-            if let Page::Ram { physical, .. } = self.data_page(next, true)? {
-                self.memory.physical.write(physical, second);
-            }
+        if !second.is_empty()
+            && let Page::Ram { physical, .. } = self.data_page(next, true)?
+        {
+            self.memory.physical.write(physical, second);
         }
         if let Page::Ram { physical, .. } = first_page {
             self.memory.physical.write(physical + linear % PAGE_BYTES, first);

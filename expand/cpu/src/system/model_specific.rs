@@ -175,8 +175,8 @@ handler!(read_time_stamp(cpu, op) {
     Ok(())
 });
 
-/// The CPU model has no performance counters, so every counter number is wrong.
 handler!(read_performance_counter(cpu, _op) {
+    // The CPU model has no performance counters, so every counter number is wrong.
     cpu.fault(Fault::GP0)
 });
 
