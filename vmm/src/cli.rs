@@ -1,0 +1,281 @@
+//! The command line: what there is to say, and who does it.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use reprise_host::install_panic_restore;
+use reprise_machine::ram::{MAX_RAM_MIB, MIN_RAM_MIB};
+
+use crate::commands;
+use crate::output::{Output, one_line};
+use crate::session::choice::{ChoiceError, ClockArg, EngineArg};
+use crate::session::guest::GuestChoice;
+
+/// Exit status of a command that failed.
+const FAILED: u8 = 1;
+/// Exit status of wrong use, as clap has it.
+const WRONG_USE: u8 = 2;
+
+/// Records a whole machine while it runs, and replays it exactly.
+#[derive(Debug, Parser)]
+#[command(name = "reprise", version, arg_required_else_help = true)]
+struct Arguments {
+    /// Print one JSON object on standard output and nothing else there; the guest's console output
+    /// is then discarded unless --console is given
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Boot Linux, record it, replay it, verify, and show what it cost
+    Demo,
+    /// List the images, or build one
+    Images(ImagesArgs),
+    /// Run a guest without recording it
+    Run(RunArgs),
+    /// Run a guest and record it
+    Record(RecordArgs),
+    /// Replay a recording and verify it
+    Replay(ReplayArgs),
+    /// Show what a recording holds
+    Info(InfoArgs),
+    /// Find the first place where two recordings part
+    Diff(DiffArgs),
+    /// Show what this host can do, and why
+    Doctor,
+}
+
+/// Which guest.
+#[derive(Debug, Args)]
+#[group(skip)]
+pub struct GuestArgs {
+    /// An embedded guest, or "linux" (see `reprise images`)
+    #[arg(
+        long,
+        value_name = "NAME",
+        required_unless_present = "kernel",
+        conflicts_with = "kernel"
+    )]
+    image: Option<String>,
+    /// A bzImage, ELF64 vmlinux, PVH ELF or multiboot v1 kernel
+    #[arg(long, value_name = "PATH")]
+    kernel: Option<PathBuf>,
+    /// The initial RAM disk of --kernel
+    #[arg(long, value_name = "PATH", requires = "kernel")]
+    initrd: Option<PathBuf>,
+    /// The guest's command line, in place of the image's own
+    #[arg(long, value_name = "STR", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
+}
+
+impl GuestArgs {
+    /// The guest that was named.
+    pub fn choice(&self) -> GuestChoice {
+        match (&self.kernel, &self.image) {
+            (Some(kernel), _) => {
+                GuestChoice::Kernel { kernel: kernel.clone(), initrd: self.initrd.clone() }
+            }
+            (None, image) => GuestChoice::Image(image.clone().unwrap_or_default()),
+        }
+    }
+}
+
+/// Which machine.
+#[derive(Debug, Args)]
+pub struct MachineArgs {
+    /// What executes the guest
+    #[arg(long, value_enum, default_value_t)]
+    pub engine: EngineArg,
+    /// How the engine counts
+    #[arg(long, value_enum, default_value_t)]
+    pub clock: ClockArg,
+    /// Guest memory in MiB [default: 64 for embedded guests, 512 for others]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(MIN_RAM_MIB..=MAX_RAM_MIB))]
+    pub memory: Option<u64>,
+    /// Type this file into the console; "-" is standard input, not as a terminal
+    #[arg(long, value_name = "FILE|-")]
+    pub input: Option<PathBuf>,
+    /// Write console output to this file instead of standard output
+    #[arg(long, value_name = "FILE")]
+    pub console: Option<PathBuf>,
+}
+
+/// `run`.
+#[derive(Debug, Args)]
+#[command(after_help = CONSOLE_HELP)]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub(crate) guest: GuestArgs,
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+}
+
+/// `record`.
+#[derive(Debug, Args)]
+#[command(after_help = CONSOLE_HELP)]
+pub struct RecordArgs {
+    #[command(flatten)]
+    pub(crate) guest: GuestArgs,
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+    /// The recording
+    #[arg(short, long, value_name = "FILE.rr")]
+    pub(crate) output: PathBuf,
+    /// Overwrite the file if it exists
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+const CONSOLE_HELP: &str = "\
+At a terminal without --input and --json the guest's console is live: every key goes to the guest, \
+and Ctrl-] stops the run. Elsewhere Ctrl-C stops it; a recording is closed either way. Without a \
+terminal and without --input nobody types.
+
+Exit status: 0 when the guest resets, powers off or triple-faults, or the run is stopped; \
+(V << 1) | 1 when the guest writes V to the debug-exit port 0xf4; 1 when something fails; 2 on \
+wrong use.";
+
+/// `replay`.
+#[derive(Debug, Args)]
+pub struct ReplayArgs {
+    /// The recording
+    #[arg(value_name = "FILE.rr")]
+    pub(crate) file: PathBuf,
+    /// What executes the guest [default: the engine that recorded]
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) engine: EngineArg,
+    /// Stop at this moment: a tick, as `info` and divergences give it
+    #[arg(long, value_name = "MOMENT", value_parser = parse_tick)]
+    pub(crate) until: Option<u64>,
+    /// Write the console output to standard output (with --json: to standard error)
+    #[arg(long)]
+    pub(crate) show_console: bool,
+}
+
+/// `images`.
+#[derive(Debug, Args)]
+pub struct ImagesArgs {
+    #[command(subcommand)]
+    pub(crate) action: Option<ImagesAction>,
+}
+
+/// What to do with an image.
+#[derive(Debug, Subcommand)]
+pub enum ImagesAction {
+    /// Build an image anew, with the newest packages
+    Build {
+        /// The image's name
+        name: String,
+    },
+}
+
+/// `info`.
+#[derive(Debug, Args)]
+pub struct InfoArgs {
+    /// The recording
+    #[arg(value_name = "FILE.rr")]
+    pub(crate) file: PathBuf,
+}
+
+/// `diff`.
+#[derive(Debug, Args)]
+pub struct DiffArgs {
+    /// One recording
+    #[arg(value_name = "A.rr")]
+    pub(crate) a: PathBuf,
+    /// The other
+    #[arg(value_name = "B.rr")]
+    pub(crate) b: PathBuf,
+}
+
+/// A tick count; digits may be grouped, and `tick 12 (...)`, as moments are printed, is understood.
+fn parse_tick(text: &str) -> Result<u64, String> {
+    let text = text.trim().trim_start_matches("tick").trim_start();
+    let end = text.find(' ').unwrap_or(text.len());
+    let digits: String = text[..end].chars().filter(|c| !matches!(c, ',' | '_')).collect();
+    digits.parse().map_err(|_| "give a number of ticks, such as 1000000".to_owned())
+}
+
+/// Runs the command that the process was given.
+pub fn run() -> ExitCode {
+    install_panic_restore(|info| {
+        let place = info.location().map(ToString::to_string).unwrap_or_default();
+        let what = info.payload_as_str().unwrap_or("no reason given");
+        let line = one_line(what);
+        Output { json: false }.note(format_args!(
+            "internal error at {place}: {line}; please report it with the command that you gave"
+        ));
+    });
+    let arguments = Arguments::parse();
+    let output = Output { json: arguments.json };
+    let status = std::panic::catch_unwind(|| match dispatch(arguments.command, output) {
+        Ok(status) => status,
+        Err(error) => {
+            output.failure(&format!("{error:#}"));
+            match error.downcast_ref() {
+                Some(ChoiceError::SoftHasOneClock) => WRONG_USE,
+                _ => FAILED,
+            }
+        }
+    });
+    ExitCode::from(status.unwrap_or_else(|_| {
+        // The panic hook has told a person.
+        if output.json {
+            output.result(&serde_json::json!({ "error": "internal error" }), "");
+        }
+        FAILED
+    }))
+}
+
+fn dispatch(command: Command, output: Output) -> anyhow::Result<u8> {
+    match command {
+        Command::Demo => commands::demo::run(output),
+        Command::Images(arguments) => commands::images::run(&arguments, output),
+        Command::Run(arguments) => commands::run::run(&arguments, output),
+        Command::Record(arguments) => commands::record::run(&arguments, output),
+        Command::Replay(arguments) => commands::replay::run(&arguments, output),
+        Command::Info(arguments) => commands::info::run(&arguments, output),
+        Command::Diff(arguments) => commands::diff::run(&arguments, output),
+        Command::Doctor => commands::doctor::run(output),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn wrong_use_is_refused() {
+        for wrong in [
+            &["reprise", "run"][..],
+            &["reprise", "run", "--image", "hello", "--kernel", "x"],
+            &["reprise", "run", "--image", "hello", "--initrd", "x"],
+            &["reprise", "record", "--image", "hello"],
+            &["reprise", "replay", "x.rr", "--until", "soon"],
+            &["reprise", "run", "--image", "hello", "--engine", "qemu"],
+            &["reprise", "run", "--image", "hello", "--memory", "1"],
+        ] {
+            let error = Arguments::try_parse_from(wrong).expect_err("wrong use");
+            assert_eq!(error.exit_code(), 2, "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_moment_is_read_as_it_is_printed() {
+        for text in ["1234", "1_234", "1,234", "tick 1234 (rip 0x1000, rcx 0x0)"] {
+            assert_eq!(parse_tick(text), Ok(1234), "{text}");
+        }
+        assert!(parse_tick("").is_err() && parse_tick("0x10").is_err());
+    }
+}

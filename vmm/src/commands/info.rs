@@ -1,0 +1,230 @@
+//! `reprise info`: what a recording holds.
+
+use anyhow::Result;
+use reprise_trace::event::{EffectDigest, Event};
+use reprise_trace::header::{Header, HostInfo, ImageInfo};
+use reprise_trace::moment::TickKind;
+use reprise_trace::recording::{Recording, SeekIndexState, Summary};
+use serde::Serialize;
+
+use crate::cli::InfoArgs;
+use crate::output::{Output, byte_size, grouped, hex, table};
+use crate::session::replay::open;
+use crate::session::report::{MomentReport, bytes_per_kiloinstruction, describe_ending, log_text};
+
+/// Everything about a recording.
+#[derive(Debug, Serialize)]
+struct InfoReport {
+    kind: &'static str,
+    format_version: u32,
+    reprise_version: String,
+    created_unix_s: u64,
+    guest: String,
+    command_line: String,
+    images: Vec<ImageReport>,
+    memory_mib: u64,
+    rtc_start_s: u64,
+    cpu_model: String,
+    cpu_model_version: u32,
+    engine: String,
+    clock: String,
+    tick_kind: &'static str,
+    ns_per_tick: u64,
+    host: HostInfo,
+    complete: bool,
+    damage: Option<String>,
+    truncated_bytes: u64,
+    ending: Option<&'static str>,
+    ending_detail: Option<String>,
+    ticks: Option<u64>,
+    instructions: Option<u64>,
+    events: u64,
+    first_moment: Option<MomentReport>,
+    last_moment: Option<MomentReport>,
+    console_bytes: Option<u64>,
+    console_digest: Option<String>,
+    final_digest: Option<String>,
+    log_bytes: u64,
+    log_frames: u64,
+    bytes_per_kiloinstruction: Option<f64>,
+    image_bytes: u64,
+    file_bytes: u64,
+    seek_index: &'static str,
+    chain: String,
+}
+
+/// One embedded image.
+#[derive(Debug, Serialize)]
+struct ImageReport {
+    role: String,
+    name: String,
+    bytes: u64,
+    blake3: String,
+}
+
+impl From<&ImageInfo> for ImageReport {
+    fn from(image: &ImageInfo) -> Self {
+        Self {
+            role: format!("{:?}", image.role).to_lowercase(),
+            name: image.name.clone(),
+            bytes: image.bytes,
+            blake3: hex(&image.blake3),
+        }
+    }
+}
+
+/// Shows a recording.
+///
+/// # Errors
+/// The recording cannot be used at all.
+pub fn run(arguments: &InfoArgs, output: Output) -> Result<u8> {
+    let recording = open(&arguments.file)?;
+    let report = InfoReport::of(&recording);
+    output.result(&report, report.to_table());
+    if let Some(damage) = &report.damage {
+        output.note(format_args!("{}: {damage}", arguments.file.display()));
+        return Ok(1);
+    }
+    Ok(0)
+}
+
+impl InfoReport {
+    fn of(recording: &Recording) -> Self {
+        let (header, summary) = (recording.header(), recording.summary());
+        let end = End::of(summary);
+        let ticks = summary.last_moment.map(|moment| moment.tick);
+        let counts_instructions = header.tick_kind == TickKind::Instruction;
+        let instructions = ticks.filter(|_| counts_instructions);
+        Self {
+            kind: "recording",
+            format_version: summary.format_version,
+            reprise_version: header.reprise_version.clone(),
+            created_unix_s: header.created_unix_s,
+            guest: header.guest.name.clone(),
+            command_line: header.guest.command_line.clone(),
+            images: header.guest.images.iter().map(ImageReport::from).collect(),
+            memory_mib: header.machine.ram_mib,
+            rtc_start_s: header.machine.rtc_start_s,
+            cpu_model: header.cpu_model.name.clone(),
+            cpu_model_version: header.cpu_model.version,
+            engine: header.engine.clone(),
+            clock: header.clock.clone(),
+            tick_kind: tick_kind_name(header),
+            ns_per_tick: header.ns_per_tick,
+            host: header.host.clone(),
+            complete: summary.complete,
+            damage: summary.damage.as_ref().map(ToString::to_string),
+            truncated_bytes: summary.truncated_bytes,
+            ending: end.as_ref().map(|end| end.name),
+            ending_detail: end.as_ref().and_then(|end| end.detail.clone()),
+            ticks,
+            instructions,
+            events: summary.record_count,
+            first_moment: summary.first_moment.map(Into::into),
+            last_moment: summary.last_moment.map(Into::into),
+            console_bytes: end.as_ref().map(|end| end.effects.console_bytes),
+            console_digest: end.as_ref().map(|end| hex(&end.effects.console_digest)),
+            final_digest: end.and_then(|end| end.final_digest).map(|digest| hex(&digest)),
+            log_bytes: summary.log_bytes,
+            log_frames: summary.log_frames,
+            bytes_per_kiloinstruction: instructions
+                .and_then(|count| bytes_per_kiloinstruction(summary.log_bytes, count)),
+            image_bytes: summary.image_bytes,
+            file_bytes: summary.file_bytes,
+            seek_index: match summary.seek_index {
+                SeekIndexState::Absent => "absent",
+                SeekIndexState::Intact => "intact",
+                SeekIndexState::Damaged => "damaged",
+            },
+            chain: summary.chain.clone(),
+        }
+    }
+
+    fn to_table(&self) -> String {
+        let host = &self.host;
+        let cpu = format!(
+            "{} {} family {} model {} stepping {}, Linux {}",
+            host.cpu_vendor,
+            host.cpu_brand,
+            host.cpu_family,
+            host.cpu_model,
+            host.cpu_stepping,
+            host.kernel_release
+        );
+        let mut rows = vec![
+            ("guest", format!("{}, {} MiB", self.guest, self.memory_mib)),
+            ("command line", self.command_line.clone()),
+        ];
+        for image in &self.images {
+            let size = byte_size(image.bytes);
+            let text = format!("{} {}, {size}, BLAKE3 {}", image.role, image.name, image.blake3);
+            rows.push(("image", text));
+        }
+        rows.push(("CPU model", format!("{} version {}", self.cpu_model, self.cpu_model_version)));
+        rows.push(("engine", format!("{}, clock {}", self.engine, self.clock)));
+        rows.push(("recorded on", cpu));
+        rows.push(("recorded by", format!("Reprise {}", self.reprise_version)));
+        rows.push(("state", self.state_text()));
+        if let Some(ticks) = self.ticks {
+            rows.push(("ticks", format!("{} ({}s)", grouped(ticks), self.tick_kind)));
+        }
+        rows.push(("events", format!("{} in {} frames", grouped(self.events), self.log_frames)));
+        rows.push(("log", log_text(self.log_bytes, self.bytes_per_kiloinstruction)));
+        rows.push(("images", format!("{} in the file", byte_size(self.image_bytes))));
+        rows.push((
+            "file",
+            format!("{}, seek index {}", byte_size(self.file_bytes), self.seek_index),
+        ));
+        if let (Some(bytes), Some(digest)) = (self.console_bytes, &self.console_digest) {
+            rows.push(("console", format!("{} bytes, BLAKE3 {digest}", grouped(bytes))));
+        }
+        if let Some(digest) = &self.final_digest {
+            rows.push(("final digest", digest.clone()));
+        }
+        rows.push(("chain", self.chain.clone()));
+        table(&rows)
+    }
+
+    fn state_text(&self) -> String {
+        if let Some(damage) = &self.damage {
+            return format!("DAMAGED: {damage}");
+        }
+        match (self.complete, self.ending, &self.ending_detail) {
+            (true, Some(ending), None) => format!("complete; ended by {ending}"),
+            (true, Some(ending), Some(detail)) => format!("complete; ended by {ending} ({detail})"),
+            (true, None, _) => "closed without the run's end, because its engine failed".to_owned(),
+            (false, ..) => format!(
+                "cut short; it replays up to its last event ({} bytes behind it are of no use)",
+                self.truncated_bytes
+            ),
+        }
+    }
+}
+
+/// How the recorded run ended.
+struct End {
+    name: &'static str,
+    detail: Option<String>,
+    effects: EffectDigest,
+    final_digest: Option<[u8; 32]>,
+}
+
+impl End {
+    fn of(summary: &Summary) -> Option<Self> {
+        match &summary.last_record.as_ref()?.event {
+            Event::End { ending, effects, final_digest } => {
+                let (name, detail) = describe_ending(ending);
+                Some(Self { name, detail, effects: *effects, final_digest: *final_digest })
+            }
+            _ => None,
+        }
+    }
+}
+
+fn tick_kind_name(header: &Header) -> &'static str {
+    match header.tick_kind {
+        TickKind::Instruction => "instruction",
+        TickKind::ConditionalBranch => "conditional-branch",
+        TickKind::Exit => "exit",
+    }
+}

@@ -1,0 +1,21 @@
+//! `reprise record`: the machine while it is recorded.
+
+use anyhow::Result;
+
+use super::run::{conclude, obtain, plan};
+use crate::cli::RecordArgs;
+use crate::output::Output;
+use crate::session::record::{self, RecordTo};
+
+/// Records a guest.
+///
+/// # Errors
+/// Whatever kept it from running or from being recorded.
+pub fn run(arguments: &RecordArgs, output: Output) -> Result<u8> {
+    let to = RecordTo { path: arguments.output.clone(), force: arguments.force };
+    to.check()?;
+    let guest = obtain(&arguments.guest, output)?;
+    let plan = plan(&guest, &arguments.machine, output)?;
+    let report = record::record(plan, &to)?;
+    Ok(conclude(&report, output))
+}

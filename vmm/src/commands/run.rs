@@ -1,0 +1,92 @@
+//! `reprise run`: the machine without recording. What it shares with `record` is here too.
+
+use std::fs::File;
+use std::io::{self, IsTerminal};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use reprise_host::{ConsoleSink, HostOptions, InputSource, ProgressObserver, terminal_can_be_used};
+
+use crate::cli::{GuestArgs, MachineArgs, RunArgs};
+use crate::output::{Output, grouped, progress_shows};
+use crate::session::choice;
+use crate::session::guest::Guest;
+use crate::session::record::{self, RunPlan};
+use crate::session::report::SessionReport;
+
+/// Runs a guest.
+///
+/// # Errors
+/// Whatever kept it from running.
+pub fn run(arguments: &RunArgs, output: Output) -> Result<u8> {
+    let guest = obtain(&arguments.guest, output)?;
+    let plan = plan(&guest, &arguments.machine, output)?;
+    let report = record::run(plan)?;
+    Ok(conclude(&report, output))
+}
+
+/// Reads or builds the guest; what takes time is told.
+pub(super) fn obtain(arguments: &GuestArgs, output: Output) -> Result<Guest> {
+    let cmdline = arguments.cmdline.as_deref();
+    Ok(Guest::obtain(&arguments.choice(), cmdline, &mut |step| output.note(step))?)
+}
+
+/// Plans a run as the command line asks.
+pub(super) fn plan<'a>(
+    guest: &'a Guest,
+    machine: &MachineArgs,
+    output: Output,
+) -> Result<RunPlan<'a>> {
+    let choice = choice::for_new_run(machine.engine, machine.clock)?;
+    if let Some(reason) = choice.reason {
+        let (engine, clock) = (choice.kind.engine_name(), choice.kind.clock_name());
+        output.note(format_args!("engine {engine}, clock {clock}: {reason}"));
+    }
+    let host = host_options(machine, output)?;
+    if host.input == InputSource::Terminal {
+        output.note("the console is live; press Ctrl-] to stop");
+    }
+    let memory_mib = machine.memory.unwrap_or(guest.default_memory_mib);
+    Ok(RunPlan { guest, choice, memory_mib, host })
+}
+
+fn host_options(machine: &MachineArgs, output: Output) -> Result<HostOptions> {
+    let console = match &machine.console {
+        Some(path) => ConsoleSink::File(
+            File::create(path)
+                .with_context(|| format!("cannot write the console to {}", path.display()))?,
+        ),
+        None if output.json => ConsoleSink::Discard,
+        None => ConsoleSink::Stdout,
+    };
+    let on_stdout = matches!(console, ConsoleSink::Stdout);
+    let input = match &machine.input {
+        Some(path) if path == Path::new("-") => InputSource::Stdin,
+        Some(path) => InputSource::File(path.clone()),
+        None if on_stdout && terminal_can_be_used() => InputSource::Terminal,
+        None => InputSource::None,
+    };
+    // A progress line amid console output would spoil both.
+    let console_shows = on_stdout && io::stdout().is_terminal();
+    let progress = (progress_shows() && !console_shows).then(|| progress_line(output));
+    Ok(HostOptions { input, console, handle_signals: true, progress })
+}
+
+/// A line that tells how far the machine is.
+fn progress_line(output: Output) -> ProgressObserver {
+    let bar = output.bar("running", None);
+    Box::new(move |progress| {
+        let guest_s = progress.virtual_ns as f64 / 1e9;
+        bar.set_message(format!("{} ticks, guest clock {guest_s:.1} s", grouped(progress.tick)));
+        bar.tick();
+    })
+}
+
+/// Reports, and gives the exit status.
+pub(super) fn conclude(report: &SessionReport, output: Output) -> u8 {
+    output.result_beside_console(report, report.to_table());
+    if report.ending == "engine-failed" {
+        output.note(report.ending_detail.as_deref().unwrap_or("the engine failed"));
+    }
+    report.exit_code
+}

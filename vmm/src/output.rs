@@ -1,0 +1,147 @@
+//! What a command tells: results on standard output, notes on standard error, progress bars on a
+//! terminal.
+
+use std::fmt::Display;
+use std::io::{self, IsTerminal, Write};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Serialize;
+
+/// How a command reports.
+#[derive(Clone, Copy, Debug)]
+pub struct Output {
+    /// One JSON object on standard output, and nothing else there.
+    pub json: bool,
+}
+
+impl Output {
+    /// Tells a person something that is no result.
+    pub fn note(&self, text: impl Display) {
+        write_ignoring_pipes(&mut io::stderr(), &format!("reprise: {text}\n"));
+    }
+
+    /// The command's result: `report` as JSON where that was asked for, else `text`.
+    pub fn result(&self, report: &impl Serialize, text: impl Display) {
+        let printed = if self.json { to_json(report) } else { text.to_string() };
+        write_ignoring_pipes(&mut io::stdout(), &with_line_end(printed));
+    }
+
+    /// The result of a command whose standard output belongs to the guest's console: JSON there
+    /// where that was asked for, else `text` beside the notes.
+    pub fn result_beside_console(&self, report: &impl Serialize, text: impl Display) {
+        if self.json {
+            self.result(report, "");
+        } else {
+            write_ignoring_pipes(&mut io::stderr(), &with_line_end(text.to_string()));
+        }
+    }
+
+    /// A command that failed: one line, which says what to do.
+    pub fn failure(&self, reason: &str) {
+        let line = one_line(reason);
+        self.note(&line);
+        if self.json {
+            self.result(&serde_json::json!({ "error": line }), "");
+        }
+    }
+
+    /// Shows progress on a terminal; elsewhere the bar draws nothing.
+    pub fn bar(&self, what: &str, total: Option<u64>) -> ProgressBar {
+        let template = match total {
+            Some(_) => "{msg} [{bar:32}] {percent}% {elapsed}",
+            None => "{msg} {spinner} {elapsed}",
+        };
+        let style = ProgressStyle::with_template(template)
+            .unwrap_or_else(|_| ProgressStyle::default_spinner())
+            .progress_chars("=> ");
+        let target = ProgressDrawTarget::stderr_with_hz(5);
+        let bar = ProgressBar::with_draw_target(total, target).with_style(style);
+        bar.set_message(what.to_owned());
+        bar
+    }
+}
+
+/// Whether progress shows.
+pub fn progress_shows() -> bool {
+    io::stderr().is_terminal()
+}
+
+/// Nanoseconds as seconds.
+pub fn seconds(ns: u64) -> f64 {
+    Duration::from_nanos(ns).as_secs_f64()
+}
+
+/// A digest in hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A count with its digits in groups of three.
+pub fn grouped(count: u64) -> String {
+    let digits = count.to_string();
+    let mut grouped = String::with_capacity(digits.len() * 4 / 3);
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+    }
+    grouped
+}
+
+/// Bytes in the unit that suits.
+pub fn byte_size(bytes: u64) -> String {
+    const UNITS: [(&str, u64); 3] = [("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
+    match UNITS.iter().find(|(_, unit)| bytes >= *unit) {
+        Some((name, unit)) => format!("{:.1} {name}", bytes as f64 / *unit as f64),
+        None => format!("{bytes} bytes"),
+    }
+}
+
+/// Rows of a name and a value, the values aligned.
+pub fn table(rows: &[(&str, String)]) -> String {
+    let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    rows.iter().map(|(name, value)| format!("{name:width$}  {value}\n")).collect()
+}
+
+/// Text in which nothing breaks the line or drives the terminal.
+pub fn one_line(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    lines.join("; ").chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+fn to_json(report: &impl Serialize) -> String {
+    // Reports hold nothing that JSON cannot: string keys, no map of other keys.
+    serde_json::to_string_pretty(report)
+        .unwrap_or_else(|error| format!("{{\"error\": \"{error}\"}}"))
+}
+
+fn with_line_end(mut text: String) -> String {
+    if !text.is_empty() && !text.ends_with('\n') {
+        text.push('\n');
+    }
+    text
+}
+
+/// A reader that has gone away (`| head`) is no failure.
+fn write_ignoring_pipes(stream: &mut impl Write, text: &str) {
+    let _ = stream.write_all(text.as_bytes()).and_then(|()| stream.flush());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_and_sizes_read_well() {
+        assert_eq!((grouped(7), grouped(1000)), ("7".to_owned(), "1,000".to_owned()));
+        assert_eq!(grouped(6_123_456_789), "6,123,456,789");
+        assert_eq!((byte_size(512), byte_size(3 << 19)), ("512 bytes".into(), "1.5 MiB".into()));
+    }
+
+    #[test]
+    fn a_reason_is_one_line_whatever_it_holds() {
+        assert_eq!(one_line("first\n  second\x1b[2J\n\n"), "first; second [2J");
+    }
+}

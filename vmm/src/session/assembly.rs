@@ -1,0 +1,85 @@
+//! RAM, CPU state, engine and board from a guest: the same code for a run, a recording and a
+//! replay, so that all start alike.
+
+use reprise_cpu::engine::SoftEngine;
+use reprise_devices::board::{Board, BoardConfig};
+use reprise_kvm::KvmEngine;
+use reprise_machine::engine::{Engine, EngineError};
+use reprise_machine::ram::{GuestRam, RamError};
+use reprise_trace::cpu_state::CpuState;
+
+use super::choice::EngineKind;
+use crate::boot::{self, BootError, GuestSource};
+
+/// Why a machine cannot be put together.
+#[derive(Debug, thiserror::Error)]
+pub enum AssemblyError {
+    /// No RAM.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// The guest cannot be loaded.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The engine cannot be had, or refuses the guest's first state.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+}
+
+/// A guest in RAM, before there is an engine.
+#[derive(Debug)]
+pub struct LoadedGuest {
+    ram: GuestRam,
+    state: CpuState,
+    board: BoardConfig,
+}
+
+impl LoadedGuest {
+    /// Loads a guest.
+    ///
+    /// # Errors
+    /// The RAM cannot be had, or the guest cannot be loaded into it.
+    pub fn load(
+        source: &GuestSource<'_>,
+        ram_mib: u64,
+        rtc_start_s: u64,
+    ) -> Result<Self, AssemblyError> {
+        let ram = GuestRam::new(ram_mib)?;
+        let state = boot::load(source, &ram)?;
+        let board = BoardConfig { ram_bytes: ram.ram_bytes(), rtc_start_s };
+        Ok(Self { ram, state, board })
+    }
+
+    /// Hands the guest to an engine, and both to `visitor`.
+    ///
+    /// # Errors
+    /// The engine cannot be had, or refuses the guest's first state.
+    pub fn with_engine<V: EngineVisitor>(
+        self,
+        kind: EngineKind,
+        visitor: V,
+    ) -> Result<V::Output, AssemblyError> {
+        let Self { ram, state, board } = self;
+        let board = Board::new(&board);
+        match kind {
+            EngineKind::Soft => {
+                let mut engine = SoftEngine::new(ram)?;
+                engine.set_cpu_state(&state)?;
+                Ok(visitor.visit(engine, board))
+            }
+            EngineKind::Kvm(clock) => {
+                let mut engine = KvmEngine::new(ram, clock)?;
+                engine.set_cpu_state(&state)?;
+                Ok(visitor.visit(engine, board))
+            }
+        }
+    }
+}
+
+/// What is done with a machine's parts, whatever the engine.
+pub trait EngineVisitor {
+    /// What it comes to.
+    type Output;
+
+    /// Takes the engine, which stands before the guest's first instruction, and the board.
+    fn visit<E: Engine>(self, engine: E, board: Board) -> Self::Output;
+}

@@ -1,0 +1,242 @@
+//! What the user wants to boot: an embedded guest, the Linux image, or files.
+
+use std::borrow::Cow;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use reprise_guest_images::EMBEDDED;
+use reprise_trace::header::{GuestInfo, ImageInfo, ImageRole, MAX_IMAGE_BYTES};
+
+use crate::boot::GuestSource;
+
+/// Memory of an embedded guest where the user gives none, in MiB.
+const EMBEDDED_MEMORY_MIB: u64 = 64;
+/// Memory of Linux and of a kernel from a file where the user gives none, in MiB.
+const KERNEL_MEMORY_MIB: u64 = 512;
+/// `--image` of the Linux guest.
+pub const LINUX: &str = "linux";
+
+/// Which guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestChoice {
+    /// An embedded guest, or [`LINUX`].
+    Image(String),
+    /// A kernel from a file.
+    Kernel {
+        /// Its path.
+        kernel: PathBuf,
+        /// The initrd's path.
+        initrd: Option<PathBuf>,
+    },
+}
+
+/// One image of a guest: its file's name and its bytes.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// The file's name, without a directory.
+    pub name: String,
+    /// Its bytes.
+    pub bytes: Cow<'static, [u8]>,
+}
+
+/// A guest, ready to be loaded.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    /// The embedded guest's name, or the kernel's file name.
+    pub name: String,
+    /// What starts.
+    pub kernel: Image,
+    /// The initial RAM disk.
+    pub initrd: Option<Image>,
+    /// The command line.
+    pub cmdline: String,
+    /// Memory where the user gives none, in MiB.
+    pub default_memory_mib: u64,
+}
+
+/// Why a guest cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestError {
+    /// No such name.
+    #[error("there is no image {name:?}: give one of {known}, or a file with --kernel")]
+    UnknownImage {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        known: String,
+    },
+    /// A file that cannot be read.
+    #[error("cannot read {what} {path}: {error}; check the path and its permissions")]
+    Unreadable {
+        /// The option.
+        what: &'static str,
+        /// As the user gave it.
+        path: String,
+        /// The system's reason.
+        error: std::io::Error,
+    },
+    /// A device.
+    #[error("{what} {path} is a device: give a file")]
+    Device {
+        /// The option.
+        what: &'static str,
+        /// As the user gave it.
+        path: String,
+    },
+    /// Larger than a recording embeds.
+    #[error("{what} {path} has more than {MAX_IMAGE_BYTES} bytes: give a smaller file")]
+    TooLarge {
+        /// The option.
+        what: &'static str,
+        /// As the user gave it.
+        path: String,
+    },
+    /// The recipe failed.
+    #[error(transparent)]
+    Linux(#[from] reprise_guest_images::RecipeError),
+}
+
+impl Guest {
+    /// Finds and reads a guest. `cmdline` replaces the guest's own command line; `progress` is told
+    /// what takes time.
+    ///
+    /// # Errors
+    /// No such image, or a file that cannot be read.
+    pub fn obtain(
+        choice: &GuestChoice,
+        cmdline: Option<&str>,
+        progress: &mut dyn FnMut(&str),
+    ) -> Result<Self, GuestError> {
+        let mut guest = match choice {
+            GuestChoice::Image(name) if name == LINUX => Self::linux(progress)?,
+            GuestChoice::Image(name) => Self::embedded(name)?,
+            GuestChoice::Kernel { kernel, initrd } => Self::files(kernel, initrd.as_deref())?,
+        };
+        if let Some(cmdline) = cmdline {
+            cmdline.clone_into(&mut guest.cmdline);
+        }
+        Ok(guest)
+    }
+
+    /// An embedded guest.
+    ///
+    /// # Errors
+    /// No such name.
+    pub fn embedded(name: &str) -> Result<Self, GuestError> {
+        let found = reprise_guest_images::embedded(name).ok_or_else(|| {
+            let names = EMBEDDED.iter().map(|guest| guest.name).chain([LINUX]);
+            let known = names.collect::<Vec<_>>().join(", ");
+            GuestError::UnknownImage { name: name.to_owned(), known }
+        })?;
+        Ok(Self {
+            name: found.name.to_owned(),
+            kernel: Image { name: found.name.to_owned(), bytes: Cow::Borrowed(found.image) },
+            initrd: None,
+            cmdline: found.default_command_line.to_owned(),
+            default_memory_mib: EMBEDDED_MEMORY_MIB,
+        })
+    }
+
+    fn linux(progress: &mut dyn FnMut(&str)) -> Result<Self, GuestError> {
+        let image = reprise_guest_images::linux(&cache_directory(), progress)?;
+        Ok(Self {
+            name: LINUX.to_owned(),
+            kernel: Image::read("--kernel", &image.kernel)?,
+            initrd: Some(Image::read("--initrd", &image.initrd)?),
+            cmdline: image.command_line,
+            default_memory_mib: KERNEL_MEMORY_MIB,
+        })
+    }
+
+    fn files(kernel: &Path, initrd: Option<&Path>) -> Result<Self, GuestError> {
+        let kernel = Image::read("--kernel", kernel)?;
+        Ok(Self {
+            name: kernel.name.clone(),
+            kernel,
+            initrd: initrd.map(|path| Image::read("--initrd", path)).transpose()?,
+            cmdline: String::new(),
+            default_memory_mib: KERNEL_MEMORY_MIB,
+        })
+    }
+
+    /// What the boot loaders take.
+    pub fn source(&self) -> GuestSource<'_> {
+        GuestSource {
+            kernel: &self.kernel.bytes,
+            initrd: self.initrd.as_ref().map(|image| image.bytes.as_ref()),
+            cmdline: &self.cmdline,
+        }
+    }
+
+    /// What a recording's header says of the guest.
+    pub fn info(&self) -> GuestInfo {
+        let images =
+            self.images().map(|(role, image)| ImageInfo::of(role, &image.name, &image.bytes));
+        GuestInfo {
+            name: self.name.clone(),
+            command_line: self.cmdline.clone(),
+            images: images.collect(),
+        }
+    }
+
+    /// The images in the order in which a recording embeds them.
+    pub fn images(&self) -> impl Iterator<Item = (ImageRole, &Image)> {
+        let kernel = [(ImageRole::Kernel, &self.kernel)].into_iter();
+        kernel.chain(self.initrd.iter().map(|image| (ImageRole::Initrd, image)))
+    }
+}
+
+impl Image {
+    fn read(what: &'static str, path: &Path) -> Result<Self, GuestError> {
+        let shown = || path.display().to_string();
+        let unreadable = |error| GuestError::Unreadable { what, path: shown(), error };
+        let file = File::open(path).map_err(unreadable)?;
+        let kind = file.metadata().map_err(unreadable)?.file_type();
+        if kind.is_char_device() || kind.is_block_device() {
+            return Err(GuestError::Device { what, path: shown() });
+        }
+        let mut bytes = Vec::new();
+        file.take(MAX_IMAGE_BYTES + 1).read_to_end(&mut bytes).map_err(unreadable)?;
+        if bytes.len() as u64 > MAX_IMAGE_BYTES {
+            return Err(GuestError::TooLarge { what, path: shown() });
+        }
+        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+        Ok(Self { name, bytes: bytes.into() })
+    }
+}
+
+/// Where built images are kept: `$XDG_CACHE_HOME/reprise`, else `~/.cache/reprise`, else a
+/// directory below the system's temporary one.
+pub fn cache_directory() -> PathBuf {
+    let set = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    set("XDG_CACHE_HOME")
+        .or_else(|| set("HOME").map(|home| home.join(".cache")))
+        .unwrap_or_else(std::env::temp_dir)
+        .join("reprise")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_image_names_what_there_is() {
+        let error = Guest::embedded("nothing").expect_err("no such guest").to_string();
+        assert!(error.contains("hello") && error.contains("linux"), "{error}");
+    }
+
+    #[test]
+    fn unreadable_files_and_devices_are_refused_with_their_option() {
+        for (path, expected) in [
+            ("/nonexistent/vmlinuz", "cannot read --kernel /nonexistent/vmlinuz"),
+            ("/dev/zero", "--kernel /dev/zero is a device"),
+            ("/", "cannot read --kernel /"),
+        ] {
+            let error =
+                Image::read("--kernel", Path::new(path)).expect_err("no kernel").to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! Sessions: a guest, an engine and the world put together into a machine that runs, records or
+//! replays.
+
+pub mod assembly;
+pub mod choice;
+pub mod guest;
+pub mod record;
+pub mod replay;
+pub mod report;

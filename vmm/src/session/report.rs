@@ -1,0 +1,282 @@
+//! What a run, a recording or a replay came to, as people and checks read it.
+
+use std::time::Duration;
+
+use reprise_machine::divergence::Divergence;
+use reprise_machine::outcome::{Conclusion, Outcome};
+use reprise_trace::event::Ending;
+use reprise_trace::moment::{Moment, TickKind};
+use serde::Serialize;
+
+use super::choice::EngineKind;
+use crate::output::{byte_size, grouped, hex, seconds, table};
+
+/// A point in guest execution.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct MomentReport {
+    /// Ticks since the machine started.
+    pub tick: u64,
+    /// The next instruction's address.
+    pub rip: u64,
+    /// What remains of a REP.
+    pub rcx: u64,
+}
+
+impl From<Moment> for MomentReport {
+    fn from(Moment { tick, rip, rcx }: Moment) -> Self {
+        Self { tick, rip, rcx }
+    }
+}
+
+/// Where a replay is not what was recorded, and how.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DivergenceReport {
+    /// Where.
+    pub moment: MomentReport,
+    /// What differs.
+    pub what: String,
+    /// What the recording has.
+    pub recorded: String,
+    /// What the replay has.
+    pub replayed: String,
+}
+
+impl From<&Divergence> for DivergenceReport {
+    fn from(divergence: &Divergence) -> Self {
+        Self {
+            moment: divergence.moment.into(),
+            what: divergence.difference.to_string(),
+            recorded: divergence.expected.clone(),
+            replayed: divergence.found.clone(),
+        }
+    }
+}
+
+/// What a session came to. Fields that a session does not have are null.
+#[derive(Clone, Debug, Serialize)]
+pub struct SessionReport {
+    /// `run`, `record` or `replay`.
+    pub command: &'static str,
+    /// The guest's name.
+    pub guest: String,
+    /// `kvm` or `soft`.
+    pub engine: &'static str,
+    /// `instructions`, `step` or `sync`.
+    pub clock: &'static str,
+    /// Why this engine, where the program chose it.
+    pub engine_reason: Option<&'static str>,
+    /// Instructions executed; null where the clock does not count them.
+    pub instructions: Option<u64>,
+    /// Ticks of the clock.
+    pub ticks: u64,
+    /// Time on the host's clock.
+    pub wall_seconds: f64,
+    /// Time on the guest's clock.
+    pub virtual_seconds: f64,
+    /// Million instructions a second.
+    pub mips: Option<f64>,
+    /// Records written or replayed.
+    pub events: u64,
+    /// The event log in its file, with its framing.
+    pub log_bytes: Option<u64>,
+    /// The embedded images in the file, with their framing.
+    pub image_bytes: Option<u64>,
+    /// The whole file.
+    pub file_bytes: Option<u64>,
+    /// The log for each thousand instructions.
+    pub bytes_per_kiloinstruction: Option<f64>,
+    /// How it ended; a replay may also be `cut-short`, `target-reached` or `diverged`.
+    pub ending: &'static str,
+    /// More about the ending, where there is more.
+    pub ending_detail: Option<String>,
+    /// The process's exit status.
+    pub exit_code: u8,
+    /// Bytes that the guest wrote to its console.
+    pub console_bytes: u64,
+    /// BLAKE3 of them.
+    pub console_digest: String,
+    /// BLAKE3 over CPU, devices and RAM; null where the machine stands at no exact moment.
+    pub final_digest: Option<String>,
+    /// Replay: everything that was recorded, up to where the replay ended, happened again.
+    pub verified: Option<bool>,
+    /// Replay: the last record that agreed.
+    pub verified_until: Option<MomentReport>,
+    /// Replay: `exact`, or `across-engines` where the digests of CPU and RAM were not compared.
+    pub verification: Option<&'static str>,
+    /// Replay: the recording has its end.
+    pub complete: Option<bool>,
+    /// Replay: the first difference.
+    pub divergence: Option<DivergenceReport>,
+    /// Replay: where the recording's file is damaged.
+    pub damage: Option<String>,
+    /// Accesses to the board.
+    pub accesses: u64,
+    /// Interrupts delivered.
+    pub interrupts: u64,
+}
+
+impl SessionReport {
+    /// What every session reports.
+    pub fn new(
+        command: &'static str,
+        guest: &str,
+        kind: EngineKind,
+        outcome: &Outcome,
+        wall: Duration,
+    ) -> Self {
+        let counts_instructions = kind.tick_kind() == TickKind::Instruction;
+        let instructions = counts_instructions.then_some(outcome.ticks);
+        let (ending, ending_detail, exit_code) = conclusion(&outcome.conclusion);
+        Self {
+            command,
+            guest: guest.to_owned(),
+            engine: kind.engine_name(),
+            clock: kind.clock_name(),
+            engine_reason: None,
+            instructions,
+            ticks: outcome.ticks,
+            wall_seconds: wall.as_secs_f64(),
+            virtual_seconds: seconds(outcome.virtual_ns),
+            mips: instructions.map(|count| count as f64 / 1e6 / wall.as_secs_f64().max(1e-9)),
+            events: outcome.events,
+            log_bytes: None,
+            image_bytes: None,
+            file_bytes: None,
+            bytes_per_kiloinstruction: None,
+            ending,
+            ending_detail,
+            exit_code,
+            console_bytes: outcome.effects.console_bytes,
+            console_digest: hex(&outcome.effects.console_digest),
+            final_digest: outcome.final_digest().map(|digest| hex(&digest)),
+            verified: None,
+            verified_until: None,
+            verification: None,
+            complete: None,
+            divergence: outcome.divergence().map(DivergenceReport::from),
+            damage: None,
+            accesses: outcome.accesses,
+            interrupts: outcome.interrupts,
+        }
+    }
+
+    /// Adds what the recording's file holds.
+    pub fn with_file(mut self, log_bytes: u64, image_bytes: u64, file_bytes: u64) -> Self {
+        self.log_bytes = Some(log_bytes);
+        self.image_bytes = Some(image_bytes);
+        self.file_bytes = Some(file_bytes);
+        self.bytes_per_kiloinstruction =
+            self.instructions.and_then(|count| bytes_per_kiloinstruction(log_bytes, count));
+        self
+    }
+
+    /// The report as a small table.
+    pub fn to_table(&self) -> String {
+        let mut rows = vec![
+            ("guest", self.guest.clone()),
+            ("engine", format!("{}, clock {}", self.engine, self.clock)),
+            ("ending", self.ending_text()),
+        ];
+        match (self.instructions, self.mips) {
+            (Some(count), Some(mips)) => {
+                rows.push(("instructions", format!("{} ({mips:.1} MIPS)", grouped(count))));
+            }
+            _ => rows.push(("ticks", grouped(self.ticks))),
+        }
+        let times =
+            format!("{:.2} s, guest clock {:.2} s", self.wall_seconds, self.virtual_seconds);
+        rows.push(("time", times));
+        rows.push(("events", grouped(self.events)));
+        if let Some(log_bytes) = self.log_bytes {
+            rows.push(("log", log_text(log_bytes, self.bytes_per_kiloinstruction)));
+        }
+        if let (Some(file), Some(images)) = (self.file_bytes, self.image_bytes) {
+            let text = format!("{}, embedded images {} of it", byte_size(file), byte_size(images));
+            rows.push(("file", text));
+        }
+        let console =
+            format!("{} bytes, BLAKE3 {}", grouped(self.console_bytes), self.console_digest);
+        rows.push(("console", console));
+        let digest = self.final_digest.as_deref().unwrap_or("none: not at an exact moment");
+        rows.push(("final digest", digest.to_owned()));
+        table(&rows)
+    }
+
+    fn ending_text(&self) -> String {
+        match &self.ending_detail {
+            Some(detail) => format!("{} ({detail})", self.ending),
+            None => self.ending.to_owned(),
+        }
+    }
+}
+
+/// Bytes of log for each thousand instructions; `None` for no instructions.
+pub fn bytes_per_kiloinstruction(log_bytes: u64, instructions: u64) -> Option<f64> {
+    (instructions > 0).then(|| log_bytes as f64 * 1000.0 / instructions as f64)
+}
+
+/// The log's size for a person.
+pub fn log_text(log_bytes: u64, per_kiloinstruction: Option<f64>) -> String {
+    let size = byte_size(log_bytes);
+    match per_kiloinstruction {
+        Some(rate) => format!("{size}, {rate:.4} bytes per thousand instructions"),
+        None => size,
+    }
+}
+
+/// Name, detail and exit status of a conclusion.
+fn conclusion(conclusion: &Conclusion) -> (&'static str, Option<String>, u8) {
+    match conclusion {
+        Conclusion::Ended(ending) => {
+            let (name, detail) = describe_ending(ending);
+            (name, detail, exit_code(ending))
+        }
+        Conclusion::CutShort { damage: None } => ("cut-short", None, 0),
+        Conclusion::CutShort { damage: Some(damage) } => ("cut-short", Some(damage.to_string()), 1),
+        Conclusion::TargetReached => ("target-reached", None, 0),
+        Conclusion::Diverged(divergence) => ("diverged", Some(divergence.to_string()), 1),
+    }
+}
+
+/// An ending's name, and more about it.
+pub fn describe_ending(ending: &Ending) -> (&'static str, Option<String>) {
+    match ending {
+        Ending::Reset => ("reset", None),
+        Ending::TripleFault => ("triple-fault", None),
+        Ending::PowerOff => ("power-off", None),
+        Ending::IdleForever => {
+            ("idle-forever", Some("nothing could ever have woken the guest".to_owned()))
+        }
+        Ending::DebugExit(value) => ("debug-exit", Some(format!("value {value}"))),
+        Ending::Stopped => ("stopped", Some("from outside".to_owned())),
+        Ending::EngineFailed(reason) => ("engine-failed", Some(reason.clone())),
+    }
+}
+
+/// The exit status of a run that ended so: QEMU's for its debug-exit device.
+fn exit_code(ending: &Ending) -> u8 {
+    match ending {
+        Ending::DebugExit(value) => value << 1 | 1,
+        Ending::EngineFailed(_) => 1,
+        _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_debug_exit_gives_the_status_that_qemu_gives() {
+        for (value, status) in [(0, 1), (16, 33), (0x7f, 0xff), (0x80, 1)] {
+            assert_eq!(exit_code(&Ending::DebugExit(value)), status);
+        }
+        assert_eq!(exit_code(&Ending::TripleFault), 0);
+    }
+
+    #[test]
+    fn the_log_rate_is_bytes_for_a_thousand_instructions() {
+        assert_eq!(bytes_per_kiloinstruction(20, 1_000_000), Some(0.02));
+        assert_eq!(bytes_per_kiloinstruction(20, 0), None);
+    }
+}
