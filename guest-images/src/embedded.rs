@@ -39,7 +39,7 @@ pub static EMBEDDED: &[EmbeddedGuest] = &[
     guest!(
         "echo",
         "",
-        "echoes what is typed and hashes it, and where its interrupts landed; a line \"quit\" ends it"
+        "echoes and hashes what is typed, and where its interrupts landed; a line \"quit\" ends it"
     ),
     guest!(
         "compute",
@@ -50,8 +50,8 @@ pub static EMBEDDED: &[EmbeddedGuest] = &[
     guest!("misbehave", "", "does do=NAME, to test the machine; without one it lists the names"),
 ];
 
-/// What `compute` prints with the command line `scale=1`. The same sources built for the host print the
-/// same, and a test holds them to it.
+/// What `compute` prints with the command line `scale=1`. The same sources built for the host print
+/// the same, and a test holds them to it.
 pub const COMPUTE_AT_SCALE_1: &str = "\
     sha256: b042514fc5496b8b324a5e6bb29d7aeb2c85450e19ebd8cee3e1d3c315e6653c\r\n\
     sort: 99b0006254e64fa9\r\n\

@@ -2,5 +2,10 @@
 //! the binary, and the recipe of the stock-Debian Linux image.
 
 mod embedded;
+mod linux;
 
 pub use embedded::{COMPUTE_AT_SCALE_1, EMBEDDED, EmbeddedGuest, embedded};
+pub use linux::{
+    LINUX_COMMAND_LINE, LinuxImage, LinuxVersions, RecipeError, WORKLOAD_SMALL, WORKLOAD_W,
+    build_linux, linux,
+};
