@@ -198,7 +198,7 @@ mod tests {
                     let cpu = &mut machine.cpu;
                     cpu.registers.gpr[0] = 0xdead_0000 | u64::from(ax);
                     cpu.registers.arithmetic = Arithmetic::from_rflags(carries | others);
-                    machine.run(&block);
+                    machine.run(block);
                     let cpu = &machine.cpu;
                     assert_eq!(cpu.registers.gpr[0] >> 16, 0xdead);
                     let ax = (cpu.registers.gpr[0] as u16).to_le_bytes();

@@ -1,7 +1,7 @@
 //! A CPU with a few bytes of code, for unit tests that run single instructions.
 #![allow(unsafe_code)]
 
-use std::rc::Rc;
+use std::ptr::NonNull;
 
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::{CS, CpuState, Segment};
@@ -71,16 +71,19 @@ impl Machine {
     }
 
     /// The block at RIP.
-    pub(crate) fn block(&mut self) -> Rc<Block> {
+    pub(crate) fn block(&mut self) -> NonNull<Block> {
         self.cpu.current_block().expect("code can be fetched")
     }
 
     /// Runs the first instruction of a block over and over: RIP stays.
-    pub(crate) fn run(&mut self, block: &Block) -> Flow {
+    pub(crate) fn run(&mut self, block: NonNull<Block>) -> Flow {
         self.cpu.registers.gpr[usize::from(BLOCK_RIP)] = self.cpu.rip;
-        let op = &block.ops[0];
-        // SAFETY: as in the block loop.
-        with_guest_fpu(&mut self.cpu, |cpu| unsafe { (op.handler)(cpu, op) })
+        // SAFETY: no block is dropped before this function returns, and the handler was made for the
+        // operation.
+        with_guest_fpu(&mut self.cpu, |cpu| unsafe {
+            let op = &block.as_ref().ops[0];
+            (op.handler)(cpu, op)
+        })
     }
 
     /// Runs one instruction; the fault if it faults.
@@ -89,11 +92,12 @@ impl Machine {
     /// If it leaves for the board.
     pub(crate) fn step(&mut self) -> Result<(), Fault> {
         let block = self.block();
-        match self.run(&block) {
+        match self.run(block) {
             Flow::FAULT => Err(self.cpu.pending_fault),
             Flow::EXIT => panic!("leaves for the board: {:?}", self.cpu.pending_exit),
             _ => {
-                self.cpu.rip = block.ops[0].next_rip(&self.cpu);
+                // SAFETY: as in `run`.
+                self.cpu.rip = unsafe { block.as_ref() }.ops[0].next_rip(&self.cpu);
                 Ok(())
             }
         }
