@@ -107,7 +107,9 @@ pub trait Engine {
 
     /// Runs the guest until `tick() == until` or an earlier exit. Under [`TickKind::Exit`] each
     /// access and each HLT is a tick, counted when it is finished, and `until` is only compared at
-    /// those.
+    /// those. Where one instruction makes several accesses, each is a tick, and between them
+    /// [`Engine::moment`] and [`Engine::cpu_state`] answer (the same each time), while
+    /// [`Engine::interruptible`] gives false.
     ///
     /// # Panics
     /// If `until` is in the past, or the last access was not finished.

@@ -225,6 +225,8 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
             self.interrupt_requested = wait_for_window;
         }
         if deliverable {
+            let now = self.now();
+            self.board.advance(now);
             let vector = self.board.acknowledge_interrupt();
             self.engine.inject(vector)?;
             self.delivered_at = Some(self.engine.tick());

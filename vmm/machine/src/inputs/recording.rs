@@ -45,7 +45,7 @@ pub struct Recording<H: Host, S: FrameSink> {
     look: bool,
     mark_due: bool,
     flush_due: bool,
-    /// The host had more input than the guest had room for.
+    /// The host may have more input than the guest had room for.
     input_waiting: bool,
     /// The room before the last bytes were given: input waits until the guest has read them, so
     /// that a byte read one by one does not make a record each.
@@ -148,8 +148,16 @@ impl<H: Host, S: FrameSink> Recording<H, S> {
     /// Console bytes that the guest has room for.
     fn input_for<E: Engine>(&mut self, here: &Boundary<'_, E>, looking: bool) -> Option<Vec<u8>> {
         let room = here.console_room;
+        if room == 0 {
+            // Before the guest listens, and while it does not read. It is given what is there as
+            // soon as it has room, without waiting for a kick.
+            if looking && !self.input_waiting {
+                (self.input_waiting, self.room_wanted) = (true, 1);
+            }
+            return None;
+        }
         let drained = self.input_waiting && room >= self.room_wanted;
-        if room == 0 || !(looking || drained) {
+        if !(looking || drained) {
             return None;
         }
         let bytes = self.host.take_console_input(room);
@@ -260,8 +268,8 @@ impl<H: Host, S: FrameSink> Inputs for Recording<H, S> {
     }
 
     fn idle<E: Engine>(&mut self, here: &mut Boundary<'_, E>) -> Result<Idle, Stop> {
-        let guest_is_deaf = self.input_waiting && here.console_room == 0;
-        let input_may_come = !guest_is_deaf && self.host.input_may_come();
+        // A guest without room for a byte sleeps through whatever is typed.
+        let input_may_come = here.console_room > 0 && self.host.input_may_come();
         let deadline = here.deadline.filter(|deadline| deadline.ns <= MAX_VIRTUAL_NS);
         let Some(deadline) = deadline else {
             match input_may_come {
