@@ -7,6 +7,9 @@
 //! There is no APIC, MTRR, machine check, XSAVE, AVX, RDRAND, MONITOR, PCID or RDTSCP: the board has
 //! no part for the first, and the others are state or values that a recording would have to carry.
 
+#[cfg(test)]
+mod tests;
+
 /// The model's name, as a recording's header gives it.
 pub const NAME: &str = "reprise-x86-64-v2";
 /// The model's version: any change in this file that a guest can see raises it.

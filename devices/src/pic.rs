@@ -5,6 +5,9 @@
 //! As the datasheet has it, a request has to stand until it is acknowledged: a falling input drops
 //! it, in edge mode too. Reads of the status bits, acknowledgement and the cascade take no time.
 
+#[cfg(test)]
+mod tests;
+
 use serde::{Deserialize, Serialize};
 
 use crate::state::Device;

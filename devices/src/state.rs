@@ -121,8 +121,12 @@ pub(crate) mod contract {
         let saved = original.save();
         assert!(original.is_possible(), "seed {seed}");
         let mut disturbed = original.clone();
-        accesses(&mut disturbed, &mut access, seed ^ 1);
-        assert_ne!(disturbed, original, "seed {seed}: nothing was disturbed");
+        // A device with little state may come back to where it was.
+        let is_disturbed = (1..100).any(|round| {
+            accesses(&mut disturbed, &mut access, seed + (round << 32));
+            disturbed != original
+        });
+        assert!(is_disturbed, "seed {seed}: nothing was disturbed");
         let mut loaded = D::from_saved(&saved).expect("what was saved loads");
         assert_eq!(loaded, original, "seed {seed}");
         let continued = accesses(&mut original, &mut access, seed ^ 2);

@@ -242,7 +242,7 @@ impl Counter {
             0b10 => Access::High,
             _ => Access::LowThenHigh,
         };
-        let shown = self.value(edge);
+        let shown = self.value(edge) % self.modulus();
         self.mode = match (value >> 1) & 7 {
             0 => Mode::InterruptOnTerminalCount,
             1 => Mode::OneShot,
