@@ -65,7 +65,7 @@ pub struct GuestArgs {
     #[arg(long, value_name = "PATH")]
     kernel: Option<PathBuf>,
     /// The initial RAM disk of --kernel
-    #[arg(long, value_name = "PATH", requires = "kernel")]
+    #[arg(long, value_name = "PATH", requires = "kernel", conflicts_with = "image")]
     initrd: Option<PathBuf>,
     /// The guest's command line, in place of the image's own
     #[arg(long, value_name = "STR", allow_hyphen_values = true)]
