@@ -111,6 +111,7 @@ impl Guest {
     pub(crate) fn protected() -> Self {
         let mut guest = Self::new(false);
         guest.state.cr0 = 0x33;
+        guest.state.cr4 = 0x600;
         guest.state.efer = 0;
         guest.state.segments[CS] = segment(KERNEL_CS, CODE_32);
         guest
@@ -301,6 +302,11 @@ impl Ended {
             Some(delivered) => (delivered.vector, delivered.error_code),
             None => panic!("no handler ran: {:?} at {:#x}", self.exit, self.state.rip),
         }
+    }
+
+    /// Reads guest RAM as the guest left it.
+    pub(crate) fn engine_read(&self, address: u64, bytes: &mut [u8]) {
+        self.engine.read_ram(address, bytes);
     }
 
     pub(crate) fn u64(&self, address: u64) -> u64 {
