@@ -30,6 +30,9 @@ const POOL: [Register; 8] = [
     Register::R11,
     Register::RBX,
 ];
+/// The same for an instruction that cannot have a REX prefix.
+const POOL_WITHOUT_REX: [Register; 4] =
+    [Register::RAX, Register::RCX, Register::RDX, Register::RBX];
 /// Guest registers that stand for themselves: free in the calling convention, and those of them that
 /// opcodes use implicitly (`mul rdx`, `cmpxchg`, `shl r, cl`) are right without a look.
 const KEEP_THEIR_NAMES: [Register; 7] = [
@@ -262,12 +265,13 @@ fn plan(normal: &Instruction, info: &mut InstructionInfoFactory) -> Option<Plan>
         }
     }
     // Registers that an opcode may use without naming them keep their names; the others are renamed
-    // into the pool, unless a high-byte register forbids the REX prefix that this may need.
+    // into the pool. A high-byte register forbids a REX prefix, and keeps its own name.
+    let pool = if high_bytes { &POOL_WITHOUT_REX[..] } else { &POOL };
     let mut taken: Vec<Register> = Vec::new();
     for binding in &mut general {
         let renamed = explicit_uses(&explicit, binding.guest)
             && !KEEP_THEIR_NAMES.contains(&binding.guest)
-            && !high_bytes;
+            && !(high_bytes && POOL_WITHOUT_REX.contains(&binding.guest));
         if !renamed {
             binding.host = binding.guest;
             taken.push(binding.guest);
@@ -277,7 +281,7 @@ fn plan(normal: &Instruction, info: &mut InstructionInfoFactory) -> Option<Plan>
         return None;
     }
     for binding in general.iter_mut().filter(|binding| binding.host == Register::None) {
-        let host = POOL.iter().copied().find(|host| !taken.contains(host))?;
+        let host = pool.iter().copied().find(|host| !taken.contains(host))?;
         binding.host = host;
         taken.push(host);
     }
