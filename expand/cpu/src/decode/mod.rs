@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 
 use iced_x86::{Decoder, DecoderOptions, Instruction};
 
-use crate::cpu::{Cpu, NO_SEGMENT, ZERO};
+use crate::cpu::{Cpu, NO_SEGMENT};
 use crate::fault::{Fault, Stop, vector};
 use crate::memory::physical::PAGE_BYTES;
 use crate::memory::walk::canonical;
@@ -22,7 +22,7 @@ const MAX_BLOCK_OPS: usize = 64;
 /// An instruction's bytes, at most.
 const MAX_INSTRUCTION_BYTES: usize = 15;
 /// Encodings that the CPU model decodes as its time did: no LZCNT, TZCNT or WBNOINVD.
-const OPTIONS: u32 =
+pub(crate) const OPTIONS: u32 =
     DecoderOptions::NO_MPFX_0FBC | DecoderOptions::NO_MPFX_0FBD | DecoderOptions::NO_WBNOINVD;
 
 impl Cpu {
@@ -144,28 +144,7 @@ impl Cpu {
         offset: usize,
         number: usize,
     ) -> (Op, BlockEnd) {
-        let mut op = Op {
-            handler: ops::raise_ud,
-            inner: ops::raise_ud,
-            native: None,
-            displacement: 0,
-            address_mask: u64::MAX,
-            immediate: 0,
-            base: ZERO,
-            index: ZERO,
-            scale: 0,
-            segment: NO_SEGMENT,
-            a: 0,
-            b: 0,
-            size: 0,
-            operand_bytes: 0,
-            reads: false,
-            writes: false,
-            offset: offset as u16,
-            number: number as u16,
-            length: instruction.len() as u8,
-            instruction: Box::new(instruction),
-        };
+        let mut op = Op::new(instruction, offset, number);
         op.set_memory_operand(&instruction, self.address_bits(&instruction));
         let end = ops::select(self, &mut op);
         if self.mode.has(Mode::SEGMENTED) && op.segment != NO_SEGMENT {

@@ -4,6 +4,7 @@ use iced_x86::{Instruction, OpKind, Register};
 
 use crate::cpu::{BLOCK_RIP, Cpu, NO_SEGMENT, ZERO};
 use crate::fault::Flow;
+use crate::ops::raise_ud;
 
 /// What runs an operation. Native sequences that need no memory operand have this very signature,
 /// so that the block loop calls them without a detour.
@@ -55,6 +56,33 @@ pub(crate) struct Op {
 }
 
 impl Op {
+    /// An operation that raises #UD until handler and fields are chosen. `offset` counts from the
+    /// block's start in bytes, `number` in instructions.
+    pub(crate) fn new(instruction: Instruction, offset: usize, number: usize) -> Self {
+        Self {
+            handler: raise_ud,
+            inner: raise_ud,
+            native: None,
+            displacement: 0,
+            address_mask: u64::MAX,
+            immediate: 0,
+            base: ZERO,
+            index: ZERO,
+            scale: 0,
+            segment: NO_SEGMENT,
+            a: 0,
+            b: 0,
+            size: 0,
+            operand_bytes: 0,
+            reads: false,
+            writes: false,
+            offset: offset as u16,
+            number: number as u16,
+            length: instruction.len() as u8,
+            instruction: Box::new(instruction),
+        }
+    }
+
     /// The memory operand's offset in its segment.
     #[inline(always)]
     pub(crate) fn effective_address(&self, cpu: &Cpu) -> u64 {

@@ -1,6 +1,8 @@
 //! Native sequences: guest instructions that the host CPU itself executes.
 
 mod code_buffer;
+#[cfg(test)]
+pub(crate) mod forms;
 pub(crate) mod host_fpu;
 mod lower;
 mod operand;

@@ -1,9 +1,9 @@
-//! Instructions that only touch flags, and those that do nothing.
+//! Instructions that only touch flags.
 
 use iced_x86::Mnemonic;
 use reprise_trace::cpu_state::RAX;
 
-use super::{BlockEnd, handler, nothing};
+use super::{BlockEnd, handler};
 use crate::cpu::Cpu;
 use crate::decode::op::{Handler, Op};
 use crate::fault::{Fault, Stop};
@@ -21,9 +21,6 @@ pub(super) fn select(op: &mut Op, _mode: Mode) -> Option<BlockEnd> {
         Mnemonic::Cmc => (cmc, BlockEnd::Continue),
         Mnemonic::Lahf => (lahf, BlockEnd::Continue),
         Mnemonic::Sahf => (sahf, BlockEnd::Continue),
-        Mnemonic::Nop | Mnemonic::Reservednop | Mnemonic::Pause => (nothing, BlockEnd::Continue),
-        Mnemonic::Endbr64 | Mnemonic::Endbr32 => (nothing, BlockEnd::Continue),
-        Mnemonic::Rdsspd | Mnemonic::Rdsspq => (nothing, BlockEnd::Continue),
         _ => return None,
     };
     op.handler = handler;

@@ -4,6 +4,8 @@
 mod bcd;
 mod bits;
 mod branch;
+#[cfg(test)]
+mod coverage;
 mod divide;
 mod flag_ops;
 mod masked_move;
@@ -54,6 +56,23 @@ pub(crate) enum BlockEnd {
     After,
 }
 
+/// The modules' own choices, at most one of which takes an instruction.
+const BY_HAND: &[fn(&mut Op, Mode) -> Option<BlockEnd>] = &[
+    moves::select,
+    stack::select,
+    branch::select,
+    string::select,
+    flag_ops::select,
+    divide::select,
+    bits::select,
+    port_io::select,
+    bcd::select,
+    x87_control::select,
+    sse_control::select,
+    masked_move::select,
+    system::select,
+];
+
 /// Chooses what runs `op.instruction` and fills in the fields that it needs.
 pub(crate) fn select(cpu: &mut Cpu, op: &mut Op) -> BlockEnd {
     let mode = cpu.mode;
@@ -65,21 +84,6 @@ pub(crate) fn select(cpu: &mut Cpu, op: &mut Op) -> BlockEnd {
         op.handler = handler;
         return BlockEnd::Branch;
     }
-    const BY_HAND: &[fn(&mut Op, Mode) -> Option<BlockEnd>] = &[
-        moves::select,
-        stack::select,
-        branch::select,
-        string::select,
-        flag_ops::select,
-        divide::select,
-        bits::select,
-        port_io::select,
-        bcd::select,
-        x87_control::select,
-        sse_control::select,
-        masked_move::select,
-        system::select,
-    ];
     for by_hand in BY_HAND {
         if let Some(end) = by_hand(op, mode) {
             return end;
