@@ -1,18 +1,26 @@
 //! The guest's CPU model as KVM takes it.
 
-use kvm_bindings::CpuId;
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+use reprise_devices::cpu_model::LEAVES;
+use vmm_sys_util::errno::Error as Errno;
 
 use crate::error::KvmError;
 
+/// The model's CPUID table. Leaves that are not in it are zeros, as KVM answers by itself.
 pub(crate) fn table() -> Result<CpuId, KvmError> {
-    let kvm = crate::vcpu::open(crate::vcpu::DEVICE)?;
-    let mut cpuid = kvm
-        .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
-        .map_err(|errno| KvmError::refused("KVM_GET_SUPPORTED_CPUID", errno))?;
-    for entry in cpuid.as_mut_slice() {
-        if entry.function == 1 {
-            entry.ecx &= !(1 << 26 | 1 << 28 | 1 << 27);
-        }
-    }
-    Ok(cpuid)
+    let entries: Vec<kvm_cpuid_entry2> = LEAVES
+        .iter()
+        .map(|leaf| kvm_cpuid_entry2 {
+            function: leaf.leaf,
+            index: leaf.subleaf.unwrap_or(0),
+            flags: leaf.subleaf.map_or(0, |_| KVM_CPUID_FLAG_SIGNIFCANT_INDEX),
+            eax: leaf.eax,
+            ebx: leaf.ebx,
+            ecx: leaf.ecx,
+            edx: leaf.edx,
+            padding: [0; 3],
+        })
+        .collect();
+    CpuId::from_entries(&entries)
+        .map_err(|_| KvmError::refused("the CPU model's CPUID table", Errno::new(libc::E2BIG)))
 }

@@ -19,6 +19,7 @@ use crate::error::KvmError;
 use crate::instruction::MAX_BYTES;
 use crate::kick::{VcpuKick, install_handler};
 use crate::paging::Paging;
+use crate::self_test::step_clock;
 use crate::step::Stepper;
 use crate::vcpu::{RawExit, Vcpu};
 use crate::{cpuid, state};
@@ -56,8 +57,9 @@ pub struct KvmEngine {
     pub(crate) window_wanted: bool,
     pub(crate) kick: Arc<VcpuKick>,
     pub(crate) stepper: Stepper,
-    /// KVM cannot set the guest's TSC on every host, so this is only kept.
-    tsc_offset: u64,
+    /// `tsc_offset` and `tsc_aux`, which are only kept: not every KVM can set the guest's TSC, and the
+    /// CPU model has no RDTSCP.
+    tsc: [u64; 2],
 }
 
 impl KvmEngine {
@@ -66,6 +68,17 @@ impl KvmEngine {
     /// # Errors
     /// Says in one line what KVM refuses or lacks: see [`KvmError`].
     pub fn new(ram: GuestRam, clock: KvmClock) -> Result<Self, EngineError> {
+        if clock == KvmClock::Step {
+            let finding = step_clock();
+            if !finding.available {
+                return Err(KvmError::CannotStep(finding.reason).into());
+            }
+        }
+        Ok(Self::untested(ram, clock)?)
+    }
+
+    /// As [`Self::new`], but does not find out first whether the host can step.
+    pub(crate) fn untested(ram: GuestRam, clock: KvmClock) -> Result<Self, KvmError> {
         install_handler()?;
         // SAFETY: the engine owns the RAM and drops it after the vCPU.
         let vcpu = unsafe { Vcpu::new(&ram, &cpuid::table()?)? };
@@ -83,7 +96,7 @@ impl KvmEngine {
             window_wanted: false,
             kick: Arc::default(),
             stepper: Stepper::default(),
-            tsc_offset: 0,
+            tsc: [0; 2],
         })
     }
 
@@ -118,21 +131,28 @@ impl KvmEngine {
         if let Some(exit) = self.queued.take() {
             return self.sync_exit(exit);
         }
+        match self.run_watched()? {
+            RawExit::Interrupted => Ok(Exit::Kicked),
+            exit => {
+                self.injected = false;
+                self.sync_exit(exit)
+            }
+        }
+    }
+
+    /// Runs the guest until it exits, or until somebody kicks, which is [`RawExit::Interrupted`].
+    pub(crate) fn run_watched(&mut self) -> Result<RawExit, KvmError> {
         let kick = self.kick.clone();
         // SAFETY: the vCPU lives as long as the engine, which this function borrows.
         let _registered = unsafe { kick.register(self.vcpu.immediate_exit()) };
         loop {
-            if self.kick.take() {
-                return Ok(Exit::Kicked);
+            if kick.take() {
+                return Ok(RawExit::Interrupted);
             }
             self.incomplete = false;
-            let exit = self.vcpu.run()?;
-            match exit {
+            match self.vcpu.run()? {
                 RawExit::Interrupted => self.vcpu.fd.set_kvm_immediate_exit(0),
-                exit => {
-                    self.injected = false;
-                    return self.sync_exit(exit);
-                }
+                exit => return Ok(exit),
             }
         }
     }
@@ -151,22 +171,11 @@ impl KvmEngine {
 
     /// An exit that ends the run.
     pub(crate) fn unusual_exit(&mut self, exit: RawExit) -> Result<Exit, EngineError> {
-        let what = match exit {
-            RawExit::Shutdown => return Ok(Exit::TripleFault),
-            RawExit::InternalError { suberror: 1 } => {
-                "KVM cannot emulate the instruction".to_string()
-            }
-            RawExit::InternalError { suberror } => {
-                format!("KVM gave up (internal error {suberror})")
-            }
-            RawExit::FailEntry { reason } => {
-                format!("the host's CPU refuses the guest's state (reason {reason:#x})")
-            }
-            RawExit::MemoryFault => "KVM cannot reach the memory used".to_string(),
-            exit => format!("KVM came back with something unexpected ({exit:?})"),
-        };
+        if exit == RawExit::Shutdown {
+            return Ok(Exit::TripleFault);
+        }
         let place = self.describe_place()?;
-        Ok(Exit::Unsupported(format!("{what} at {place}: use --engine soft")))
+        Ok(Exit::Unsupported(format!("{exit} at {place}: use --engine soft")))
     }
 
     /// RIP and the bytes there, for a message.
@@ -186,6 +195,15 @@ impl KvmEngine {
         }
         place.push(')');
         Ok(place)
+    }
+
+    /// Forgets everything about the guest that goes beyond its state: somebody sets another one.
+    pub(crate) fn restart(&mut self) -> Result<(), KvmError> {
+        self.abandon_instruction()?;
+        self.halted = false;
+        self.injected = false;
+        self.stepper.forget();
+        Ok(())
     }
 
     /// Lets KVM forget a half-done instruction, whose effects no longer matter.
@@ -295,16 +313,15 @@ impl Engine for KvmEngine {
     fn cpu_state(&mut self) -> Result<CpuState, EngineError> {
         self.settle()?;
         let state = state::read(&self.vcpu.fd)?;
-        Ok(CpuState { halted: self.halted, tsc_offset: self.tsc_offset, ..state })
+        let [tsc_offset, tsc_aux] = self.tsc;
+        Ok(CpuState { halted: self.halted, tsc_offset, tsc_aux, ..state })
     }
 
     fn set_cpu_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
-        self.abandon_instruction()?;
+        self.restart()?;
         state::write(&self.vcpu.fd, state)?;
         self.halted = state.halted;
-        self.tsc_offset = state.tsc_offset;
-        self.injected = false;
-        self.stepper.forget();
+        self.tsc = [state.tsc_offset, state.tsc_aux];
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use reprise_machine::engine::{Access, Engine, Exit};
 use reprise_trace::cpu_state::*;
 
 use crate::KvmClock::Sync;
+use crate::KvmKind;
 use crate::testing::*;
 
 const OUT_AL_DX: u8 = 0xee;
@@ -18,6 +19,7 @@ fn out(value: u32) -> Exit {
 
 #[test]
 fn port_accesses_and_hlt_are_ticks_in_every_mode() {
+    require_kvm!();
     // mov dx, 0x3f8 (operand size prefix outside real mode); in al, dx; inc al; out dx, al; hlt
     let tail = [IN_AL_DX, 0xfe, 0xc0, OUT_AL_DX, HLT];
     let wide = [&[0x66, 0xba, 0xf8, 0x03][..], &tail].concat();
@@ -43,6 +45,7 @@ fn port_accesses_and_hlt_are_ticks_in_every_mode() {
 
 #[test]
 fn a_finished_access_shows_in_the_state() {
+    require_kvm!();
     let mut state = long_mode();
     state.gpr[RDX] = 0x60;
     state.gpr[RAX] = 0x1111_2222_3333_4444;
@@ -58,6 +61,7 @@ fn a_finished_access_shows_in_the_state() {
 
 #[test]
 fn until_is_compared_at_exits() {
+    require_kvm!();
     let mut state = long_mode();
     state.gpr[RDX] = 0x3f8;
     let mut engine = engine(Sync, &state, &[OUT_AL_DX, OUT_AL_DX, HLT]);
@@ -69,6 +73,7 @@ fn until_is_compared_at_exits() {
 
 #[test]
 fn mmio_of_every_size() {
+    require_kvm!();
     // mov [rbx], rax; mov eax, [rbx]; add word [rbx], 1; hlt
     let code = [0x48, 0x89, 0x03, 0x8b, 0x03, 0x66, 0x83, 0x03, 0x01, HLT];
     let mut state = long_mode();
@@ -94,6 +99,7 @@ fn mmio_of_every_size() {
 
 #[test]
 fn string_port_instructions_are_a_sequence_of_accesses() {
+    require_kvm!();
     // rep insb; rep outsb; hlt
     let code = [0xf3, 0x6c, 0x48, 0x89, 0xde, 0x48, 0x89, 0xd9, 0xf3, 0x6e, HLT];
     // (mov rsi, rbx; mov rcx, rbx stand between, so RBX is both the address and the count)
@@ -122,6 +128,7 @@ fn string_port_instructions_are_a_sequence_of_accesses() {
 
 #[test]
 fn looking_between_the_accesses_of_a_string_instruction_loses_none() {
+    require_kvm!();
     let mut state = long_mode();
     state.gpr[RDX] = 0x3f8;
     state.gpr[RCX] = 3;
@@ -141,6 +148,7 @@ fn looking_between_the_accesses_of_a_string_instruction_loses_none() {
 
 #[test]
 fn an_interrupt_is_taken_where_it_is_injected() {
+    require_kvm!();
     // handler: out dx, al; iretq
     // code: sti; out dx, al; hlt; out dx, al; hlt
     let code = [0xfb, OUT_AL_DX, HLT, OUT_AL_DX, HLT];
@@ -172,6 +180,7 @@ fn an_interrupt_is_taken_where_it_is_injected() {
 
 #[test]
 fn sti_casts_a_shadow_over_one_instruction() {
+    require_kvm!();
     let mut state = long_mode();
     state.rflags |= 0x200;
     state.interrupt_shadow = true;
@@ -186,6 +195,7 @@ fn sti_casts_a_shadow_over_one_instruction() {
 
 #[test]
 fn a_kick_ends_an_endless_loop_and_is_never_lost() {
+    require_kvm!();
     // jmp $
     let mut engine = engine(Sync, &long_mode(), &[0xeb, 0xfe]);
     let kick = engine.kicker();
@@ -208,6 +218,7 @@ fn a_kick_ends_an_endless_loop_and_is_never_lost() {
 
 #[test]
 fn a_triple_fault_and_an_unknown_instruction_end_the_run() {
+    require_kvm!();
     // ud2 without an IDT
     let mut state = long_mode();
     state.idtr.limit = 0;
@@ -217,11 +228,34 @@ fn a_triple_fault_and_an_unknown_instruction_end_the_run() {
 
 #[test]
 fn a_state_comes_back_as_it_was_set() {
+    require_kvm!();
     for state in [long_mode(), protected_mode(), real_mode(), odd_state()] {
         let mut engine = engine(Sync, &state, &[HLT]);
         let read = engine.cpu_state().unwrap();
         assert_eq!(read, state);
         assert_eq!(read.digest(), state.digest());
+    }
+}
+
+#[test]
+fn cpuid_is_the_models() {
+    require_kvm!();
+    // cpuid; hlt
+    for (leaf, subleaf) in
+        [(0, 0), (1, 0), (4, 1), (4, 9), (7, 0), (0x4000_0000, 0), (0x8000_0001, 0)]
+    {
+        let mut state = long_mode();
+        (state.gpr[RAX], state.gpr[RCX]) = (u64::from(leaf), u64::from(subleaf));
+        let mut engine = engine(Sync, &state, &[0x0f, 0xa2, HLT]);
+        run(&mut engine);
+        let after = engine.cpu_state().unwrap().gpr;
+        let seen = [RAX, RBX, RCX, RDX].map(|index| after[index] as u32);
+        let model = reprise_devices::cpu_model::cpuid(leaf, subleaf);
+        // That one shows the host's features in these two leaves.
+        let features = matches!(leaf, 1 | 7);
+        if !(features && KvmKind::of_this_host() == KvmKind::PagetableBased) {
+            assert_eq!(seen, model, "leaf {leaf:#x}");
+        }
     }
 }
 

@@ -39,6 +39,9 @@ pub enum KvmError {
     /// KVM lacks something that the engine needs.
     #[error("this host's KVM lacks {0}: update its kernel, or use --engine soft")]
     Lacks(&'static str),
+    /// KVM's single-step does not do what the clock `step` needs.
+    #[error("the clock step cannot be used on this host ({0}): use --clock sync or --engine soft")]
+    CannotStep(String),
     /// An ioctl was refused.
     #[error("KVM refused {what} ({reason}): {advice}")]
     Refused {

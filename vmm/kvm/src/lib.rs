@@ -10,17 +10,23 @@
 #![allow(unsafe_code)]
 
 mod access;
+mod counters;
 mod cpuid;
 mod engine;
 mod error;
+mod host;
 mod instruction;
 mod kick;
 mod memory;
 mod paging;
+mod report;
+mod self_test;
 mod state;
 mod step;
 mod transfer;
+pub mod user_oracle;
 mod vcpu;
+mod watchdog;
 
 #[cfg(test)]
 #[cfg(test)]
@@ -28,3 +34,5 @@ mod testing;
 
 pub use engine::{KvmClock, KvmEngine};
 pub use error::KvmError;
+pub use host::{HostCpu, KvmKind};
+pub use report::{ByLevel, Capability, Finding, KvmReport, probe};

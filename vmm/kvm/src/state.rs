@@ -37,7 +37,7 @@ const RFLAGS_IF: u64 = 1 << 9;
 type MsrField = fn(&mut CpuState) -> &mut u64;
 
 /// The MSRs that are part of a CPU's state. Numbers: AMD64 APM volume 2, appendix A.
-const MSRS: [(u32, MsrField); 10] = [
+const MSRS: [(u32, MsrField); 9] = [
     (0xc000_0081, |state| &mut state.star),
     (0xc000_0082, |state| &mut state.lstar),
     (0xc000_0083, |state| &mut state.cstar),
@@ -47,7 +47,6 @@ const MSRS: [(u32, MsrField); 10] = [
     (0x175, |state| &mut state.sysenter_esp),
     (0x176, |state| &mut state.sysenter_eip),
     (0x277, |state| &mut state.pat),
-    (0xc000_0103, |state| &mut state.tsc_aux),
 ];
 
 /// Which member of `kvm_sregs` each of [`CpuState::segments`] is.
@@ -62,8 +61,8 @@ fn segment_members(sregs: &mut kvm_sregs) -> [(usize, &mut kvm_segment); 6] {
     ]
 }
 
-/// Reads the whole state. [`CpuState::tsc_offset`] and [`CpuState::halted`], which KVM does not
-/// hold, are left at their defaults.
+/// Reads the whole state. What KVM does not hold is left at its default: [`CpuState::halted`],
+/// [`CpuState::tsc_offset`] and, because the CPU model has no RDTSCP, [`CpuState::tsc_aux`].
 pub(crate) fn read(fd: &VcpuFd) -> Result<CpuState, KvmError> {
     let mut state = CpuState::default();
     let regs = fd.get_regs().map_err(|errno| KvmError::refused("KVM_GET_REGS", errno))?;
@@ -74,8 +73,7 @@ pub(crate) fn read(fd: &VcpuFd) -> Result<CpuState, KvmError> {
     let debug =
         fd.get_debug_regs().map_err(|errno| KvmError::refused("KVM_GET_DEBUGREGS", errno))?;
     (state.dr, state.dr6, state.dr7) = (debug.db, debug.dr6, debug.dr7);
-    let xsave = fd.get_xsave().map_err(|errno| KvmError::refused("KVM_GET_XSAVE", errno))?;
-    state.fpu = read_fpu(&xsave);
+    state.fpu = read_fpu(fd)?;
     state.interrupt_shadow = read_events(fd)?.interrupt.shadow != 0;
     Ok(state)
 }
@@ -273,7 +271,13 @@ const XSTATE_BV: usize = LEGACY_BYTES / 4;
 /// x87 and SSE.
 const XSTATE_LEGACY: u32 = 3;
 
-fn read_fpu(xsave: &kvm_xsave) -> FpuState {
+/// x87, MMX and SSE state.
+pub(crate) fn read_fpu(fd: &VcpuFd) -> Result<FpuState, KvmError> {
+    let xsave = fd.get_xsave().map_err(|errno| KvmError::refused("KVM_GET_XSAVE", errno))?;
+    Ok(unpack_fpu(&xsave))
+}
+
+fn unpack_fpu(xsave: &kvm_xsave) -> FpuState {
     let mut area = [0u8; LEGACY_BYTES];
     for (bytes, word) in area.chunks_exact_mut(4).zip(&xsave.region) {
         bytes.copy_from_slice(&word.to_le_bytes());
@@ -298,9 +302,9 @@ fn read_fpu(xsave: &kvm_xsave) -> FpuState {
     }
 }
 
-/// Goes through XSAVE because KVM_SET_FPU leaves XSTATE_BV alone: where the kernel noted the state
+/// x87, MMX and SSE state. Goes through XSAVE because KVM_SET_FPU leaves XSTATE_BV alone: where the kernel noted the state
 /// as initial, it would be ignored.
-fn write_fpu(fd: &VcpuFd, fpu: &FpuState) -> Result<(), KvmError> {
+pub(crate) fn write_fpu(fd: &VcpuFd, fpu: &FpuState) -> Result<(), KvmError> {
     let mut area = [0u8; LEGACY_BYTES];
     let mut put = |at: usize, bytes: &[u8]| area[at..at + bytes.len()].copy_from_slice(bytes);
     put(FCW, &fpu.fcw.to_le_bytes());

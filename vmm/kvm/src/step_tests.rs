@@ -40,6 +40,7 @@ fn trace(engine: &mut KvmEngine, ticks: u64) -> Vec<u64> {
 
 #[test]
 fn each_instruction_is_a_tick_in_every_mode() {
+    require_kvm!(Step);
     // inc bx (ebx); jz +0 ; loop -2 (to itself); nop; jmp $
     let code = [0xff, 0xc3, 0x74, 0x00, 0xe2, 0xfe, NOP, 0xeb, 0xfe];
     for state in [long_mode(), protected_mode(), real_mode()] {
@@ -62,6 +63,7 @@ fn each_instruction_is_a_tick_in_every_mode() {
 
 #[test]
 fn a_jump_to_a_repeated_instruction_and_indirect_branches_are_one_tick_each() {
+    require_kvm!(Step);
     // 0: call [rbx]; 2: hlt; 3: jmp rax; 5: rep movsb; 7: ret
     let code = [0xff, 0x13, HLT, 0xff, 0xe0, 0xf3, 0xa4, 0xc3];
     let mut state = long_mode();
@@ -78,6 +80,7 @@ fn a_jump_to_a_repeated_instruction_and_indirect_branches_are_one_tick_each() {
 
 #[test]
 fn accesses_are_one_tick_an_instruction() {
+    require_kvm!(Step);
     // 0: in al, dx; 1: out dx, al; 2: rep outsb; 4: mov cl, 3; 6: rep insb; 8: mov cl, 0;
     // 10: rep outsb; 12: add word [rbx], 1; 16: hlt
     let code = [
@@ -99,6 +102,7 @@ fn accesses_are_one_tick_an_instruction() {
 
 #[test]
 fn an_access_is_not_counted_before_it_is_finished() {
+    require_kvm!(Step);
     let mut engine = engine(Step, &long_mode(), &[NOP, OUT_AL_DX, HLT]);
     let write = Exit::Access(Access::PortWrite { port: 0, size: 1, value: 0 });
     assert_eq!(run(&mut engine), write);
@@ -113,6 +117,7 @@ fn an_access_is_not_counted_before_it_is_finished() {
 
 #[test]
 fn an_interrupt_is_delivered_between_two_ticks() {
+    require_kvm!(Step);
     let ram = ram_with(&[NOP; 8]);
     put(&ram, HANDLER, &[&INC_EBX[..], &IRETQ].concat());
     put_gate(&ram, 0x30, HANDLER);
@@ -142,6 +147,7 @@ fn an_interrupt_is_delivered_between_two_ticks() {
 
 #[test]
 fn kvm_and_the_transfers_made_here_agree() {
+    require_kvm!(Step);
     // The same interrupt, delivered by KVM under the clock that counts exits, and by the step clock.
     // handler: out dx, al; iretq. code: sti; nop; out dx, al; mov ax, ss; hlt
     let code = [0xfb, NOP, OUT_AL_DX, 0x66, 0x8c, 0xd0, HLT];
@@ -169,6 +175,7 @@ fn kvm_and_the_transfers_made_here_agree() {
 
 #[test]
 fn an_interrupt_in_protected_mode_is_left_to_kvm_and_counts_the_same() {
+    require_kvm!(Step);
     // handler: inc ebx; inc ebx
     let ram = ram_with(&[NOP; 4]);
     put(&ram, HANDLER, &[INC_EBX, INC_EBX].concat());
@@ -187,6 +194,7 @@ fn an_interrupt_in_protected_mode_is_left_to_kvm_and_counts_the_same() {
 
 #[test]
 fn faults_retire_nothing() {
+    require_kvm!(Step);
     // 0: nop; 1: mov eax, [rbx] (not mapped); 3: nop. The handler maps nothing but moves RBX.
     let ram = ram_with(&[NOP, 0x8b, 0x03, NOP, NOP]);
     // mov ebx, 0x9000; add rsp, 8; iretq
@@ -202,6 +210,7 @@ fn faults_retire_nothing() {
 
 #[test]
 fn a_handler_that_begins_with_a_repeated_instruction_counts_it_once() {
+    require_kvm!(Step);
     // ud2; handler: rep stosb; nop
     let ram = ram_with(&[0x0f, 0x0b]);
     put(&ram, HANDLER, &[0xf3, 0xaa, NOP]);
@@ -216,6 +225,7 @@ fn a_handler_that_begins_with_a_repeated_instruction_counts_it_once() {
 
 #[test]
 fn a_handler_that_is_only_iretq_works_for_interrupts_and_software_interrupts() {
+    require_kvm!(Step);
     // 0: int 0x30; 2: int3; 3: nop
     let ram = ram_with(&[0xcd, 0x30, 0xcc, NOP, NOP]);
     put(&ram, HANDLER, &IRETQ);
@@ -231,6 +241,7 @@ fn a_handler_that_is_only_iretq_works_for_interrupts_and_software_interrupts() {
 
 #[test]
 fn a_step_that_never_ends_can_be_kicked() {
+    require_kvm!(Step);
     // ud2; its handler is iretq, so that on some KVMs no step is ever done.
     let ram = ram_with(&[0x0f, 0x0b]);
     put(&ram, HANDLER, &IRETQ);
@@ -247,6 +258,7 @@ fn a_step_that_never_ends_can_be_kicked() {
 
 #[test]
 fn more_than_one_instruction_in_a_step_is_refused() {
+    require_kvm!(Step);
     // 32-bit iret, which only KVM executes, to a few nop.
     let ram = ram_with(&[0xcf, NOP, NOP, NOP]);
     let frame = [CODE as u32 + 1, u32::from(CODE32_SELECTOR), 2];
@@ -265,6 +277,7 @@ fn more_than_one_instruction_in_a_step_is_refused() {
 
 #[test]
 fn the_interrupt_window_opens_after_the_shadow() {
+    require_kvm!(Step);
     // cli; sti; nop; nop
     let mut engine = engine(Step, &long_mode(), &[0xfa, 0xfb, NOP, NOP, NOP, NOP]);
     engine.set_interrupt_request(true);
@@ -279,6 +292,7 @@ fn the_interrupt_window_opens_after_the_shadow() {
 
 #[test]
 fn a_kick_waits_for_the_end_of_a_repeated_instruction() {
+    require_kvm!(Step);
     // 0: rep stosb; 2: jmp $
     let code = [0xf3, 0xaa, 0xeb, 0xfe];
     let mut state = long_mode();
@@ -298,6 +312,7 @@ fn a_kick_waits_for_the_end_of_a_repeated_instruction() {
 
 #[test]
 fn signals_of_others_do_not_disturb_the_count() {
+    require_kvm!(Step);
     // 0: inc ebx; 2: jmp 0
     let mut engine = engine(Step, &long_mode(), &[0xff, 0xc3, 0xeb, 0xfc]);
     // SAFETY: pthread_self has no preconditions.
@@ -321,6 +336,7 @@ fn signals_of_others_do_not_disturb_the_count() {
 
 #[test]
 fn user_code_is_refused_with_a_reason() {
+    require_kvm!(Step);
     let mut state = long_mode();
     for segment in &mut state.segments {
         segment.attributes |= 3 << 5;
@@ -335,6 +351,7 @@ fn user_code_is_refused_with_a_reason() {
 
 #[test]
 fn a_triple_fault_ends_the_run() {
+    require_kvm!(Step);
     let mut state = long_mode();
     state.idtr.limit = 0;
     let mut engine = engine(Step, &state, &[NOP, 0x0f, 0x0b]);
@@ -344,6 +361,7 @@ fn a_triple_fault_ends_the_run() {
 
 #[test]
 fn an_instruction_that_kvm_cannot_execute_is_named() {
+    require_kvm!(Step);
     // cmpxchg16b [rbx]
     let mut state = long_mode();
     state.gpr[RBX] = 0x9000;

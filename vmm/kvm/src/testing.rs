@@ -8,6 +8,25 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::{KvmClock, KvmEngine};
 
+/// Ends a test that this host cannot run, with a word on why.
+macro_rules! require_kvm {
+    () => {
+        if let Err(reason) = $crate::vcpu::open($crate::vcpu::DEVICE) {
+            eprintln!("skipped: {reason}");
+            return;
+        }
+    };
+    (Step) => {
+        require_kvm!();
+        let finding = $crate::self_test::step_clock();
+        if !finding.available {
+            eprintln!("skipped: {finding}");
+            return;
+        }
+    };
+}
+pub(crate) use require_kvm;
+
 /// Where a test's code starts.
 pub(crate) const CODE: u64 = 0x1_0000;
 /// Top of a test's stack.

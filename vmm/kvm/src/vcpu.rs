@@ -1,7 +1,9 @@
 //! One virtual machine with one vCPU, and what KVM_RUN says in plain values.
 
+use std::fmt;
+
 use kvm_bindings::*;
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use reprise_machine::ram::GuestRam;
 use vmm_sys_util::errno::Error as Errno;
 use vmm_sys_util::ioctl::ioctl_with_ref;
@@ -16,15 +18,16 @@ pub(crate) const DEVICE: &str = "/dev/kvm";
 /// The stable KVM interface, since Linux 2.6.22.
 const API_VERSION: i32 = 12;
 
-/// What the engine cannot do without.
-const NEEDED: [(Cap, &str); 7] = [
-    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
-    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
-    (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
-    (Cap::Debugregs, "KVM_CAP_DEBUGREGS"),
-    (Cap::Xsave, "KVM_CAP_XSAVE"),
-    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
-    (Cap::SyncRegs, "KVM_CAP_SYNC_REGS"),
+/// The capabilities that are used: number, name, and whether the engine cannot do without.
+pub(crate) const CAPABILITIES: [(u32, &str, bool); 8] = [
+    (KVM_CAP_USER_MEMORY, "KVM_CAP_USER_MEMORY", true),
+    (KVM_CAP_EXT_CPUID, "KVM_CAP_EXT_CPUID", true),
+    (KVM_CAP_VCPU_EVENTS, "KVM_CAP_VCPU_EVENTS", true),
+    (KVM_CAP_DEBUGREGS, "KVM_CAP_DEBUGREGS", true),
+    (KVM_CAP_XSAVE, "KVM_CAP_XSAVE", true),
+    (KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT", true),
+    (KVM_CAP_SYNC_REGS, "KVM_CAP_SYNC_REGS", true),
+    (KVM_CAP_SET_GUEST_DEBUG2, "KVM_CAP_SET_GUEST_DEBUG2", false),
 ];
 
 // kvm-ioctls has no wrapper for it: it queues an external interrupt where there is no in-kernel
@@ -56,6 +59,27 @@ pub(crate) enum RawExit {
     Other { reason: u32 },
 }
 
+impl fmt::Display for RawExit {
+    /// What it means, for the messages about exits that nobody asked for.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Shutdown => write!(f, "the guest took a triple fault"),
+            // KVM_INTERNAL_ERROR_EMULATION.
+            Self::InternalError { suberror: 1 } => {
+                write!(f, "KVM cannot emulate the instruction")
+            }
+            Self::InternalError { suberror } => {
+                write!(f, "KVM gave up (internal error {suberror})")
+            }
+            Self::FailEntry { reason } => {
+                write!(f, "the host's CPU refuses the guest's state (reason {reason:#x})")
+            }
+            Self::MemoryFault => write!(f, "KVM cannot reach the memory used"),
+            exit => write!(f, "KVM came back with something unexpected ({exit:?})"),
+        }
+    }
+}
+
 /// Opens KVM and checks that it is what the engine needs.
 pub(crate) fn open(path: &str) -> Result<Kvm, KvmError> {
     let unusable = |reason: String| KvmError::Unusable { path: path.into(), reason };
@@ -75,8 +99,11 @@ pub(crate) fn open(path: &str) -> Result<Kvm, KvmError> {
 
 /// Fails with the first needed capability that is absent.
 pub(crate) fn check_capabilities(kvm: &Kvm) -> Result<(), KvmError> {
-    match NEEDED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
-        Some((_, name)) => Err(KvmError::Lacks(name)),
+    let absent = |&&(cap, _, needed): &&(u32, &str, bool)| {
+        needed && kvm.check_extension_raw(u64::from(cap)) <= 0
+    };
+    match CAPABILITIES.iter().find(absent) {
+        Some((_, name, _)) => Err(KvmError::Lacks(name)),
         None => Ok(()),
     }
 }
@@ -236,4 +263,27 @@ fn read_exit(run: &kvm_run) -> RawExit {
 fn needs_tss_page() -> bool {
     std::fs::read_to_string("/sys/module/kvm_intel/parameters/unrestricted_guest")
         .is_ok_and(|value| value.trim() == "N")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_kvm_is_told_apart_in_one_line() {
+        let reason = |path: &str| open(path).map(|_| ()).unwrap_err().to_string();
+        assert!(reason("/dev/absent-kvm").contains("does not exist"));
+        assert!(reason("/dev/null").contains("cannot be used"));
+        assert!(reason("/dev").contains("cannot be used"));
+        for error in [
+            KvmError::Permission { path: DEVICE.into() },
+            KvmError::ApiVersion(11),
+            KvmError::Lacks("KVM_CAP_XSAVE"),
+            KvmError::CannotStep("no".into()),
+            KvmError::refused("KVM_RUN", Errno::new(libc::EIO)),
+        ] {
+            let message = error.to_string();
+            assert!(message.contains("--engine soft") && !message.contains('\n'), "{message}");
+        }
+    }
 }

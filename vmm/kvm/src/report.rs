@@ -1,0 +1,203 @@
+//! What `reprise doctor` says about KVM on this host.
+
+use std::fmt;
+
+use crate::counters::Counted;
+use crate::error::KvmError;
+use crate::host::{HostCpu, KvmKind};
+use crate::self_test::{Level, SelfTest, step_clock};
+use crate::vcpu::{CAPABILITIES, DEVICE, open};
+
+/// Whether something can be had, and why (not).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// It can be had.
+    pub available: bool,
+    /// One line for a person.
+    pub reason: String,
+}
+
+impl Finding {
+    pub(crate) fn yes(reason: impl Into<String>) -> Self {
+        Self { available: true, reason: reason.into() }
+    }
+
+    pub(crate) fn no(reason: impl Into<String>) -> Self {
+        Self { available: false, reason: reason.into() }
+    }
+
+    /// A question that could not be asked has the answer no.
+    fn of(answer: Result<Self, KvmError>) -> Self {
+        answer.unwrap_or_else(|error| Self::no(error.to_string()))
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let word = if self.available { "yes" } else { "no" };
+        write!(f, "{word}: {}", self.reason)
+    }
+}
+
+/// Something that holds for kernel code (CPL0) and for user code (CPL3) on its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ByLevel {
+    /// At CPL0.
+    pub kernel: Finding,
+    /// At CPL3.
+    pub user: Finding,
+}
+
+/// A capability of KVM's interface that Reprise uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capability {
+    /// As in the kernel's documentation.
+    pub name: &'static str,
+    /// Without it there is no KVM engine.
+    pub needed: bool,
+    /// This host has it.
+    pub present: bool,
+}
+
+/// What KVM on this host can do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KvmReport {
+    /// Whether the device is there and may be opened.
+    pub device: Finding,
+    /// The interface's version, 12 everywhere; `None` where the device cannot be opened.
+    pub api_version: Option<i32>,
+    /// How guests run.
+    pub kind: KvmKind,
+    /// The processor.
+    pub host_cpu: HostCpu,
+    /// Empty where the device cannot be opened.
+    pub capabilities: Vec<Capability>,
+    /// The engine `kvm` with the clock `sync`.
+    pub sync_clock: Finding,
+    /// The engine `kvm` with the clock `step`.
+    pub step_clock: Finding,
+    /// Single-step comes back after each instruction.
+    pub single_step: ByLevel,
+    /// A breakpoint in a debug register comes back.
+    pub hardware_breakpoint: ByLevel,
+    /// INT3 comes back.
+    pub software_breakpoint: ByLevel,
+    /// CPUID shows the guest the CPU model.
+    pub cpu_model: ByLevel,
+    /// A counter of the guest's retired instructions.
+    pub instruction_counter: Finding,
+    /// A counter of the guest's retired branches.
+    pub branch_counter: Finding,
+}
+
+/// Finds out what KVM on this host can do, by running tiny guests. Takes some tens of milliseconds,
+/// and ends whatever the guests do.
+pub fn probe() -> KvmReport {
+    let device = match open(DEVICE) {
+        Ok(kvm) => Ok(kvm),
+        Err(error) => Err(Finding::no(error.to_string())),
+    };
+    let capabilities = device.as_ref().map_or_else(
+        |_| Vec::new(),
+        |kvm| {
+            let ask = |&(cap, name, needed)| Capability {
+                name,
+                needed,
+                present: kvm.check_extension_raw(u64::from(cap)) > 0,
+            };
+            CAPABILITIES.iter().map(ask).collect()
+        },
+    );
+    let api_version = device.as_ref().ok().map(|kvm| kvm.get_api_version());
+    let guest = match &device {
+        Ok(_) => SelfTest::new().map_err(|error| Finding::no(error.to_string())),
+        Err(finding) => Err(finding.clone()),
+    };
+    let device = match device {
+        Ok(_) => Finding::yes(format!("{DEVICE} can be opened")),
+        Err(finding) => finding,
+    };
+    with_guest(guest, KvmReport::without_guest(device, api_version, capabilities))
+}
+
+impl KvmReport {
+    fn without_guest(
+        device: Finding,
+        api_version: Option<i32>,
+        capabilities: Vec<Capability>,
+    ) -> Self {
+        let unknown = Finding::no("there is no guest to try it with");
+        let by_level = ByLevel { kernel: unknown.clone(), user: unknown.clone() };
+        Self {
+            device,
+            api_version,
+            kind: KvmKind::of_this_host(),
+            host_cpu: HostCpu::of_this_host(),
+            capabilities,
+            sync_clock: unknown.clone(),
+            step_clock: unknown.clone(),
+            single_step: by_level.clone(),
+            hardware_breakpoint: by_level.clone(),
+            software_breakpoint: by_level.clone(),
+            cpu_model: by_level,
+            instruction_counter: unknown.clone(),
+            branch_counter: unknown,
+        }
+    }
+}
+
+/// Asks what only a guest can tell.
+fn with_guest(guest: Result<SelfTest, Finding>, report: KvmReport) -> KvmReport {
+    let mut guest = match guest {
+        Ok(guest) => guest,
+        Err(finding) => {
+            return KvmReport { sync_clock: finding.clone(), step_clock: finding, ..report };
+        }
+    };
+    type Question = fn(&mut SelfTest, Level) -> Result<Finding, KvmError>;
+    let mut both = |question: Question| ByLevel {
+        kernel: Finding::of(question(&mut guest, Level::Kernel)),
+        user: Finding::of(question(&mut guest, Level::User)),
+    };
+    KvmReport {
+        single_step: both(SelfTest::single_step),
+        hardware_breakpoint: both(SelfTest::hardware_breakpoint),
+        software_breakpoint: both(SelfTest::software_breakpoint),
+        cpu_model: both(SelfTest::shows_cpu_model),
+        instruction_counter: Finding::of(guest.counter(Counted::Instructions)),
+        branch_counter: Finding::of(guest.counter(Counted::Branches)),
+        sync_clock: Finding::yes("guests run, and their exits are counted"),
+        step_clock: step_clock(),
+        ..report
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_probe_is_quick_and_every_finding_has_one_line() {
+        let began = std::time::Instant::now();
+        let report = probe();
+        let took = began.elapsed();
+        eprintln!("{report:#?} in {took:?}");
+        // Ten times what is aimed at: the machine may be busy.
+        assert!(took.as_millis() < 3000, "{took:?}");
+        assert_eq!(report.device.available, report.api_version == Some(12));
+        let levels = [
+            &report.single_step,
+            &report.hardware_breakpoint,
+            &report.software_breakpoint,
+            &report.cpu_model,
+        ];
+        let findings = levels
+            .iter()
+            .flat_map(|by_level| [&by_level.kernel, &by_level.user])
+            .chain([&report.device, &report.sync_clock, &report.step_clock])
+            .chain([&report.instruction_counter, &report.branch_counter]);
+        for finding in findings {
+            assert!(!finding.reason.is_empty() && !finding.reason.contains('\n'), "{finding}");
+        }
+    }
+}

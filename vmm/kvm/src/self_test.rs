@@ -1,0 +1,275 @@
+//! Tiny guests that find out what this host's KVM does, as against what its interface promises.
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use kvm_bindings::{KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP};
+use reprise_devices::cpu_model::cpuid;
+use reprise_machine::engine::Engine;
+use reprise_machine::ram::GuestRam;
+use reprise_trace::cpu_state::{CpuState, RAX, RBX, RCX, RDX};
+
+use crate::counters::{Counted, Counter, refusal};
+use crate::error::KvmError;
+use crate::paging::write_ram;
+use crate::report::Finding;
+use crate::user_oracle::{
+    CODE_ADDRESS, RAM_MIB, UserInput, build_image, handler_address, into_kernel_state,
+};
+use crate::vcpu::RawExit;
+use crate::watchdog::Watchdog;
+use crate::{KvmClock, KvmEngine};
+
+/// A guest that runs this long has run away.
+const TIME_LIMIT: Duration = Duration::from_millis(50);
+
+const NOP: u8 = 0x90;
+const HLT: u8 = 0xf4;
+const INT3: u8 = 0xcc;
+const UD2: [u8; 2] = [0x0f, 0x0b];
+const PUSHF: u8 = 0x9c;
+const RFLAGS_TF: u64 = 1 << 8;
+
+/// The guest's privilege.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Level {
+    /// CPL0.
+    Kernel,
+    /// CPL3.
+    User,
+}
+
+/// How a guest came back, and where it stood then.
+struct Stop {
+    exit: RawExit,
+    rip: u64,
+}
+
+/// A guest for one question after the other.
+pub(crate) struct SelfTest {
+    engine: KvmEngine,
+    watchdog: Watchdog,
+}
+
+impl SelfTest {
+    pub(crate) fn new() -> Result<Self, KvmError> {
+        let ram = GuestRam::new(RAM_MIB).map_err(|error| KvmError::Unusable {
+            path: "guest RAM".into(),
+            reason: error.to_string(),
+        })?;
+        let engine = KvmEngine::untested(ram, KvmClock::Sync)?;
+        let watchdog = Watchdog::start(engine.kicker(), TIME_LIMIT);
+        Ok(Self { engine, watchdog })
+    }
+
+    /// Puts the guest at the start of `code`; what follows the code is INT3, and what handles an
+    /// exception NOP and HLT.
+    fn start(&mut self, level: Level, code: &[u8]) -> Result<(), KvmError> {
+        let input = UserInput { code: code.to_vec(), ..UserInput::default() };
+        let mut state = build_image(&self.engine.ram, &input).expect("the code fits its page");
+        for vector in 0..=255 {
+            write_ram(&self.engine.ram, handler_address(vector), &[NOP, HLT]);
+        }
+        if level == Level::Kernel {
+            into_kernel_state(&mut state);
+        }
+        self.engine.restart()?;
+        self.engine.vcpu.set_debug(0, [0; 8])?;
+        crate::state::write(&self.engine.vcpu.fd, &state)
+    }
+
+    fn run(&mut self) -> Result<Stop, KvmError> {
+        self.watchdog.begin();
+        let exit = self.engine.run_watched();
+        self.watchdog.end();
+        Ok(Stop { exit: exit?, rip: self.state()?.rip })
+    }
+
+    fn state(&self) -> Result<CpuState, KvmError> {
+        crate::state::read(&self.engine.vcpu.fd)
+    }
+
+    /// Whether single-step comes back after each instruction.
+    pub(crate) fn single_step(&mut self, level: Level) -> Result<Finding, KvmError> {
+        self.start(level, &[NOP, NOP, NOP])?;
+        self.engine.vcpu.single_step()?;
+        for steps in 1..=3 {
+            let stop = self.run()?;
+            if !stop.is_debug_at(CODE_ADDRESS + steps) {
+                return Ok(stop.explain("a step", level));
+            }
+        }
+        Ok(Finding::yes("each step comes back after one instruction"))
+    }
+
+    /// Whether a step over a fault comes back after the handler's first instruction.
+    pub(crate) fn step_into_handler(&mut self) -> Result<Finding, KvmError> {
+        self.start(Level::Kernel, &UD2)?;
+        self.engine.vcpu.single_step()?;
+        let stop = self.run()?;
+        Ok(match stop.is_debug_at(handler_address(6) + 1) {
+            true => Finding::yes("a fault is stepped into its handler"),
+            false => Finding::no(
+                "handlers of faults run unstepped, so that their instructions cannot be counted",
+            ),
+        })
+    }
+
+    /// Whether the flags that the guest saves show the TF that steps it.
+    pub(crate) fn step_hides_trap_flag(&mut self) -> Result<Finding, KvmError> {
+        self.start(Level::Kernel, &[PUSHF, 0x58])?;
+        self.engine.vcpu.single_step()?;
+        self.run()?;
+        let stop = self.run()?;
+        let pushed = self.state()?.gpr[RAX];
+        if !stop.is_debug_at(CODE_ADDRESS + 2) {
+            return Ok(stop.explain("a step of PUSHF and POP", Level::Kernel));
+        }
+        Ok(match pushed & RFLAGS_TF == 0 {
+            true => Finding::yes("the guest does not see that it is stepped"),
+            false => {
+                Finding::no("the guest sees TF in the flags that it saves while it is stepped")
+            }
+        })
+    }
+
+    /// Whether a breakpoint in a debug register comes back.
+    pub(crate) fn hardware_breakpoint(&mut self, level: Level) -> Result<Finding, KvmError> {
+        self.start(level, &[NOP, NOP, NOP])?;
+        let target = CODE_ADDRESS + 2;
+        // DR7: breakpoint 0 enabled (G0, L0), on execution; bit 10 always reads one.
+        let debugreg = [target, 0, 0, 0, 0, 0, 0, 0x403];
+        self.engine.vcpu.set_debug(KVM_GUESTDBG_USE_HW_BP, debugreg)?;
+        let stop = self.run()?;
+        Ok(match stop.is_debug_at(target) {
+            true => Finding::yes("a breakpoint in a debug register comes back"),
+            false => stop.explain("a breakpoint in a debug register", level),
+        })
+    }
+
+    /// Whether INT3 comes back instead of reaching the guest.
+    pub(crate) fn software_breakpoint(&mut self, level: Level) -> Result<Finding, KvmError> {
+        self.start(level, &[NOP, INT3])?;
+        self.engine.vcpu.set_debug(KVM_GUESTDBG_USE_SW_BP, [0; 8])?;
+        let stop = self.run()?;
+        Ok(match stop.is_debug_at(CODE_ADDRESS + 1) {
+            true => Finding::yes("INT3 comes back"),
+            false if stop.rip.wrapping_sub(handler_address(3)) <= 2 => {
+                Finding::no(format!("INT3 at {} reaches the guest as exception 3", level.name()))
+            }
+            false => stop.explain("INT3", level),
+        })
+    }
+
+    /// Whether the guest sees the CPU model that it is given.
+    pub(crate) fn shows_cpu_model(&mut self, level: Level) -> Result<Finding, KvmError> {
+        for (leaf, subleaf) in [(0, 0), (1, 0), (7, 0)] {
+            // mov eax, leaf; xor ecx, ecx; cpuid; hlt
+            let [a, b, c, d] = u32::to_le_bytes(leaf);
+            self.start(level, &[0xb8, a, b, c, d, 0x31, 0xc9, 0x0f, 0xa2, HLT])?;
+            self.run_to_handler(level)?;
+            let gpr = self.state()?.gpr;
+            let seen = [RAX, RBX, RCX, RDX].map(|index| gpr[index] as u32);
+            if seen != cpuid(leaf, subleaf) {
+                return Ok(Finding::no(format!(
+                    "CPUID leaf {leaf} at {} shows the host's CPU instead of the CPU model",
+                    level.name()
+                )));
+            }
+        }
+        Ok(Finding::yes("CPUID shows the CPU model"))
+    }
+
+    /// Whether a counter counts this guest, and it alone.
+    pub(crate) fn counter(&mut self, counted: Counted) -> Result<Finding, KvmError> {
+        const ROUNDS: u16 = 10_000;
+        let mut counter = match Counter::open(counted) {
+            Ok(counter) => counter,
+            Err(errno) => return Ok(refusal(errno)),
+        };
+        // mov ecx, ROUNDS; dec ecx; jnz -4
+        let [low, high] = ROUNDS.to_le_bytes();
+        self.start(Level::User, &[0xb9, low, high, 0, 0, 0xff, 0xc9, 0x75, 0xfc])?;
+        self.run_to_handler(Level::User)?;
+        let per_round = if counted == Counted::Instructions { 2 } else { 1 };
+        let least = u64::from(ROUNDS) * per_round;
+        Ok(match counter.read() {
+            None => Finding::no("the counter was opened, but the hardware had none free"),
+            Some(count) if (least..least + least / 10).contains(&count) => {
+                Finding::yes(format!("counted {count} where the guest made {least} and a few"))
+            }
+            Some(count) => {
+                Finding::no(format!("counted {count} where the guest made {least} and a few"))
+            }
+        })
+    }
+
+    /// Runs until HLT: the code's own, or a handler's.
+    fn run_to_handler(&mut self, level: Level) -> Result<(), KvmError> {
+        let stop = self.run()?;
+        if stop.exit == RawExit::Halt {
+            return Ok(());
+        }
+        Err(KvmError::Unusable {
+            path: "the self-test's guest".into(),
+            reason: stop.explain("the end of the code", level).reason,
+        })
+    }
+}
+
+impl Level {
+    fn name(self) -> &'static str {
+        match self {
+            Level::Kernel => "CPL0",
+            Level::User => "CPL3",
+        }
+    }
+}
+
+impl Stop {
+    fn is_debug_at(&self, rip: u64) -> bool {
+        matches!(self.exit, RawExit::Debug { .. }) && self.rip == rip
+    }
+
+    /// Why something did not come back.
+    fn explain(&self, what: &str, level: Level) -> Finding {
+        /// What ends the code, which is INT3.
+        const END: u8 = 3;
+        let level = level.name();
+        let in_handler =
+            |vector: &u8| (1..=2).contains(&self.rip.wrapping_sub(handler_address(*vector)));
+        Finding::no(match (self.exit, (0..=31u8).find(in_handler)) {
+            (_, Some(END)) => format!("{what} at {level} does not come back, the guest runs on"),
+            (_, Some(vector)) => {
+                format!("{what} at {level} reaches the guest as exception {vector}")
+            }
+            (RawExit::Interrupted, None) => format!("{what} at {level} never comes back"),
+            (exit, None) => format!("{what} at {level} does not work: {exit}"),
+        })
+    }
+}
+
+/// Whether the clock `step` counts exactly on this host; asked of the hardware once.
+pub(crate) fn step_clock() -> Finding {
+    static ANSWER: OnceLock<Finding> = OnceLock::new();
+    ANSWER
+        .get_or_init(|| ask_step_clock().unwrap_or_else(|error| Finding::no(error.to_string())))
+        .clone()
+}
+
+fn ask_step_clock() -> Result<Finding, KvmError> {
+    let mut test = SelfTest::new()?;
+    type Question = fn(&mut SelfTest) -> Result<Finding, KvmError>;
+    let questions: [Question; 3] = [
+        |test| test.single_step(Level::Kernel),
+        SelfTest::step_into_handler,
+        SelfTest::step_hides_trap_flag,
+    ];
+    for question in questions {
+        let finding = question(&mut test)?;
+        if !finding.available {
+            return Ok(finding);
+        }
+    }
+    Ok(Finding::yes("every instruction of kernel code (CPL0) can be stepped"))
+}
