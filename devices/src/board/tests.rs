@@ -270,6 +270,10 @@ const PORTS: [u16; 22] = [
 fn lively_board(random: &mut Random) -> Board {
     let mut board = Board::new(&CONFIG);
     write_all(&mut board, &OPEN_PIC, 0);
+    if random.below(4) == 0 {
+        // Interrupts end as they are acknowledged.
+        write_all(&mut board, &[(0x20, 0x13), (0x21, 0x30), (0x21, 0x03)], 0);
+    }
     let mode = random.pick(&[0x30, 0x34, 0x36, 0x38]);
     write_all(&mut board, &[(0x43, mode), (0x40, random.byte()), (0x40, random.byte())], 0);
     write_all(&mut board, &OPEN_SERIAL, 0);
@@ -393,4 +397,39 @@ fn a_state_of_another_version_or_out_of_step_is_refused() {
         assert_eq!(board.save(), good, "unchanged");
     }
     assert_eq!(vec![board.load(&good)], [Ok(())]);
+}
+
+/// Saved states come from files.
+#[test]
+fn a_damaged_state_is_refused_or_does_no_harm() {
+    let mut loaded = 0;
+    for seed in 1..=5000 {
+        let mut random = Random(seed);
+        let mut board = lively_board(&mut random);
+        let mut now_ns = 0;
+        for _ in 0..10 {
+            now_ns += leap_ns(&mut random);
+            access(&mut board, &mut random, now_ns);
+        }
+        let mut bytes = postcard::to_allocvec(&board.save()).expect("a state encodes");
+        for _ in 0..=random.below(3) {
+            let index = random.below(bytes.len() as u64) as usize;
+            bytes[index] = random.pick(&[0x00, 0x7f, 0xff, random.0 as u8]);
+        }
+        let Ok(state) = postcard::from_bytes::<BoardState>(&bytes) else {
+            continue;
+        };
+        if board.load(&state).is_err() {
+            continue;
+        }
+        loaded += 1;
+        now_ns = state.now_ns;
+        for _ in 0..50 {
+            now_ns = now_ns.saturating_add(leap_ns(&mut random));
+            board.advance(at(now_ns));
+            access(&mut board, &mut random, now_ns);
+            assert!(board.next_deadline().is_none_or(|deadline| deadline.ns > board.now_ns));
+        }
+    }
+    assert!(loaded > 100, "all but {loaded} were refused, so nothing was tested");
 }

@@ -94,18 +94,23 @@ impl Counter {
         counter
     }
 
-    /// Whether this can be a counter that was settled at `edge`.
+    /// Whether this can be a counter that was settled at `edge`, as far as arithmetic relies on it.
     pub(super) fn is_possible(&self, edge: u64) -> bool {
-        let count = match self.element {
-            Element::Idle(_) => 1,
-            Element::Running { count, .. } | Element::Stopped { count, .. } => count,
-        };
+        const ENDLESS: u64 = 1 << 62;
         let counts = 1..=0x1_0000;
-        counts.contains(&count)
+        let element_is_possible = match self.element {
+            Element::Idle(_) => true,
+            Element::Running { since, count } => {
+                counts.contains(&count) && edge.wrapping_sub(since) < ENDLESS
+            }
+            Element::Stopped { after, count } => counts.contains(&count) && after < ENDLESS,
+        };
+        // A load waits for the end of a period at most.
+        let loads_soon = |load_at: u64| load_at > edge && load_at - edge <= 0x1_0000;
+        edge < ENDLESS
+            && element_is_possible
             && counts.contains(&self.register)
-            && self.load_at.is_none_or(|load_at| load_at > edge)
-            // Far from where arithmetic on edges would overflow.
-            && edge < 1 << 62
+            && self.load_at.is_none_or(loads_soon)
     }
 
     /// What the counter counts modulo.

@@ -100,6 +100,11 @@ fn setting_the_time_starts_a_second_anew() {
     }
     rtc.advance(start_ns + 7 * NS_PER_S);
     assert_eq!(read(&mut rtc, SECONDS), 0x59, "held");
+    // Even where an update would be near.
+    write(&mut rtc, REGISTER_B, 0x02);
+    rtc.advance(20 * NS_PER_S - 1);
+    assert_eq!(read(&mut rtc, REGISTER_A), 0x76);
+    assert_eq!(rtc.next_rise_ns(), None);
     let released_ns = rtc.now_ns;
     write(&mut rtc, REGISTER_B, 0x02);
     write(&mut rtc, REGISTER_A, 0x26);
@@ -107,6 +112,15 @@ fn setting_the_time_starts_a_second_anew() {
     assert_eq!(read(&mut rtc, SECONDS), 0x59);
     rtc.advance(released_ns + NS_PER_S / 2);
     assert_eq!(registers(&mut rtc)[..7], [0x20, 0x28, 0x03, 0x01, 0x00, 0x00, 0x00]);
+}
+
+#[test]
+fn stopping_updates_disables_their_interrupt() {
+    let mut rtc = rtc();
+    write(&mut rtc, REGISTER_B, 0x92);
+    assert_eq!(read(&mut rtc, REGISTER_B), 0x82);
+    write(&mut rtc, REGISTER_B, 0x12);
+    assert_eq!(read(&mut rtc, REGISTER_B), 0x12);
 }
 
 #[test]
