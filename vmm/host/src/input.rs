@@ -27,6 +27,8 @@ pub enum InputSource {
     Stdin,
     /// A file.
     File(PathBuf),
+    /// These bytes.
+    Bytes(Vec<u8>),
 }
 
 /// An opened source: bytes that are there already, and a stream that may bring more.
@@ -65,6 +67,7 @@ impl OpenInput {
                 let file = File::open(path).map_err(|error| failed(path, error))?;
                 Self::from_file(file, path)
             }
+            InputSource::Bytes(bytes) => Ok(Self { ready: bytes.clone().into(), stream: None }),
         }
     }
 

@@ -60,7 +60,7 @@ pub(super) fn verdict(report: &SessionReport) -> String {
             "verified up to {until}, {events} events; the recording was cut short there, \
              so its end is not known"
         ),
-        _ => format!("verified: all {events} events, and the end"),
+        _ => format!("verified to the end, every event ({events})"),
     }
 }
 

@@ -84,7 +84,9 @@ fn progress_line(output: Output) -> ProgressObserver {
 
 /// Reports, and gives the exit status.
 pub(super) fn conclude(report: &SessionReport, output: Output) -> u8 {
-    output.result_beside_console(report, report.to_table());
+    // The guest may have left the cursor in the middle of a line.
+    let line_end = if io::stdout().is_terminal() { "\n" } else { "" };
+    output.result_beside_console(report, format_args!("{line_end}{}", report.to_table()));
     if report.ending == "engine-failed" {
         output.note(report.ending_detail.as_deref().unwrap_or("the engine failed"));
     }

@@ -15,8 +15,8 @@ use reprise_machine::inputs::Recording;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::Outcome;
 use reprise_trace::header::{CpuModelInfo, Header, MachineInfo};
-use reprise_trace::log::{DiscardSink, FrameSink, LogWriter};
-use reprise_trace::recording::RecordingWriter;
+use reprise_trace::log::{DiscardSink, FrameSink, LogError, LogWriter};
+use reprise_trace::recording::{RecordingError, RecordingWriter};
 
 use super::assembly::{EngineVisitor, LoadedGuest};
 use super::choice::{Choice, EngineKind};
@@ -151,10 +151,17 @@ struct OpenedRecording {
 /// Creates the file and writes everything that stands before the log.
 fn open_recording(to: &RecordTo, header: &Header, guest: &Guest) -> Result<OpenedRecording> {
     let file = create(to)?;
-    begin(&file, header, guest).inspect_err(|_| {
+    begin(&file, header, guest).map_err(|error| {
         // Without all images it is no recording that anyone could use.
         if file.metadata().is_ok_and(|metadata| metadata.is_file()) {
             let _ = fs::remove_file(&to.path);
+        }
+        match error.downcast::<RecordingError>() {
+            Ok(RecordingError::Log(LogError::Write(error))) => {
+                anyhow!("cannot write {}: {error}; make room and record again", to.path.display())
+            }
+            Ok(other) => other.into(),
+            Err(other) => other,
         }
     })
 }
