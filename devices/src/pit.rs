@@ -1,7 +1,7 @@
 //! The interval timer: an Intel 8254 (datasheet 231164) on the PC's 1.193182 MHz, a third of the
-//! colour subcarrier. Counter 0 drives interrupt line 0. Counter 1 timed memory refresh
-//! and is only a counter here. Counter 2's gate and output are at port 61h, the PC/AT's port B (IBM
-//! PC/AT Technical Reference, 1502494).
+//! colour subcarrier. Counter 0 drives interrupt line 0. Counter 1 timed memory refresh and is only
+//! a counter here. Counter 2's gate and output are at port 61h, the PC/AT's port B (IBM PC/AT
+//! Technical Reference, 1502494).
 
 mod counter;
 #[cfg(test)]

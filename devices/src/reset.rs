@@ -1,7 +1,6 @@
 //! The two reset ports besides the keyboard controller's: port 92h (system control port A of the IBM
-//! PS/2 Hardware Interface Technical Reference), with the fast reset and the fast A20 gate,
-//! and port CF9h (reset control of the Intel PIIX3, 290550). A20 is always open; its bit only reads
-//! back.
+//! PS/2 Hardware Interface Technical Reference), with the fast reset and the fast A20 gate, and port
+//! CF9h (reset control of the Intel PIIX3, 290550). A20 is always open; its bit only reads back.
 
 use serde::{Deserialize, Serialize};
 

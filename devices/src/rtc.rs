@@ -1,8 +1,8 @@
-//! The clock and CMOS memory: a Motorola MC146818 on interrupt line 8, its 128
-//! bytes behind ports 70h and 71h as in the IBM PC/AT. The divider chain runs from a 32,768 Hz
-//! crystal; any divider setting but the one for that crystal holds the chain. Time of day is the wall
-//! clock at virtual time zero plus virtual time. An update takes no time, but is announced as long
-//! before as the datasheet says.
+//! The clock and CMOS memory: a Motorola MC146818 on interrupt line 8, its 128 bytes behind ports
+//! 70h and 71h as in the IBM PC/AT. The divider chain runs from a 32,768 Hz crystal; any divider
+//! setting but the one for that crystal holds the chain. Time of day is the wall clock at virtual
+//! time zero plus virtual time. An update takes no time, but is announced as long before as the
+//! datasheet says.
 
 mod cmos;
 #[cfg(test)]

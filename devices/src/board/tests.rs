@@ -1,3 +1,5 @@
+//! The wiring: interrupts, deadlines, ports, and one leap against many steps.
+
 use alloc::vec;
 
 use reprise_trace::event::{Event, LoggedEvent, Record};

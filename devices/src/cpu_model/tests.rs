@@ -1,3 +1,5 @@
+//! What a guest reads, register by register.
+
 use alloc::vec::Vec;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! A guest's probe, and the reset line.
+
 use super::*;
 use crate::state::contract::device_contract;
 

@@ -1,3 +1,5 @@
+//! Priorities, the cascade and the modes, vector by vector.
+
 use super::*;
 use crate::state::contract::{Random, device_contract};
 

@@ -1,3 +1,5 @@
+//! The time of day, setting it, and each interrupt's moment.
+
 use super::*;
 use crate::state::contract::{Random, device_contract};
 

@@ -1,3 +1,5 @@
+//! What drivers rely on: how Linux tells the chip, and when each interrupt comes and goes.
+
 use alloc::vec::Vec;
 
 use super::*;
