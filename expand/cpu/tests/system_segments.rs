@@ -504,3 +504,51 @@ fn compatibility_mode_checks_limits() {
     assert_eq!(ended.fault(), (GP, Some(0)));
     assert_eq!(ended.delivered().map(|delivered| delivered.rip), Some(USER_CODE + 2));
 }
+
+/// Real mode, about to run 16-bit code at 0x1000:0; interrupts lead to ENTRY.
+fn real_mode(code: &[u8]) -> Guest {
+    Guest::protected().code(code).with(|guest| {
+        let paragraph = |selector: u16| Segment {
+            selector,
+            attributes: 0x93,
+            limit: 0xffff,
+            base: u64::from(selector) << 4,
+        };
+        guest.state.cr0 = 0x10;
+        guest.state.segments = [paragraph(0); 6];
+        guest.state.segments[CS] = paragraph(0x1000);
+        guest.state.segments[SS] = paragraph(0x1a00);
+        guest.state.rip = 0;
+        guest.state.gpr[RSP] = 0x1_0800;
+        guest.state.idtr.base = 0;
+        guest.state.idtr.limit = 0x3ff;
+        guest.write(4 * 0x20, &[0, 0, 0x00, 0x18]);
+        guest.write(4 * 13, &[0, 0, 0x00, 0x18]);
+    })
+}
+
+#[test]
+fn real_mode_has_paragraphs_and_vectors() {
+    // mov ax, 0x1a00; mov ds, ax; mov [0x34], al; int 0x20
+    let ended = real_mode(&[0xb8, 0x5a, 0x1a, 0x8e, 0xd8, 0xa2, 0x34, 0, 0xcd, 0x20]).run();
+    assert_eq!((ended.exit.clone(), ended.state.rip), (Exit::Halt, 1));
+    assert_eq!(ended.state.segments[CS].base, ENTRY);
+    assert_eq!(ended.state.segments[DS].base, 0x1_a5a0);
+    assert_eq!(ended.u64(0x1_a5a0 + 0x34) & 0xff, 0x5a);
+    assert_eq!(ended.u64(0x1_a7fa) & 0xffff_ffff_ffff, 0x0002_1000_000a, "IP, CS, FLAGS");
+    assert_eq!(ended.state.gpr[RSP], 0x1_07fa, "16 bits of ESP move");
+}
+
+#[test]
+fn real_mode_returns_and_ends_at_64_kib() {
+    // int 0x20 | iret at ENTRY; mov [0xffff], ax
+    let ended = real_mode(&[0xcd, 0x20, 0xa3, 0xff, 0xff])
+        .with(|guest| {
+            guest.write(ENTRY, &[0xcf]);
+            guest.write(4 * 13, &[1, 0, 0x00, 0x18]);
+            guest.write(ENTRY + 1, &[0xf4]);
+        })
+        .run();
+    assert_eq!((ended.exit.clone(), ended.state.rip), (Exit::Halt, 2));
+    assert_eq!(ended.u64(0x1_a7fa) & 0xffff, 2, "the address of the store");
+}

@@ -363,13 +363,13 @@ impl Cpu {
     }
 }
 
-/// In a segmented mode: checks the memory operand against its segment, then runs `op.inner`.
+/// In a segmented mode: checks the memory operand against its segment, then runs the operation's inner handler.
 pub(crate) extern "sysv64" fn checked(cpu: &mut Cpu, op: &Op) -> Flow {
     if let Err(stop) = check_operand(cpu, op) {
         return Flow::from(Err(stop));
     }
     // SAFETY: `inner` is the handler that `ops::select` chose for this very operation.
-    unsafe { (op.inner)(cpu, op) }
+    unsafe { (op.instruction.inner)(cpu, op) }
 }
 
 fn check_operand(cpu: &mut Cpu, op: &Op) -> Result<(), Stop> {
