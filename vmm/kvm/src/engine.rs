@@ -32,7 +32,8 @@ pub enum KvmClock {
     /// A tick is an access to the board or a HLT. Each element of a string instruction on ports, and
     /// each access that KVM reports of one instruction on MMIO, is a tick of its own.
     Sync,
-    /// A tick is a retired instruction.
+    /// A tick is a retired instruction. Kernel code (CPL0) of a host whose KVM steps exactly; the rest
+    /// ends with a reason.
     Step,
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use reprise_machine::engine::{Access, Engine, Exit};
 use reprise_trace::cpu_state::*;
 
-use crate::KvmClock::Sync;
+use crate::KvmClock::{Step, Sync};
 use crate::KvmKind;
 use crate::testing::*;
 
@@ -255,6 +255,28 @@ fn cpuid_is_the_models() {
         let features = matches!(leaf, 1 | 7);
         if !(features && KvmKind::of_this_host() == KvmKind::PagetableBased) {
             assert_eq!(seen, model, "leaf {leaf:#x}");
+        }
+    }
+}
+
+#[test]
+fn model_specific_registers_are_the_models_under_both_clocks() {
+    require_kvm!(Step);
+    // 0: mov ecx, 0x8b; 5: rdmsr; 7: wrmsr; 9: mov cl, 0xfe; 11: rdmsr, which faults
+    let code = [0xb9, 0x8b, 0, 0, 0, 0x0f, 0x32, 0x0f, 0x30, 0xb1, 0xfe, 0x0f, 0x32];
+    // inc ebx; hlt
+    let handler = [0xff, 0xc3, HLT];
+    for clock in [Sync, Step] {
+        let ram = ram_with(&code);
+        put(&ram, CODE + 0x800, &handler);
+        put_gate(&ram, 13, CODE + 0x800);
+        let mut engine = engine_on(ram, clock, &long_mode());
+        assert_eq!(run(&mut engine), Exit::Halt);
+        let gpr = engine.cpu_state().unwrap().gpr;
+        assert_eq!((gpr[RDX], gpr[RAX], gpr[RBX]), (1, 0, 1));
+        if clock == Step {
+            // Four instructions of the code, two of the handler.
+            assert_eq!(engine.tick(), 6);
         }
     }
 }

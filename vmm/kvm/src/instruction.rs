@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, OpKind, Register};
 use reprise_machine::ram::GuestRam;
-use reprise_trace::cpu_state::{CS, CpuState, ES, SS};
+use reprise_trace::cpu_state::{CS, CpuState, ES, RSP, SS};
 
 use crate::paging::Paging;
 
@@ -130,13 +130,31 @@ fn return_target(ram: &GuestRam, state: &CpuState, instruction: &Instruction) ->
         Code::Retnq | Code::Retnq_imm16 | Code::Iretq => 8,
         _ => return Successors::Any,
     };
-    let pointer = state.gpr[4];
-    let top = match (bitness(state), state.segments[SS].default_32()) {
+    match stack_word(ram, state, 0, bytes) {
+        Some(target) => Successors::one(target),
+        None => Successors::Any,
+    }
+}
+
+/// The word of `bytes` bytes at `offset` from the top of the stack; `None` where that is not RAM.
+pub(crate) fn stack_word(
+    ram: &GuestRam,
+    state: &CpuState,
+    offset: u64,
+    bytes: usize,
+) -> Option<u64> {
+    let bitness = bitness(state);
+    let pointer = state.gpr[RSP].wrapping_add(offset);
+    let stack = &state.segments[SS];
+    let top = match (bitness, stack.default_32()) {
         (64, _) => pointer,
-        (_, true) => state.segments[SS].base.wrapping_add(pointer & 0xffff_ffff),
-        (_, false) => state.segments[SS].base.wrapping_add(pointer & 0xffff),
+        (_, true) => stack.base.wrapping_add(pointer & 0xffff_ffff),
+        (_, false) => stack.base.wrapping_add(pointer & 0xffff),
     };
-    target_in_memory(ram, state, Some(top), bytes)
+    let mut word = [0; 8];
+    let linear = linear_address(bitness, top);
+    let read = Paging::from(state).read(ram, linear, &mut word[..bytes]);
+    read.then(|| u64::from_le_bytes(word))
 }
 
 /// A target that cannot be read makes the instruction fault.

@@ -18,6 +18,7 @@ mod host;
 mod instruction;
 mod kick;
 mod memory;
+mod model_specific;
 mod paging;
 mod report;
 mod self_test;

@@ -23,11 +23,15 @@ use reprise_trace::cpu_state::CpuState;
 use crate::access::PendingExit;
 use crate::engine::KvmEngine;
 use crate::error::KvmError;
-use crate::instruction::{Successors, decode_at, handler_of, repeats, successors};
+use crate::instruction::{Successors, decode_at, handler_of, repeats, stack_word, successors};
 use crate::vcpu::RawExit;
 use crate::{state, transfer};
 
+const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_IF: u64 = 1 << 9;
+
+/// What cannot be stepped because the guest does it already.
+const SELF_STEPPING: &str = "a guest that steps itself (TF)";
 
 /// Vectors of exceptions, as against interrupts.
 const EXCEPTIONS: std::ops::RangeInclusive<u8> = 0..=31;
@@ -201,12 +205,20 @@ impl KvmEngine {
                 let next = CpuState { interrupt_shadow: false, ..view.clone() };
                 Some(CpuState { rip: instruction.next_ip(), ..next })
             }
+            Code::Iretq if self.loads_trap_flag(instruction) => {
+                return self.cannot_step(SELF_STEPPING).map(Some);
+            }
             Code::Iretq => transfer::iretq(&self.ram, view),
             Code::Int_imm8 => {
                 let vector = instruction.immediate8();
                 transfer::deliver(&self.ram, view, vector, instruction.next_ip())
             }
             Code::Int3 => transfer::deliver(&self.ram, view, 3, instruction.next_ip()),
+            Code::Popfw | Code::Popfd | Code::Popfq | Code::Iretd | Code::Iretw
+                if self.loads_trap_flag(instruction) =>
+            {
+                return self.cannot_step(SELF_STEPPING).map(Some);
+            }
             Code::Sysretq | Code::Sysretd | Code::Sysexitq | Code::Sysexitd => {
                 return self.cannot_step("the way into user code (CPL3)").map(Some);
             }
@@ -216,6 +228,18 @@ impl KvmEngine {
         self.replace(after)?;
         self.tick += 1;
         Ok(Some(if self.halted { Some(Exit::Halt) } else { None }))
+    }
+
+    /// Whether POPF or IRET is about to set TF, which KVM's own stepping would hide.
+    fn loads_trap_flag(&self, instruction: &Instruction) -> bool {
+        let offset = match instruction.code() {
+            Code::Iretw => 4,
+            Code::Iretd => 8,
+            Code::Iretq => 16,
+            _ => 0,
+        };
+        stack_word(&self.ram, &self.stepper.view, offset, 2)
+            .is_some_and(|flags| flags & RFLAGS_TF != 0)
     }
 
     fn cannot_step(&mut self, what: &str) -> Result<Option<Exit>, EngineError> {

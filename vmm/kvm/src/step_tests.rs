@@ -350,6 +350,19 @@ fn user_code_is_refused_with_a_reason() {
 }
 
 #[test]
+fn a_guest_that_steps_itself_is_refused() {
+    require_kvm!(Step);
+    // pushf; or word [rsp], 0x100; popf
+    let code = [0x9c, 0x66, 0x81, 0x0c, 0x24, 0x00, 0x01, 0x9d];
+    let mut engine = engine(Step, &long_mode(), &code);
+    match run(&mut engine) {
+        Exit::Unsupported(reason) => assert!(reason.contains("TF"), "{reason}"),
+        exit => panic!("{exit:?}"),
+    }
+    assert_eq!(engine.tick(), 2);
+}
+
+#[test]
 fn a_triple_fault_ends_the_run() {
     require_kvm!(Step);
     let mut state = long_mode();

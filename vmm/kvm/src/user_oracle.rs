@@ -157,7 +157,8 @@ pub struct UserOutcome {
     pub rip: u64,
     /// Flags as the exception saved them.
     pub rflags: u64,
-    /// x87, MMX and SSE.
+    /// x87, MMX and SSE. The last instruction's pointers (FOP, FIP, FDP) are what the host saves: AMD
+    /// does so only for an exception that is pending.
     pub fpu: FpuState,
     /// What stands at [`DATA_ADDRESS`], all of it.
     pub data: Vec<u8>,

@@ -11,15 +11,19 @@ use vmm_sys_util::ioctl_iow_nr;
 
 use crate::error::KvmError;
 use crate::memory::map_ram;
+use crate::model_specific;
 
 /// Where KVM is reached.
 pub(crate) const DEVICE: &str = "/dev/kvm";
+
+/// #DB, the vector of a debug exit for single-step.
+const DEBUG_EXCEPTION: u32 = 1;
 
 /// The stable KVM interface, since Linux 2.6.22.
 const API_VERSION: i32 = 12;
 
 /// The capabilities that are used: number, name, and whether the engine cannot do without.
-pub(crate) const CAPABILITIES: [(u32, &str, bool); 8] = [
+pub(crate) const CAPABILITIES: [(u32, &str, bool); 10] = [
     (KVM_CAP_USER_MEMORY, "KVM_CAP_USER_MEMORY", true),
     (KVM_CAP_EXT_CPUID, "KVM_CAP_EXT_CPUID", true),
     (KVM_CAP_VCPU_EVENTS, "KVM_CAP_VCPU_EVENTS", true),
@@ -28,6 +32,8 @@ pub(crate) const CAPABILITIES: [(u32, &str, bool); 8] = [
     (KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT", true),
     (KVM_CAP_SYNC_REGS, "KVM_CAP_SYNC_REGS", true),
     (KVM_CAP_SET_GUEST_DEBUG2, "KVM_CAP_SET_GUEST_DEBUG2", false),
+    (KVM_CAP_X86_USER_SPACE_MSR, "KVM_CAP_X86_USER_SPACE_MSR", false),
+    (KVM_CAP_X86_MSR_FILTER, "KVM_CAP_X86_MSR_FILTER", false),
 ];
 
 // kvm-ioctls has no wrapper for it: it queues an external interrupt where there is no in-kernel
@@ -45,6 +51,8 @@ pub(crate) enum RawExit {
     Halt,
     /// Triple fault.
     Shutdown,
+    /// RDMSR or WRMSR of one that KVM does not let pass; answered before anybody sees this.
+    ModelSpecific { index: u32, is_write: bool },
     /// A debug event that userspace asked for: the exception's vector.
     Debug { vector: u32 },
     /// A signal, or `immediate_exit`.
@@ -113,7 +121,9 @@ pub(crate) struct Vcpu {
     pub(crate) fd: VcpuFd,
     _vm: VmFd,
     /// Capabilities of KVM_SET_GUEST_DEBUG, as KVM_CAP_SET_GUEST_DEBUG2 gives them.
-    pub(crate) guest_debug: u32,
+    guest_debug: u32,
+    /// Every KVM_RUN steps.
+    stepping: bool,
 }
 
 impl Vcpu {
@@ -132,21 +142,39 @@ impl Vcpu {
         }
         // SAFETY: the caller promises what map_ram asks for.
         unsafe { map_ram(&vm, ram)? };
+        model_specific::restrict(&vm)?;
         let fd = vm.create_vcpu(0).map_err(|errno| KvmError::refused("KVM_CREATE_VCPU", errno))?;
         fd.set_cpuid2(cpuid).map_err(|errno| KvmError::refused("KVM_SET_CPUID2", errno))?;
         // Without the newer capability, only what has always been there.
         let guest_debug = vm.check_extension_raw(u64::from(KVM_CAP_SET_GUEST_DEBUG2)) as u32;
-        Ok(Self { fd, _vm: vm, guest_debug })
+        Ok(Self { fd, _vm: vm, guest_debug, stepping: false })
     }
 
     /// Runs the guest until it exits.
     pub(crate) fn run(&mut self) -> Result<RawExit, KvmError> {
+        loop {
+            let exit = self.enter()?;
+            let RawExit::ModelSpecific { index, is_write } = exit else { return Ok(exit) };
+            let answer = model_specific::answer(index, is_write);
+            self.answer_model_specific(answer);
+            if self.stepping && answer.is_some() {
+                // A plain KVM_RUN could step the next instruction as well.
+                return Ok(match self.complete()? {
+                    RawExit::Interrupted => RawExit::Debug { vector: DEBUG_EXCEPTION },
+                    exit => exit,
+                });
+            }
+        }
+    }
+
+    /// KVM_RUN, once.
+    fn enter(&mut self) -> Result<RawExit, KvmError> {
         match self.fd.run() {
             Ok(kvm_ioctls::VcpuExit::MemoryFault { .. }) => return Ok(RawExit::MemoryFault),
             Ok(_) => {}
             Err(errno) => {
                 return match errno.errno() {
-                    libc::EINTR | libc::EAGAIN => Ok(RawExit::Interrupted),
+                    libc::EINTR => Ok(RawExit::Interrupted),
                     libc::EFAULT => Ok(RawExit::MemoryFault),
                     _ => Err(KvmError::refused("KVM_RUN", errno)),
                 };
@@ -159,9 +187,18 @@ impl Vcpu {
     /// [`RawExit::Interrupted`], or with what else the same instruction wants.
     pub(crate) fn complete(&mut self) -> Result<RawExit, KvmError> {
         self.fd.set_kvm_immediate_exit(1);
-        let exit = self.run();
+        let exit = self.enter();
         self.fd.set_kvm_immediate_exit(0);
         exit
+    }
+
+    /// What the RDMSR gives or the WRMSR does that KVM_RUN came back with; `None` makes it fault.
+    fn answer_model_specific(&mut self, answer: Option<u64>) {
+        // SAFETY: called only after a KVM_EXIT_X86_RDMSR or _WRMSR, so the kernel filled this member
+        // of the union.
+        let msr = unsafe { &mut self.fd.get_kvm_run().__bindgen_anon_1.msr };
+        msr.error = u8::from(answer.is_none());
+        msr.data = answer.unwrap_or(0);
     }
 
     /// Queues an external interrupt, which the next KVM_RUN delivers before anything else.
@@ -207,6 +244,7 @@ impl Vcpu {
 
     /// Asks for debug exits, besides KVM_GUESTDBG_ENABLE as in `control`, with these debug registers.
     pub(crate) fn set_debug(&mut self, control: u32, debugreg: [u64; 8]) -> Result<(), KvmError> {
+        self.stepping = control & KVM_GUESTDBG_SINGLESTEP != 0;
         let control = KVM_GUESTDBG_ENABLE | control;
         let arch = kvm_guest_debug_arch { debugreg };
         self.fd
@@ -245,6 +283,11 @@ fn read_exit(run: &kvm_run) -> RawExit {
             RawExit::Debug { vector: debug.arch.exception }
         }
         KVM_EXIT_INTR => RawExit::Interrupted,
+        reason @ (KVM_EXIT_X86_RDMSR | KVM_EXIT_X86_WRMSR) => {
+            // SAFETY: as above.
+            let msr = unsafe { detail.msr };
+            RawExit::ModelSpecific { index: msr.index, is_write: reason == KVM_EXIT_X86_WRMSR }
+        }
         KVM_EXIT_INTERNAL_ERROR => {
             // SAFETY: as above.
             let internal = unsafe { detail.internal };
