@@ -401,7 +401,7 @@ impl Board {
     }
 
     /// How many console bytes the guest would take now: as many as the receive FIFO has room for,
-    /// once the guest has raised RTS or takes receive interrupts.
+    /// once the guest takes receive interrupts or polls for input.
     #[inline]
     pub fn console_room(&self) -> usize {
         self.uart.room()

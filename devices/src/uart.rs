@@ -58,6 +58,9 @@ const DSR: u8 = 1 << 5;
 const RING: u8 = 1 << 6;
 const CARRIER: u8 = 1 << 7;
 
+/// Looks in a row after which a guest counts as one that polls for input.
+const POLLING_LOOKS: u8 = 16;
+
 /// What a write did besides changing registers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Written {
@@ -91,6 +94,8 @@ pub(crate) struct Uart {
     timeout_ns: Option<u64>,
     /// Modem status bits 0 to 3.
     modem_changes: u8,
+    /// How often in a row the guest has looked for a byte, found none, and done nothing else here.
+    idle_looks: u8,
 }
 
 impl Device for Uart {
@@ -100,6 +105,7 @@ impl Device for Uart {
     fn is_possible(&self) -> bool {
         usize::from(self.received_start) < FIFO_BYTES
             && usize::from(self.received_bytes) <= self.receive_capacity()
+            && self.idle_looks <= POLLING_LOOKS
     }
 }
 
@@ -122,6 +128,7 @@ impl Uart {
             timed_out: false,
             timeout_ns: None,
             modem_changes: 0,
+            idle_looks: 0,
         }
     }
 
@@ -133,12 +140,14 @@ impl Uart {
         self.modem_control & LOOPBACK != 0
     }
 
-    /// How many bytes the guest would take: none before it has shown that it wants any, by raising
-    /// RTS or with receive interrupts that reach it. (Linux enables all interrupts for an instant
-    /// when it looks for a port, and then throws away what came in.)
+    /// How many bytes the guest would take: none before it has shown that it wants any, with receive
+    /// interrupts that reach it, or by raising RTS and then doing nothing but look for a byte.
+    /// (Linux enables all interrupts for an instant when it looks for a port, and raises RTS before
+    /// it throws away what came in.)
     pub(crate) fn room(&self) -> usize {
         let interrupts = self.interrupt_enable & ENABLE_RECEIVED != 0 && self.drives_interrupt();
-        let listens = self.modem_control & RTS != 0 || interrupts;
+        let polls = self.modem_control & RTS != 0 && self.idle_looks >= POLLING_LOOKS;
+        let listens = interrupts || polls;
         if !listens || self.in_loopback() {
             return 0;
         }
@@ -255,6 +264,9 @@ impl Uart {
     #[inline]
     pub(crate) fn read(&mut self, register: u8, now_ns: u64) -> u8 {
         self.advance(now_ns);
+        if register != LINE_STATUS && register != DATA {
+            self.idle_looks = 0;
+        }
         match register {
             LINE_STATUS => self.read_line_status(),
             DATA if self.divisor_latch() => self.divisor as u8,
@@ -274,6 +286,9 @@ impl Uart {
 
     fn read_line_status(&mut self) -> u8 {
         let ready = if self.received_bytes > 0 { DATA_READY } else { 0 };
+        if ready == 0 {
+            self.idle_looks = (self.idle_looks + 1).min(POLLING_LOOKS);
+        }
         let overrun = if core::mem::take(&mut self.overrun) { OVERRUN } else { 0 };
         TRANSMITTER_EMPTY | ready | overrun
     }
@@ -303,6 +318,7 @@ impl Uart {
     #[inline]
     pub(crate) fn write(&mut self, register: u8, value: u8, now_ns: u64) -> Written {
         self.advance(now_ns);
+        self.idle_looks = 0;
         match register {
             DATA if !self.divisor_latch() => return self.write_data(value, now_ns),
             DATA => self.divisor = (self.divisor & 0xff00) | u16::from(value),

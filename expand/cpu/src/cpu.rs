@@ -86,6 +86,8 @@ pub struct Cpu {
     pub(crate) careful: bool,
     /// Instructions retired before the running block.
     pub(crate) tick: u64,
+    /// The operation of the running block that did not simply retire.
+    pub(crate) stopped_at: usize,
     pub(crate) time_base: TimeBase,
     pub(crate) memory: Memory,
     pub(crate) system: SystemState,
@@ -123,6 +125,7 @@ impl Cpu {
             interrupt_shadow: false,
             careful: false,
             tick: 0,
+            stopped_at: 0,
             time_base: TimeBase { tick: 0, ns: 0, ns_per_tick: 1 },
             memory: Memory::new(ram),
             system: SystemState::from_stored(&CpuState::default()),

@@ -79,7 +79,7 @@ impl Engine for SoftEngine {
         let access = self.unfinished.take().expect("an access is waiting");
         self.cpu.answered.push(AnsweredAccess { access, value });
         // The instruction runs again from its start and finds the answer; it may ask for another.
-        self.queued = with_guest_fpu(&mut self.cpu, |cpu| cpu.execute_block(1));
+        self.queued = with_guest_fpu(&mut self.cpu, |cpu| cpu.execute_one());
         Ok(())
     }
 

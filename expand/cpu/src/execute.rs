@@ -1,12 +1,13 @@
 //! The block loop: runs pre-decoded operations and keeps the instruction count exact.
 #![allow(unsafe_code)]
 
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use reprise_machine::engine::Exit;
 
 use crate::cpu::{BLOCK_RIP, Cpu};
-use crate::decode::block_cache::Block;
+use crate::decode::block_cache::{Block, same_generation};
 use crate::fault::{Flow, Stop};
 use crate::flags;
 
@@ -22,6 +23,8 @@ impl Cpu {
         kick: &AtomicBool,
         interrupt_requested: bool,
     ) -> Exit {
+        // The block that ran last, and the key under which it was found.
+        let mut last: Option<(NonNull<Block>, u64)> = None;
         loop {
             if kick.load(Ordering::Relaxed) {
                 kick.store(false, Ordering::Release);
@@ -33,10 +36,55 @@ impl Cpu {
             if interrupt_requested && self.interruptible() {
                 return Exit::InterruptWindow;
             }
-            if let Some(exit) = self.execute_block(until - self.tick) {
+            if self.careful || self.interrupt_shadow {
+                last = None;
+                if let Some(exit) = self.execute_carefully() {
+                    return exit;
+                }
+                continue;
+            }
+            let Ok(block) = self.next_block(last) else {
+                last = None;
+                if let Some(exit) = self.take_fault() {
+                    return exit;
+                }
+                continue;
+            };
+            last = Some((block, self.blocks.key(self.mode)));
+            // SAFETY: a block lives until the cache drops it, which happens only in
+            // `drop_overwritten_code` and in `current_block`; running operations calls neither.
+            let block = unsafe { block.as_ref() };
+            let flow = self.run_ops(block, (until - self.tick) as usize);
+            if flow != Flow::NEXT
+                && let Some(exit) = self.finish_stopped(block, flow)
+            {
                 return exit;
             }
+            if self.memory.physical.code_was_written() {
+                self.drop_overwritten_code();
+            }
         }
+    }
+
+    /// The block at RIP, by way of the one that ran before if that led here already.
+    #[inline(always)]
+    fn next_block(&mut self, last: Option<(NonNull<Block>, u64)>) -> Result<NonNull<Block>, Stop> {
+        let linear = self.code_address();
+        let key = self.blocks.key(self.mode);
+        let Some((last, found_under)) = last.filter(|&(_, found)| same_generation(found, key))
+        else {
+            return self.current_block(linear);
+        };
+        // SAFETY: no block has been dropped since `last` was found: its generation is current.
+        if let Some(block) = unsafe { last.as_ref() }.linked(linear, key) {
+            return Ok(block);
+        }
+        let block = self.current_block(linear)?;
+        if same_generation(found_under, self.blocks.key(self.mode)) {
+            // SAFETY: as above; finding `block` has not changed the generation either.
+            unsafe { last.as_ref() }.link(linear, key, block);
+        }
+        Ok(block)
     }
 
     /// Whether an external interrupt would be taken now.
@@ -45,65 +93,53 @@ impl Cpu {
         self.rflags_rest & flags::IF != 0 && !self.interrupt_shadow
     }
 
-    /// Runs at most `budget` instructions of the block at RIP.
-    #[inline]
-    pub(crate) fn execute_block(&mut self, budget: u64) -> Option<Exit> {
+    /// Runs one instruction, the one that the board has just answered.
+    pub(crate) fn execute_one(&mut self) -> Option<Exit> {
         if self.careful || self.interrupt_shadow {
             return self.execute_carefully();
         }
-        match self.current_block() {
-            Ok(block) => {
-                // SAFETY: a block lives until the cache drops it, which happens only in
-                // `drop_overwritten_code` and in `find_block`; running operations calls neither.
-                let block = unsafe { block.as_ref() };
-                let (number, flow) = self.run_ops(block, budget as usize);
-                let exit = self.finish_ops(block, number, flow);
-                if self.memory.physical.code_was_written() {
-                    self.drop_overwritten_code();
-                }
-                exit
-            }
-            Err(_) => self.take_fault(),
+        let Ok(block) = self.current_block(self.code_address()) else { return self.take_fault() };
+        // SAFETY: as in `execute`.
+        let block = unsafe { block.as_ref() };
+        let flow = self.run_ops(block, 1);
+        let exit = if flow == Flow::NEXT { None } else { self.finish_stopped(block, flow) };
+        if self.memory.physical.code_was_written() {
+            self.drop_overwritten_code();
         }
+        exit
     }
 
-    /// Runs operations of `block` until one does not simply retire; how many did, and the flow of
-    /// the one that did not.
+    /// Runs operations of `block`, at most `budget`, until one does not simply retire. Leaves RIP and
+    /// the count behind the last that did.
     #[inline(always)]
-    fn run_ops(&mut self, block: &Block, budget: usize) -> (usize, Flow) {
+    fn run_ops(&mut self, block: &Block, budget: usize) -> Flow {
         self.registers.gpr[usize::from(BLOCK_RIP)] = self.rip;
         let ops = &block.ops[..block.ops.len().min(budget)];
         for (number, op) in ops.iter().enumerate() {
             // SAFETY: the handler is a function of this crate or a native sequence, made for this
-            // operation by `ops::select`; the block is kept alive by `block`.
+            // operation by `ops::select`; the block outlives this call.
             let flow = unsafe { (op.handler)(self, op) };
             if flow != Flow::NEXT {
-                return (number, flow);
+                self.stopped_at = number;
+                return flow;
             }
         }
-        (ops.len(), Flow::NEXT)
-    }
-
-    #[inline(always)]
-    fn finish_ops(&mut self, block: &Block, number: usize, flow: Flow) -> Option<Exit> {
-        if flow == Flow::NEXT {
-            self.tick += number as u64;
-            if number < block.ops.len() {
-                self.rip = block.ops[number].rip(self);
-            } else if !block.ends_in_branch {
-                self.rip = block.ops[number - 1].next_rip(self);
-            }
-            if !self.answered.is_empty() {
-                self.forget_answers();
-            }
-            return None;
+        self.tick += ops.len() as u64;
+        if ops.len() < block.ops.len() {
+            self.rip = block.ops[ops.len()].rip(self);
+        } else if !block.ends_in_branch {
+            self.rip = block.ops[ops.len() - 1].next_rip(self);
         }
-        self.finish_stopped(block, number, flow)
+        if !self.answered.is_empty() {
+            self.forget_answers();
+        }
+        Flow::NEXT
     }
 
     #[cold]
     #[inline(never)]
-    fn finish_stopped(&mut self, block: &Block, number: usize, flow: Flow) -> Option<Exit> {
+    fn finish_stopped(&mut self, block: &Block, flow: Flow) -> Option<Exit> {
+        let number = self.stopped_at;
         let op = &block.ops[number];
         self.tick += number as u64;
         let exit = match flow {
@@ -140,20 +176,16 @@ impl Cpu {
             return self.take_fault();
         }
         let resume = self.rflags_rest & flags::RF != 0;
-        let block = match self.current_block() {
-            // SAFETY: as in `execute_block`.
-            Ok(block) => unsafe { block.as_ref() },
-            Err(Stop::Fault | Stop::Exit | Stop::EndBlock | Stop::RetiredExit) => {
-                return self.take_fault();
-            }
-        };
+        let Ok(block) = self.current_block(self.code_address()) else { return self.take_fault() };
+        // SAFETY: as in `execute`.
+        let block = unsafe { block.as_ref() };
         let before = self.tick;
-        let (number, flow) = self.run_ops(block, 1);
+        let flow = self.run_ops(block, 1);
         if flow == Flow::EXIT {
             self.interrupt_shadow = shadow;
         }
         let faulted = flow == Flow::FAULT;
-        let exit = self.finish_ops(block, number, flow);
+        let exit = if flow == Flow::NEXT { None } else { self.finish_stopped(block, flow) };
         let retired = self.tick != before && !faulted;
         if retired {
             if resume {

@@ -1,7 +1,10 @@
-//! Where decoded blocks are found again: by guest-physical address, and quickly by linear address.
+//! Where decoded blocks are found again: by guest-physical address, by linear address while
+//! translations stay, and from the block that ran before.
 #![allow(unsafe_code)]
 
+use std::cell::Cell;
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::ptr::NonNull;
 
 use super::op::Op;
@@ -12,8 +15,11 @@ use crate::mode::Mode;
 const ADDRESS_ENTRIES: usize = 1 << 14;
 /// Blocks kept before the cache is emptied.
 const MAX_BLOCKS: usize = 1 << 18;
+/// Bits of [`Mode`] in a key.
+const MODE_BITS: u32 = 16;
 
-/// A run of instructions within one page, entered only at its start.
+/// A run of instructions within one page, or one instruction that straddles two, entered only at its
+/// start.
 #[derive(Debug)]
 pub(crate) struct Block {
     pub(crate) ops: Box<[Op]>,
@@ -21,30 +27,98 @@ pub(crate) struct Block {
     pub(crate) size_bytes: u16,
     /// The last operation sets RIP itself.
     pub(crate) ends_in_branch: bool,
-    /// The bytes straddle two pages: valid for this run only, never cached.
-    pub(crate) transient: bool,
+    /// The guest-physical page of the bytes behind the first page's end.
+    pub(crate) second_page: Option<u64>,
+    /// Where it led last: to the next address, and elsewhere.
+    links: [Cell<Link>; 2],
 }
 
-#[derive(Clone)]
-struct AddressEntry {
+/// A block at a linear address, as long as the cache's key stays.
+#[derive(Clone, Copy, Debug)]
+struct Link {
     linear: u64,
-    mode: Mode,
-    generation: u32,
+    key: u64,
     block: Option<NonNull<Block>>,
 }
 
+const NO_LINK: Link = Link { linear: 0, key: 0, block: None };
+
+impl Block {
+    pub(crate) fn new(ops: Vec<Op>, size_bytes: u16, ends_in_branch: bool) -> Self {
+        Self {
+            ops: ops.into_boxed_slice(),
+            size_bytes,
+            ends_in_branch,
+            second_page: None,
+            links: [const { Cell::new(NO_LINK) }; 2],
+        }
+    }
+
+    /// The block at `linear` that ran after this one before, if `key` is still the same.
+    #[inline(always)]
+    pub(crate) fn linked(&self, linear: u64, key: u64) -> Option<NonNull<Block>> {
+        for link in &self.links {
+            let link = link.get();
+            if link.linear == linear && link.key == key {
+                return link.block;
+            }
+        }
+        None
+    }
+
+    /// Remembers that `block`, at `linear`, ran after this one; the older link goes.
+    pub(crate) fn link(&self, linear: u64, key: u64, block: NonNull<Block>) {
+        self.links[1].set(self.links[0].get());
+        self.links[0].set(Link { linear, key, block: Some(block) });
+    }
+}
+
+/// Hashes a block's place in its page, which is only a few bits.
+#[derive(Clone, Copy, Debug, Default)]
+struct PlaceHasher(u64);
+
+impl Hasher for PlaceHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_u64(u64::from(byte));
+        }
+    }
+
+    fn write_u16(&mut self, value: u16) {
+        self.write_u64(u64::from(value));
+    }
+
+    fn write_u32(&mut self, value: u32) {
+        self.write_u64(u64::from(value));
+    }
+
+    fn write_u64(&mut self, value: u64) {
+        // Fibonacci hashing: 2^64 over the golden ratio.
+        self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
+
+/// A block's place: its offset in the page, and the mode it was decoded in.
+type Place = (u16, Mode);
+
 #[derive(Default)]
 struct PageBlocks {
-    blocks: HashMap<(u16, Mode), Box<Block>>,
+    blocks: HashMap<Place, Box<Block>, BuildHasherDefault<PlaceHasher>>,
+    /// Blocks of other pages whose last bytes lie at this page's start.
+    reaching_in: Vec<(u64, Mode)>,
 }
 
 /// All decoded blocks.
 pub(crate) struct BlockCache {
-    pages: HashMap<u64, PageBlocks>,
-    addresses: Box<[AddressEntry]>,
-    generation: u32,
+    pages: HashMap<u64, PageBlocks, BuildHasherDefault<PlaceHasher>>,
+    addresses: Box<[Link]>,
+    generation: u64,
     block_count: usize,
-    /// The last block that straddled two pages.
+    /// The last block decoded from where there is no RAM.
     transient: Option<Box<Block>>,
 }
 
@@ -54,63 +128,87 @@ impl std::fmt::Debug for BlockCache {
     }
 }
 
-// SAFETY: the pointers in `addresses` lead to boxes that `pages` owns; an entry is only followed while
-// its generation is current, and every removal of a block starts a new generation. All of it moves
-// between threads together.
+// SAFETY: the pointers in `addresses` and in links lead to boxes that `pages` owns; one is only followed
+// while its key's generation is current, and every removal of a block starts a new generation. All of
+// it moves between threads together.
 unsafe impl Send for BlockCache {}
 
 fn slot(linear: u64) -> usize {
-    (linear ^ linear >> 12) as usize % ADDRESS_ENTRIES
+    (linear ^ linear >> 14) as usize % ADDRESS_ENTRIES
+}
+
+/// Whether no block was dropped, and no translation changed, between two keys.
+#[inline(always)]
+pub(crate) fn same_generation(one: u64, other: u64) -> bool {
+    one >> MODE_BITS == other >> MODE_BITS
 }
 
 impl BlockCache {
     pub(crate) fn new() -> Self {
-        let empty = AddressEntry { linear: 0, mode: Mode(0), generation: 0, block: None };
         Self {
-            pages: HashMap::new(),
-            addresses: vec![empty; ADDRESS_ENTRIES].into_boxed_slice(),
+            pages: HashMap::default(),
+            addresses: vec![NO_LINK; ADDRESS_ENTRIES].into_boxed_slice(),
             generation: 1,
             block_count: 0,
             transient: None,
         }
     }
 
+    /// What must be the same for a linear address to lead to the same block. A pointer to a block
+    /// found under a key is valid while the key's generation is current.
+    #[inline(always)]
+    pub(crate) fn key(&self, mode: Mode) -> u64 {
+        self.generation << MODE_BITS | u64::from(mode.0)
+    }
+
     /// The block at a linear address, if it was found there since translations last changed.
     #[inline(always)]
     pub(crate) fn by_address(&self, linear: u64, mode: Mode) -> Option<NonNull<Block>> {
-        let entry = &self.addresses[slot(linear)];
-        if entry.linear == linear && entry.mode == mode && entry.generation == self.generation {
-            entry.block
-        } else {
-            None
-        }
+        let link = &self.addresses[slot(linear)];
+        if link.linear == linear && link.key == self.key(mode) { link.block } else { None }
     }
 
     /// Remembers that `linear` leads to `block`.
     pub(crate) fn remember_address(&mut self, linear: u64, mode: Mode, block: NonNull<Block>) {
-        self.addresses[slot(linear)] =
-            AddressEntry { linear, mode, generation: self.generation, block: Some(block.clone()) };
+        let key = self.key(mode);
+        self.addresses[slot(linear)] = Link { linear, key, block: Some(block) };
+    }
+
+    fn at(&self, address: u64, mode: Mode) -> Option<&Block> {
+        let offset = (address % PAGE_BYTES) as u16;
+        Some(self.pages.get(&(address / PAGE_BYTES))?.blocks.get(&(offset, mode))?)
     }
 
     /// The block at a guest-physical address.
     pub(crate) fn by_physical(&self, address: u64, mode: Mode) -> Option<NonNull<Block>> {
-        let offset = (address % PAGE_BYTES) as u16;
-        let block = self.pages.get(&(address / PAGE_BYTES))?.blocks.get(&(offset, mode))?;
-        Some(NonNull::from(&**block))
+        self.at(address, mode).map(NonNull::from)
+    }
+
+    /// The second page of the block at a guest-physical address.
+    pub(crate) fn second_page(&self, address: u64, mode: Mode) -> Option<u64> {
+        self.at(address, mode)?.second_page
     }
 
     /// Keeps a block; where it lives.
     pub(crate) fn insert(&mut self, address: u64, mode: Mode, block: Box<Block>) -> NonNull<Block> {
-        let place = NonNull::from(&*block);
         let offset = (address % PAGE_BYTES) as u16;
+        let pointer = NonNull::from(&*block);
+        if let Some(second) = block.second_page {
+            let page = self.pages.entry(second / PAGE_BYTES).or_default();
+            page.reaching_in.push((address, mode));
+        }
         let page = self.pages.entry(address / PAGE_BYTES).or_default();
-        page.blocks.insert((offset, mode), block);
-        self.block_count += 1;
-        place
+        if page.blocks.insert((offset, mode), block).is_some() {
+            self.forget_addresses();
+        } else {
+            self.block_count += 1;
+        }
+        pointer
     }
 
-    /// Keeps a block that runs once; where it lives until the next of its kind.
+    /// Keeps a block that is decoded anew each time; where it lives until the next of its kind.
     pub(crate) fn keep_transient(&mut self, block: Box<Block>) -> NonNull<Block> {
+        self.forget_addresses();
         NonNull::from(&**self.transient.insert(block))
     }
 
@@ -126,35 +224,47 @@ impl BlockCache {
         self.pages.drain().map(|(page, _)| page * PAGE_BYTES).collect()
     }
 
-    /// Drops the blocks of a page that overlap `chunks`; the chunks that still hold code.
+    /// Drops the blocks that overlap `chunks` of a page; the chunks that still hold code.
     pub(crate) fn invalidate(&mut self, page: u64, chunks: u64) -> u64 {
-        let Some(held) = self.pages.get_mut(&(page / PAGE_BYTES)) else { return 0 };
-        let before = held.blocks.len();
-        let mut left = 0;
-        held.blocks.retain(|&(offset, _), block| {
-            let covers = chunk_mask(u64::from(offset), u64::from(block.size_bytes));
-            let keep = covers & chunks == 0;
-            if keep {
-                left |= covers;
-            }
-            keep
-        });
-        self.block_count -= before - held.blocks.len();
-        if held.blocks.is_empty() {
-            self.pages.remove(&(page / PAGE_BYTES));
-        }
         self.forget_addresses();
+        let number = page / PAGE_BYTES;
+        let mut left = 0;
+        let mut reaching_in = Vec::new();
+        let mut dropped = 0;
+        if let Some(held) = self.pages.get_mut(&number) {
+            let before = held.blocks.len();
+            held.blocks.retain(|&(offset, _), block| {
+                let in_page = PAGE_BYTES - u64::from(offset);
+                let covers =
+                    chunk_mask(u64::from(offset), u64::from(block.size_bytes).min(in_page));
+                let keep = covers & chunks == 0;
+                left |= if keep { covers } else { 0 };
+                keep
+            });
+            dropped += before - held.blocks.len();
+            reaching_in = std::mem::take(&mut held.reaching_in);
+        }
+        // Where exactly such a block ends does not matter: an instruction's bytes lie in one chunk.
+        let first_chunk = chunk_mask(0, 1);
+        if chunks & first_chunk != 0 {
+            for (address, mode) in reaching_in {
+                let place = ((address % PAGE_BYTES) as u16, mode);
+                if let Some(first) = self.pages.get_mut(&(address / PAGE_BYTES)) {
+                    dropped += usize::from(first.blocks.remove(&place).is_some());
+                }
+            }
+        } else if !reaching_in.is_empty() {
+            left |= first_chunk;
+            self.pages.entry(number).or_default().reaching_in = reaching_in;
+        }
+        self.block_count -= dropped;
         left
     }
 
     /// Forgets what lies at which linear address: a translation changed.
+    #[inline]
     pub(crate) fn forget_addresses(&mut self) {
-        self.generation = self.generation.wrapping_add(1);
-        if self.generation == 0 {
-            for entry in &mut self.addresses {
-                entry.block = None;
-            }
-            self.generation = 1;
-        }
+        self.generation += 1;
+        assert!(self.generation >> (64 - MODE_BITS) == 0, "2^48 translation changes");
     }
 }

@@ -7,8 +7,10 @@ use std::ptr::NonNull;
 
 use iced_x86::{Decoder, DecoderOptions, Instruction};
 
+use reprise_trace::cpu_state::CS;
+
 use crate::cpu::{Cpu, NO_SEGMENT};
-use crate::fault::{Fault, Stop, vector};
+use crate::fault::{Fault, Stop};
 use crate::memory::physical::PAGE_BYTES;
 use crate::memory::walk::canonical;
 use crate::mode::Mode;
@@ -21,48 +23,45 @@ use op::Op;
 const MAX_BLOCK_OPS: usize = 64;
 /// An instruction's bytes, at most.
 const MAX_INSTRUCTION_BYTES: usize = 15;
+/// Bytes of a block, at most: what is fetched at once.
+const MAX_BLOCK_BYTES: usize = MAX_BLOCK_OPS * MAX_INSTRUCTION_BYTES;
 /// Encodings that the CPU model decodes as its time did: no LZCNT, TZCNT or WBNOINVD.
 pub(crate) const OPTIONS: u32 =
     DecoderOptions::NO_MPFX_0FBC | DecoderOptions::NO_MPFX_0FBD | DecoderOptions::NO_WBNOINVD;
 
 impl Cpu {
-    /// The block at the current RIP, decoded if need be. It lives until the block cache next drops
-    /// blocks, or another transient block comes: never while it runs.
+    /// The linear address of the current RIP.
     #[inline(always)]
-    pub(crate) fn current_block(&mut self) -> Result<NonNull<Block>, Stop> {
-        let linear = self.code_address();
+    pub(crate) fn code_address(&self) -> u64 {
+        let base = self.registers.segment_base[CS];
+        self.wrap(base.wrapping_add(self.rip))
+    }
+
+    /// The block at `linear`, the current RIP's address, decoded if need be. It lives until the block
+    /// cache next drops blocks: while it runs, and while the cache's generation stays.
+    #[inline]
+    pub(crate) fn current_block(&mut self, linear: u64) -> Result<NonNull<Block>, Stop> {
         match self.blocks.by_address(linear, self.mode) {
             Some(block) => Ok(block),
             None => self.find_block(linear),
         }
     }
 
-    /// The linear address of the current RIP.
-    #[inline(always)]
-    fn code_address(&self) -> u64 {
-        let base = self.registers.segment_base[reprise_trace::cpu_state::CS];
-        self.wrap(base.wrapping_add(self.rip))
-    }
-
     #[cold]
     #[inline(never)]
     fn find_block(&mut self, linear: u64) -> Result<NonNull<Block>, Stop> {
-        if !canonical(linear) {
+        let limit = u64::from(self.system.segments[CS].limit);
+        if !canonical(linear) || self.rip > limit && !self.mode_64() {
             return self.fault(Fault::GP0);
         }
-        if self.rip > u64::from(self.system.segments[reprise_trace::cpu_state::CS].limit)
-            && !self.mode_64()
-        {
-            return self.fault(Fault::GP0);
-        }
-        let address = match self.memory.fetch_address(linear) {
-            Ok(address) => address,
-            Err(fault) => return self.fault(fault),
-        };
+        let address = self.fetch_page(linear)?;
         let mode = Mode(self.mode.0 & !Mode::USER);
         if let Some(block) = self.blocks.by_physical(address, mode) {
-            self.blocks.remember_address(linear, self.mode, block);
-            return Ok(block);
+            let second = self.blocks.second_page(address, mode);
+            if second.is_none() || second == Some(self.fetch_page(next_page(linear))?) {
+                self.blocks.remember_address(linear, self.mode, block);
+                return Ok(block);
+            }
         }
         if self.blocks.is_full() {
             for page in self.blocks.clear() {
@@ -70,54 +69,60 @@ impl Cpu {
             }
         }
         let block = Box::new(self.decode_block(linear, address)?);
-        if block.transient {
+        if !self.memory.physical.is_ram(address) {
             return Ok(self.blocks.keep_transient(block));
         }
-        self.memory.mark_code(address, u64::from(block.size_bytes));
+        let in_page = PAGE_BYTES - address % PAGE_BYTES;
+        let size_bytes = u64::from(block.size_bytes);
+        self.memory.mark_code(address, size_bytes.min(in_page));
+        if let Some(second) = block.second_page {
+            if !self.memory.physical.is_ram(second) {
+                return Ok(self.blocks.keep_transient(block));
+            }
+            self.memory.mark_code(second, size_bytes - in_page);
+        }
         let block = self.blocks.insert(address, mode, block);
         self.blocks.remember_address(linear, self.mode, block);
         Ok(block)
     }
 
+    /// The guest-physical address of the code byte at `linear`.
+    fn fetch_page(&mut self, linear: u64) -> Result<u64, Stop> {
+        match self.memory.fetch_address(self.wrap(linear)) {
+            Ok(address) => Ok(address),
+            Err(fault) => self.fault(fault),
+        }
+    }
+
     fn decode_block(&mut self, linear: u64, address: u64) -> Result<Block, Stop> {
         let in_page = (PAGE_BYTES - address % PAGE_BYTES) as usize;
-        let mut bytes = [0; PAGE_BYTES as usize + MAX_INSTRUCTION_BYTES];
-        if !self.memory.physical.read(address, &mut bytes[..in_page]) {
-            // Code from device space: nothing answers there, and all ones is no instruction.
-            bytes[..in_page].fill(0xff);
+        let mut bytes = [0xff; MAX_BLOCK_BYTES];
+        let first = in_page.min(MAX_BLOCK_BYTES);
+        // Where there is no RAM nothing answers, and all ones is no instruction.
+        self.memory.physical.read(address, &mut bytes[..first]);
+        let block = self.decode_bytes(&bytes[..first], MAX_BLOCK_OPS);
+        if !block.ops.is_empty() {
+            return Ok(block);
         }
-        let mut block = self.decode_bytes(&bytes[..in_page]);
+        // The first instruction straddles the page's end: its rest comes from the next page.
+        let second = self.fetch_page(next_page(linear))?;
+        let whole = in_page + MAX_INSTRUCTION_BYTES;
+        self.memory.physical.read(second, &mut bytes[in_page..whole]);
+        let mut block = self.decode_bytes(&bytes[..whole], 1);
         if block.ops.is_empty() {
-            // The first instruction straddles the page's end: its rest comes from the next page.
-            let next = self.wrap(linear.wrapping_add(in_page as u64));
-            let rest = match self.memory.fetch_address(next) {
-                Ok(address) => address,
-                Err(fault) => return self.fault(fault),
-            };
-            let tail = &mut bytes[in_page..in_page + MAX_INSTRUCTION_BYTES];
-            if !self.memory.physical.read(rest, tail) {
-                tail.fill(0xff);
-            }
-            block = self.decode_bytes(&bytes[..in_page + MAX_INSTRUCTION_BYTES]);
-            block.ops = std::mem::take(&mut block.ops).into_vec().into_iter().take(1).collect();
-            block.transient = true;
-            if block.ops.is_empty() {
-                return self.fault(Fault::with_code(vector::GP, 0)); // More than 15 bytes.
-            }
-            let ends = block.ends_in_branch;
-            block.ends_in_branch = ends && block.size_bytes == u16::from(block.ops[0].length);
-            block.size_bytes = u16::from(block.ops[0].length);
+            return self.fault(Fault::GP0); // More than 15 bytes.
         }
+        block.second_page = Some(second);
         Ok(block)
     }
 
-    /// Decodes up to the block's end or the last whole instruction in `bytes`.
-    fn decode_bytes(&mut self, bytes: &[u8]) -> Block {
+    /// Decodes up to the block's end, `max_ops` or the last whole instruction in `bytes`.
+    fn decode_bytes(&mut self, bytes: &[u8], max_ops: usize) -> Block {
         let mut decoder = Decoder::with_ip(self.mode.code_bits(), bytes, 0, OPTIONS);
         let mut ops = Vec::new();
         let mut size_bytes = 0;
         let mut ends_in_branch = false;
-        while ops.len() < MAX_BLOCK_OPS && decoder.can_decode() {
+        while ops.len() < max_ops && decoder.can_decode() {
             let instruction = decoder.decode();
             if decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
                 break;
@@ -130,12 +135,7 @@ impl Cpu {
                 break;
             }
         }
-        Block {
-            ops: ops.into_boxed_slice(),
-            size_bytes: size_bytes as u16,
-            ends_in_branch,
-            transient: false,
-        }
+        Block::new(ops, size_bytes as u16, ends_in_branch)
     }
 
     fn decode_op(
@@ -148,7 +148,7 @@ impl Cpu {
         op.set_memory_operand(&instruction, self.address_bits(&instruction));
         let end = ops::select(self, &mut op);
         if self.mode.has(Mode::SEGMENTED) && op.segment != NO_SEGMENT {
-            op.inner = op.handler;
+            op.instruction.inner = op.handler;
             op.handler = system::segment::checked;
         }
         (op, end)
@@ -175,4 +175,9 @@ impl Cpu {
             })
             .unwrap_or(self.mode.code_bits())
     }
+}
+
+/// The first address of the page after `linear`'s.
+fn next_page(linear: u64) -> u64 {
+    (linear & !(PAGE_BYTES - 1)).wrapping_add(PAGE_BYTES)
 }

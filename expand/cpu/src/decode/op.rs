@@ -1,5 +1,7 @@
 //! A pre-decoded operation: one guest instruction, ready to run.
 
+use std::ops::Deref;
+
 use iced_x86::{Instruction, OpKind, Register};
 
 use crate::cpu::{BLOCK_RIP, Cpu, NO_SEGMENT, ZERO};
@@ -15,6 +17,7 @@ pub(crate) type NativeWithMemory = unsafe extern "sysv64" fn(&mut Cpu, *mut u8) 
 
 /// One guest instruction, pre-decoded. Fields mean what their handler says they mean.
 #[derive(Debug)]
+#[repr(align(64))]
 pub(crate) struct Op {
     pub(crate) handler: Handler,
     /// The native sequence, for handlers that bring a memory operand to one.
@@ -49,11 +52,28 @@ pub(crate) struct Op {
     pub(crate) number: u16,
     /// Bytes of the instruction.
     pub(crate) length: u8,
+    /// What handlers need seldom.
+    pub(crate) instruction: Box<Decoded>,
+}
+
+/// The whole decoded instruction, for handlers that need more than an operation's own fields.
+#[derive(Debug)]
+pub(crate) struct Decoded {
+    instruction: Instruction,
     /// In a segmented mode, what runs after the segment's limit and rights are checked.
     pub(crate) inner: Handler,
-    /// The whole decoded instruction, for handlers that need more than the fields above.
-    pub(crate) instruction: Box<Instruction>,
 }
+
+impl Deref for Decoded {
+    type Target = Instruction;
+
+    fn deref(&self) -> &Instruction {
+        &self.instruction
+    }
+}
+
+/// An operation fills one cache line: the block loop reads them in order.
+const _: () = assert!(size_of::<Op>() == 64);
 
 impl Op {
     /// An operation that raises #UD until handler and fields are chosen. `offset` counts from the
@@ -61,7 +81,6 @@ impl Op {
     pub(crate) fn new(instruction: Instruction, offset: usize, number: usize) -> Self {
         Self {
             handler: raise_ud,
-            inner: raise_ud,
             native: None,
             displacement: 0,
             address_mask: u64::MAX,
@@ -79,7 +98,7 @@ impl Op {
             offset: offset as u16,
             number: number as u16,
             length: instruction.len() as u8,
-            instruction: Box::new(instruction),
+            instruction: Box::new(Decoded { instruction, inner: raise_ud }),
         }
     }
 

@@ -60,6 +60,11 @@ impl Physical {
         }
     }
 
+    /// Whether there is RAM at an address.
+    pub(crate) fn is_ram(&self, address: u64) -> bool {
+        self.host_page(address & !(PAGE_BYTES - 1)).is_some()
+    }
+
     /// Reads bytes that lie within one page of RAM; false where there is no RAM.
     pub(crate) fn read(&self, address: u64, bytes: &mut [u8]) -> bool {
         let offset = address % PAGE_BYTES;

@@ -24,7 +24,7 @@ pub(crate) fn select(cpu: &mut Cpu, op: &mut Op) -> Option<BlockEnd> {
             // SAFETY: the sequence takes the CPU in RDI, ignores RSI, and returns a `Flow` in EAX:
             // it has the handler's signature.
             op.handler = unsafe { std::mem::transmute::<*const u8, Handler>(entry) };
-            op.inner = op.handler;
+            op.instruction.inner = op.handler;
         }
         Some(MemoryUse { size_bytes, reads, writes }) => {
             // SAFETY: the sequence takes the CPU in RDI and the operand's address in RSI.
@@ -90,7 +90,7 @@ pub(crate) fn run_selected(cpu: &mut Cpu, op: &Op) -> Flow {
 #[inline(always)]
 pub(crate) fn run_register(cpu: &mut Cpu, op: &Op) -> Flow {
     // SAFETY: `select` put the sequence there, and only memory operands let anything replace it.
-    unsafe { (op.inner)(cpu, op) }
+    unsafe { (op.instruction.inner)(cpu, op) }
 }
 
 /// Runs `op`'s native sequence on an operand in the caller's hands.

@@ -14,9 +14,21 @@ use crate::mode::Mode;
 macro_rules! by_condition {
     ($handler:ident) => {
         [
-            $handler::<0>, $handler::<1>, $handler::<2>, $handler::<3>, $handler::<4>,
-            $handler::<5>, $handler::<6>, $handler::<7>, $handler::<8>, $handler::<9>,
-            $handler::<10>, $handler::<11>, $handler::<12>, $handler::<13>, $handler::<14>,
+            $handler::<0>,
+            $handler::<1>,
+            $handler::<2>,
+            $handler::<3>,
+            $handler::<4>,
+            $handler::<5>,
+            $handler::<6>,
+            $handler::<7>,
+            $handler::<8>,
+            $handler::<9>,
+            $handler::<10>,
+            $handler::<11>,
+            $handler::<12>,
+            $handler::<13>,
+            $handler::<14>,
             $handler::<15>,
         ]
     };
@@ -26,9 +38,7 @@ const CONDITIONAL: [Handler; 16] = by_condition!(conditional);
 pub(super) fn select(op: &mut Op, mode: Mode) -> Option<BlockEnd> {
     let instruction = &*op.instruction;
     let handler: Handler = match instruction.mnemonic() {
-        _ if instruction.is_jcc_short_or_near() => {
-            CONDITIONAL[condition_code(instruction)]
-        }
+        _ if instruction.is_jcc_short_or_near() => CONDITIONAL[condition_code(instruction)],
         Mnemonic::Jmp if is_relative(instruction) => jump,
         Mnemonic::Jmp if is_near_indirect(instruction) => jump_indirect,
         Mnemonic::Call if is_relative(instruction) => call,

@@ -178,9 +178,8 @@ fn move_run(cpu: &mut Cpu, op: &Op) -> u64 {
     let size = u64::from(op.size);
     let source = linear_of(cpu, op, op.segment, RSI);
     let target = linear_of(cpu, op, ES as u8, RDI);
-    let elements = counter(cpu, op)
-        .min(elements_in_page(source, size))
-        .min(elements_in_page(target, size));
+    let elements =
+        counter(cpu, op).min(elements_in_page(source, size)).min(elements_in_page(target, size));
     if elements == 0 {
         return 0;
     }
@@ -203,7 +202,11 @@ fn move_run(cpu: &mut Cpu, op: &Op) -> u64 {
             let mut done = 0;
             while done < bytes {
                 let piece = distance.min(bytes - done) as usize;
-                std::ptr::copy_nonoverlapping(from.add(done as usize), to.add(done as usize), piece);
+                std::ptr::copy_nonoverlapping(
+                    from.add(done as usize),
+                    to.add(done as usize),
+                    piece,
+                );
                 done += piece as u64;
             }
         }

@@ -72,7 +72,8 @@ impl Machine {
 
     /// The block at RIP.
     pub(crate) fn block(&mut self) -> NonNull<Block> {
-        self.cpu.current_block().expect("code can be fetched")
+        let linear = self.cpu.code_address();
+        self.cpu.current_block(linear).expect("code can be fetched")
     }
 
     /// Runs the first instruction of a block over and over: RIP stays.
