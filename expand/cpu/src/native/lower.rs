@@ -298,10 +298,20 @@ fn plan(normal: &Instruction, info: &mut InstructionInfoFactory) -> Option<Plan>
     for binding in &mut vector {
         binding.host = binding.guest;
     }
-    let modified = normal.rflags_modified() & ALL_FLAGS;
+    let modified = modified_flags(normal);
     let sets_all = modified == ALL_FLAGS && leaves_no_flag_to_chance(normal);
     let flags_in = normal.rflags_read() & ALL_FLAGS != 0 || modified != 0 && !sets_all;
     Some(Plan { body, general, vector, flags_in, flags_out: modified != 0 })
+}
+
+/// The arithmetic flags that may change. A rotation of all bits and the carry by its own width leaves
+/// no bit elsewhere, but OF undefined: the decoder's tables call it unmodified.
+fn modified_flags(instruction: &Instruction) -> u32 {
+    use iced_x86::{Mnemonic, RflagsBits};
+    match instruction.mnemonic() {
+        Mnemonic::Rcl | Mnemonic::Rcr => RflagsBits::CF | RflagsBits::OF,
+        _ => instruction.rflags_modified() & ALL_FLAGS,
+    }
 }
 
 /// Whether the host's result flags do not depend on the flags before. True where every flag is
