@@ -1,16 +1,19 @@
 //! `reprise demo`: the main job end to end. Boots Linux, types a shell session, records all of it,
 //! replays it and shows what that took; without a way to get Linux, the embedded guests instead.
 
+use std::cell::RefCell;
 use std::fs;
+use std::io::{self, Write};
 use std::path::PathBuf;
+use std::rc::Rc;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use reprise_guest_images::WORKLOAD_SMALL;
 use reprise_host::{ConsoleSink, HostOptions, InputSource};
 use serde::Serialize;
 
 use super::replay::{bar, failure, verdict};
-use crate::output::{Output, byte_size, grouped};
+use crate::output::{Output, byte_size, grouped, one_line};
 use crate::session::choice::{self, ClockArg, EngineArg};
 use crate::session::guest::{Guest, GuestChoice, GuestError, LINUX, cache_directory};
 use crate::session::record::{self, RecordTo, RunPlan};
@@ -25,6 +28,9 @@ const EMBEDDED_SCENES: [(&str, Option<&str>, &str); 4] = [
     ("compute", Some("scale=10"), ""),
 ];
 
+/// How much of the console is shown.
+const TAIL_LINES: usize = 16;
+
 /// One guest to be recorded and replayed.
 struct Scene {
     guest: Guest,
@@ -37,6 +43,8 @@ struct SceneReport {
     record: SessionReport,
     replay: SessionReport,
     file: String,
+    /// The last lines of the console, as the replay wrote them.
+    console_tail: Vec<String>,
 }
 
 /// What the demonstration came to.
@@ -93,7 +101,7 @@ fn scenes(output: Output) -> Result<(Vec<Scene>, Option<String>)> {
 }
 
 fn play(scene: &Scene, output: Output) -> Result<SceneReport> {
-    let path = recording_path(&scene.guest)?;
+    let path = recording_path(&scene.guest);
     let name = &scene.guest.name;
     let running = output.bar(&format!("recording {name}"), None);
     let message = format!("recording {name}");
@@ -119,19 +127,49 @@ fn play(scene: &Scene, output: Output) -> Result<SceneReport> {
         record.wall_seconds
     ));
     let recording = replay::open(&path)?;
-    let options =
-        ReplayOptions { progress: Some(bar(&recording, output)), ..ReplayOptions::default() };
+    let console = Transcript::default();
+    let options = ReplayOptions {
+        progress: Some(bar(&recording, output)),
+        console: Some(Box::new(console.clone())),
+        ..ReplayOptions::default()
+    };
     let replay = replay::replay(&recording, options)?.report;
-    Ok(SceneReport { record, replay, file: path.display().to_string() })
+    let file = path.display().to_string();
+    Ok(SceneReport { record, replay, file, console_tail: console.tail() })
+}
+
+/// Collects console output.
+#[derive(Clone, Default)]
+struct Transcript(Rc<RefCell<Vec<u8>>>);
+
+impl Write for Transcript {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.borrow_mut().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Transcript {
+    /// The last lines, without what drives a terminal.
+    fn tail(&self) -> Vec<String> {
+        let bytes = self.0.borrow();
+        let text = String::from_utf8_lossy(&bytes);
+        let lines: Vec<String> =
+            text.lines().map(one_line).filter(|line| !line.is_empty()).collect();
+        lines[lines.len().saturating_sub(TAIL_LINES)..].to_vec()
+    }
 }
 
 /// The recording stays in the cache, so that it can be looked at; the next demonstration replaces
-/// it.
-fn recording_path(guest: &Guest) -> Result<PathBuf> {
-    let directory = cache_directory();
-    fs::create_dir_all(&directory)
-        .with_context(|| format!("cannot create {}", directory.display()))?;
-    Ok(directory.join(format!("demo-{}.rr", guest.name)))
+/// it. Where there can be no cache, it goes to the system's temporary directory.
+fn recording_path(guest: &Guest) -> PathBuf {
+    let cache = cache_directory();
+    let directory = if fs::create_dir_all(&cache).is_ok() { cache } else { std::env::temp_dir() };
+    directory.join(format!("demo-{}.rr", guest.name))
 }
 
 fn text(report: &DemoReport) -> String {
@@ -145,7 +183,7 @@ fn text(report: &DemoReport) -> String {
 }
 
 fn scene_text(scene: &SceneReport) -> String {
-    let SceneReport { record, replay, file } = scene;
+    let SceneReport { record, replay, file, console_tail } = scene;
     let count = |report: &SessionReport| grouped(report.instructions.unwrap_or(report.ticks));
     let mips = |report: &SessionReport| {
         report.mips.map_or_else(|| "-".to_owned(), |mips| format!("{mips:.0}"))
@@ -163,7 +201,8 @@ fn scene_text(scene: &SceneReport) -> String {
         ("final state", state(record), state(replay)),
     ];
     let title = format!("{} on {} ({})", record.guest, record.engine, record.clock);
-    let mut text = format!("{title:24}{:>18}{:>18}\n", "recorded", "replayed");
+    let mut text: String = console_tail.iter().map(|line| format!("  | {line}\n")).collect();
+    text.push_str(&format!("{title:24}{:>18}{:>18}\n", "recorded", "replayed"));
     for (name, recorded, replayed) in rows {
         text.push_str(&format!("  {name:22}{recorded:>18}{replayed:>18}\n"));
     }
