@@ -1,7 +1,6 @@
 //! The command line as scripts use it: exit statuses, JSON, and what it says when things go wrong.
 
 use std::fs::{self, File};
-use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -292,19 +291,15 @@ fn record_for_ever(directory: &TempDir) -> Child {
     let arguments = ["record", "--image", "misbehave", "--cmdline", "do=spin", "-o", "a.rr"];
     let child = spawn(&mut reprise(directory, &arguments));
     let file = directory.path().join("a.rr");
-    let began = Instant::now();
-    let bytes = |file: &Path| fs::metadata(file).map_or(0, |metadata| metadata.len());
-    let mut before_log = 0;
+    let bytes = || fs::metadata(&file).map_or(0, |metadata| metadata.len());
+    let (began, mut before) = (Instant::now(), 0);
     // The images come at once, the log's frames a quarter of a second apart.
-    while began.elapsed() < TIME_LIMIT {
+    while before == 0 || bytes() <= before {
+        assert!(began.elapsed() < TIME_LIMIT, "nothing was recorded");
+        before = bytes();
         std::thread::sleep(Duration::from_millis(100));
-        let now = bytes(&file);
-        if before_log > 0 && now > before_log {
-            return child;
-        }
-        before_log = now;
     }
-    panic!("nothing was recorded");
+    child
 }
 
 fn send(child: &Child, signal: &str) {
