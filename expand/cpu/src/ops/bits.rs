@@ -46,6 +46,10 @@ handler!(bit_in_memory(cpu, op) {
     let write = op.instruction.mnemonic() != Mnemonic::Bt;
     let linear = cpu.segment_address(op.segment, offset, u64::from(op.size), write)?;
     let mask = 1u64 << (number as u64 & u64::from(bits - 1));
+    if write {
+        // Its page fault is a write's, though the bit is read first.
+        cpu.check_store(linear, op.segment, u64::from(op.size))?;
+    }
     let value = load(cpu, op, linear)?;
     let changed = match op.instruction.mnemonic() {
         Mnemonic::Bts => value | mask,

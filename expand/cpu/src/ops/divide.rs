@@ -3,42 +3,34 @@
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use reprise_trace::cpu_state::{RAX, RDX};
 
-use super::{BlockEnd, handler};
+use super::handler;
 use crate::cpu::Cpu;
 use crate::decode::op::Op;
 use crate::fault::{Fault, Stop};
-use crate::mode::Mode;
+use crate::native;
 
-pub(super) fn select(op: &mut Op, _mode: Mode) -> Option<BlockEnd> {
-    if !matches!(op.instruction.mnemonic(), Mnemonic::Div | Mnemonic::Idiv) {
-        return None;
+/// Puts the check in front of what native selection gave a division.
+pub(super) fn wrap_native(op: &mut Op) {
+    if matches!(op.instruction.mnemonic(), Mnemonic::Div | Mnemonic::Idiv) {
+        op.size = match op.instruction.op0_kind() {
+            OpKind::Register => op.instruction.op0_register().size() as u8,
+            _ => op.instruction.memory_size().size() as u8,
+        };
+        op.handler = divide;
     }
-    let instruction = &*op.instruction;
-    op.size = match instruction.op0_kind() {
-        OpKind::Register => instruction.op0_register().size() as u8,
-        _ => instruction.memory_size().size() as u8,
-    };
-    op.operand_bytes = u16::from(op.size);
-    op.reads = true;
-    op.handler = divide;
-    Some(BlockEnd::Continue)
 }
 
 handler!(divide(cpu, op) {
     let divisor = operand(cpu, op)?;
     let signed = op.instruction.mnemonic() == Mnemonic::Idiv;
-    let Some((quotient, remainder)) = quotient(cpu, op.size, divisor, signed) else {
+    if !has_quotient(cpu, op.size, divisor, signed) {
         return cpu.fault(Fault::DE);
-    };
-    match op.size {
-        1 => {
-            let ax = quotient & 0xff | (remainder & 0xff) << 8;
-            cpu.set_general(RAX, ax, 2);
-        }
-        size => {
-            cpu.set_general(RAX, quotient, u64::from(size));
-            cpu.set_general(RDX, remainder, u64::from(size));
-        }
+    }
+    // A device must not be read twice, so the sequence gets the divisor as loaded.
+    if op.native.is_some() {
+        native::run_on(cpu, op, &mut divisor.to_le_bytes()[..usize::from(op.size)]);
+    } else {
+        native::run_register(cpu, op);
     }
     Ok(())
 });
@@ -56,9 +48,8 @@ fn operand(cpu: &mut Cpu, op: &Op) -> Result<u64, Stop> {
     })
 }
 
-/// Quotient and remainder of the dividend in AX, or DX:AX and wider; `None` if there is none or it
-/// does not fit.
-fn quotient(cpu: &Cpu, size: u8, divisor: u64, signed: bool) -> Option<(u64, u64)> {
+/// Whether the dividend in AX, or DX:AX and wider, has a quotient that fits.
+fn has_quotient(cpu: &Cpu, size: u8, divisor: u64, signed: bool) -> bool {
     let bits = u32::from(size) * 8;
     let mask = u128::from(u64::MAX >> (64 - bits));
     let gpr = &cpu.registers.gpr;
@@ -67,21 +58,16 @@ fn quotient(cpu: &Cpu, size: u8, divisor: u64, signed: bool) -> Option<(u64, u64
     } else {
         (u128::from(gpr[RDX]) & mask) << bits | u128::from(gpr[RAX]) & mask
     };
-    if divisor == 0 {
-        return None;
-    }
     if !signed {
-        let (quotient, remainder) =
-            (dividend / u128::from(divisor), dividend % u128::from(divisor));
-        return (quotient <= mask).then_some((quotient as u64, remainder as u64));
+        // The quotient fits if the upper half is less than the divisor; zero divides nothing.
+        return dividend >> bits < u128::from(divisor);
     }
     let widen = |value: u128, bits: u32| (value << (128 - bits)) as i128 >> (128 - bits);
     let dividend = widen(dividend, 2 * bits);
     let divisor = widen(u128::from(divisor), bits);
-    let quotient = dividend.checked_div(divisor)?;
-    let remainder = dividend.wrapping_rem(divisor);
     let limit = 1i128 << (bits - 1);
-    (-limit..limit).contains(&quotient).then_some((quotient as u64, remainder as u64))
+    let small = dividend.checked_div(divisor);
+    small.is_some_and(|quotient| (-limit..limit).contains(&quotient))
 }
 
 impl Cpu {

@@ -63,7 +63,6 @@ const BY_HAND: &[fn(&mut Op, Mode) -> Option<BlockEnd>] = &[
     branch::select,
     string::select,
     flag_ops::select,
-    divide::select,
     bits::select,
     port_io::select,
     bcd::select,
@@ -92,6 +91,7 @@ pub(crate) fn select(cpu: &mut Cpu, op: &mut Op) -> BlockEnd {
     if let Some(end) = native::select(cpu, op) {
         x87_control::wrap_native(op, mode);
         sse_control::wrap_native(op, mode);
+        divide::wrap_native(op);
         return end;
     }
     op.handler = raise_ud;

@@ -91,8 +91,9 @@ extern "sysv64" fn checked(cpu: &mut Cpu, op: &Op) -> Flow {
     }
     cpu.registers = registers;
     if mmx {
-        // The image holds the MXCSR of before.
+        // The image holds the MXCSR of before. The MMX registers are in use all the same.
         host::fxrstor(&x87);
+        host::enter_mmx();
         host::set_mxcsr(mxcsr | raised);
     }
     let reported = cpu.system.cr4 & CR4_OSXMMEXCPT != 0;
