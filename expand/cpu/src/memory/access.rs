@@ -101,7 +101,7 @@ impl Cpu {
             let piece = piece_bytes(address, bytes.len() - done);
             let target = &mut bytes[done..done + piece];
             match self.data_page(address, false)? {
-                Page::Ram { physical, .. } => {
+                Page::Ram { physical } => {
                     self.memory.physical.read(physical + address % PAGE_BYTES, target);
                 }
                 Page::Mmio { physical } => {
@@ -128,7 +128,7 @@ impl Cpu {
             let piece = piece_bytes(address, bytes.len() - done);
             let source = &bytes[done..done + piece];
             match self.data_page(address, true)? {
-                Page::Ram { physical, .. } => {
+                Page::Ram { physical } => {
                     self.memory.physical.write(physical + address % PAGE_BYTES, source);
                 }
                 Page::Mmio { physical } => {
@@ -236,7 +236,7 @@ impl Cpu {
                 // System structures in device space read as nothing and swallow writes: no PC
                 // puts them there.
                 Ok(Page::Mmio { .. }) => {}
-                Ok(Page::Ram { physical, .. }) => {
+                Ok(Page::Ram { physical }) => {
                     each(self, physical + address % PAGE_BYTES, done..done + piece);
                 }
                 Err(fault) => return self.fault(fault),

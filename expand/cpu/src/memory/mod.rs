@@ -15,8 +15,8 @@ use walk::{Accessor, Kind, Paging, page_of};
 /// What a linear page turned out to be.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Page {
-    /// RAM: the guest-physical page and the host address of its first byte.
-    Ram { physical: u64, host: *mut u8 },
+    /// RAM: the guest-physical page.
+    Ram { physical: u64 },
     /// No RAM: the guest-physical page.
     Mmio { physical: u64 },
 }
@@ -130,7 +130,7 @@ impl Memory {
 
     fn page(&mut self, linear: u64, write: bool, accessor: Accessor) -> Result<Page, Fault> {
         let kind = if write { Kind::Write } else { Kind::Read };
-        let physical = self.paging.translate(&mut self.physical, linear, kind, accessor)?;
+        let physical = self.translate(linear, kind, accessor)?;
         let Some(host) = self.physical.host_page(physical) else {
             return Ok(Page::Mmio { physical });
         };
@@ -139,7 +139,7 @@ impl Memory {
         if write && !self.physical.has_code(physical) {
             self.tlb.fill_write(table, page_of(linear), host);
         }
-        Ok(Page::Ram { physical, host })
+        Ok(Page::Ram { physical })
     }
 
     /// The guest-physical address of a byte to fetch.
@@ -149,14 +149,21 @@ impl Memory {
         if let Some(address) = self.tlb.hit_fetch(table, linear) {
             return Ok(address);
         }
-        let physical = self.paging.translate(&mut self.physical, linear, Kind::Fetch, accessor)?;
+        let physical = self.translate(linear, Kind::Fetch, accessor)?;
         self.tlb.fill_fetch(table, page_of(linear), physical);
         Ok(physical | linear & 0xfff)
     }
 
-    /// INVLPG.
-    pub(crate) fn flush_page(&mut self, linear: u64) {
-        self.tlb.flush_page(linear);
+    /// The guest-physical page of `linear`, by a walk.
+    fn translate(&mut self, linear: u64, kind: Kind, accessor: Accessor) -> Result<u64, Fault> {
+        let found = self.paging.translate(&mut self.physical, linear, kind, accessor)?;
+        self.tlb.note(linear, found.large, kind == Kind::Fetch);
+        Ok(found.page)
+    }
+
+    /// INVLPG. Gives whether code may have been fetched through the translation.
+    pub(crate) fn flush_page(&mut self, linear: u64) -> bool {
+        self.tlb.flush_page(linear)
     }
 
     /// Marks a range within one page as decoded code, so that writes to it are noticed.

@@ -38,7 +38,27 @@ pub(crate) struct Tlb {
     write: [Table; 4],
     /// Fetches: the addend is the guest-physical page instead.
     fetch: [Table; 4],
+    /// Which linear addresses translations since the last flush came from.
+    seen: Seen,
 }
+
+/// A coarse memory of translated addresses, so that forgetting one page can be cheap: a set bit may
+/// stand for others too, a clear one is sure.
+#[derive(Debug, Default)]
+struct Seen {
+    /// Pages that code was fetched through.
+    code_pages: [u64; 16],
+    /// 4 MiB regions that have a part of a large page in a table.
+    large_regions: [u64; 16],
+}
+
+/// The word and bit of a page or region number.
+fn seen_bit(number: u64) -> (usize, u64) {
+    let hash = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 54;
+    (hash as usize / 64, 1 << (hash % 64))
+}
+
+const LARGE_REGION_BYTES: u64 = 4 << 20;
 
 #[inline(always)]
 fn index(linear: u64) -> usize {
@@ -60,7 +80,12 @@ fn hit(table: &Table, linear: u64, size: u64) -> Option<u64> {
 
 impl Tlb {
     pub(crate) fn new() -> Box<Self> {
-        Box::new(Self { read: [EMPTY; 4], write: [EMPTY; 4], fetch: [EMPTY; 4] })
+        Box::new(Self {
+            read: [EMPTY; 4],
+            write: [EMPTY; 4],
+            fetch: [EMPTY; 4],
+            seen: Seen::default(),
+        })
     }
 
     #[inline(always)]
@@ -99,15 +124,36 @@ impl Tlb {
         for tables in [&mut self.read, &mut self.write, &mut self.fetch] {
             tables[..rights::NONE].fill(EMPTY);
         }
+        self.seen = Seen::default();
     }
 
-    /// Forgets one page.
-    pub(crate) fn flush_page(&mut self, linear: u64) {
+    /// Notes where a translation came from.
+    pub(crate) fn note(&mut self, linear: u64, large: bool, fetch: bool) {
+        if fetch {
+            let (word, bit) = seen_bit(linear / PAGE_BYTES);
+            self.seen.code_pages[word] |= bit;
+        }
+        if large {
+            let (word, bit) = seen_bit(linear / LARGE_REGION_BYTES);
+            self.seen.large_regions[word] |= bit;
+        }
+    }
+
+    /// Forgets one page, which may be a large one: then everything goes, since the tables hold any
+    /// number of pieces of it. Gives whether code may have been fetched through it.
+    pub(crate) fn flush_page(&mut self, linear: u64) -> bool {
+        let (word, bit) = seen_bit(linear / LARGE_REGION_BYTES);
+        if self.seen.large_regions[word] & bit != 0 {
+            self.flush();
+            return true;
+        }
         for tables in [&mut self.read, &mut self.write, &mut self.fetch] {
             for table in tables {
                 table[index(linear)].tag = INVALID;
             }
         }
+        let (word, bit) = seen_bit(linear / PAGE_BYTES);
+        self.seen.code_pages[word] & bit != 0
     }
 
     /// Forgets every permission to write without asking: a page has just become code.

@@ -53,6 +53,15 @@ const FOUR_LEVEL: Shape = Shape { shifts: &[39, 30, 21, 12], index_bits: 9, entr
 const PAE: Shape = Shape { shifts: &[30, 21, 12], index_bits: 9, entry_bytes: 8 };
 const TWO_LEVEL: Shape = Shape { shifts: &[22, 12], index_bits: 10, entry_bytes: 4 };
 
+/// A page's translation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Translation {
+    /// The guest-physical page.
+    pub(crate) page: u64,
+    /// It is part of a 2 MiB or 4 MiB page, which INVLPG forgets as a whole.
+    pub(crate) large: bool,
+}
+
 /// Where a walk ended.
 struct Leaf {
     physical_page: u64,
@@ -82,16 +91,16 @@ impl Paging {
         above_physical | no_execute | outside_long
     }
 
-    /// Translates the page of `linear`, setting accessed and dirty bits; the guest-physical page.
+    /// Translates the page of `linear`, setting accessed and dirty bits.
     pub(crate) fn translate(
         &self,
         memory: &mut Physical,
         linear: u64,
         kind: Kind,
         accessor: Accessor,
-    ) -> Result<u64, Fault> {
+    ) -> Result<Translation, Fault> {
         if self.cr0 & CR0_PG == 0 {
-            return Ok(linear & 0xffff_f000);
+            return Ok(Translation { page: linear & 0xffff_f000, large: false });
         }
         let leaf =
             self.walk(memory, linear).map_err(|code| self.fault(linear, code, kind, accessor))?;
@@ -99,7 +108,8 @@ impl Paging {
             return Err(self.fault(linear, PRESENT as u32, kind, accessor));
         }
         self.mark(memory, &leaf, kind);
-        Ok(leaf.physical_page)
+        let large = leaf.levels < self.shape().shifts.len();
+        Ok(Translation { page: leaf.physical_page, large })
     }
 
     fn walk(&self, memory: &Physical, linear: u64) -> Result<Leaf, u32> {

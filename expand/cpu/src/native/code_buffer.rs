@@ -80,11 +80,6 @@ impl CodeBuffer {
         self.used_bytes = end;
         self.executable.wrapping_add(start)
     }
-
-    /// Bytes in use.
-    pub(crate) fn used_bytes(&self) -> usize {
-        self.used_bytes
-    }
 }
 
 impl Drop for CodeBuffer {

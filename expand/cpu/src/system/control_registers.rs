@@ -265,11 +265,10 @@ handler!(invalidate_caches(cpu, _op) {
 });
 
 impl Cpu {
-    /// INVLPG. A page may be a large one, of which the software TLB holds any number of pieces, so
-    /// all of it goes.
+    /// INVLPG.
     fn invalidate_translation(&mut self, linear: u64) {
-        if canonical(linear) {
-            self.flush_translations();
+        if canonical(linear) && self.memory.flush_page(linear) {
+            self.blocks.forget_addresses();
         }
     }
 }
