@@ -86,7 +86,7 @@ fn a_replay_equals_its_recording_wherever_kicks_strike() {
             assert_eq!(replay.verified_until, recorded.records.last().map(|last| last.moment));
         }
     });
-    assert!(interrupts.get() > 5_000, "only {} interrupts were delivered", interrupts.get());
+    assert!(interrupts.get() > 3_000, "only {} interrupts were delivered", interrupts.get());
     assert!(typed.get() > 500, "only {} console arrivals were recorded", typed.get());
 }
 
@@ -192,6 +192,23 @@ fn a_record_at_another_tick_is_a_divergence() {
             diverged(&outcome);
         }
     });
+}
+
+#[test]
+fn a_record_without_a_place_is_passed() {
+    let clock = CLOCKS[0];
+    for seed in 0..20 {
+        let (program, recorded) = recorded(clock, seed);
+        // Where time follows ticks, no access asks for it, and it moves in sleep only.
+        for event in [Event::ClockRead(1 << 40), Event::Time(1 << 40)] {
+            let mut records = recorded.records.clone();
+            let record = Record { event, ..records[0].clone() };
+            records.insert(1, record);
+            let outcome = replay(clock, &program, &records, Disturbance::kicks(seed));
+            assert_eq!(diverged(&outcome).difference, Difference::Passed, "seed {seed}");
+            assert_eq!(diverged(&outcome).moment, records[1].moment, "seed {seed}");
+        }
+    }
 }
 
 #[test]
@@ -302,15 +319,21 @@ fn a_full_disk_stops_the_guest_and_keeps_what_went_out() {
 
 #[test]
 fn a_failing_engine_leaves_a_recording_that_replays() {
+    let failures = std::cell::Cell::new(0);
     for_each_case(40, |clock, seed| {
         let program = Program::random(seed, Finish::DebugExit);
         let fail_at = Some(30 + seed * 13 % 400);
         let failing = Disturbance { fail_at, ..Disturbance::kicks(seed) };
         let recorded = record(clock, &program, &World::typing(seed), failing);
-        assert!(matches!(recorded.result, Err(MachineError::Engine(_))));
+        let Err(error) = recorded.result else {
+            return; // The program was too short.
+        };
+        assert!(matches!(error, MachineError::Engine(_)));
+        failures.set(failures.get() + 1);
         let outcome = replay(clock, &program, &recorded.records, Disturbance::none());
         assert!(matches!(outcome.conclusion, Conclusion::CutShort { damage: None }));
     });
+    assert!(failures.get() > 100, "only {} runs failed", failures.get());
 }
 
 #[test]

@@ -23,6 +23,10 @@ const IDLE_FLUSH_NS: u64 = 500_000_000;
 /// interrupt, sleeps for ever: its timer runs, but is masked.
 const MAX_UNPACED_JUMPS: u64 = 1 << 24;
 
+/// A guest that has just begun to listen may be in the middle of setting its serial port up, which
+/// throws away what is in it. Typing begins when it has listened for this long, or sleeps.
+const LISTENING_NS: u64 = 100_000;
+
 /// Asks the host and writes the log. With a [`reprise_trace::log::DiscardSink`] it is a run without
 /// recording.
 #[derive(Debug)]
@@ -50,6 +54,8 @@ pub struct Recording<H: Host, S: FrameSink> {
     /// The room before the last bytes were given: input waits until the guest has read them, so
     /// that a byte read one by one does not make a record each.
     room_wanted: usize,
+    /// Virtual time at which the guest was first seen to listen.
+    listens_since: Option<VirtualTime>,
     rest: Option<Rest>,
 }
 
@@ -87,6 +93,7 @@ impl<H: Host, S: FrameSink> Recording<H, S> {
             flush_due: false,
             input_waiting: false,
             room_wanted: 0,
+            listens_since: None,
             rest: None,
         }
     }
@@ -158,6 +165,11 @@ impl<H: Host, S: FrameSink> Recording<H, S> {
         }
         let drained = self.input_waiting && room >= self.room_wanted;
         if !(looking || drained) {
+            return None;
+        }
+        let since = *self.listens_since.get_or_insert(here.now);
+        if here.now.ns - since.ns < LISTENING_NS && !here.halted {
+            (self.input_waiting, self.room_wanted) = (true, 1);
             return None;
         }
         let bytes = self.host.take_console_input(room);

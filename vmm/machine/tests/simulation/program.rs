@@ -75,6 +75,7 @@ const ROUND: usize = 3;
 pub(crate) const STACK: usize = 4;
 const HANDLER_HASH: usize = 8;
 const HANDLER_SCRATCH: usize = 9;
+const HANDLER_COUNT: usize = 10;
 
 const TIMER_VECTOR: u8 = 0x20;
 const CONSOLE_VECTOR: u8 = 0x24;
@@ -115,9 +116,24 @@ impl Assembler {
         }
     }
 
+    /// Some handlers let others in: at once, after computing, or never.
+    fn open_up(&mut self, random: &mut Random) {
+        match random.below(4) {
+            0 => self.push(&[Op::Sti]),
+            1 => self.compute(HANDLER_COUNT, 1 + random.below(40)),
+            2 => {
+                self.push(&[Op::Sti]);
+                self.compute(HANDLER_COUNT, 1 + random.below(40));
+                self.push(&[Op::Cli]);
+            }
+            _ => {}
+        }
+    }
+
     /// A handler hashes where it struck, does `work`, and ends the interrupt.
-    fn handler(&mut self, work: &[Op]) -> u64 {
+    fn handler(&mut self, random: &mut Random, work: &[Op]) -> u64 {
         let start = self.here();
+        self.open_up(random);
         self.push(&[
             Op::FrameRip(HANDLER_SCRATCH),
             Op::Mix(HANDLER_HASH, HANDLER_SCRATCH),
@@ -131,7 +147,9 @@ impl Assembler {
     }
 
     /// Reads every byte that the UART has, hashing each.
-    fn console_handler(&mut self) -> u64 {
+    fn console_handler(&mut self, random: &mut Random) -> u64 {
+        let start = self.here();
+        self.open_up(random);
         let entry = self.here();
         self.push(&[
             Op::FrameRip(HANDLER_SCRATCH),
@@ -145,16 +163,16 @@ impl Assembler {
         ]);
         self.out(0x20, 0x20);
         self.push(&[Op::InterruptReturn]);
-        entry
+        start
     }
 
     /// One thing that guests do.
     fn segment(&mut self, random: &mut Random) {
         match random.below(12) {
-            0..4 => self.compute(10 + random.below(400)),
+            0..4 => self.compute(COUNT, 10 + random.below(400)),
             4 => {
                 self.push(&[Op::Cli]);
-                self.compute(1 + random.below(300));
+                self.compute(COUNT, 1 + random.below(300));
                 self.push(&[Op::Sti]);
             }
             5 => {
@@ -172,16 +190,20 @@ impl Assembler {
             // Masked for a while, so that requests wait or sleep goes on past deadlines.
             _ => {
                 self.out(0x21, 0xff);
-                self.compute(random.below(200) + 1);
+                self.compute(COUNT, random.below(200) + 1);
                 self.out(0x21, 0xee);
             }
         }
     }
 
-    fn compute(&mut self, times: u64) {
-        self.push(&[Op::Set(COUNT, times)]);
+    fn compute(&mut self, counter: usize, times: u64) {
+        self.push(&[Op::Set(counter, times)]);
         let top = self.here();
-        self.push(&[Op::Mix(HASH, COUNT), Op::Add(COUNT, u64::MAX), Op::JumpIfNotZero(COUNT, top)]);
+        self.push(&[
+            Op::Mix(HASH, counter),
+            Op::Add(counter, u64::MAX),
+            Op::JumpIfNotZero(counter, top),
+        ]);
     }
 
     fn finish(&mut self, finish: Finish) {
@@ -214,13 +236,14 @@ impl Program {
     pub(crate) fn random(seed: u64, finish: Finish) -> Self {
         let mut random = Random::new(seed ^ 0x0070_726f_6772_616d);
         let mut assembler = Assembler { ops: vec![Op::Jump(0)] };
-        let timer = assembler.handler(&[Op::Store(0x5000, HANDLER_HASH)]);
-        let console = assembler.console_handler();
+        let timer = assembler.handler(&mut random, &[Op::Store(0x5000, HANDLER_HASH)]);
+        let console = assembler.console_handler(&mut random);
         let spurious = assembler.here();
         assembler.push(&[Op::InterruptReturn]);
         assembler.ops[0] = Op::Jump(assembler.here());
         assembler.push(&[Op::Set(STACK, 0x8000)]);
-        assembler.set_up_devices(20 + random.below(200) as u16);
+        // Longer than any handler, or the guest would do nothing else.
+        assembler.set_up_devices(250 + random.below(200) as u16);
         assembler.push(&[Op::Sti, Op::Set(ROUND, 1 + random.below(5))]);
         let top = assembler.here();
         for _ in 0..3 + random.below(12) {

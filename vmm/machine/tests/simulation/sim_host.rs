@@ -78,7 +78,7 @@ impl SimHost {
 
 impl Host for SimHost {
     fn now_ns(&mut self) -> u64 {
-        let ns = self.random.below(2_000);
+        let ns = self.random.below(1_000);
         self.pass(ns);
         self.now_ns
     }
@@ -133,7 +133,7 @@ impl Host for SimHost {
     }
 
     fn flush_due(&mut self) -> bool {
-        let ns = self.random.below(5_000);
+        let ns = self.random.below(100);
         self.pass(ns);
         let due = self.now_ns >= self.next_flush_ns;
         if due {
