@@ -44,7 +44,7 @@ pub(crate) fn select(cpu: &mut Cpu, op: &mut Op) -> Option<BlockEnd> {
 
 /// Whether a misaligned operand is #GP: all 16-byte operands of legacy SSE instructions but the
 /// explicitly unaligned ones, and CMPXCHG16B.
-fn needs_alignment(instruction: &Instruction) -> bool {
+pub(super) fn needs_alignment(instruction: &Instruction) -> bool {
     use Mnemonic::{Lddqu, Movdqu, Movupd, Movups};
     use Mnemonic::{Pcmpestri, Pcmpestri64, Pcmpestrm, Pcmpestrm64, Pcmpistri, Pcmpistrm};
     let unaligned = matches!(instruction.mnemonic(), Lddqu | Movdqu | Movupd | Movups)
@@ -131,7 +131,7 @@ pub(crate) extern "sysv64" fn write(cpu: &mut Cpu, op: &Op) -> Flow {
 
 /// A 16-byte operand that must be aligned.
 pub(crate) extern "sysv64" fn aligned(cpu: &mut Cpu, op: &Op) -> Flow {
-    if op.linear_address(cpu) % 16 != 0 {
+    if !op.linear_address(cpu).is_multiple_of(16) {
         return Flow::from(cpu.fault::<()>(Fault::GP0));
     }
     if op.writes { write(cpu, op) } else { read(cpu, op) }

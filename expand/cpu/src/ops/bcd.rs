@@ -193,7 +193,7 @@ mod tests {
             let mut digest = 0xcbf2_9ce4_8422_2325u64;
             for ax in 0..=u16::MAX {
                 for combination in 0..8u64 {
-                    let carries = (combination >> 1 & 1) * CF | (combination >> 2 & 1) * AF;
+                    let carries = ((combination >> 1 & 1) * CF) | ((combination >> 2 & 1) * AF);
                     let others = (combination & 1) * (PF | ZF | SF | OF);
                     let cpu = &mut machine.cpu;
                     cpu.registers.gpr[0] = 0xdead_0000 | u64::from(ax);

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use iced_x86::{Code, CodeSize, EncodingKind, Instruction, MemoryOperand, Register};
+use iced_x86::{Code, EncodingKind, Instruction, MemoryOperand, Register};
 
 use super::testing::Machine;
-use super::{BY_HAND, raise_ud, undefined};
+use super::{BY_HAND, undefined};
 use crate::decode::op::Op;
 use crate::native;
 use crate::native::forms::{Random, build};

@@ -12,12 +12,16 @@ mod masked_move;
 mod moves;
 mod port_io;
 mod sse_control;
+#[cfg(test)]
+mod sse_control_tests;
 mod sse_exceptions;
 mod stack;
 mod string;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod x87_control;
+#[cfg(test)]
+mod x87_control_tests;
 mod x87_exceptions;
 
 use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Register};
@@ -186,4 +190,13 @@ extern "sysv64" fn raise_mmx_trap(cpu: &mut Cpu, _op: &Op) -> Flow {
 /// An instruction without effect.
 pub(crate) extern "sysv64" fn nothing(_cpu: &mut Cpu, _op: &Op) -> Flow {
     Flow::NEXT
+}
+
+/// Whether a native sequence runs an instruction.
+#[cfg(test)]
+pub(crate) fn runs_natively(cpu: &mut Cpu, instruction: &Instruction) -> bool {
+    let mode = cpu.mode;
+    let mut op = || Op::new(*instruction, 0, 0);
+    let by_hand = BY_HAND.iter().any(|by_hand| by_hand(&mut op(), mode).is_some());
+    !undefined(instruction) && !by_hand && native::select(cpu, &mut op()).is_some()
 }

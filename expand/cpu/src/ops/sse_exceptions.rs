@@ -1,6 +1,9 @@
 //! Unmasked SSE exceptions. The host runs with all of them masked; once the guest unmasks one, each
 //! instruction that can raise any is followed by a look at what it raised, and undone if the guest is
-//! to see a fault instead of a result.
+//! to see a fault instead of a result. Two things a CPU does are beyond this: with an unmasked
+//! overflow or underflow it sets the precision flag by what is lost to an unbounded exponent, here by
+//! what is lost to the masked result; and in a dot product it stops before additions whose
+//! multiplications raised something, here all that any step raises is reported.
 
 use iced_x86::Mnemonic;
 
@@ -91,7 +94,7 @@ extern "sysv64" fn checked(cpu: &mut Cpu, op: &Op) -> Flow {
     }
     cpu.registers = registers;
     if mmx {
-        // The image holds the MXCSR of before. The MMX registers are in use all the same.
+        // The operand stays as it was, but the x87 unit has become the MMX unit.
         host::fxrstor(&x87);
         host::enter_mmx();
         host::set_mxcsr(mxcsr | raised);

@@ -111,6 +111,12 @@ impl Machine {
         }
     }
 
+    /// Puts other code where execution began.
+    pub(crate) fn replace_code(&mut self, code: &[u8]) {
+        self.cpu.memory.physical.write(CODE, code);
+        self.cpu.drop_overwritten_code();
+    }
+
     /// Writes guest memory before code that uses it runs.
     pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
         let ram = self.cpu.memory.physical.ram();

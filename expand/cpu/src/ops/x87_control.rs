@@ -272,7 +272,7 @@ fn xmm_count(cpu: &Cpu) -> usize {
 /// The linear address of FXSAVE's or FXRSTOR's operand, which must be aligned.
 fn aligned_operand(cpu: &mut Cpu, op: &Op) -> Result<u64, Stop> {
     let linear = op.linear_address(cpu);
-    if linear % 16 == 0 { Ok(linear) } else { cpu.fault(Fault::GP0) }
+    if linear.is_multiple_of(16) { Ok(linear) } else { cpu.fault(Fault::GP0) }
 }
 
 handler!(
