@@ -17,7 +17,7 @@ use vmm_sys_util::signal::register_signal_handler;
 use crate::HostError;
 
 /// Signals that ask the process to end.
-const STOP_SIGNALS: [c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
+const STOP_SIGNALS: [c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
 /// How many of them it takes to end at once, recording closed or not: someone means it.
 const SIGNALS_TO_DIE: u32 = 3;
 
@@ -111,6 +111,9 @@ impl StopSignals {
             register_signal_handler(signal, on_signal)
                 .map_err(|errno| HostError::system("a signal handler")(errno.into()))?;
         }
+        // A write past the limit on file sizes is then an error like that of a full disk.
+        // SAFETY: SIG_IGN is a valid disposition for this signal.
+        unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
         Ok(this)
     }
 }

@@ -165,10 +165,17 @@ impl Transcript {
 }
 
 /// The recording stays in the cache, so that it can be looked at; the next demonstration replaces
-/// it. Where there can be no cache, it goes to the system's temporary directory.
+/// it. Where there can be no cache, it goes to a directory of its own among the temporary ones.
 fn recording_path(guest: &Guest) -> PathBuf {
     let cache = cache_directory();
-    let directory = if fs::create_dir_all(&cache).is_ok() { cache } else { std::env::temp_dir() };
+    let directory = if fs::create_dir_all(&cache).is_ok() {
+        cache
+    } else {
+        let own = std::env::temp_dir().join(format!("reprise-{}", std::process::id()));
+        // If this fails, creating the recording does too, and says why.
+        let _ = fs::create_dir(&own);
+        own
+    };
     directory.join(format!("demo-{}.rr", guest.name))
 }
 
