@@ -1,0 +1,111 @@
+//! `info`, `diff`, `images` and `doctor`.
+
+use serde_json::Value;
+
+use crate::program::{Workplace, record, run};
+
+#[test]
+fn info_gives_what_checks_read() {
+    let workplace = Workplace::new();
+    let file = workplace.path("ticks.rr");
+    let recorded = record(&["--engine", "soft", "--image", "ticks"], &file, 0);
+    let info = run(&["--json", "info", &file]).expect_code(0).json();
+    let same = [
+        "guest",
+        "engine",
+        "clock",
+        "instructions",
+        "ticks",
+        "events",
+        "log_bytes",
+        "image_bytes",
+        "file_bytes",
+        "bytes_per_kiloinstruction",
+        "ending",
+        "console_bytes",
+        "console_digest",
+        "final_digest",
+    ];
+    for field in same {
+        assert!(!info[field].is_null(), "info has no {field}: {info:#}");
+        assert_eq!(info[field], recorded[field], "{field}");
+    }
+    assert_eq!((&info["complete"], &info["damage"]), (&true.into(), &Value::Null));
+    assert_eq!(info["images"][0]["role"], "kernel");
+    let size = std::fs::metadata(&file).expect("the recording").len();
+    assert_eq!(info["file_bytes"], size);
+    let shown = String::from_utf8(run(&["info", &file]).expect_code(0).stdout).expect("text");
+    for part in ["ticks", "soft", recorded["final_digest"].as_str().expect("a digest")] {
+        assert!(shown.contains(part), "{part} is not in {shown}");
+    }
+}
+
+#[test]
+fn a_session_reports_every_field_that_checks_read() {
+    let workplace = Workplace::new();
+    let file = workplace.path("hello.rr");
+    let recorded = record(&["--engine", "soft", "--image", "hello"], &file, 0);
+    let replayed = run(&["--json", "replay", &file]).expect_code(0).json();
+    let ran = run(&["--json", "run", "--image", "hello"]).expect_code(0).json();
+    for report in [&recorded, &replayed, &ran] {
+        for field in ["instructions", "ticks", "wall_seconds", "mips", "events"] {
+            assert!(report[field].is_number(), "{field}: {report:#}");
+        }
+        for field in ["engine", "clock", "final_digest", "console_digest"] {
+            assert!(report[field].is_string(), "{field}: {report:#}");
+        }
+    }
+    for field in ["log_bytes", "bytes_per_kiloinstruction"] {
+        assert!(recorded[field].is_number() && replayed[field].is_number(), "{field}");
+    }
+    for field in ["verified", "divergence"] {
+        assert!(replayed.get(field).is_some(), "{field}");
+    }
+}
+
+#[test]
+fn diff_finds_where_two_recordings_part() {
+    let workplace = Workplace::new();
+    let mut files = Vec::new();
+    for (name, typed) in [("a", "same\rone\rquit\r"), ("b", "same\rtwo\rquit\r")] {
+        let input = workplace.file(&format!("{name}.input"), typed);
+        let file = workplace.path(&format!("{name}.rr"));
+        record(&["--engine", "soft", "--image", "echo", "--input", &input], &file, 0);
+        files.push(file);
+    }
+    let copy = workplace.path("copy.rr");
+    std::fs::copy(&files[0], &copy).expect("a copy");
+    let same = run(&["--json", "diff", &files[0], &copy]).expect_code(0).json();
+    assert_eq!((&same["same"], &same["same_log"]), (&true.into(), &true.into()), "{same:#}");
+    assert!(same["first_difference"].is_null(), "{same:#}");
+    let other = run(&["--json", "diff", &files[0], &files[1]]).expect_code(0).json();
+    assert_eq!(other["same_log"], false, "{other:#}");
+    let first = &other["first_difference"];
+    assert!(first["moment_a"]["tick"].is_u64() && first["record"].is_u64(), "{other:#}");
+    let text = run(&["diff", &files[0], &files[1]]).expect_code(0);
+    let text = String::from_utf8(text.stdout).expect("text");
+    assert!(text.contains("record ") && text.contains("tick "), "{text}");
+}
+
+#[test]
+fn images_lists_every_guest() {
+    let listed = run(&["--json", "images"]).expect_code(0).json();
+    let names: Vec<&str> = listed["images"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .filter_map(|image| image["name"].as_str())
+        .collect();
+    for name in ["hello", "ticks", "compute", "echo", "misbehave", "linux"] {
+        assert!(names.contains(&name), "{name} is not in {names:?}");
+    }
+}
+
+#[test]
+fn doctor_tells_what_this_host_can_do() {
+    let finished = run(&["--json", "doctor"]).expect_code(0);
+    let report = finished.json();
+    assert!(report["error"].is_null(), "{report:#}");
+    let text = run(&["doctor"]).expect_code(0);
+    assert!(text.stdout.len() > 100, "{}", String::from_utf8_lossy(&text.stdout));
+}

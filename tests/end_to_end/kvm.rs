@@ -1,0 +1,147 @@
+//! The host's KVM, where there is one: recorded and replayed ten times out of ten.
+
+use reprise_guest_images::COMPUTE_AT_SCALE_1;
+use serde_json::Value;
+
+use crate::program::{Workplace, assert_equal_runs, record, replay, replayed_console, run};
+
+/// How often each recording must replay equal, and each guest be recorded.
+const TIMES: usize = 10;
+
+/// Whether this process may use KVM; says why not.
+fn kvm_opens() -> bool {
+    let opened = std::fs::File::options().read(true).write(true).open("/dev/kvm");
+    if let Err(error) = &opened {
+        eprintln!("skipped: /dev/kvm: {error}");
+    }
+    opened.is_ok()
+}
+
+/// Records and replays ten times; the last recording's report.
+fn ten_of_ten(guest: &[&str], clock: &str) -> Option<Value> {
+    if !kvm_opens() {
+        return None;
+    }
+    let workplace = Workplace::new();
+    let mut last = Value::Null;
+    for time in 0..TIMES {
+        let file = workplace.path(&format!("{time}.rr"));
+        let recorded = record(&[&["--engine", "kvm", "--clock", clock], guest].concat(), &file, 0);
+        assert_eq!((&recorded["engine"], &recorded["clock"]), (&"kvm".into(), &clock.into()));
+        let replayed = replay(&file, &[]);
+        assert_eq!(replayed["verification"], "exact", "{replayed:#}");
+        assert_equal_runs(&recorded, &replayed);
+        last = recorded;
+    }
+    Some(last)
+}
+
+/// A file with what is typed into `echo`.
+fn typed(workplace: &Workplace) -> String {
+    workplace.file("typed", "one\rtwo\rquit\r")
+}
+
+#[test]
+fn ticks_under_step() {
+    let Some(report) = ten_of_ten(&["--image", "ticks", "--cmdline", "count=3"], "step") else {
+        return;
+    };
+    assert!(report["interrupts"].as_u64() >= Some(3), "{report:#}");
+}
+
+#[test]
+fn ticks_under_sync() {
+    let Some(report) = ten_of_ten(&["--image", "ticks", "--cmdline", "count=8"], "sync") else {
+        return;
+    };
+    assert!(report["interrupts"].as_u64() >= Some(8), "{report:#}");
+}
+
+#[test]
+fn echo_under_step() {
+    let workplace = Workplace::new();
+    ten_of_ten(&["--image", "echo", "--input", &typed(&workplace)], "step");
+}
+
+#[test]
+fn echo_under_sync() {
+    let workplace = Workplace::new();
+    ten_of_ten(&["--image", "echo", "--input", &typed(&workplace)], "sync");
+}
+
+#[test]
+fn compute_under_sync() {
+    ten_of_ten(&["--image", "compute", "--cmdline", "scale=1"], "sync");
+}
+
+#[test]
+fn compute_under_sync_prints_what_its_sources_compute() {
+    if !kvm_opens() {
+        return;
+    }
+    let workplace = Workplace::new();
+    let console = workplace.path("console");
+    let engine = ["--json", "run", "--engine", "kvm", "--clock", "sync"];
+    let guest = ["--image", "compute", "--cmdline", "scale=1", "--console", &console];
+    run(&[&engine[..], &guest[..]].concat()).expect_code(0);
+    assert_eq!(std::fs::read_to_string(&console).expect("a console"), COMPUTE_AT_SCALE_1);
+}
+
+#[test]
+fn a_stepped_recording_replays_on_the_software_cpu_to_the_same_hash() {
+    if !kvm_opens() {
+        return;
+    }
+    let workplace = Workplace::new();
+    let (file, console) = (workplace.path("ticks.rr"), workplace.path("console"));
+    let guest = ["--clock", "step", "--image", "ticks", "--cmdline", "count=20"];
+    let recorded = record(&[&guest[..], &["--console", &console]].concat(), &file, 0);
+    let replayed = replay(&file, &["--engine", "soft"]);
+    assert_eq!(replayed["engine"], "soft");
+    assert_eq!(replayed["verification"], "across-engines");
+    assert_eq!(replayed["ticks"], recorded["ticks"]);
+    assert_eq!(replayed["console_digest"], recorded["console_digest"]);
+    let printed = std::fs::read_to_string(&console).expect("the console was written");
+    assert!(printed.contains("position hash "), "{printed:?}");
+    let replayed = replayed_console(&file, &["--engine", "soft"]);
+    assert!(replayed.contains(printed.trim_end()), "{replayed:?} lacks {printed:?}");
+}
+
+#[test]
+fn exits_count_only_where_they_happen() {
+    if !kvm_opens() {
+        return;
+    }
+    let workplace = Workplace::new();
+    let file = workplace.path("hello.rr");
+    record(&["--engine", "kvm", "--clock", "sync", "--image", "hello"], &file, 0);
+    let refused = run(&["replay", "--engine", "soft", &file]);
+    assert!(refused.expect_reason().contains("clock sync"), "{}", refused.stderr);
+}
+
+#[test]
+fn a_guest_that_spins_is_stopped_on_kvm_too() {
+    if !kvm_opens() {
+        return;
+    }
+    let workplace = Workplace::new();
+    for (clock, deed) in [("step", "spin"), ("sync", "idle")] {
+        let (file, console) = (workplace.path(deed), workplace.path(&format!("{deed}.console")));
+        let command_line = format!("do={deed}");
+        let words = [
+            &["--json", "record", "--engine", "kvm", "--clock", clock, "--image", "misbehave"],
+            &["--cmdline", &command_line, "--console", &console, "-o", &file][..],
+        ]
+        .concat();
+        let mut running = crate::program::reprise(&words).start();
+        running.wait_until("the deed is announced", || {
+            std::fs::read_to_string(&console).is_ok_and(|text| text.contains("misbehave: "))
+        });
+        running.signal("INT");
+        let recorded = running.finish().expect_code(0).json();
+        assert_eq!(recorded["ending"], "stopped", "{deed}: {recorded:#}");
+        let replayed = replay(&file, &[]);
+        assert_eq!(replayed["console_digest"], recorded["console_digest"]);
+        assert_eq!(replayed["ticks"], recorded["ticks"]);
+    }
+}

@@ -1,0 +1,15 @@
+//! The product end to end: the very binary that a user starts, driven as a user drives it.
+//!
+//! The binary is built by this crate from the product's own `main.rs` (Cargo gives a test the path
+//! of a binary of the test's own package only), so it is never stale and never missing.
+
+mod bad_input;
+mod broken_recordings;
+mod embedded_guests;
+mod inspection;
+mod interruption;
+mod kvm;
+mod linux;
+mod misbehaviour;
+mod program;
+mod terminal;
