@@ -6,6 +6,8 @@
 
 mod recording;
 mod replaying;
+#[cfg(test)]
+mod tests;
 
 use reprise_devices::time::VirtualTime;
 use reprise_trace::event::{EffectDigest, Ending};

@@ -31,7 +31,7 @@ const LISTENING_NS: u64 = 100_000;
 /// recording.
 #[derive(Debug)]
 pub struct Recording<H: Host, S: FrameSink> {
-    host: H,
+    pub(super) host: H,
     /// `None` once the log is closed.
     log: Option<LogWriter<S>>,
     sink: Option<S>,
