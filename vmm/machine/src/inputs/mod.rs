@@ -8,6 +8,7 @@ mod recording;
 mod replaying;
 #[cfg(test)]
 mod tests;
+mod typing;
 
 use reprise_devices::time::VirtualTime;
 use reprise_trace::event::{EffectDigest, Ending};

@@ -9,6 +9,7 @@ use reprise_trace::log::{FrameSink, LogError, LogWriter};
 use reprise_trace::logged::Logged;
 use reprise_trace::moment::Moment;
 
+use super::typing::Typing;
 use super::{Arrival, Boundary, Idle, Inputs, MAX_UNLOGGED_JUMPS, Stamp, Stop};
 use crate::clock::{MAX_VIRTUAL_NS, TimeSource};
 use crate::digest::StateDigest;
@@ -22,10 +23,6 @@ const IDLE_FLUSH_NS: u64 = 500_000_000;
 /// A guest to whom no input will come, and that sleeps through this many deadlines without taking an
 /// interrupt, sleeps for ever: its timer runs, but is masked.
 const MAX_UNPACED_JUMPS: u64 = 1 << 24;
-
-/// A guest that has just begun to listen may be in the middle of setting its serial port up, which
-/// throws away what is in it. Typing begins when it has listened for this long, or sleeps.
-const LISTENING_NS: u64 = 100_000;
 
 /// Asks the host and writes the log. With a [`reprise_trace::log::DiscardSink`] it is a run without
 /// recording.
@@ -49,13 +46,7 @@ pub struct Recording<H: Host, S: FrameSink> {
     look: bool,
     mark_due: bool,
     flush_due: bool,
-    /// The host may have more input than the guest had room for.
-    input_waiting: bool,
-    /// The room before the last bytes were given: input waits until the guest has read them, so
-    /// that a byte read one by one does not make a record each.
-    room_wanted: usize,
-    /// Virtual time at which the guest was first seen to listen.
-    listens_since: Option<VirtualTime>,
+    typing: Typing,
     rest: Option<Rest>,
 }
 
@@ -91,9 +82,7 @@ impl<H: Host, S: FrameSink> Recording<H, S> {
             look: true,
             mark_due: false,
             flush_due: false,
-            input_waiting: false,
-            room_wanted: 0,
-            listens_since: None,
+            typing: Typing::default(),
             rest: None,
         }
     }
@@ -155,26 +144,11 @@ impl<H: Host, S: FrameSink> Recording<H, S> {
     /// Console bytes that the guest has room for.
     fn input_for<E: Engine>(&mut self, here: &Boundary<'_, E>, looking: bool) -> Option<Vec<u8>> {
         let room = here.console_room;
-        if room == 0 {
-            // Before the guest listens, and while it does not read. It is given what is there as
-            // soon as it has room, without waiting for a kick.
-            if looking && !self.input_waiting {
-                (self.input_waiting, self.room_wanted) = (true, 1);
-            }
-            return None;
-        }
-        let drained = self.input_waiting && room >= self.room_wanted;
-        if !(looking || drained) {
-            return None;
-        }
-        let since = *self.listens_since.get_or_insert(here.now);
-        if here.now.ns - since.ns < LISTENING_NS && !here.halted {
-            (self.input_waiting, self.room_wanted) = (true, 1);
+        if !self.typing.is_due(room, here.now, here.halted, looking) {
             return None;
         }
         let bytes = self.host.take_console_input(room);
-        self.input_waiting = bytes.len() >= room;
-        self.room_wanted = room;
+        self.typing.given(bytes.len(), room);
         (!bytes.is_empty()).then_some(bytes)
     }
 
