@@ -21,15 +21,34 @@ pub(crate) const BLOCK_RIP: u8 = 17;
 /// Index into [`Registers::segment_base`] of a base that is always zero.
 pub(crate) const NO_SEGMENT: u8 = 6;
 
+/// Slots of [`Registers::gpr`]: a power of two, so that an index cut to it needs no check.
+pub(crate) const GENERAL_SLOTS: usize = 32;
+
 /// What native sequences load from and store to, by offset.
 #[derive(Clone, Debug)]
 #[repr(C, align(16))]
 pub(crate) struct Registers {
-    pub(crate) gpr: [u64; 18],
+    pub(crate) gpr: [u64; GENERAL_SLOTS],
     pub(crate) xmm: [u128; 16],
     pub(crate) arithmetic: Arithmetic,
     /// Bases of ES, CS, SS, DS, FS, GS as the current mode uses them.
     pub(crate) segment_base: [u64; 8],
+    /// What linear addresses are cut to: 32 bits outside long mode.
+    pub(crate) linear_mask: u64,
+}
+
+impl Registers {
+    /// The general register in a slot that an operation names.
+    #[inline(always)]
+    pub(crate) fn general(&self, slot: u8) -> u64 {
+        self.gpr[usize::from(slot) % GENERAL_SLOTS]
+    }
+
+    /// The same, to be written.
+    #[inline(always)]
+    pub(crate) fn general_mut(&mut self, slot: u8) -> &mut u64 {
+        &mut self.gpr[usize::from(slot) % GENERAL_SLOTS]
+    }
 }
 
 /// MSRs, control and descriptor registers: what only system instructions touch.
@@ -113,10 +132,11 @@ impl Cpu {
     pub fn new(ram: GuestRam) -> std::io::Result<Box<Self>> {
         let mut cpu = Box::new(Self {
             registers: Registers {
-                gpr: [0; 18],
+                gpr: [0; GENERAL_SLOTS],
                 xmm: [0; 16],
                 arithmetic: Arithmetic::default(),
                 segment_base: [0; 8],
+                linear_mask: 0xffff_ffff,
             },
             rip: 0,
             rflags_rest: 2,
@@ -216,6 +236,7 @@ impl Cpu {
             mode |= Mode::USER;
         }
         self.mode = Mode(mode);
+        self.registers.linear_mask = if long { u64::MAX } else { 0xffff_ffff };
         let flat_base = self.mode.has(Mode::CODE_64);
         for (index, segment) in system.segments.iter().enumerate() {
             let ignored = flat_base && matches!(index, ES | CS | SS | DS);

@@ -105,9 +105,8 @@ impl Op {
     /// The memory operand's offset in its segment.
     #[inline(always)]
     pub(crate) fn effective_address(&self, cpu: &Cpu) -> u64 {
-        let gpr = &cpu.registers.gpr;
-        let base = gpr[usize::from(self.base)];
-        let index = gpr[usize::from(self.index)];
+        let base = cpu.registers.general(self.base);
+        let index = cpu.registers.general(self.index);
         base.wrapping_add(index << self.scale).wrapping_add(self.displacement) & self.address_mask
     }
 

@@ -167,7 +167,7 @@ impl Cpu {
     /// Linear addresses outside long mode have 32 bits.
     #[inline(always)]
     pub(crate) fn wrap(&self, linear: u64) -> u64 {
-        if self.long_mode() { linear } else { linear & 0xffff_ffff }
+        linear & self.registers.linear_mask
     }
 
     fn check_access(
@@ -181,11 +181,7 @@ impl Cpu {
         if !canonical(linear) || !canonical(last) {
             return self.fault(if usize::from(segment) == SS { Fault::SS0 } else { Fault::GP0 });
         }
-        if self.memory.check_alignment
-            && size_bytes.is_power_of_two()
-            && size_bytes <= 8
-            && linear & (size_bytes - 1) != 0
-        {
+        if self.memory.check_alignment && linear & (alignment_bytes(size_bytes) - 1) != 0 {
             return self.fault(Fault::with_code(vector::AC, 0));
         }
         if self.memory.check_breakpoints {
@@ -282,6 +278,21 @@ impl Cpu {
         }
         self.pending_exit = Some(Exit::Access(access));
         Err(Stop::Exit)
+    }
+}
+
+/// The alignment that #AC asks of an operand of this size. (Intel 64 and IA-32 Architectures Software
+/// Developer's Manual, volume 3A, the table of alignment requirements; 16-byte operands that need no
+/// alignment otherwise are checked as CPUs do it.)
+fn alignment_bytes(size_bytes: u64) -> u64 {
+    match size_bytes {
+        2 | 4 | 8 | 16 => size_bytes,
+        // 80-bit numbers.
+        10 => 8,
+        // FNSTENV and FNSAVE, in the 16-bit and the 32-bit format.
+        14 | 94 => 2,
+        28 | 108 => 4,
+        _ => 1,
     }
 }
 

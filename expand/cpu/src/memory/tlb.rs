@@ -66,16 +66,13 @@ fn index(linear: u64) -> usize {
 }
 
 /// The entry's host address for `size` bytes at `linear`, all in its page. One compare does it: if
-/// the last byte lies in the next page, its page address is not the tag of the first one's entry.
+/// the last byte lies in the next page, that page's number is another modulo ENTRIES, so its address
+/// is not the tag of the first one's entry.
 #[inline(always)]
 fn hit(table: &Table, linear: u64, size: u64) -> Option<u64> {
     let entry = &table[index(linear)];
     let last_page = linear.wrapping_add(size - 1) & !(PAGE_BYTES - 1);
-    if entry.tag == last_page && last_page <= linear {
-        Some(linear.wrapping_add(entry.addend))
-    } else {
-        None
-    }
+    if entry.tag == last_page { Some(linear.wrapping_add(entry.addend)) } else { None }
 }
 
 impl Tlb {

@@ -191,7 +191,7 @@ handler!(call_indirect(cpu, op) {
 #[inline(always)]
 fn indirect_target(cpu: &mut Cpu, op: &Op) -> Result<u64, Stop> {
     if op.instruction.op0_kind() == OpKind::Register {
-        let value = cpu.registers.gpr[usize::from(op.a)];
+        let value = cpu.registers.general(op.a);
         return Ok(match op.size {
             8 => value,
             4 => u64::from(value as u32),

@@ -102,36 +102,31 @@ fn immediate_to_register(code: Code) -> Option<Handler> {
 }
 
 handler!(copy_64(cpu, op) {
-    let gpr = &mut cpu.registers.gpr;
-    gpr[usize::from(op.a)] = gpr[usize::from(op.b)];
+    *cpu.registers.general_mut(op.a) = cpu.registers.general(op.b);
     Ok(())
 });
 handler!(copy_32(cpu, op) {
-    let gpr = &mut cpu.registers.gpr;
-    gpr[usize::from(op.a)] = u64::from(gpr[usize::from(op.b)] as u32);
+    *cpu.registers.general_mut(op.a) = u64::from(cpu.registers.general(op.b) as u32);
     Ok(())
 });
 handler!(zero_extend_8(cpu, op) {
-    let gpr = &mut cpu.registers.gpr;
-    gpr[usize::from(op.a)] = u64::from(gpr[usize::from(op.b)] as u8);
+    *cpu.registers.general_mut(op.a) = u64::from(cpu.registers.general(op.b) as u8);
     Ok(())
 });
 handler!(zero_extend_16(cpu, op) {
-    let gpr = &mut cpu.registers.gpr;
-    gpr[usize::from(op.a)] = u64::from(gpr[usize::from(op.b)] as u16);
+    *cpu.registers.general_mut(op.a) = u64::from(cpu.registers.general(op.b) as u16);
     Ok(())
 });
 handler!(sign_extend_32(cpu, op) {
-    let gpr = &mut cpu.registers.gpr;
-    gpr[usize::from(op.a)] = i64::from(gpr[usize::from(op.b)] as i32) as u64;
+    *cpu.registers.general_mut(op.a) = i64::from(cpu.registers.general(op.b) as i32) as u64;
     Ok(())
 });
 handler!(immediate_64(cpu, op) {
-    cpu.registers.gpr[usize::from(op.a)] = op.immediate;
+    *cpu.registers.general_mut(op.a) = op.immediate;
     Ok(())
 });
 handler!(immediate_32(cpu, op) {
-    cpu.registers.gpr[usize::from(op.a)] = u64::from(op.immediate as u32);
+    *cpu.registers.general_mut(op.a) = u64::from(op.immediate as u32);
     Ok(())
 });
 
@@ -149,25 +144,25 @@ macro_rules! load_sized {
 }
 
 handler!(load_whole<const BYTES: u8>(cpu, op) {
-    cpu.registers.gpr[usize::from(op.a)] = load_sized!(cpu, op, BYTES);
+    *cpu.registers.general_mut(op.a) = load_sized!(cpu, op, BYTES);
     Ok(())
 });
 handler!(load_part<const BYTES: u8>(cpu, op) {
     let value = load_sized!(cpu, op, BYTES);
     let mask = if BYTES == 1 { 0xff } else { 0xffff };
-    let register = &mut cpu.registers.gpr[usize::from(op.a)];
+    let register = cpu.registers.general_mut(op.a);
     *register = *register & !mask | value;
     Ok(())
 });
 handler!(load_signed<const BYTES: u8, const TO: u8>(cpu, op) {
     let shift = 64 - 8 * u32::from(BYTES);
     let value = ((load_sized!(cpu, op, BYTES) << shift) as i64 >> shift) as u64;
-    cpu.registers.gpr[usize::from(op.a)] = if TO == 4 { u64::from(value as u32) } else { value };
+    *cpu.registers.general_mut(op.a) = if TO == 4 { u64::from(value as u32) } else { value };
     Ok(())
 });
 handler!(lea<const BYTES: u8>(cpu, op) {
     let address = op.effective_address(cpu);
-    let register = &mut cpu.registers.gpr[usize::from(op.a)];
+    let register = cpu.registers.general_mut(op.a);
     *register = match BYTES {
         8 => address,
         4 => u64::from(address as u32),
@@ -192,7 +187,7 @@ macro_rules! store_sized {
 }
 
 handler!(store_register_of<const BYTES: u8>(cpu, op) {
-    store_sized!(cpu, op, BYTES, cpu.registers.gpr[usize::from(op.b)])
+    store_sized!(cpu, op, BYTES, cpu.registers.general(op.b))
 });
 handler!(store_immediate_of<const BYTES: u8>(cpu, op) {
     store_sized!(cpu, op, BYTES, op.immediate)

@@ -140,7 +140,7 @@ pub(super) fn select(op: &mut Op, _mode: Mode) -> Option<BlockEnd> {
 }
 
 handler!(push_register<const BYTES: u64>(cpu, op) {
-    cpu.push(cpu.registers.gpr[usize::from(op.a)], BYTES)?;
+    cpu.push(cpu.registers.general(op.a), BYTES)?;
     cpu.stored()
 });
 handler!(push_immediate<const BYTES: u64>(cpu, op) {
