@@ -139,6 +139,8 @@ fn encodable_in_64_bit(code: Code) -> Code {
         Code::Mov_moffs16_AX => Code::Mov_rm16_r16,
         Code::Mov_moffs32_EAX => Code::Mov_rm32_r32,
         Code::Mov_moffs64_RAX => Code::Mov_rm64_r64,
+        // CPUs differ in how many bytes this reads: Intel's two, AMD's four.
+        Code::Movsxd_r16_rm16 => Code::Mov_r16_rm16,
         other => other,
     }
 }
