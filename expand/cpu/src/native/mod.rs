@@ -4,6 +4,8 @@ mod code_buffer;
 #[cfg(test)]
 mod differential;
 #[cfg(test)]
+mod direct;
+#[cfg(test)]
 pub(crate) mod forms;
 pub(crate) mod host_fpu;
 mod lower;

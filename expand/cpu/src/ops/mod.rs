@@ -196,7 +196,7 @@ pub(crate) extern "sysv64" fn nothing(_cpu: &mut Cpu, _op: &Op) -> Flow {
 #[cfg(test)]
 pub(crate) fn runs_natively(cpu: &mut Cpu, instruction: &Instruction) -> bool {
     let mode = cpu.mode;
-    let mut op = || Op::new(*instruction, 0, 0);
+    let op = || Op::new(*instruction, 0, 0);
     let by_hand = BY_HAND.iter().any(|by_hand| by_hand(&mut op(), mode).is_some());
     !undefined(instruction) && !by_hand && native::select(cpu, &mut op()).is_some()
 }
