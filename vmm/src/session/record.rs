@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, anyhow, bail};
 use reprise_devices::board::Board;
 use reprise_devices::cpu_model;
-use reprise_host::{HostOptions, LogFile, LogTotals, RealHost, host_info};
+use reprise_host::{HostError, HostOptions, LogFile, LogTotals, RealHost, host_info};
 use reprise_machine::clock::TimeSource;
 use reprise_machine::engine::Engine;
 use reprise_machine::inputs::Recording;
@@ -42,6 +42,13 @@ impl RecordTo {
             return Err(self.exists());
         }
         Ok(())
+    }
+
+    /// Removes what was created, unless it is a device or a pipe.
+    fn remove(&self) {
+        if fs::symlink_metadata(&self.path).is_ok_and(|metadata| metadata.is_file()) {
+            let _ = fs::remove_file(&self.path);
+        }
     }
 
     fn exists(&self) -> anyhow::Error {
@@ -86,6 +93,13 @@ pub fn record(plan: RunPlan<'_>, to: &RecordTo) -> Result<SessionReport> {
         let opened = open_recording(to, header, guest)?;
         image_bytes = opened.image_bytes;
         Ok(opened.log)
+    })
+    .inspect_err(|error| {
+        // The host refuses before the machine starts, and after the file was begun: there is
+        // nothing in it, and it would be in the way of the next attempt.
+        if error.is::<HostError>() {
+            to.remove();
+        }
     })?;
     let LogTotals { log_bytes, file_bytes } = match finished.sink {
         Some(log) => log.finish()?,
@@ -153,9 +167,7 @@ fn open_recording(to: &RecordTo, header: &Header, guest: &Guest) -> Result<Opene
     let file = create(to)?;
     begin(&file, header, guest).map_err(|error| {
         // Without all images it is no recording that anyone could use.
-        if file.metadata().is_ok_and(|metadata| metadata.is_file()) {
-            let _ = fs::remove_file(&to.path);
-        }
+        to.remove();
         match error.downcast::<RecordingError>() {
             Ok(RecordingError::Log(LogError::Write(error))) => {
                 anyhow!("cannot write {}: {error}; make room and record again", to.path.display())
