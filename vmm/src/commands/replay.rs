@@ -35,6 +35,8 @@ pub fn run(arguments: &ReplayArgs, output: Output) -> Result<u8> {
     output.result(&report, format_args!("{}{}", report.to_table(), verdict(&report)));
     if report.verified == Some(false) {
         output.note(failure(&report));
+    } else if let Some(damage) = &report.damage {
+        output.note(format_args!("what was replayed agrees, but the file was damaged: {damage}"));
     }
     Ok(report.exit_code)
 }
