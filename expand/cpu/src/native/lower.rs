@@ -259,7 +259,8 @@ fn plan(normal: &Instruction, info: &mut InstructionInfoFactory) -> Option<Plan>
             let load = reads || partial || conditional(use_.access());
             merge(&mut general, guest, load, writes);
         } else if register.is_xmm() {
-            merge(&mut vector, register, reads || partial_vector_write(normal), writes);
+            // Where a part of the register is kept, the information calls it read.
+            merge(&mut vector, register, reads, writes);
         } else if register.is_mm() || register.is_st() {
             // They live in the host's own registers.
         } else if !matches!(register, Register::None) {
@@ -349,13 +350,6 @@ fn directions(access: OpAccess) -> (bool, bool) {
 /// A write that may not happen leaves the old value, which must then be there to be stored back.
 fn conditional(access: OpAccess) -> bool {
     matches!(access, OpAccess::CondWrite | OpAccess::ReadCondWrite)
-}
-
-/// Legacy SSE instructions that write only part of an XMM register keep the rest. Loading a
-/// register that is wholly overwritten costs little, so all are loaded but the plain whole moves.
-fn partial_vector_write(instruction: &Instruction) -> bool {
-    use iced_x86::Mnemonic::{Lddqu, Movapd, Movaps, Movdqa, Movdqu, Movupd, Movups};
-    !matches!(instruction.mnemonic(), Movaps | Movapd | Movups | Movupd | Movdqa | Movdqu | Lddqu)
 }
 
 fn is_memory_base(instruction: &Instruction) -> bool {
