@@ -402,9 +402,10 @@ fn native_sequences_do_what_the_host_does() {
     assert!(runs > 2_000, "only {runs} runs under unmasked SSE exceptions");
 }
 
-/// The operand's size decides which pages an instruction may touch, and so which faults it raises.
+/// The operand's size decides which pages an instruction may touch, and its alignment may be asked
+/// for: both decide which faults it raises.
 #[test]
-fn operands_have_the_size_that_the_host_accesses() {
+fn operands_have_the_size_and_alignment_of_the_host() {
     let seed = 0x5eed_0002;
     let mut host = Host::new();
     let mut checked = 0;
@@ -424,9 +425,12 @@ fn operands_have_the_size_that_the_host_accesses() {
         if !division && faults(GUARD - size) {
             wrong.insert(format!("{code:?} accesses more"));
         }
-        let unaligned = size > 1 && !super::operand::needs_alignment(&instruction);
-        if unaligned && !faults(GUARD - size + 1) {
+        let aligned = super::operand::needs_alignment(&instruction);
+        if !aligned && size > 1 && !faults(GUARD - size + 1) {
             wrong.insert(format!("{code:?} accesses less"));
+        }
+        if !division && faults(PAGE + 1) != aligned {
+            wrong.insert(format!("{code:?} as to alignment"));
         }
         checked += 1;
     });
