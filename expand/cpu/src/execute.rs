@@ -152,6 +152,10 @@ impl Cpu {
                 self.answered_used = 0;
                 return self.pending_exit.take();
             }
+            Flow::REPEATS => {
+                self.rip = op.rip(self);
+                None
+            }
             _ => {
                 self.tick += 1;
                 let branched = block.ends_in_branch && number + 1 == block.ops.len();
@@ -187,6 +191,11 @@ impl Cpu {
         let faulted = flow == Flow::FAULT;
         let exit = if flow == Flow::NEXT { None } else { self.finish_stopped(block, flow) };
         let retired = self.tick != before && !faulted;
+        if flow == Flow::REPEATS
+            && let Err(TripleFault) = self.after_repetition(trap)
+        {
+            return Some(Exit::TripleFault);
+        }
         if retired {
             if resume {
                 self.clear_resume_flag(&block.ops[0]);

@@ -84,6 +84,9 @@ pub enum Stop {
     EndBlock,
     /// The instruction retired and the machine has to look (HLT); `Cpu::pending_exit` says why.
     RetiredExit,
+    /// A repeated instruction has done one element, more are left, and the trap that each element
+    /// earns comes now. It has not retired; it goes on from its start.
+    Repeats,
 }
 
 /// [`Stop`] as the native calling convention returns it; 0 is success.
@@ -97,6 +100,7 @@ impl Flow {
     pub(crate) const EXIT: Self = Self(2);
     pub(crate) const END_BLOCK: Self = Self(3);
     pub(crate) const RETIRED_EXIT: Self = Self(4);
+    pub(crate) const REPEATS: Self = Self(5);
 }
 
 impl From<Result<(), Stop>> for Flow {
@@ -108,6 +112,7 @@ impl From<Result<(), Stop>> for Flow {
             Err(Stop::Exit) => Self::EXIT,
             Err(Stop::EndBlock) => Self::END_BLOCK,
             Err(Stop::RetiredExit) => Self::RETIRED_EXIT,
+            Err(Stop::Repeats) => Self::REPEATS,
         }
     }
 }

@@ -144,6 +144,7 @@ impl Cpu {
         offset: usize,
         number: usize,
     ) -> (Op, BlockEnd) {
+        let instruction = self.without_ignored_segment(instruction);
         let mut op = Op::new(instruction, offset, number);
         op.set_memory_operand(&instruction, self.address_bits(&instruction));
         let end = ops::select(self, &mut op);
@@ -152,6 +153,16 @@ impl Cpu {
             op.handler = system::segment::checked;
         }
         (op, end)
+    }
+
+    /// In 64-bit mode prefixes for ES, CS, SS and DS mean nothing, not even for whether a bad
+    /// address is #SS or #GP.
+    fn without_ignored_segment(&self, mut instruction: Instruction) -> Instruction {
+        use iced_x86::Register::{CS, DS, ES, None, SS};
+        if self.mode_64() && matches!(instruction.segment_prefix(), ES | CS | SS | DS) {
+            instruction.set_segment_prefix(None);
+        }
+        instruction
     }
 
     /// Bits of an instruction's memory-operand addresses.

@@ -59,22 +59,20 @@ handler!(
 );
 
 /// Stores the bytes of `source` whose byte in `mask` has its top bit set: all of them or none. Bytes
-/// that are not stored do not fault.
+/// that are not stored fault as the others do, which the manuals leave open and CPUs do; but where
+/// none is stored, no alignment is checked.
 fn store_chosen(cpu: &mut Cpu, op: &Op, source: &[u8], mask: &[u8]) -> Result<(), Stop> {
-    let chosen = |index: &usize| mask[*index] & 0x80 != 0;
-    let Some(first) = (0..mask.len()).find(chosen) else { return Ok(()) };
-    let last = (first..mask.len()).rfind(chosen).unwrap_or(first);
     let linear = op.linear_address(cpu);
     let address = |cpu: &Cpu, index: usize| cpu.wrap(linear.wrapping_add(index as u64));
-    let start = address(cpu, first);
-    cpu.check_store(start, op.segment, (last - first + 1) as u64)?;
-    let mut index = first;
-    while index <= last {
-        let run = (index..=last).take_while(chosen).count();
-        let to = address(cpu, index);
-        cpu.store_slow(to, op.segment, &source[index..index + run])?;
-        index += run;
-        index += (index..=last).take_while(|index| !chosen(index)).count();
+    let mut chosen = (0..mask.len()).filter(|index| mask[*index] & 0x80 != 0).peekable();
+    if chosen.peek().is_some() {
+        cpu.check_store(linear, op.segment, mask.len() as u64)?;
+    } else {
+        cpu.check_store(linear, op.segment, 1)?;
+        cpu.check_store(address(cpu, mask.len() - 1), op.segment, 1)?;
+    }
+    for index in chosen {
+        cpu.store_slow(address(cpu, index), op.segment, &source[index..=index])?;
     }
     Ok(())
 }

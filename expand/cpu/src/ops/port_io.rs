@@ -129,6 +129,7 @@ fn repeat(
         set_counter(cpu, op, counter(cpu, op).wrapping_sub(1));
         cpu.answered.clear();
         cpu.answered_used = 0;
+        cpu.between_elements(counter(cpu, op))?;
     }
     Ok(())
 }

@@ -140,9 +140,18 @@ fn elements_in_page(linear: u64, size: u64) -> u64 {
     (PAGE_BYTES - linear % PAGE_BYTES) / size
 }
 
-/// Whether elements may go in runs: upwards, and with segments that need no checks.
+/// Whether elements may go in runs: upwards, with segments that need no checks, and without a trap
+/// after each.
 fn runs_allowed(cpu: &Cpu) -> bool {
-    !backwards(cpu) && !cpu.mode.has(Mode::SEGMENTED)
+    cpu.rflags_rest & (flags::DF | flags::TF) == 0 && !cpu.mode.has(Mode::SEGMENTED)
+}
+
+/// Ends one element of a repeated instruction that the counter no longer counts.
+#[inline(always)]
+fn next_element(cpu: &mut Cpu, op: &Op) -> Result<(), Stop> {
+    cpu.answered.clear();
+    cpu.answered_used = 0;
+    cpu.between_elements(counter(cpu, op))
 }
 
 handler!(movs(cpu, op) {
@@ -155,8 +164,7 @@ handler!(movs(cpu, op) {
         if moved == 0 {
             move_element(cpu, op)?;
             set_counter(cpu, op, counter(cpu, op) - 1);
-            cpu.answered.clear();
-            cpu.answered_used = 0;
+            next_element(cpu, op)?;
         }
     }
     cpu.stored()
@@ -193,7 +201,7 @@ fn move_run(cpu: &mut Cpu, op: &Op) -> u64 {
     // element by element.
     let distance = (to as u64).wrapping_sub(from as u64);
     if distance < bytes && distance != 0 {
-        if distance % size != 0 || distance < size {
+        if !distance.is_multiple_of(size) {
             return 0;
         }
         // SAFETY: both ranges are mapped guest RAM (TLB hits over `bytes`); each step copies
@@ -237,8 +245,7 @@ handler!(stos(cpu, op) {
             store_element(cpu, op, value)?;
             advance(cpu, op, RDI);
             set_counter(cpu, op, counter(cpu, op) - 1);
-            cpu.answered.clear();
-            cpu.answered_used = 0;
+            next_element(cpu, op)?;
         }
     }
     cpu.stored()
@@ -287,8 +294,7 @@ handler!(lods(cpu, op) {
             break;
         }
         set_counter(cpu, op, counter(cpu, op) - 1);
-        cpu.answered.clear();
-        cpu.answered_used = 0;
+        next_element(cpu, op)?;
     }
     Ok(())
 });
@@ -327,13 +333,12 @@ fn compare(
     while counter(cpu, op) != 0 {
         let (left, right) = element(cpu, op)?;
         set_counter(cpu, op, counter(cpu, op) - 1);
-        cpu.answered.clear();
-        cpu.answered_used = 0;
         let result = comparison(left, right, op.size);
         cpu.registers.arithmetic = result;
         if result.condition::<4>() != repeat_equal {
             break;
         }
+        next_element(cpu, op)?;
     }
     Ok(())
 }
@@ -352,7 +357,7 @@ fn comparison(left: u64, right: u64, size: u8) -> Arithmetic {
         }
     };
     set(flags::CF, left < right);
-    set(flags::PF, (result as u8).count_ones() % 2 == 0);
+    set(flags::PF, (result as u8).count_ones().is_multiple_of(2));
     set(flags::AF, (left ^ right ^ result) & 0x10 != 0);
     set(flags::ZF, result == 0);
     set(flags::SF, result & sign != 0);

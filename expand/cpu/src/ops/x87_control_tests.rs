@@ -375,15 +375,16 @@ fn a_masked_move_stores_chosen_bytes_and_enters_mmx() {
 }
 
 #[test]
-fn a_masked_move_touches_no_page_that_it_does_not_store_to() {
+fn a_masked_move_faults_for_bytes_that_it_does_not_store() {
     let mut machine = machine(&[0x66, 0x0f, 0xf7, 0xc1]); // maskmovdqu xmm0, xmm1
-    machine.cpu.registers.gpr[7] = 0xff8; // The page at 0 is absent, the one after it there.
     machine.cpu.registers.xmm[0] = u128::from_le_bytes([7; 16]);
     machine.cpu.registers.xmm[1] = 0x80 << 64;
+    machine.cpu.registers.gpr[7] = 0xff8; // The page at 0 is absent, the one after it there.
     let block = machine.block();
-    assert_eq!(machine.run(block), Flow::NEXT);
-    assert_eq!(machine.read(0x1000), [7]);
-    machine.cpu.registers.xmm[1] = 0x80 << 64 | 0x80;
     assert_eq!(machine.run(block), Flow::FAULT);
     assert_eq!(machine.cpu.pending_fault.vector, vector::PF);
+    assert_eq!(machine.cpu.pending_fault.page_fault_address, Some(0xff8));
+    machine.cpu.registers.gpr[7] = DATA;
+    assert_eq!(machine.run(block), Flow::NEXT);
+    assert_eq!(machine.read(DATA + 8), [7]);
 }

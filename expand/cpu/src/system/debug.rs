@@ -145,11 +145,29 @@ impl Cpu {
         if trap && self.tick != self.debug.trap_flag_changed {
             causes |= SINGLE_STEP;
         }
+        self.deliver_trap(causes)
+    }
+
+    /// The same after one element of a repeated instruction that has more to do.
+    pub(crate) fn after_repetition(&mut self, trap: bool) -> Result<(), TripleFault> {
+        let hits = std::mem::take(&mut self.debug.hits);
+        self.deliver_trap(hits | if trap { SINGLE_STEP } else { 0 })
+    }
+
+    fn deliver_trap(&mut self, causes: u64) -> Result<(), TripleFault> {
         if causes == 0 {
             return Ok(());
         }
         self.report(causes);
         self.deliver_exception(Fault::plain(vector::DB))
+    }
+
+    /// Ends one element of a repeated instruction, `left` of which remain: a debug trap comes between
+    /// the elements, not after the last only.
+    #[inline(always)]
+    pub(crate) fn between_elements(&self, left: u64) -> Result<(), Stop> {
+        let trap = self.rflags_rest & flags::TF != 0 || self.debug.hits != 0;
+        if trap && left != 0 { Err(Stop::Repeats) } else { Ok(()) }
     }
 
     /// Sets DR6: earlier breakpoints go, its other causes stay until software clears them.
