@@ -107,9 +107,9 @@ fn versions_are_declared_once() {
         }
         assert!(text.contains("[lints]\nworkspace = true"), "{} takes the lints", relative(path));
         let dependencies = text.split("dependencies]").skip(1);
-        for line in dependencies.flat_map(|section| {
-            section.lines().skip(1).take_while(|line| !line.starts_with('['))
-        }) {
+        for line in dependencies
+            .flat_map(|section| section.lines().skip(1).take_while(|line| !line.starts_with('[')))
+        {
             let declared = line.contains("workspace = true") || line.trim().is_empty();
             assert!(declared, "{}: `{line}` declares its own version", relative(path));
         }
@@ -123,9 +123,9 @@ fn devices_cannot_name_the_host() {
     for (path, text) in rust_files().iter().filter(|(path, _)| path.starts_with("devices/src")) {
         let shipped = text.split("#[cfg(test)]").next().expect("a first part");
         for name in ["std::", "HashMap", "HashSet", "f32", "f64"] {
-            let uses = shipped.lines().any(|line| {
-                line.contains(name) && !line.trim_start().starts_with("//")
-            });
+            let uses = shipped
+                .lines()
+                .any(|line| line.contains(name) && !line.trim_start().starts_with("//"));
             assert!(!uses, "{path} names {name}");
         }
     }

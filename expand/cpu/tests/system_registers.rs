@@ -8,6 +8,9 @@ use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Engine, Exit};
 use reprise_trace::cpu_state::{FS, GS, RAX, RBX, RCX, RDX};
 
+/// What RDMSR gives, or the vector and error code that it raises.
+type Read = Result<u64, (u8, Option<u32>)>;
+
 const GP: (u8, Option<u32>) = (13, Some(0));
 const NOT_CANONICAL: u64 = 0x8000_0000_0000;
 
@@ -31,7 +34,7 @@ fn write_and_read(index: u32, value: u64) -> Result<u64, (u8, Option<u32>)> {
 fn registers_with_state_keep_what_is_written() {
     let address = 0xffff_8000_1234_5678;
     #[rustfmt::skip]
-    let cases: &[(u32, u64, Result<u64, (u8, Option<u32>)>)] = &[
+    let cases: &[(u32, u64, Read)] = &[
         (0x174, 8, Ok(8)),
         (0x174, 1 << 32, Err(GP)),
         (0x175, address, Ok(address)),

@@ -146,7 +146,7 @@ impl Guest {
     fn make_page_tables(&mut self) {
         for level in 0..3 {
             let table = ROOT + level * 0x1000;
-            self.write(table, &(table + 0x1000 | PRESENT | WRITABLE | USER).to_le_bytes());
+            self.write(table, &((table + 0x1000) | PRESENT | WRITABLE | USER).to_le_bytes());
         }
         for page in (0..0x20_0000).step_by(0x1000) {
             let user = if (USER_CODE..USER_END).contains(&page) { USER } else { 0 };
