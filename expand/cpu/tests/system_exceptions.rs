@@ -219,12 +219,12 @@ const SPOILED: &[Spoiled] = &[
         spoil: |guest| guest.gate_to(0x80, 0xee, 0, KERNEL_SS) },
     Spoiled { name: "code selector beyond the table", software: false, raises: (GP, Some(0x3f9)),
         spoil: |guest| guest.gate_to(UD, 0x8e, 0, 0x3f8) },
-    Spoiled { name: "32-bit code", software: false, raises: (GP, Some(u32::from(SPARE) | 1)),
+    Spoiled { name: "32-bit code", software: false, raises: (GP, Some(SPARE as u32 | 1)),
         spoil: |guest| {
             guest.descriptor(SPARE, guest::CODE_32);
             guest.gate_to(UD, 0x8e, 0, SPARE);
         } },
-    Spoiled { name: "code not present", software: false, raises: (NP, Some(u32::from(SPARE) | 1)),
+    Spoiled { name: "code not present", software: false, raises: (NP, Some(SPARE as u32 | 1)),
         spoil: |guest| {
             guest.descriptor(SPARE, guest::CODE_64 & !(1 << 47));
             guest.gate_to(UD, 0x8e, 0, SPARE);

@@ -52,9 +52,9 @@ fn spare_descriptors(guest: &mut Guest) {
     guest.descriptor(SPARE + 32, CODE_32);
 }
 const NOT_PRESENT_CODE: u64 = SPARE as u64 | 3;
-const NOT_PRESENT_DATA: u64 = SPARE as u64 + 8 | 3;
+const NOT_PRESENT_DATA: u64 = (SPARE as u64 + 8) | 3;
 const CONFORMING_CODE: u64 = SPARE as u64 + 16;
-const AMBIGUOUS_CODE: u64 = SPARE as u64 + 24 | 3;
+const AMBIGUOUS_CODE: u64 = (SPARE as u64 + 24) | 3;
 const COMPATIBILITY_CODE: u64 = SPARE as u64 + 32;
 
 #[test]
@@ -350,12 +350,12 @@ fn far_jumps_and_calls_stay_at_their_level() {
     let jumped = far(Guest::long(), JUMP, ENTRY, COMPATIBILITY_CODE).state;
     assert_eq!((jumped.rip, jumped.segments[CS].selector), (ENTRY, SPARE + 32));
     let jumped = far(Guest::long().user(), JUMP, USER_CODE + 99, CONFORMING_CODE).state;
-    assert_eq!((jumped.rip, jumped.segments[CS].selector), (USER_CODE + 99, SPARE + 16 | 3));
+    assert_eq!((jumped.rip, jumped.segments[CS].selector), (USER_CODE + 99, (SPARE + 16) | 3));
     assert_eq!(jumped.cpl(), 3);
     let called = far(Guest::long(), CALL, ENTRY, KERNEL_CS.into());
     assert_eq!((called.state.rip, called.state.gpr[RSP]), (ENTRY, KERNEL_STACK - 8));
     let pushed = called.u64(KERNEL_STACK - 8);
-    assert_eq!(pushed, u64::from(KERNEL_CS) << 32 | KERNEL_CODE + 2);
+    assert_eq!(pushed, (u64::from(KERNEL_CS) << 32) | (KERNEL_CODE + 2));
 }
 
 #[test]
