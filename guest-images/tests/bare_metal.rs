@@ -1,12 +1,12 @@
 //! The bare-metal guests, run on QEMU, and compute's results against the host's own.
 
-mod common;
+mod qemu;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use common::{Run, qemu_is_here};
+use qemu::{Run, qemu_is_here};
 use reprise_guest_images::{COMPUTE_AT_SCALE_1, embedded};
 use tempfile::TempDir;
 
@@ -20,7 +20,7 @@ fn run(name: &str, command_line: &str, script: &[(&str, &str)], limit: Duration)
     let directory = TempDir::new().expect("a temporary directory");
     let kernel = directory.path().join(name);
     std::fs::write(&kernel, embedded(name).expect("the guest exists").image).expect("it is stored");
-    Some(common::run(&kernel, &["-m", "16", "-append", command_line], script, limit))
+    Some(qemu::run(&kernel, &["-m", "16", "-append", command_line], script, limit))
 }
 
 /// Runs it and expects that it ends the machine itself, by a reset.

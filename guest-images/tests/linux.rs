@@ -1,11 +1,11 @@
 //! The Linux image, built from Debian's packages and run on QEMU.
 
-mod common;
+mod qemu;
 
 use std::path::Path;
 use std::time::Duration;
 
-use common::qemu_is_here;
+use qemu::qemu_is_here;
 use reprise_guest_images::{LinuxImage, RecipeError, WORKLOAD_SMALL, WORKLOAD_W, linux};
 
 const TIME_LIMIT: Duration = Duration::from_secs(100);
@@ -38,7 +38,7 @@ fn console(script: &[(&str, &str)]) -> Option<String> {
         ["-append", &image.command_line],
     ]
     .concat();
-    let run = common::run(&image.kernel, &arguments, script, TIME_LIMIT);
+    let run = qemu::run(&image.kernel, &arguments, script, TIME_LIMIT);
     let status = run.status.unwrap_or_else(|| panic!("it did not end:\n{}", run.console));
     assert!(status.success(), "{status}\n{}", run.console);
     Some(run.console)

@@ -24,7 +24,7 @@ macro_rules! scalar {
             const BYTES: u64 = size_of::<$type>() as u64;
             #[inline(always)]
             fn to_u64(self) -> u64 {
-                self as u64
+                u64::from(self)
             }
             #[inline(always)]
             fn from_u64(value: u64) -> Self {
@@ -68,8 +68,8 @@ impl Cpu {
         value: T,
     ) -> Result<(), Stop> {
         match self.memory.hit_write(linear, T::BYTES) {
-            // SAFETY: as in `load`; a write hit is only there for pages without decoded code.
             Some(host) => {
+                // SAFETY: as in `load`; a write hit is only there for pages without decoded code.
                 unsafe { host.cast::<T>().write_unaligned(value) };
                 Ok(())
             }
