@@ -6,6 +6,9 @@ use reprise_devices::time::VirtualTime;
 /// throws away what is in it. Typing begins when it has listened for this long, or sleeps.
 const LISTENING_NS: u64 = 100_000;
 
+/// A guest that stalls this often in a row never has the room that it once had.
+const MAX_STALLS: u32 = 4;
+
 /// How the guest takes what is typed. All of it is a matter of how soon bytes are logged, none of
 /// correctness.
 #[derive(Debug, Default)]
@@ -16,8 +19,10 @@ pub(super) struct Typing {
     /// when it had read everything, so that bytes which it reads one by one do not make a record
     /// each.
     room_wanted: usize,
-    /// The room when somebody last looked.
+    /// The room when somebody last looked; `None` if bytes were given since.
     room_at_look: Option<usize>,
+    /// How often in a row the guest was given bytes without having read everything.
+    stalls: u32,
     /// Virtual time at which the guest was first seen to listen.
     listens_since: Option<VirtualTime>,
 }
@@ -43,18 +48,29 @@ impl Typing {
         if now.ns.saturating_sub(since.ns) < LISTENING_NS {
             return false;
         }
-        if looking && self.room_at_look.replace(room) == Some(room) {
-            // It has read nothing for as long as between two kicks: it is busy, or has switched its
-            // FIFO off.
-            self.room_wanted = room;
+        if !self.bytes_wait {
+            return false;
         }
-        self.bytes_wait && (!waited || room >= self.room_wanted)
+        if !waited || room >= self.room_wanted {
+            self.stalls = 0;
+            return true;
+        }
+        let stalled = looking && self.room_at_look.replace(room) == Some(room);
+        if stalled {
+            // It has read nothing between two kicks: it is busy, or has switched its FIFO off.
+            self.stalls += 1;
+            if self.stalls >= MAX_STALLS {
+                self.room_wanted = room;
+            }
+        }
+        stalled
     }
 
     /// The host had `count` bytes for this much room.
     pub(super) fn given(&mut self, count: usize, room: usize) {
         self.bytes_wait = count >= room;
         self.room_wanted = self.room_wanted.max(room);
+        self.room_at_look = None;
     }
 }
 
@@ -84,12 +100,34 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_reads_no_more_gets_what_fits() {
+    fn a_guest_is_not_idle_for_being_looked_at_in_the_same_state_twice() {
+        let mut typing = busy_typing();
+        for _ in 0..5 {
+            assert!(!typing.is_due(3, LATER, false, true));
+            assert!(typing.is_due(16, LATER, false, false));
+            typing.given(16, 16);
+        }
+    }
+
+    #[test]
+    fn a_busy_guest_gets_what_fits_and_then_as_before() {
         let mut typing = busy_typing();
         assert!(!typing.is_due(1, LATER, false, true));
         assert!(typing.is_due(1, LATER, false, true));
         typing.given(1, 1);
-        assert!(typing.is_due(1, LATER, false, false), "its FIFO is off: byte by byte from now on");
+        assert!(!typing.is_due(1, LATER, false, false));
+        assert!(typing.is_due(16, LATER, false, false));
+    }
+
+    #[test]
+    fn a_guest_that_switched_its_fifo_off_is_served_byte_by_byte() {
+        let mut typing = busy_typing();
+        for _ in 0..MAX_STALLS {
+            assert!(!typing.is_due(1, LATER, false, true));
+            assert!(typing.is_due(1, LATER, false, true));
+            typing.given(1, 1);
+        }
+        assert!(typing.is_due(1, LATER, false, false));
     }
 
     #[test]
