@@ -44,9 +44,9 @@ fn the_trap_flag_steps_instructions() {
         // mov eax, ss; mov ss, eax; nop: loading SS holds the trap off.
         ("first before mov ss", &[0x8c, 0xd0, 0x8e, 0xd0, NOP, NOP], true, 2),
         ("mov ss", &[0x8e, 0xd0, NOP, NOP], true, 3),
-        // A jump, and a REP as one instruction.
         ("jmp", &[0xeb, 4, NOP, NOP, NOP, NOP, NOP], true, 6),
-        ("rep stosb", &[0xf3, 0xaa, NOP], true, 2),
+        // The trap comes after each element of a REP, which then goes on from its start.
+        ("rep stosb", &[0xf3, 0xaa, NOP], true, 0),
         ("sti", &[0xfb, NOP], true, 1),
         ("hlt", &[0xf4, NOP], true, 1),
     ];
