@@ -1,0 +1,238 @@
+//! Differences that are as they should be: where the host is another CPU than the model, or where the
+//! host's KVM does not give what its CPU would.
+
+use iced_x86::{Decoder, FlowControl, Instruction, Mnemonic, OpKind};
+use reprise_kvm::user_oracle::{CODE_ADDRESS, UserOutcome};
+use reprise_trace::cpu_state::{CpuState, RSP};
+
+use crate::case::{Case, DECODER};
+use crate::opcodes::{beyond_the_model, shows_the_host};
+use crate::raw_bytes;
+
+const UD: u8 = 6;
+const GP: u8 = 13;
+const PF: u8 = 14;
+const AC: u8 = 17;
+const XM: u8 = 19;
+/// MXCSR.PE.
+const PRECISION: u32 = 1 << 5;
+const SS: u8 = 12;
+const DE: u8 = 0;
+
+/// Why an outcome may differ, if it may. `trace` has the state before each executed instruction.
+pub(crate) fn reason(
+    case: &Case,
+    trace: &[CpuState],
+    real: &UserOutcome,
+    soft: &UserOutcome,
+) -> Option<&'static str> {
+    let instructions = || trace.iter().filter_map(|state| executed(case, state));
+    if instructions().any(|(instruction, _)| {
+        !instruction.is_invalid()
+            && (beyond_the_model(&instruction) || shows_the_host(&instruction))
+    }) {
+        return Some(
+            "the host has the instruction and the CPU model has not, or it shows the host",
+        );
+    }
+    if instructions().any(|(instruction, bytes)| {
+        instruction.is_invalid() && raw_bytes::meaning_depends_on_the_host(bytes)
+            || is_counting(&instruction, bytes)
+    }) {
+        return Some("the opcode is of an extension that the host may have");
+    }
+    if instructions().any(|(instruction, bytes)| is_narrow_branch(&instruction, bytes)) {
+        return Some(
+            "AMD cuts the target of a near branch with a 66 prefix, Intel and the model do not",
+        );
+    }
+    if instructions().any(|(instruction, _)| {
+        instruction.mnemonic() == Mnemonic::Movsxd && instruction.op0_register().size() == 2
+    }) {
+        return Some("MOVSXD to 16 bits reads four bytes on AMD, two on Intel and in the model");
+    }
+    if matches!(real.exception.vector, PF | AC | UD)
+        && instructions().any(|(instruction, _)| {
+            matches!(instruction.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu)
+                && instruction.ip() == real.rip
+        })
+    {
+        return Some(
+            "a masked store may fault for bytes it leaves out, and with MMX registers in use",
+        );
+    }
+    if instructions().any(|(instruction, bytes)| {
+        matches!(instruction.mnemonic(), Mnemonic::Loope | Mnemonic::Loopne)
+            && (has_prefix(bytes, 0xf2) || has_prefix(bytes, 0xf3))
+    }) {
+        return Some("AMD heeds REP and REPNE on LOOPE and LOOPNE, Intel and the model do not");
+    }
+    const MISALIGNED_MASK: u32 = 1 << 17;
+    if real.fpu.mxcsr & MISALIGNED_MASK != 0 {
+        return Some("AMD has a bit in MXCSR that the model has not");
+    }
+    if instructions().any(|(instruction, _)| {
+        instruction.mnemonic() == Mnemonic::Reservednop
+            && instruction.op0_kind() == OpKind::Register
+    }) {
+        return Some("AMD has no register form of PREFETCHW, and pagetable-based KVM emulates it");
+    }
+    if (real.exception.vector, soft.exception.vector) == (SS, GP)
+        && instructions().any(|(instruction, bytes)| {
+            instruction.ip() == real.rip && has_prefix(bytes, SS_PREFIX)
+        })
+    {
+        return Some("pagetable-based KVM heeds SS prefixes when it emulates a #GP");
+    }
+    let last = trace.iter().rev().find_map(|state| Some((executed(case, state)?.0, state)));
+    let (instruction, state) = last?;
+    of_the_last(&instruction, state, trace, real, soft)
+}
+
+/// The same for what the instruction that ended the sequence did.
+fn of_the_last(
+    instruction: &Instruction,
+    state: &CpuState,
+    trace: &[CpuState],
+    real: &UserOutcome,
+    soft: &UserOutcome,
+) -> Option<&'static str> {
+    use Mnemonic::{
+        Cmpsb, Cmpsd, Cmpsq, Cmpsw, Fldenv, Fnsave, Fnstenv, Frstor, Fxrstor, Fxrstor64, Fxsave,
+        Fxsave64,
+    };
+    let mnemonic = instruction.mnemonic();
+    let both_at_once = real.rip == soft.rip && real.gpr == soft.gpr;
+    let (real_mxcsr, soft_mxcsr) = (real.fpu.mxcsr, soft.fpu.mxcsr);
+    let (real, soft) = (&real.exception, &soft.exception);
+    if trace.iter().any(|state| !is_canonical(state.gpr[RSP])) {
+        return Some(
+            "pagetable-based KVM emulates what runs under a non-canonical RSP, and wrongly",
+        );
+    }
+    if both_at_once && (real.vector, soft.vector) == (UD, GP) {
+        return Some("pagetable-based KVM turns #GP of what it cannot emulate into #UD");
+    }
+    if matches!(mnemonic, Fxsave | Fxsave64 | Fxrstor | Fxrstor64) && soft.vector == GP {
+        return Some("pagetable-based KVM emulates an FXSAVE or FXRSTOR that faults, and wrongly");
+    }
+    if both_at_once
+        && soft.vector == GP
+        && real.vector == PF
+        && straddles_the_hole(instruction, state)
+    {
+        return Some(
+            "an access that only ends beyond the canonical addresses may page-fault first",
+        );
+    }
+    let memory_fault = |vector| matches!(vector, SS | GP | PF | AC);
+    if both_at_once
+        && matches!(mnemonic, Cmpsb | Cmpsw | Cmpsd | Cmpsq)
+        && memory_fault(real.vector)
+        && memory_fault(soft.vector)
+    {
+        return Some(
+            "CMPS may read either operand first, and AMD heeds an SS prefix for #SS there",
+        );
+    }
+    if both_at_once
+        && instruction.flow_control() == FlowControl::IndirectCall
+        && memory_fault(real.vector)
+        && memory_fault(soft.vector)
+    {
+        return Some("CALL to a non-canonical address may fault for it or for its push first");
+    }
+    // Of one access, or of an access and the computation after it.
+    let several = |one: u8, other: u8| one == AC && matches!(other, DE | SS | GP | PF);
+    if both_at_once && (several(real.vector, soft.vector) || several(soft.vector, real.vector)) {
+        return Some(
+            "an alignment check's place among the faults of one instruction is the CPU's own",
+        );
+    }
+    let flags = real_mxcsr ^ soft_mxcsr;
+    let dot_product = matches!(mnemonic, Mnemonic::Dpps | Mnemonic::Dppd);
+    if both_at_once && (real.vector, soft.vector) == (XM, XM) && dot_product {
+        return Some(
+            "KNOWN INEXACTNESS: flags of a dot product's later steps beside an unmasked one",
+        );
+    }
+    if both_at_once && (real.vector, soft.vector) == (XM, XM) && flags == PRECISION {
+        return Some(
+            "KNOWN INEXACTNESS: PE beside an unmasked UE, where only the denormal is inexact",
+        );
+    }
+    if both_at_once
+        && matches!(
+            mnemonic,
+            Fldenv | Frstor | Fnstenv | Fnsave | Fxsave | Fxsave64 | Fxrstor | Fxrstor64
+        )
+        && (real.vector, soft.vector) == (PF, PF)
+    {
+        return Some("CPUs touch the many parts of a large operand in their own order");
+    }
+    None
+}
+
+fn is_canonical(address: u64) -> bool {
+    ((address << 16) as i64 >> 16) as u64 == address
+}
+
+/// Whether the memory operand begins at a canonical address and ends at none.
+fn straddles_the_hole(instruction: &Instruction, state: &CpuState) -> bool {
+    let size = instruction.memory_size().size() as u64;
+    (0..instruction.op_count())
+        .filter(|&operand| instruction.op_kind(operand) != OpKind::Register)
+        .filter_map(|operand| memory_address(instruction, operand, state))
+        .any(|address| is_canonical(address) && !is_canonical(address.wrapping_add(size - 1)))
+}
+
+/// The instruction that a state is about to execute and its bytes, if it lies in the code.
+pub(crate) fn executed<'a>(case: &'a Case, state: &CpuState) -> Option<(Instruction, &'a [u8])> {
+    let offset = state.rip.checked_sub(CODE_ADDRESS)? as usize;
+    let bytes = case.input.code.get(offset..).filter(|bytes| !bytes.is_empty())?;
+    // Behind the code there is INT3.
+    let mut padded = bytes.to_vec();
+    padded.extend([0xcc; 15]);
+    let instruction = Decoder::with_ip(64, &padded, state.rip, DECODER).decode();
+    Some((instruction, bytes))
+}
+
+const LEGACY_PREFIXES: [u8; 11] =
+    [0x66, 0x67, 0xf0, 0xf2, 0xf3, 0x2e, 0x36, 0x3e, 0x26, 0x64, 0x65];
+
+const SS_PREFIX: u8 = 0x36;
+/// The first of the sixteen REX prefixes.
+const REX: u8 = 0x40;
+
+fn has_prefix(bytes: &[u8], prefix: u8) -> bool {
+    let is_prefix = |byte: &&u8| LEGACY_PREFIXES.contains(*byte) || **byte & 0xf0 == REX;
+    bytes.iter().take_while(is_prefix).any(|byte| *byte == prefix)
+}
+
+/// BSF and BSR with a prefix that makes them TZCNT and LZCNT on later CPUs.
+fn is_counting(instruction: &Instruction, bytes: &[u8]) -> bool {
+    matches!(instruction.mnemonic(), Mnemonic::Bsf | Mnemonic::Bsr) && has_prefix(bytes, 0xf3)
+}
+
+fn is_narrow_branch(instruction: &Instruction, bytes: &[u8]) -> bool {
+    let branches = !matches!(
+        instruction.flow_control(),
+        FlowControl::Next | FlowControl::Exception | FlowControl::Interrupt
+    );
+    has_prefix(bytes, 0x66) && branches
+}
+
+/// The address of an instruction's memory operand.
+pub(crate) fn memory_address(
+    instruction: &Instruction,
+    operand: u32,
+    state: &CpuState,
+) -> Option<u64> {
+    instruction.virtual_address(operand, 0, |register, _, _| {
+        if register.is_segment_register() {
+            return Some(0);
+        }
+        let value = state.gpr[register.full_register().number()];
+        Some(if register.size() == 4 { value & 0xffff_ffff } else { value })
+    })
+}
