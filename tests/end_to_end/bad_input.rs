@@ -2,7 +2,7 @@
 
 use reprise_guest_images::embedded;
 
-use crate::program::{Workplace, record, reprise, run};
+use crate::program::{Workplace, record, replay, reprise, run};
 
 /// Files for the cases below: a name that a case may give, and what is there.
 fn prepare(workplace: &Workplace) {
@@ -137,6 +137,17 @@ fn force_overwrites_and_its_absence_does_not() {
     assert!(run(&words).expect_reason().contains("exists"));
     run(&[&words[..], &["--force"]].concat()).expect_code(0);
     run(&["replay", &file]).expect_code(0);
+}
+
+#[test]
+fn console_output_that_is_lost_is_told_and_the_recording_stays_good() {
+    let workplace = Workplace::new();
+    let file = workplace.path("hello.rr");
+    let words = ["--json", "record", "--engine", "soft", "--image", "hello", "-o", &file];
+    let finished = run(&[&words[..], &["--console", "/dev/full"]].concat()).expect_code(0);
+    assert!(finished.stderr.contains("console output was lost"), "{}", finished.stderr);
+    assert!(finished.json()["console_failure"].is_string());
+    assert_eq!(replay(&file, &[])["console_digest"], finished.json()["console_digest"]);
 }
 
 #[test]

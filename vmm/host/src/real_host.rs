@@ -105,8 +105,9 @@ impl RealHost {
         self.started.elapsed()
     }
 
-    /// Why console output was lost, if it was.
-    pub fn console_failure(&self) -> Option<&std::io::Error> {
+    /// Writes what is left of the console's output, and tells why output was lost, if it was.
+    pub fn console_failure(&mut self) -> Option<&std::io::Error> {
+        self.console.push();
         self.console.failure()
     }
 }

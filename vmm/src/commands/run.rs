@@ -90,5 +90,8 @@ pub(super) fn conclude(report: &SessionReport, output: Output) -> u8 {
     if report.ending == "engine-failed" {
         output.note(report.ending_detail.as_deref().unwrap_or("the engine failed"));
     }
+    if let Some(failure) = &report.console_failure {
+        output.note(format_args!("console output was lost: {failure}"));
+    }
     report.exit_code
 }

@@ -79,6 +79,7 @@ pub fn run(plan: RunPlan<'_>) -> Result<SessionReport> {
     let mut report =
         SessionReport::new("run", &guest.name, choice.kind, &finished.outcome, finished.wall);
     report.engine_reason = choice.reason;
+    report.console_failure = finished.console_failure;
     Ok(report)
 }
 
@@ -109,6 +110,7 @@ pub fn record(plan: RunPlan<'_>, to: &RecordTo) -> Result<SessionReport> {
         SessionReport::new("record", &guest.name, choice.kind, &finished.outcome, finished.wall)
             .with_file(log_bytes, image_bytes, file_bytes);
     report.engine_reason = choice.reason;
+    report.console_failure = finished.console_failure;
     Ok(report)
 }
 
@@ -117,6 +119,7 @@ struct Finished<S> {
     outcome: Outcome,
     sink: Option<S>,
     wall: Duration,
+    console_failure: Option<String>,
 }
 
 fn execute<S: FrameSink>(
@@ -149,11 +152,12 @@ impl<S: FrameSink, F: FnOnce() -> Result<S>> EngineVisitor for Run<F> {
         let mut machine = Machine::new(engine, board, recording, self.time);
         let result = machine.run();
         let (_, _, recording) = machine.into_parts();
-        let (host, sink) = recording.into_parts();
+        let (mut host, sink) = recording.into_parts();
         let wall = host.elapsed();
+        let console_failure = host.console_failure().map(ToString::to_string);
         // The terminal is given back before anything is reported.
         drop(host);
-        Ok(Finished { outcome: result?, sink, wall })
+        Ok(Finished { outcome: result?, sink, wall, console_failure })
     }
 }
 

@@ -97,6 +97,8 @@ pub struct SessionReport {
     pub console_digest: String,
     /// BLAKE3 over CPU, devices and RAM; null where the machine stands at no exact moment.
     pub final_digest: Option<String>,
+    /// Why console output was lost on its way out of the guest, if it was.
+    pub console_failure: Option<String>,
     /// Replay: everything that was recorded, up to where the replay ended, happened again.
     pub verified: Option<bool>,
     /// Replay: the last record that agreed.
@@ -149,6 +151,7 @@ impl SessionReport {
             console_bytes: outcome.effects.console_bytes,
             console_digest: hex(&outcome.effects.console_digest),
             final_digest: outcome.final_digest().map(|digest| hex(&digest)),
+            console_failure: None,
             verified: None,
             verified_until: None,
             verification: None,
