@@ -79,10 +79,21 @@ pub(crate) fn reason(
     }
     if (real.exception.vector, soft.exception.vector) == (SS, GP)
         && instructions().any(|(instruction, bytes)| {
-            instruction.ip() == real.rip && has_prefix(bytes, SS_PREFIX)
+            let aligned_only = instruction.memory_size().size() == 16;
+            instruction.ip() == real.rip && (has_prefix(bytes, SS_PREFIX) || aligned_only)
         })
     {
-        return Some("pagetable-based KVM heeds SS prefixes when it emulates a #GP");
+        return Some("pagetable-based KVM makes #SS of a #GP when it emulates the instruction");
+    }
+    if instructions().any(|(instruction, bytes)| {
+        instruction.mnemonic() == Mnemonic::Pause && bytes.first() != Some(&0xf3)
+    }) {
+        return Some("PAUSE with REX.B is XCHG on AMD");
+    }
+    let emulated_mmx = (real.exception.vector, soft.exception.vector) == (GP, GP)
+        && (real.fpu.ftw, soft.fpu.ftw == u8::MAX) == (u8::MAX, false);
+    if emulated_mmx && real.gpr == soft.gpr {
+        return Some("pagetable-based KVM enters MMX state when it emulates a #GP");
     }
     let last = trace.iter().rev().find_map(|state| Some((executed(case, state)?.0, state)));
     let (instruction, state) = last?;
@@ -212,6 +223,14 @@ fn has_prefix(bytes: &[u8], prefix: u8) -> bool {
 /// BSF and BSR with a prefix that makes them TZCNT and LZCNT on later CPUs.
 fn is_counting(instruction: &Instruction, bytes: &[u8]) -> bool {
     matches!(instruction.mnemonic(), Mnemonic::Bsf | Mnemonic::Bsr) && has_prefix(bytes, 0xf3)
+}
+
+/// Whether the code has a near branch with a 66 prefix, which leads elsewhere on AMD.
+pub(crate) fn branches_narrowly(case: &Case) -> bool {
+    case.instructions().iter().any(|instruction| {
+        let start = (instruction.ip() - CODE_ADDRESS) as usize;
+        is_narrow_branch(instruction, &case.input.code[start..])
+    })
 }
 
 fn is_narrow_branch(instruction: &Instruction, bytes: &[u8]) -> bool {

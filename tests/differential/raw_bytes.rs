@@ -61,14 +61,14 @@ pub(crate) fn meaning_depends_on_the_host(bytes: &[u8]) -> bool {
     let opcode: Vec<u8> =
         bytes.iter().copied().skip_while(|byte| legacy(byte) || byte & 0xf0 == 0x40).collect();
     // LOCK on the opcodes that were reserved as NOPs is undefined on Intel CPUs only.
-    let locked = bytes.iter().take_while(|byte| legacy(byte)).any(|byte| *byte == 0xf0);
-    let reserved_nop = matches!(opcode[..], [0x0f, 0x0d | 0x18..=0x1f, ..]);
+    let locked = bytes[..bytes.len() - opcode.len()].contains(&0xf0);
+    let reserved_nop = matches!(opcode[..], [0x0f, 0x07 | 0x0d | 0x18..=0x1f, ..] | [0xcf, ..]);
     // VEX, EVEX and XOP prefixes, groups that newer CPUs fill, and moves of segment, control and debug
     // registers that do not exist: which fault comes first is the CPU's own.
     locked && reserved_nop
         || matches!(
             opcode[..],
             [0xc4 | 0xc5 | 0x62 | 0x8f | 0x8c | 0x8e, ..]
-                | [0x0f, 0x00 | 0x01 | 0xc3 | 0xae | 0xc7 | 0x0f | 0x20..=0x27, ..]
+                | [0x0f, 0x00 | 0x01 | 0xe7 | 0xc3 | 0xae | 0xc7 | 0x0f | 0x20..=0x27, ..]
         )
 }

@@ -3,14 +3,12 @@
 #![allow(unsafe_code)]
 
 use iced_x86::{Instruction, Mnemonic};
-use reprise_trace::cpu_state::SS;
 
 use super::{MemoryUse, Sequence};
 use crate::cpu::Cpu;
 use crate::decode::op::{Handler, NativeWithMemory, Op};
 use crate::fault::{Fault, Flow, Stop};
 use crate::memory::access::MAX_OPERAND_BYTES;
-use crate::memory::walk::canonical;
 use crate::ops::BlockEnd;
 
 /// An operand that lies across pages, or on a device, or on code, while its instruction runs.
@@ -133,11 +131,8 @@ pub(crate) extern "sysv64" fn write(cpu: &mut Cpu, op: &Op) -> Flow {
 
 /// A 16-byte operand that must be aligned.
 pub(crate) extern "sysv64" fn aligned(cpu: &mut Cpu, op: &Op) -> Flow {
-    let linear = op.linear_address(cpu);
-    if !linear.is_multiple_of(16) {
-        // An address that is no address at all comes first.
-        let stack = usize::from(op.segment) == SS && !canonical(linear);
-        return Flow::from(cpu.fault::<()>(if stack { Fault::SS0 } else { Fault::GP0 }));
+    if !op.linear_address(cpu).is_multiple_of(16) {
+        return Flow::from(cpu.fault::<()>(Fault::GP0));
     }
     if op.writes { write(cpu, op) } else { read(cpu, op) }
 }

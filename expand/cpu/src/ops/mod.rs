@@ -80,7 +80,7 @@ const BY_HAND: &[fn(&mut Op, Mode) -> Option<BlockEnd>] = &[
 pub(crate) fn select(cpu: &mut Cpu, op: &mut Op) -> BlockEnd {
     let mode = cpu.mode;
     if undefined(&op.instruction) {
-        op.handler = raise_ud;
+        op.handler = if is_too_long(&op.instruction) { raise_gp } else { raise_ud };
         return BlockEnd::Branch;
     }
     if let Some(handler) = fpu_trap(&op.instruction, mode) {
@@ -169,6 +169,17 @@ fn fpu_trap(instruction: &Instruction, mode: Mode) -> Option<crate::decode::op::
     } else {
         None
     }
+}
+
+/// Whether the decoder gave up because an instruction has more than 15 bytes.
+fn is_too_long(instruction: &Instruction) -> bool {
+    const MAX_INSTRUCTION_BYTES: usize = 15;
+    instruction.is_invalid() && instruction.len() == MAX_INSTRUCTION_BYTES
+}
+
+/// #GP(0).
+extern "sysv64" fn raise_gp(cpu: &mut Cpu, _op: &Op) -> Flow {
+    Flow::from(cpu.fault::<()>(Fault::GP0))
 }
 
 /// #UD.
