@@ -165,20 +165,20 @@ fn pointer_bytes(case: &Case, trace: &[CpuState]) -> Vec<Range<usize>> {
             continue;
         }
         let Some(address) = lawful::memory_address(&instruction, 0, state) else { continue };
-        let fields: &[Range<u64>] = match instruction.mnemonic() {
+        let fields: &[(u64, u64)] = match instruction.mnemonic() {
             // FOP, FIP, FDP; which bits MXCSR has.
-            Mnemonic::Fxsave | Mnemonic::Fxsave64 => &[6..24, 28..32],
+            Mnemonic::Fxsave | Mnemonic::Fxsave64 => &[(6, 24), (28, 32)],
             _ if instruction.memory_size().size() % 14 == 0
                 && instruction.memory_size().size() < 20
                 || instruction.memory_size().size() == 94 =>
             {
-                &[6..14]
+                &[(6, 14)]
             }
-            _ => &[12..28],
+            _ => &[(12, 28)],
         };
-        for field in fields {
-            let start = address.wrapping_add(field.start).wrapping_sub(DATA_ADDRESS) as usize;
-            ranges.push(start..start.saturating_add((field.end - field.start) as usize));
+        for (first, end) in fields {
+            let start = address.wrapping_add(*first).wrapping_sub(DATA_ADDRESS) as usize;
+            ranges.push(start..start.saturating_add((end - first) as usize));
         }
     }
     ranges

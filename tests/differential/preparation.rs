@@ -231,7 +231,7 @@ impl Builder {
             10..=15 => before(&mut self.random, middle),
             16..=18 => before(&mut self.random, end),
             19 => before(&mut self.random, DATA_ADDRESS),
-            20..=22 => READ_ONLY_ADDRESS + self.random.below(0xf00) & !0xf,
+            20..=22 => (READ_ONLY_ADDRESS + self.random.below(0xf00)) & !0xf,
             23 => SUPERVISOR_ADDRESS + self.random.below(0x1000),
             24 => CODE_ADDRESS + self.random.below(0x1000),
             25 => values::integer(&mut self.random),
