@@ -86,19 +86,20 @@ fn a_recording_killed_while_it_computes_is_usable() {
     assert!(replayed["ticks"].as_u64() > Some(1_000_000), "{replayed:#}");
 }
 
-/// A file system of 64 KiB, in a namespace of its own where only the product sees it.
+/// A file system of 128 KiB (frames are cut at 64), in a namespace of its own where only the product
+/// sees it.
 #[test]
 fn a_disk_that_fills_up_leaves_what_replays() {
     let workplace = Workplace::new();
     let mount = workplace.path("small-disk");
     std::fs::create_dir(&mount).expect("a directory");
-    let mounted = format!("mount -t tmpfs -o size=64k none {mount}");
+    let mounted = format!("mount -t tmpfs -o size=128k none {mount}");
     let probe = Command::new("unshare").args(["-rm", "sh", "-c", &mounted]).output();
     if !probe.is_ok_and(|output| output.status.success()) {
         eprintln!("skipped: this host lets nobody mount a small file system in a namespace");
         return;
     }
-    let typed = workplace.file("typed", incompressible_text(60_000));
+    let typed = workplace.file("typed", incompressible_text(250_000));
     let saved = workplace.path("saved.rr");
     let script = format!(
         "{mounted} && {{ \"$0\" record --engine soft --image echo --input {typed} \
@@ -122,12 +123,12 @@ fn a_reader_that_goes_away_leaves_what_replays() {
     let (pipe, saved) = (workplace.path("pipe"), workplace.path("saved.rr"));
     let made = Command::new("mkfifo").arg(&pipe).status().expect("mkfifo starts");
     assert!(made.success());
-    let typed = workplace.file("typed", incompressible_text(60_000));
+    let typed = workplace.file("typed", incompressible_text(250_000));
     let console = workplace.path("console");
     let guest = ["record", "--engine", "soft", "--image", "echo", "--input", &typed];
     let output = ["--console", &console, "--force", "-o", &pipe];
     let running = reprise(&[&guest[..], &output[..]].concat()).start();
-    let mut part = vec![0; 50_000];
+    let mut part = vec![0; 128 << 10];
     let mut reader = std::fs::File::open(&pipe).expect("the pipe's other end");
     reader.read_exact(&mut part).expect("more than that is written");
     drop(reader);
