@@ -13,6 +13,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("expand/cpu/src/native/code_buffer.rs", "maps executable memory"),
     ("expand/cpu/src/native/host_fpu.rs", "exchanges the host's FPU state"),
     ("expand/cpu/src/native/operand.rs", "calls native sequences"),
+    ("expand/cpu/src/native/trapping.rs", "leaves native sequences on SIGFPE"),
     ("expand/cpu/src/native/direct.rs", "tests: runs single instructions on the host"),
     ("expand/cpu/src/ops/testing.rs", "tests: calls handlers as the block loop does"),
     ("expand/cpu/src/ops/string.rs", "copies runs of guest RAM at the host's speed"),

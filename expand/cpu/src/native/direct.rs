@@ -9,6 +9,7 @@ use std::sync::{Mutex, MutexGuard};
 use iced_x86::{Code, Encoder, IcedError, Instruction, MemoryOperand, Register};
 
 use super::host_fpu::Area;
+use super::trapping::{install, recover};
 
 /// Where the operands lie.
 pub(super) const BUFFER: u64 = 0x2000_0000;
@@ -58,6 +59,10 @@ extern "C" fn skip_faulting_instruction(
     _information: *mut libc::siginfo_t,
     context: *mut libc::c_void,
 ) {
+    // SAFETY: the kernel passes the interrupted context.
+    if unsafe { recover(context) } {
+        return; // Not from here, but from a sequence under the guest's exception masks.
+    }
     FAULTED.store(true, Ordering::Relaxed);
     let resume = RESUME.load(Ordering::Relaxed) as i64;
     // SAFETY: the kernel passes the interrupted context, and takes it back as this leaves it.
@@ -69,6 +74,7 @@ extern "C" fn skip_faulting_instruction(
 
 impl Host {
     pub(super) fn new() -> Self {
+        install();
         let alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let map = |address: u64, size: usize, flags| {
             // SAFETY: a new anonymous mapping; MAP_FIXED_NOREPLACE leaves others alone.

@@ -10,13 +10,16 @@ pub(crate) mod forms;
 pub(crate) mod host_fpu;
 mod lower;
 mod operand;
+pub(crate) mod trapping;
 
 use std::collections::HashMap;
 
 use iced_x86::{Instruction, InstructionInfoFactory};
 
 use code_buffer::CodeBuffer;
-pub(crate) use operand::{Form, form, read, run_on, run_register, run_selected, select, write};
+pub(crate) use operand::{
+    Form, form, load, read, run_on, run_register, run_selected, select, write,
+};
 
 /// The sequences made so far. Two guest instructions that differ only in their memory operand's
 /// address share one.

@@ -131,10 +131,23 @@ pub(crate) extern "sysv64" fn write(cpu: &mut Cpu, op: &Op) -> Flow {
 
 /// A 16-byte operand that must be aligned.
 pub(crate) extern "sysv64" fn aligned(cpu: &mut Cpu, op: &Op) -> Flow {
-    if !op.linear_address(cpu).is_multiple_of(16) {
-        return Flow::from(cpu.fault::<()>(Fault::GP0));
+    if let Err(stop) = check_alignment(cpu, op) {
+        return Flow::from(Err(stop));
     }
     if op.writes { write(cpu, op) } else { read(cpu, op) }
+}
+
+fn check_alignment(cpu: &mut Cpu, op: &Op) -> Result<(), Stop> {
+    if op.linear_address(cpu).is_multiple_of(16) { Ok(()) } else { cpu.fault(Fault::GP0) }
+}
+
+/// Loads the operand of an operation that only reads it, for a handler that runs the sequence itself.
+pub(crate) fn load(cpu: &mut Cpu, op: &Op, operand: &mut [u8]) -> Result<(), Stop> {
+    if form(op) == Form::Aligned {
+        check_alignment(cpu, op)?;
+    }
+    let linear = op.linear_address(cpu);
+    cpu.load_slow(linear, op.segment, operand)
 }
 
 #[cold]
@@ -157,7 +170,7 @@ fn write_slow(cpu: &mut Cpu, op: &Op, linear: u64) -> Result<(), Stop> {
         cpu.load_slow(linear, op.segment, &mut bounce.0[..size])?;
     }
     // The store may leave for the board, after which the instruction runs again from the start: its
-    // registers must then be as before. (x87 stores pop; none of them goes to a device.)
+    // registers must then be as before. (`ops` sees to x87 stores, which pop.)
     let before = cpu.registers.clone();
     run(cpu, op, bounce.0.as_mut_ptr());
     let stored = cpu.store_slow(linear, op.segment, &bounce.0[..size]);
