@@ -317,7 +317,16 @@ impl Cpu {
         self.flush_translations();
     }
 
-    /// Forgets every cached translation: CR3, CR0, CR4 or EFER changed.
+    /// Takes over CR3: forgets every cached translation that is not global.
+    pub(crate) fn change_address_space(&mut self) {
+        let upper_code_moves = self.memory.set_root(self.system.cr3);
+        self.blocks.forget_half(0);
+        if upper_code_moves {
+            self.blocks.forget_half(u64::MAX);
+        }
+    }
+
+    /// Forgets every cached translation: CR0, CR4 or EFER changed.
     pub(crate) fn flush_translations(&mut self) {
         let system = &self.system;
         self.memory.set_paging(system.cr0, system.cr3, system.cr4, system.efer);
@@ -379,6 +388,8 @@ pub(crate) const CR4_DE: u64 = 1 << 3;
 pub(crate) const CR4_PSE: u64 = 1 << 4;
 /// Physical-address extension.
 pub(crate) const CR4_PAE: u64 = 1 << 5;
+/// Global pages.
+pub(crate) const CR4_PGE: u64 = 1 << 7;
 /// FXSAVE and SSE enabled by the system.
 pub(crate) const CR4_OSFXSR: u64 = 1 << 9;
 /// Unmasked SSE exceptions raise #XM rather than #UD.

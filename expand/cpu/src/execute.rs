@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use reprise_machine::engine::Exit;
 
 use crate::cpu::{BLOCK_RIP, Cpu};
-use crate::decode::block_cache::{Block, same_generation};
+use crate::decode::block_cache::Block;
 use crate::fault::{Flow, Stop};
 use crate::flags;
 
@@ -23,7 +23,7 @@ impl Cpu {
         kick: &AtomicBool,
         interrupt_requested: bool,
     ) -> Exit {
-        // The block that ran last, and the key under which it was found.
+        // The block that ran last, and the epoch in which it was found.
         let mut last: Option<(NonNull<Block>, u64)> = None;
         loop {
             if kick.load(Ordering::Relaxed) {
@@ -50,7 +50,7 @@ impl Cpu {
                 }
                 continue;
             };
-            last = Some((block, self.blocks.key(self.mode)));
+            last = Some((block, self.blocks.epoch()));
             // SAFETY: a block lives until the cache drops it, which happens only in
             // `drop_overwritten_code` and in `current_block`; running operations calls neither.
             let block = unsafe { block.as_ref() };
@@ -70,18 +70,18 @@ impl Cpu {
     #[inline(always)]
     fn next_block(&mut self, last: Option<(NonNull<Block>, u64)>) -> Result<NonNull<Block>, Stop> {
         let linear = self.code_address();
-        let key = self.blocks.key(self.mode);
-        let Some((last, found_under)) = last.filter(|&(_, found)| same_generation(found, key))
-        else {
+        let key = self.blocks.key(linear, self.mode);
+        let epoch = self.blocks.epoch();
+        let Some((last, _)) = last.filter(|&(_, found_in)| found_in == epoch) else {
             return self.current_block(linear);
         };
-        // SAFETY: no block has been dropped since `last` was found: its generation is current.
+        // SAFETY: no block has been dropped since `last` was found: the epoch is the same.
         if let Some(block) = unsafe { last.as_ref() }.linked(linear, key) {
             return Ok(block);
         }
         let block = self.current_block(linear)?;
-        if same_generation(found_under, self.blocks.key(self.mode)) {
-            // SAFETY: as above; finding `block` has not changed the generation either.
+        if self.blocks.epoch() == epoch {
+            // SAFETY: as above; finding `block` has dropped none either.
             unsafe { last.as_ref() }.link(linear, key, block);
         }
         Ok(block)

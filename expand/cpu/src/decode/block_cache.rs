@@ -116,7 +116,11 @@ struct PageBlocks {
 pub(crate) struct BlockCache {
     pages: HashMap<u64, PageBlocks, BuildHasherDefault<PlaceHasher>>,
     addresses: Box<[Link]>,
-    generation: u64,
+    /// Counts what made linear addresses lead elsewhere, for the lower and the upper half apart: a
+    /// kernel's global pages stay where they are when address spaces change.
+    generations: [u64; 2],
+    /// Counts removals of blocks.
+    epoch: u64,
     block_count: usize,
     /// The last block decoded from where there is no RAM.
     transient: Option<Box<Block>>,
@@ -129,18 +133,18 @@ impl std::fmt::Debug for BlockCache {
 }
 
 // SAFETY: the pointers in `addresses` and in links lead to boxes that `pages` owns; one is only followed
-// while its key's generation is current, and every removal of a block starts a new generation. All of
-// it moves between threads together.
+// while its key's generation is current, and every removal of a block starts new generations. All of it
+// moves between threads together.
 unsafe impl Send for BlockCache {}
 
 fn slot(linear: u64) -> usize {
     (linear ^ linear >> 14) as usize % ADDRESS_ENTRIES
 }
 
-/// Whether no block was dropped, and no translation changed, between two keys.
+/// Which half of the address space an address lies in: 1 for the upper one.
 #[inline(always)]
-pub(crate) fn same_generation(one: u64, other: u64) -> bool {
-    one >> MODE_BITS == other >> MODE_BITS
+fn half(linear: u64) -> usize {
+    (linear >> 63) as usize
 }
 
 impl BlockCache {
@@ -148,29 +152,36 @@ impl BlockCache {
         Self {
             pages: HashMap::default(),
             addresses: vec![NO_LINK; ADDRESS_ENTRIES].into_boxed_slice(),
-            generation: 1,
+            generations: [1; 2],
+            epoch: 0,
             block_count: 0,
             transient: None,
         }
     }
 
-    /// What must be the same for a linear address to lead to the same block. A pointer to a block
-    /// found under a key is valid while the key's generation is current.
+    /// What must be the same for a linear address to lead to the same block.
     #[inline(always)]
-    pub(crate) fn key(&self, mode: Mode) -> u64 {
-        self.generation << MODE_BITS | u64::from(mode.0)
+    pub(crate) fn key(&self, linear: u64, mode: Mode) -> u64 {
+        self.generations[half(linear)] << MODE_BITS | u64::from(mode.0)
+    }
+
+    /// A pointer to a block is valid while this stays the same.
+    #[inline(always)]
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch
     }
 
     /// The block at a linear address, if it was found there since translations last changed.
     #[inline(always)]
     pub(crate) fn by_address(&self, linear: u64, mode: Mode) -> Option<NonNull<Block>> {
         let link = &self.addresses[slot(linear)];
-        if link.linear == linear && link.key == self.key(mode) { link.block } else { None }
+        let current = link.linear == linear && link.key == self.key(linear, mode);
+        if current { link.block } else { None }
     }
 
     /// Remembers that `linear` leads to `block`.
     pub(crate) fn remember_address(&mut self, linear: u64, mode: Mode, block: NonNull<Block>) {
-        let key = self.key(mode);
+        let key = self.key(linear, mode);
         self.addresses[slot(linear)] = Link { linear, key, block: Some(block) };
     }
 
@@ -199,7 +210,7 @@ impl BlockCache {
         }
         let page = self.pages.entry(address / PAGE_BYTES).or_default();
         if page.blocks.insert((offset, mode), block).is_some() {
-            self.forget_addresses();
+            self.note_removal();
         } else {
             self.block_count += 1;
         }
@@ -208,7 +219,7 @@ impl BlockCache {
 
     /// Keeps a block that is decoded anew each time; where it lives until the next of its kind.
     pub(crate) fn keep_transient(&mut self, block: Box<Block>) -> NonNull<Block> {
-        self.forget_addresses();
+        self.note_removal();
         NonNull::from(&**self.transient.insert(block))
     }
 
@@ -219,14 +230,14 @@ impl BlockCache {
 
     /// Drops every block; the pages that held one.
     pub(crate) fn clear(&mut self) -> Vec<u64> {
-        self.forget_addresses();
+        self.note_removal();
         self.block_count = 0;
         self.pages.drain().map(|(page, _)| page * PAGE_BYTES).collect()
     }
 
     /// Drops the blocks that overlap `chunks` of a page; the chunks that still hold code.
     pub(crate) fn invalidate(&mut self, page: u64, chunks: u64) -> u64 {
-        self.forget_addresses();
+        self.note_removal();
         let number = page / PAGE_BYTES;
         let mut left = 0;
         let mut reaching_in = Vec::new();
@@ -261,10 +272,21 @@ impl BlockCache {
         left
     }
 
-    /// Forgets what lies at which linear address: a translation changed.
-    #[inline]
+    fn note_removal(&mut self) {
+        self.epoch += 1;
+        self.forget_addresses();
+    }
+
+    /// Forgets what lies at which linear address: translations changed.
     pub(crate) fn forget_addresses(&mut self) {
-        self.generation += 1;
-        assert!(self.generation >> (64 - MODE_BITS) == 0, "2^48 translation changes");
+        self.forget_half(0);
+        self.forget_half(u64::MAX);
+    }
+
+    /// Forgets what lies at the linear addresses of the half that `linear` is in.
+    pub(crate) fn forget_half(&mut self, linear: u64) {
+        let generation = &mut self.generations[half(linear)];
+        *generation += 1;
+        assert!(*generation >> (64 - MODE_BITS) == 0, "2^48 translation changes");
     }
 }

@@ -38,7 +38,7 @@ impl Cpu {
     }
 
     /// The block at `linear`, the current RIP's address, decoded if need be. It lives until the block
-    /// cache next drops blocks: while it runs, and while the cache's generation stays.
+    /// cache next drops blocks: while it runs, and while the cache's epoch stays.
     #[inline]
     pub(crate) fn current_block(&mut self, linear: u64) -> Result<NonNull<Block>, Stop> {
         match self.blocks.by_address(linear, self.mode) {

@@ -32,6 +32,8 @@ pub(crate) struct Memory {
     smap_overridden: bool,
     /// The TLB tables that fast accesses use.
     table: usize,
+    /// Code in the upper half of the address space was fetched through a page that is not global.
+    upper_code_moves: bool,
     /// Alignment is checked.
     pub(crate) check_alignment: bool,
     /// Data breakpoints are checked.
@@ -47,6 +49,7 @@ impl Memory {
             user: false,
             smap_overridden: false,
             table: rights::SUPERVISOR,
+            upper_code_moves: false,
             check_alignment: false,
             check_breakpoints: false,
         }
@@ -56,7 +59,16 @@ impl Memory {
     pub(crate) fn set_paging(&mut self, cr0: u64, cr3: u64, cr4: u64, efer: u64) {
         self.paging = Paging { cr0, cr3, cr4, efer };
         self.tlb.flush();
+        self.tlb.forget_code_pages();
         self.choose_table();
+    }
+
+    /// Takes over CR3 and forgets every translation that is not global. Gives whether code in the
+    /// upper half of the address space may lie elsewhere now.
+    pub(crate) fn set_root(&mut self, cr3: u64) -> bool {
+        self.paging.cr3 = cr3;
+        self.tlb.flush_local();
+        std::mem::take(&mut self.upper_code_moves)
     }
 
     /// Sets under which rights accesses run from now on.
@@ -157,7 +169,8 @@ impl Memory {
     /// The guest-physical page of `linear`, by a walk.
     fn translate(&mut self, linear: u64, kind: Kind, accessor: Accessor) -> Result<u64, Fault> {
         let found = self.paging.translate(&mut self.physical, linear, kind, accessor)?;
-        self.tlb.note(linear, found.large, kind == Kind::Fetch);
+        self.tlb.note(linear, found, kind == Kind::Fetch);
+        self.upper_code_moves |= kind == Kind::Fetch && !found.global && linear >> 63 != 0;
         Ok(found.page)
     }
 

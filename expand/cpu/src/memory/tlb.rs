@@ -1,6 +1,7 @@
 //! The software TLB: translations that have been walked, checked for rights, and found to be RAM.
 
 use super::physical::PAGE_BYTES;
+use super::walk::Translation;
 
 /// Entries of one table; a power of two.
 const ENTRIES: usize = 1024;
@@ -40,13 +41,18 @@ pub(crate) struct Tlb {
     fetch: [Table; 4],
     /// Which linear addresses translations since the last flush came from.
     seen: Seen,
+    /// Pages whose entries a change of address space forgets, some of them twice.
+    local_pages: Vec<u64>,
 }
+
+/// So many local pages, and forgetting everything is quicker.
+const MAX_LOCAL_PAGES: usize = 2048;
 
 /// A coarse memory of translated addresses, so that forgetting one page can be cheap: a set bit may
 /// stand for others too, a clear one is sure.
 #[derive(Debug, Default)]
 struct Seen {
-    /// Pages that code was fetched through.
+    /// Pages that code was fetched through, even if their entries are gone.
     code_pages: [u64; 16],
     /// 4 MiB regions that have a part of a large page in a table.
     large_regions: [u64; 16],
@@ -82,6 +88,7 @@ impl Tlb {
             write: [EMPTY; 4],
             fetch: [EMPTY; 4],
             seen: Seen::default(),
+            local_pages: Vec::new(),
         })
     }
 
@@ -121,16 +128,43 @@ impl Tlb {
         for tables in [&mut self.read, &mut self.write, &mut self.fetch] {
             tables[..rights::NONE].fill(EMPTY);
         }
-        self.seen = Seen::default();
+        self.seen.large_regions = [0; 16];
+        self.local_pages.clear();
+    }
+
+    /// Forgets where code was fetched: whoever remembers it has forgotten it too.
+    pub(crate) fn forget_code_pages(&mut self) {
+        self.seen.code_pages = [0; 16];
+    }
+
+    /// Forgets what is not global.
+    pub(crate) fn flush_local(&mut self) {
+        if self.local_pages.len() > MAX_LOCAL_PAGES {
+            return self.flush();
+        }
+        for &page in &self.local_pages {
+            for tables in [&mut self.read, &mut self.write, &mut self.fetch] {
+                for table in &mut tables[..rights::NONE] {
+                    let entry = &mut table[index(page)];
+                    if entry.tag == page {
+                        entry.tag = INVALID;
+                    }
+                }
+            }
+        }
+        self.local_pages.clear();
     }
 
     /// Notes where a translation came from.
-    pub(crate) fn note(&mut self, linear: u64, large: bool, fetch: bool) {
+    pub(crate) fn note(&mut self, linear: u64, found: Translation, fetch: bool) {
+        if !found.global && self.local_pages.len() <= MAX_LOCAL_PAGES {
+            self.local_pages.push(linear & !(PAGE_BYTES - 1));
+        }
         if fetch {
             let (word, bit) = seen_bit(linear / PAGE_BYTES);
             self.seen.code_pages[word] |= bit;
         }
-        if large {
+        if found.large {
             let (word, bit) = seen_bit(linear / LARGE_REGION_BYTES);
             self.seen.large_regions[word] |= bit;
         }

@@ -3,7 +3,9 @@
 use reprise_devices::cpu_model::PHYSICAL_ADDRESS_BITS;
 
 use super::physical::{PAGE_BYTES, Physical};
-use crate::cpu::{CR0_PG, CR0_WP, CR4_PAE, CR4_PSE, CR4_SMAP, CR4_SMEP, EFER_LMA, EFER_NXE};
+use crate::cpu::{
+    CR0_PG, CR0_WP, CR4_PAE, CR4_PGE, CR4_PSE, CR4_SMAP, CR4_SMEP, EFER_LMA, EFER_NXE,
+};
 use crate::fault::{Fault, vector};
 
 /// What an access wants.
@@ -37,6 +39,7 @@ const USER: u64 = 1 << 2;
 const ACCESSED: u64 = 1 << 5;
 const DIRTY: u64 = 1 << 6;
 const LARGE: u64 = 1 << 7;
+const GLOBAL: u64 = 1 << 8;
 const NO_EXECUTE: u64 = 1 << 63;
 
 /// The shape of one paging mode.
@@ -60,6 +63,8 @@ pub(crate) struct Translation {
     pub(crate) page: u64,
     /// It is part of a 2 MiB or 4 MiB page, which INVLPG forgets as a whole.
     pub(crate) large: bool,
+    /// It is the same in all address spaces (the G bit, where CR4.PGE heeds it).
+    pub(crate) global: bool,
 }
 
 /// Where a walk ended.
@@ -100,7 +105,7 @@ impl Paging {
         accessor: Accessor,
     ) -> Result<Translation, Fault> {
         if self.cr0 & CR0_PG == 0 {
-            return Ok(Translation { page: linear & 0xffff_f000, large: false });
+            return Ok(Translation { page: linear & 0xffff_f000, large: false, global: false });
         }
         let leaf =
             self.walk(memory, linear).map_err(|code| self.fault(linear, code, kind, accessor))?;
@@ -109,7 +114,9 @@ impl Paging {
         }
         self.mark(memory, &leaf, kind);
         let large = leaf.levels < self.shape().shifts.len();
-        Ok(Translation { page: leaf.physical_page, large })
+        let (_, last_entry) = leaf.path[leaf.levels - 1];
+        let global = last_entry & GLOBAL != 0 && self.cr4 & CR4_PGE != 0;
+        Ok(Translation { page: leaf.physical_page, large, global })
     }
 
     fn walk(&self, memory: &Physical, linear: u64) -> Result<Leaf, u32> {

@@ -7,7 +7,7 @@ use reprise_trace::cpu_state::CS;
 
 use crate::cpu::{
     CR0_AM, CR0_EM, CR0_NE, CR0_PE, CR0_PG, CR0_TS, CR0_WP, CR4_DE, CR4_OSFXSR, CR4_OSXMMEXCPT,
-    CR4_PAE, CR4_PSE, CR4_SMAP, CR4_SMEP, CR4_TSD, Cpu, EFER_LMA, EFER_LME,
+    CR4_PAE, CR4_PGE, CR4_PSE, CR4_SMAP, CR4_SMEP, CR4_TSD, Cpu, EFER_LMA, EFER_LME,
 };
 use crate::decode::op::{Handler, Op};
 use crate::fault::{Fault, Stop};
@@ -25,7 +25,6 @@ const CR0_NW: u64 = 1 << 29;
 /// Cache disable.
 const CR0_CD: u64 = 1 << 30;
 /// Global pages.
-const CR4_PGE: u64 = 1 << 7;
 /// RDPMC outside privilege level 0.
 const CR4_PCE: u64 = 1 << 8;
 /// The bits of CR0 that exist. The others below bit 32 are ignored.
@@ -137,7 +136,7 @@ handler!(write_cr3(cpu, op) {
     }
     cpu.check_directory_pointers(cpu.system.cr0, value, cpu.system.cr4)?;
     cpu.system.cr3 = value;
-    cpu.flush_translations();
+    cpu.change_address_space();
     Ok(())
 });
 handler!(write_cr4(cpu, op) {
