@@ -13,11 +13,17 @@ use crate::mode::Mode;
 use crate::native::Native;
 use crate::native::host_fpu::FpuImage;
 use crate::system::debug::DebugState;
+use crate::translate::Translator;
 
 /// Index into [`Registers::gpr`] of a register that is always zero: an absent base or index.
 pub(crate) const ZERO: u8 = 16;
 /// Index into [`Registers::gpr`] of the running block's first RIP: the base of RIP-relative operands.
 pub(crate) const BLOCK_RIP: u8 = 17;
+/// Indices into [`Registers::gpr`] of what translated code keeps there: the instructions that it may
+/// still run, where it left from, and what an indirect call found.
+pub(crate) const BUDGET: u8 = 18;
+pub(crate) const LEFT_AT: u8 = 19;
+pub(crate) const TEMPORARY: u8 = 20;
 /// Index into [`Registers::segment_base`] of a base that is always zero.
 pub(crate) const NO_SEGMENT: u8 = 6;
 
@@ -121,6 +127,10 @@ pub struct Cpu {
     pub(crate) answered_used: usize,
     pub(crate) blocks: BlockCache,
     pub(crate) native: Native,
+    /// None where the host cannot run translated code, or nobody wants it.
+    pub(crate) translator: Option<Translator>,
+    /// The instruction count at which translated code's budget is used up.
+    pub(crate) budget_end: u64,
     pub(crate) debug: DebugState,
 }
 
@@ -147,7 +157,7 @@ impl Cpu {
             tick: 0,
             stopped_at: 0,
             time_base: TimeBase { tick: 0, ns: 0, ns_per_tick: 1 },
-            memory: Memory::new(ram),
+            memory: Memory::new(ram)?,
             system: SystemState::from_stored(&CpuState::default()),
             fpu: FpuImage::from_state(&CpuState::default().fpu),
             pending_fault: Fault::UD,
@@ -156,6 +166,8 @@ impl Cpu {
             answered_used: 0,
             blocks: BlockCache::new(),
             native: Native::new()?,
+            translator: Translator::new()?,
+            budget_end: 0,
             debug: DebugState::default(),
         });
         cpu.set_state(&CpuState::default());
@@ -259,6 +271,8 @@ impl Cpu {
 
     /// Tells the memory side which rights apply from now on.
     pub(crate) fn update_memory_mode(&mut self) {
+        let open = self.cpl != 3 && self.rflags_rest & flags::AC != 0;
+        self.mode.set(Mode::SMAP_OVERRIDDEN, open && self.system.cr4 & CR4_SMAP != 0);
         self.memory.set_rights(self.cpl == 3, self.rflags_rest & flags::AC != 0);
     }
 

@@ -10,6 +10,7 @@ use crate::cpu::{BLOCK_RIP, Cpu};
 use crate::decode::block_cache::Block;
 use crate::fault::{Flow, Stop};
 use crate::flags;
+use crate::translate::Left;
 
 /// The guest took an exception while it was being delivered a double fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +55,24 @@ impl Cpu {
             // SAFETY: a block lives until the cache drops it, which happens only in
             // `drop_overwritten_code` and in `current_block`; running operations calls neither.
             let block = unsafe { block.as_ref() };
-            let flow = self.run_ops(block, (until - self.tick) as usize);
+            let left = until - self.tick;
+            if block.ops.len() as u64 <= left
+                && let Some(code) = self.translation(block, self.code_address())
+            {
+                last = None;
+                if let Left::Stopped { block, flow } = self.run_translated(code, until) {
+                    // SAFETY: as above.
+                    let block = unsafe { block.as_ref() };
+                    if let Some(exit) = self.finish_stopped(block, flow) {
+                        return exit;
+                    }
+                }
+                if self.memory.physical.code_was_written() {
+                    self.drop_overwritten_code();
+                }
+                continue;
+            }
+            let flow = self.run_ops(block, left as usize);
             if flow != Flow::NEXT
                 && let Some(exit) = self.finish_stopped(block, flow)
             {

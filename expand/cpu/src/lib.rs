@@ -21,3 +21,4 @@ pub mod mode;
 mod native;
 mod ops;
 mod system;
+mod translate;

@@ -28,6 +28,19 @@ impl Mode {
     pub const LONG: u32 = 1 << 9;
     /// Privilege level 3. Not part of what code means, but of whether it may be fetched.
     pub const USER: u32 = 1 << 10;
+    /// RFLAGS.AC lets supervisor code at user pages, which SMAP forbids. Not part of what code means,
+    /// but of how it accesses memory.
+    pub const SMAP_OVERRIDDEN: u32 = 1 << 11;
+
+    /// What decoding depends on: all but who may fetch the code and what it may access.
+    pub fn of_decoding(self) -> Self {
+        Self(self.0 & !(Self::USER | Self::SMAP_OVERRIDDEN))
+    }
+
+    /// Sets or clears `bit`.
+    pub fn set(&mut self, bit: u32, on: bool) {
+        self.0 = if on { self.0 | bit } else { self.0 & !bit };
+    }
 
     /// Whether `bit` is set.
     #[inline(always)]

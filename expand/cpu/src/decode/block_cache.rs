@@ -10,6 +10,7 @@ use std::ptr::NonNull;
 use super::op::Op;
 use crate::memory::physical::{PAGE_BYTES, chunk_mask};
 use crate::mode::Mode;
+use crate::translate::site::Exit;
 
 /// Entries of the address cache; a power of two.
 const ADDRESS_ENTRIES: usize = 1 << 14;
@@ -31,7 +32,22 @@ pub(crate) struct Block {
     pub(crate) second_page: Option<u64>,
     /// Where it led last: to the next address, and elsewhere.
     links: [Cell<Link>; 2],
+    /// How often it has run without being translated.
+    pub(crate) runs: Cell<u32>,
+    /// Its translations, the newest first.
+    translations: [Cell<Translation>; 2],
 }
+
+/// A block's code for one linear address and mode.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Translation {
+    linear: u64,
+    mode: Mode,
+    code: *const u8,
+}
+
+const NO_TRANSLATION: Translation =
+    Translation { linear: 0, mode: Mode(0), code: std::ptr::null() };
 
 /// A block at a linear address, as long as the cache's key stays.
 #[derive(Clone, Copy, Debug)]
@@ -51,7 +67,28 @@ impl Block {
             ends_in_branch,
             second_page: None,
             links: [const { Cell::new(NO_LINK) }; 2],
+            runs: Cell::new(0),
+            translations: [const { Cell::new(NO_TRANSLATION) }; 2],
         }
+    }
+
+    /// The block's code at `linear` in `mode`, if it has been translated.
+    #[inline(always)]
+    pub(crate) fn translation(&self, linear: u64, mode: Mode) -> Option<*const u8> {
+        let fits =
+            |held: Translation| held.linear == linear && held.mode == mode && !held.code.is_null();
+        self.translations.iter().map(Cell::get).find(|held| fits(*held)).map(|held| held.code)
+    }
+
+    /// Remembers the block's code; the older translation goes.
+    pub(crate) fn set_translation(&self, linear: u64, mode: Mode, code: *const u8) {
+        self.translations[1].set(self.translations[0].get());
+        self.translations[0].set(Translation { linear, mode, code });
+    }
+
+    fn forget_translations(&self) {
+        self.runs.set(0);
+        self.translations.iter().for_each(|held| held.set(NO_TRANSLATION));
     }
 
     /// The block at `linear` that ran after this one before, if `key` is still the same.
@@ -110,6 +147,8 @@ struct PageBlocks {
     blocks: HashMap<Place, Box<Block>, BuildHasherDefault<PlaceHasher>>,
     /// Blocks of other pages whose last bytes lie at this page's start.
     reaching_in: Vec<(u64, Mode)>,
+    /// Exits of this page's translated blocks.
+    exits: Vec<NonNull<Exit>>,
 }
 
 /// All decoded blocks.
@@ -243,6 +282,10 @@ impl BlockCache {
         let mut reaching_in = Vec::new();
         let mut dropped = 0;
         if let Some(held) = self.pages.get_mut(&number) {
+            for exit in &mut held.exits {
+                // SAFETY: exits live until `forget_translations`, and nobody else holds a reference.
+                unsafe { exit.as_mut() }.unlink();
+            }
             let before = held.blocks.len();
             held.blocks.retain(|&(offset, _), block| {
                 let in_page = PAGE_BYTES - u64::from(offset);
@@ -270,6 +313,25 @@ impl BlockCache {
         }
         self.block_count -= dropped;
         left
+    }
+
+    /// Remembers the exits of a block's translation; `address` is the block's.
+    pub(crate) fn note_exits(&mut self, address: u64, exits: impl Iterator<Item = NonNull<Exit>>) {
+        self.pages.entry(address / PAGE_BYTES).or_default().exits.extend(exits);
+    }
+
+    /// Forgets every translation: the memory of their code and exits is used again.
+    pub(crate) fn forget_translations(&mut self) {
+        for page in self.pages.values_mut() {
+            page.exits.clear();
+            page.blocks.values().for_each(|block| block.forget_translations());
+        }
+    }
+
+    /// Counts what made the linear addresses of the lower and of the upper half lead elsewhere.
+    #[inline(always)]
+    pub(crate) fn generations(&self) -> [u64; 2] {
+        self.generations
     }
 
     fn note_removal(&mut self) {

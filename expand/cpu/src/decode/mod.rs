@@ -55,7 +55,7 @@ impl Cpu {
             return self.fault(Fault::GP0);
         }
         let address = self.fetch_page(linear)?;
-        let mode = Mode(self.mode.0 & !Mode::USER);
+        let mode = self.mode.of_decoding();
         if let Some(block) = self.blocks.by_physical(address, mode) {
             let second = self.blocks.second_page(address, mode);
             if second.is_none() || second == Some(self.fetch_page(next_page(linear))?) {
@@ -66,6 +66,9 @@ impl Cpu {
         if self.blocks.is_full() {
             for page in self.blocks.clear() {
                 self.memory.physical.set_code(page, 0);
+            }
+            if let Some(translator) = &mut self.translator {
+                translator.clear();
             }
         }
         let block = Box::new(self.decode_block(linear, address)?);

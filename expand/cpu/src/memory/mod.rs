@@ -1,6 +1,7 @@
 //! Guest memory as instructions see it: linear addresses, rights, and what lies behind them.
 
 pub(crate) mod access;
+pub(crate) mod low_memory;
 pub(crate) mod physical;
 pub(crate) mod tlb;
 pub(crate) mod walk;
@@ -10,7 +11,7 @@ use reprise_machine::ram::GuestRam;
 use crate::fault::Fault;
 use physical::Physical;
 use tlb::{Tlb, rights};
-use walk::{Accessor, Kind, Paging, page_of};
+use walk::{Accessor, Kind, Paging, Translation};
 
 /// What a linear page turned out to be.
 #[derive(Clone, Copy, Debug)]
@@ -25,7 +26,7 @@ pub(crate) enum Page {
 #[derive(Debug)]
 pub(crate) struct Memory {
     pub(crate) physical: Physical,
-    tlb: Box<Tlb>,
+    tlb: Tlb,
     paging: Paging,
     user: bool,
     /// RFLAGS.AC: overrides SMAP for explicit accesses.
@@ -41,10 +42,12 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    pub(crate) fn new(ram: GuestRam) -> Self {
-        Self {
+    /// # Errors
+    /// If the host refuses the memory for the software TLB.
+    pub(crate) fn new(ram: GuestRam) -> std::io::Result<Self> {
+        Ok(Self {
             physical: Physical::new(ram),
-            tlb: Tlb::new(),
+            tlb: Tlb::new()?,
             paging: Paging::default(),
             user: false,
             smap_overridden: false,
@@ -52,7 +55,7 @@ impl Memory {
             upper_code_moves: false,
             check_alignment: false,
             check_breakpoints: false,
-        }
+        })
     }
 
     /// Takes over control registers and forgets every translation.
@@ -142,14 +145,14 @@ impl Memory {
 
     fn page(&mut self, linear: u64, write: bool, accessor: Accessor) -> Result<Page, Fault> {
         let kind = if write { Kind::Write } else { Kind::Read };
-        let physical = self.translate(linear, kind, accessor)?;
+        let Translation { page: physical, global, .. } = self.translate(linear, kind, accessor)?;
         let Some(host) = self.physical.host_page(physical) else {
             return Ok(Page::Mmio { physical });
         };
-        let table = self.rights_of(accessor);
-        self.tlb.fill_read(table, page_of(linear), host);
-        if write && !self.physical.has_code(physical) {
-            self.tlb.fill_write(table, page_of(linear), host);
+        let rights = self.rights_of(accessor);
+        self.tlb.fill_data(rights, false, linear, host, global);
+        if write && self.physical.permit_writes(physical) {
+            self.tlb.fill_data(rights, true, linear, host, global);
         }
         Ok(Page::Ram { physical })
     }
@@ -161,17 +164,22 @@ impl Memory {
         if let Some(address) = self.tlb.hit_fetch(table, linear) {
             return Ok(address);
         }
-        let physical = self.translate(linear, Kind::Fetch, accessor)?;
-        self.tlb.fill_fetch(table, page_of(linear), physical);
-        Ok(physical | linear & 0xfff)
+        let Translation { page, global, .. } = self.translate(linear, Kind::Fetch, accessor)?;
+        self.tlb.fill_fetch(table, linear, page, global);
+        Ok(page | linear & 0xfff)
     }
 
-    /// The guest-physical page of `linear`, by a walk.
-    fn translate(&mut self, linear: u64, kind: Kind, accessor: Accessor) -> Result<u64, Fault> {
+    /// Where the page of `linear` lies, by a walk.
+    fn translate(
+        &mut self,
+        linear: u64,
+        kind: Kind,
+        accessor: Accessor,
+    ) -> Result<Translation, Fault> {
         let found = self.paging.translate(&mut self.physical, linear, kind, accessor)?;
         self.tlb.note(linear, found, kind == Kind::Fetch);
         self.upper_code_moves |= kind == Kind::Fetch && !found.global && linear >> 63 != 0;
-        Ok(found.page)
+        Ok(found)
     }
 
     /// INVLPG. Gives whether code may have been fetched through the translation.
@@ -181,8 +189,13 @@ impl Memory {
 
     /// Marks a range within one page as decoded code, so that writes to it are noticed.
     pub(crate) fn mark_code(&mut self, address: u64, size_bytes: u64) {
-        if self.physical.mark_code(address, size_bytes) {
-            self.tlb.flush_writes();
+        if let Some(host_page) = self.physical.mark_code(address, size_bytes) {
+            self.tlb.forbid_writes(host_page);
         }
+    }
+
+    /// Where the software TLB's entries for the data rights in force begin: less than 2^31.
+    pub(crate) fn table_address(&self, write: bool) -> i32 {
+        self.tlb.table_address(self.table, write)
     }
 }

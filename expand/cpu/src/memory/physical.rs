@@ -21,6 +21,8 @@ pub(crate) struct Physical {
     ram_bytes: u64,
     /// For each page, which of its chunks hold decoded code.
     code_chunks: Vec<u64>,
+    /// For each page, whether the software TLB may let it be written without asking.
+    writes_permitted: Vec<bool>,
     /// Pages whose decoded code was written since the block cache last looked, with the chunks.
     code_written: Vec<(u64, u64)>,
 }
@@ -39,8 +41,16 @@ impl Physical {
         let low = host(0);
         let high = host(HOLE_END).wrapping_sub(HOLE_END as usize);
         let ram_bytes = ram.ram_bytes();
-        let code_chunks = vec![0; (ram_bytes / PAGE_BYTES) as usize];
-        Self { ram, low, high, ram_bytes, code_chunks, code_written: Vec::new() }
+        let pages = (ram_bytes / PAGE_BYTES) as usize;
+        Self {
+            ram,
+            low,
+            high,
+            ram_bytes,
+            code_chunks: vec![0; pages],
+            writes_permitted: vec![false; pages],
+            code_written: Vec::new(),
+        }
     }
 
     pub(crate) fn ram(&self) -> &GuestRam {
@@ -108,18 +118,22 @@ impl Physical {
         }
     }
 
-    /// Whether `page` holds decoded code, so that writes to it must be noted.
-    #[inline]
-    pub(crate) fn has_code(&self, page: u64) -> bool {
-        self.code_chunks[(page / PAGE_BYTES) as usize] != 0
+    /// Whether writes to `page` need not be noted, since it holds no decoded code; if so, it is
+    /// remembered that somebody relies on it.
+    pub(crate) fn permit_writes(&mut self, page: u64) -> bool {
+        let number = (page / PAGE_BYTES) as usize;
+        let permit = self.code_chunks[number] == 0;
+        self.writes_permitted[number] |= permit;
+        permit
     }
 
-    /// Marks a range within one page as decoded; true if it is the page's first.
-    pub(crate) fn mark_code(&mut self, address: u64, size_bytes: u64) -> bool {
-        let chunks = &mut self.code_chunks[(address / PAGE_BYTES) as usize];
-        let first = *chunks == 0;
-        *chunks |= chunk_mask(address % PAGE_BYTES, size_bytes);
-        first
+    /// Marks a range within one page as decoded. Gives the page's host address if writes to it were
+    /// permitted and no longer are.
+    pub(crate) fn mark_code(&mut self, address: u64, size_bytes: u64) -> Option<*mut u8> {
+        let page = (address / PAGE_BYTES) as usize;
+        self.code_chunks[page] |= chunk_mask(address % PAGE_BYTES, size_bytes);
+        let permitted = std::mem::take(&mut self.writes_permitted[page]);
+        if permitted { self.host_page(page as u64 * PAGE_BYTES) } else { None }
     }
 
     /// Sets which chunks of a page hold decoded code, after some were invalidated.

@@ -2,7 +2,7 @@
 
 use reprise_devices::cpu_model::PHYSICAL_ADDRESS_BITS;
 
-use super::physical::{PAGE_BYTES, Physical};
+use super::physical::Physical;
 use crate::cpu::{
     CR0_PG, CR0_WP, CR4_PAE, CR4_PGE, CR4_PSE, CR4_SMAP, CR4_SMEP, EFER_LMA, EFER_NXE,
 };
@@ -245,10 +245,4 @@ impl Paging {
 #[inline(always)]
 pub(crate) fn canonical(linear: u64) -> bool {
     (linear as i64) << 16 >> 16 == linear as i64
-}
-
-/// The page of an address.
-#[inline(always)]
-pub(crate) fn page_of(address: u64) -> u64 {
-    address & !(PAGE_BYTES - 1)
 }

@@ -3,24 +3,33 @@
 
 use std::io;
 
-/// Address space set aside. Sequences are shared, so even Linux with its userland fills a few MiB.
-const CAPACITY_BYTES: usize = 256 << 20;
 /// Sequences start on this boundary.
 const ALIGN_BYTES: usize = 16;
+const PAGE_BYTES: usize = 4096;
 
-/// A growing arena of machine code.
+/// A growing arena of machine code, and behind it, where code reaches it, memory for its data.
 #[derive(Debug)]
 pub(crate) struct CodeBuffer {
     writable: *mut u8,
     executable: *const u8,
+    code_bytes: usize,
     used_bytes: usize,
+    data_bytes: usize,
 }
 
-// SAFETY: both mappings belong to this value alone and are process-wide.
+// SAFETY: the mappings belong to this value alone and are process-wide.
 unsafe impl Send for CodeBuffer {}
 
 impl CodeBuffer {
-    pub(crate) fn new() -> io::Result<Self> {
+    /// A buffer for `code_bytes` of code and `data_bytes` of data.
+    ///
+    /// # Errors
+    /// If the host refuses the memory.
+    ///
+    /// # Panics
+    /// If the sizes are not multiples of a page's.
+    pub(crate) fn new(code_bytes: usize, data_bytes: usize) -> io::Result<Self> {
+        assert!((code_bytes | data_bytes).is_multiple_of(PAGE_BYTES));
         // SAFETY: plain system calls on a new file descriptor; each result is checked, and the
         // mappings are unmapped only in `drop`.
         unsafe {
@@ -28,7 +37,7 @@ impl CodeBuffer {
             if file < 0 {
                 return Err(io::Error::last_os_error());
             }
-            let result = Self::map(file);
+            let result = Self::map(file, code_bytes, data_bytes);
             libc::close(file);
             result
         }
@@ -36,19 +45,10 @@ impl CodeBuffer {
 
     /// # Safety
     /// `file` is an open memfd.
-    unsafe fn map(file: i32) -> io::Result<Self> {
-        let map = |protection| {
-            // SAFETY: a new shared mapping at an address of the kernel's choice.
-            let address = unsafe {
-                libc::mmap(
-                    std::ptr::null_mut(),
-                    CAPACITY_BYTES,
-                    protection,
-                    libc::MAP_SHARED,
-                    file,
-                    0,
-                )
-            };
+    unsafe fn map(file: i32, code_bytes: usize, data_bytes: usize) -> io::Result<Self> {
+        let map = |at: *mut libc::c_void, bytes, protection, flags, file| {
+            // SAFETY: a new mapping, at an address of the kernel's choice or over one of ours.
+            let address = unsafe { libc::mmap(at, bytes, protection, flags, file, 0) };
             if address == libc::MAP_FAILED {
                 Err(io::Error::last_os_error())
             } else {
@@ -56,39 +56,72 @@ impl CodeBuffer {
             }
         };
         // SAFETY: `file` is a memfd of ours; a failure is reported.
-        if unsafe { libc::ftruncate(file, CAPACITY_BYTES as i64) } != 0 {
+        if unsafe { libc::ftruncate(file, code_bytes as i64) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        let writable = map(libc::PROT_READ | libc::PROT_WRITE)?;
-        let executable = map(libc::PROT_READ | libc::PROT_EXEC)?;
-        Ok(Self { writable, executable, used_bytes: 0 })
+        let read_write = libc::PROT_READ | libc::PROT_WRITE;
+        let anywhere = std::ptr::null_mut();
+        let writable = map(anywhere, code_bytes, read_write, libc::MAP_SHARED, file)?;
+        // Code and data lie side by side: first room for both, then the code over its part.
+        let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let both = map(anywhere, code_bytes + data_bytes, read_write, anonymous, -1)?;
+        let read_execute = libc::PROT_READ | libc::PROT_EXEC;
+        let over = libc::MAP_SHARED | libc::MAP_FIXED;
+        let executable = map(both.cast(), code_bytes, read_execute, over, file)?;
+        Ok(Self { writable, executable, code_bytes, used_bytes: 0, data_bytes })
     }
 
-    /// Appends machine code; where it can be executed.
-    ///
-    /// # Panics
-    /// If the buffer is full: sequences are bounded by the instruction forms that exist, immediates
-    /// apart, and `Native` starts afresh before that.
-    pub(crate) fn append(&mut self, code: &[u8]) -> *const u8 {
-        let start = self.used_bytes.next_multiple_of(ALIGN_BYTES);
+    /// Where the next code will be executed.
+    pub(crate) fn next_address(&self) -> u64 {
+        self.executable as u64 + self.used_bytes as u64
+    }
+
+    /// Bytes of code that still fit.
+    pub(crate) fn free_bytes(&self) -> usize {
+        self.code_bytes - self.used_bytes
+    }
+
+    /// Bytes of code so far.
+    pub(crate) fn used_bytes(&self) -> usize {
+        self.used_bytes
+    }
+
+    /// Forgets the code behind the first `used_bytes`; nothing will execute it again.
+    pub(crate) fn truncate(&mut self, used_bytes: usize) {
+        assert!(used_bytes <= self.used_bytes && used_bytes.is_multiple_of(ALIGN_BYTES));
+        self.used_bytes = used_bytes;
+    }
+
+    /// The data behind the code.
+    pub(crate) fn data(&self) -> (*mut u8, usize) {
+        (self.executable.wrapping_add(self.code_bytes).cast_mut(), self.data_bytes)
+    }
+
+    /// Appends machine code made for [`CodeBuffer::next_address`]; where it can be executed. `None` if
+    /// the buffer is full.
+    pub(crate) fn append(&mut self, code: &[u8]) -> Option<*const u8> {
+        let start = self.used_bytes;
         let end = start + code.len();
-        assert!(end <= CAPACITY_BYTES, "the code buffer is full");
+        if end > self.code_bytes {
+            return None;
+        }
         // SAFETY: `start..end` lies in the writable mapping and nothing executes those bytes yet.
         unsafe {
             std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.add(start), code.len());
         }
-        self.used_bytes = end;
-        self.executable.wrapping_add(start)
+        self.used_bytes = end.next_multiple_of(ALIGN_BYTES).min(self.code_bytes);
+        Some(self.executable.wrapping_add(start))
     }
 }
 
 impl Drop for CodeBuffer {
     fn drop(&mut self) {
-        // SAFETY: the two mappings were made in `map` with this size, and whoever could call into
+        // SAFETY: the mappings were made in `map` with these sizes, and whoever could call into
         // them is dropped with their owner.
         unsafe {
-            libc::munmap(self.writable.cast(), CAPACITY_BYTES);
-            libc::munmap(self.executable.cast_mut().cast(), CAPACITY_BYTES);
+            libc::munmap(self.writable.cast(), self.code_bytes);
+            let both = self.code_bytes + self.data_bytes;
+            libc::munmap(self.executable.cast_mut().cast(), both);
         }
     }
 }

@@ -18,7 +18,8 @@ use crate::cpu::{Cpu, Registers};
 use crate::flags::Arithmetic;
 
 const STATE: Register = Register::RDI;
-const MEMORY: Register = Register::RSI;
+/// The base of a normalised instruction's memory operand.
+pub(crate) const MEMORY: Register = Register::RSI;
 /// Host registers that guest registers may go through, best first. RBX must be saved.
 const POOL: [Register; 8] = [
     Register::RAX,
@@ -54,7 +55,7 @@ const ALL_FLAGS: u32 = iced_x86::RflagsBits::OF
 
 /// Turns an instruction into the form that its sequence is made for and found by: 64-bit encodable,
 /// without LOCK (there is one CPU), its memory operand at `[rsi]`.
-pub(super) fn normalise(
+pub(crate) fn normalise(
     instruction: &Instruction,
     info: &mut InstructionInfoFactory,
 ) -> Option<(Instruction, Option<MemoryUse>)> {
@@ -360,12 +361,12 @@ fn explicit_uses(explicit: &[Register], guest: Register) -> bool {
     explicit.iter().any(|register| register.is_gpr() && register.full_register() == guest)
 }
 
-fn is_high_byte(register: Register) -> bool {
+pub(crate) fn is_high_byte(register: Register) -> bool {
     matches!(register, Register::AH | Register::CH | Register::DH | Register::BH)
 }
 
 /// The part of a full register that has `size_bytes`.
-fn resized(full: Register, size_bytes: usize) -> Register {
+pub(crate) fn resized(full: Register, size_bytes: usize) -> Register {
     let base = match size_bytes {
         1 => {
             return match full.number() {

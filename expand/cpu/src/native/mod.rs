@@ -1,6 +1,6 @@
 //! Native sequences: guest instructions that the host CPU itself executes.
 
-mod code_buffer;
+pub(crate) mod code_buffer;
 #[cfg(test)]
 mod differential;
 #[cfg(test)]
@@ -17,9 +17,13 @@ use std::collections::HashMap;
 use iced_x86::{Instruction, InstructionInfoFactory};
 
 use code_buffer::CodeBuffer;
+pub(crate) use lower::{MEMORY, is_high_byte, normalise, resized};
 pub(crate) use operand::{
-    Form, form, load, read, run_on, run_register, run_selected, select, write,
+    Form, form, load, needs_alignment, read, run_on, run_register, run_selected, select, write,
 };
+
+/// Sequences are shared, so even Linux with its userland fills a few MiB.
+const CODE_BYTES: usize = 256 << 20;
 
 /// The sequences made so far. Two guest instructions that differ only in their memory operand's
 /// address share one.
@@ -58,7 +62,7 @@ impl Native {
     /// If the host refuses the memory for generated code.
     pub(crate) fn new() -> std::io::Result<Self> {
         Ok(Self {
-            code: CodeBuffer::new()?,
+            code: CodeBuffer::new(CODE_BYTES, 0)?,
             sequences: HashMap::new(),
             info: InstructionInfoFactory::new(),
         })
@@ -71,7 +75,13 @@ impl Native {
             return Some(sequence);
         }
         let bytes = lower::emit(&normal, &mut self.info)?;
-        let sequence = Sequence { entry: self.code.append(&bytes), memory };
+        let sequence = Sequence {
+            entry: self
+                .code
+                .append(&bytes)
+                .expect("instruction forms are fewer than the buffer holds"),
+            memory,
+        };
         self.sequences.insert(normal, sequence);
         Some(sequence)
     }

@@ -44,7 +44,7 @@ pub(crate) fn select(cpu: &mut Cpu, op: &mut Op) -> Option<BlockEnd> {
 
 /// Whether a misaligned operand is #GP: all 16-byte operands of legacy SSE instructions but the
 /// explicitly unaligned ones, and CMPXCHG16B.
-pub(super) fn needs_alignment(instruction: &Instruction) -> bool {
+pub(crate) fn needs_alignment(instruction: &Instruction) -> bool {
     use Mnemonic::{Lddqu, Movdqu, Movupd, Movups};
     use Mnemonic::{Pcmpestri, Pcmpestri64, Pcmpestrm, Pcmpestrm64, Pcmpistri, Pcmpistrm};
     let unaligned = matches!(instruction.mnemonic(), Lddqu | Movdqu | Movupd | Movups)

@@ -67,7 +67,7 @@ pub(super) fn select(op: &mut Op, mode: Mode) -> Option<BlockEnd> {
 }
 
 /// The condition's number in the instruction encoding.
-fn condition_code(instruction: &Instruction) -> usize {
+pub(crate) fn condition_code(instruction: &Instruction) -> usize {
     use iced_x86::ConditionCode as Condition;
     match instruction.condition_code() {
         Condition::None | Condition::o => 0,

@@ -32,6 +32,8 @@ use crate::fault::{Fault, Flow};
 use crate::mode::Mode;
 use crate::{native, system};
 
+pub(crate) use branch::condition_code;
+
 /// Defines a handler from a body that may end in a `Stop`.
 macro_rules! handler {
     ($(#[$meta:meta])* $name:ident $(<$(const $parameter:ident: $type:ty),+>)?
@@ -93,9 +95,11 @@ pub(crate) fn select(cpu: &mut Cpu, op: &mut Op) -> BlockEnd {
         }
     }
     if let Some(end) = native::select(cpu, op) {
+        let alone = op.handler as usize;
         x87_control::wrap_native(op, mode);
         sse_control::wrap_native(op, mode);
         divide::wrap_native(op);
+        op.instruction.inline = op.handler as usize == alone;
         return end;
     }
     op.handler = raise_ud;
@@ -201,6 +205,11 @@ extern "sysv64" fn raise_mmx_trap(cpu: &mut Cpu, _op: &Op) -> Flow {
 /// An instruction without effect.
 pub(crate) extern "sysv64" fn nothing(_cpu: &mut Cpu, _op: &Op) -> Flow {
     Flow::NEXT
+}
+
+/// Whether an operation is one without effect.
+pub(crate) fn does_nothing(op: &Op) -> bool {
+    op.handler as usize == nothing as *const () as usize
 }
 
 /// Whether a native sequence runs an instruction.

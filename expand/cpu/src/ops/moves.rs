@@ -33,6 +33,7 @@ pub(super) fn select(op: &mut Op, _mode: Mode) -> Option<BlockEnd> {
     op.reads = kind(1) == OpKind::Memory;
     (op.a, op.b) = (a, b);
     op.handler = handler;
+    op.instruction.inline = true;
     Some(BlockEnd::Continue)
 }
 

@@ -44,8 +44,8 @@ fn select_single(op: &mut Op) -> Option<BlockEnd> {
     let (handler, end): (Handler, BlockEnd) = match op.instruction.mnemonic() {
         Mnemonic::Hlt => (halt, BlockEnd::After),
         // Rights are looked up at each access, so the block goes on.
-        Mnemonic::Clac => (clear_alignment_check, BlockEnd::Continue),
-        Mnemonic::Stac => (set_alignment_check, BlockEnd::Continue),
+        Mnemonic::Clac => (clear_alignment_check, BlockEnd::After),
+        Mnemonic::Stac => (set_alignment_check, BlockEnd::After),
         Mnemonic::Ud0 | Mnemonic::Ud1 | Mnemonic::Ud2 | Mnemonic::Rsm => {
             (raise_ud, BlockEnd::Branch)
         }

@@ -1,0 +1,240 @@
+//! Computational instructions: the very instruction, its registers renamed, its memory operand
+//! translated.
+
+use iced_x86::{
+    Code, Instruction, InstructionInfoFactory, OpAccess, OpCodeOperandKind, OpKind, Register,
+};
+
+use super::assembler::{Host, indexed};
+use super::emission::Emission;
+use super::registers::{ADDEND, ADDRESS, Home, SCRATCH, field, home};
+use crate::cpu::Registers;
+use crate::decode::op::Op;
+use crate::native::{self, MemoryUse, is_high_byte, resized};
+
+/// A guest general register that an instruction uses.
+#[derive(Clone, Copy)]
+struct General {
+    guest: u8,
+    host: Host,
+    load: bool,
+    store: bool,
+}
+
+/// An instruction in the host's terms.
+struct Plan {
+    body: Instruction,
+    memory: Option<MemoryUse>,
+    /// Registers whose values are elsewhere, to be brought and taken away.
+    moved: Vec<General>,
+    vector: Vec<(u8, bool, bool)>,
+}
+
+/// Emits a computational instruction; `None`, with nothing emitted, if it cannot be inline.
+pub(super) fn emit(emission: &mut Emission<'_>, op: &Op) -> Option<()> {
+    let plan = plan(&op.instruction, emission.info)?;
+    let start = emission.code.length();
+    let emitted = emit_plan(emission, op, &plan);
+    if emitted.is_none() {
+        emission.take_back(start);
+    }
+    emitted
+}
+
+fn emit_plan(emission: &mut Emission<'_>, op: &Op, plan: &Plan) -> Option<()> {
+    let mut body = plan.body;
+    if let Some(MemoryUse { size_bytes, writes, .. }) = plan.memory {
+        emission.linear_address(op).ok()?;
+        if native::needs_alignment(&op.instruction) {
+            emission.require_alignment();
+        }
+        emission.translate(writes, u64::from(size_bytes));
+        body.set_memory_base(ADDRESS.register());
+        if plan.moved.iter().any(|general| general.host == ADDEND) {
+            emission.code.lea(ADDRESS, indexed(ADDRESS, ADDEND, 0, 0));
+        } else {
+            body.set_memory_index(ADDEND.register());
+        }
+    }
+    for general in plan.moved.iter().filter(|general| general.load) {
+        match home(general.guest) {
+            Home::Host(host) => emission.code.copy(general.host, host),
+            Home::Memory(place) => emission.code.load(general.host, place),
+        }
+    }
+    for &(number, load, _) in &plan.vector {
+        if load {
+            emission.code.guest(&vector_move(Code::Movaps_xmm_xmmm128, number)?)?;
+        }
+    }
+    emission.code.guest(&body)?;
+    for &(number, _, store) in &plan.vector {
+        if store {
+            emission.code.guest(&vector_move(Code::Movaps_xmmm128_xmm, number)?)?;
+        }
+    }
+    for general in plan.moved.iter().filter(|general| general.store) {
+        match home(general.guest) {
+            Home::Host(host) => emission.code.copy(host, general.host),
+            Home::Memory(place) => emission.code.store(place, general.host),
+        }
+    }
+    Some(())
+}
+
+/// Loads or stores a guest XMM register, which goes through the host register of its own number.
+fn vector_move(code: Code, number: u8) -> Option<Instruction> {
+    let place = field(std::mem::offset_of!(Registers, xmm) + usize::from(number) * 16);
+    let memory = iced_x86::MemoryOperand::with_base_displ(
+        place.base?.register(),
+        i64::from(place.displacement),
+    );
+    let register = Register::XMM0 + u32::from(number);
+    match code {
+        Code::Movaps_xmm_xmmm128 => Instruction::with2(code, register, memory).ok(),
+        _ => Instruction::with2(code, memory, register).ok(),
+    }
+}
+
+/// LEA with a 64-bit or 32-bit result.
+pub(super) fn emit_lea(emission: &mut Emission<'_>, op: &Op) -> Option<()> {
+    if !matches!(op.instruction.code(), Code::Lea_r64_m | Code::Lea_r32_m) {
+        return None;
+    }
+    let start = emission.code.length();
+    if emission.effective_address(op).is_err() {
+        emission.take_back(start);
+        return None;
+    }
+    if op.instruction.code() == Code::Lea_r32_m {
+        emission.code.zero_extend_32(ADDRESS, ADDRESS);
+    }
+    match home(op.a) {
+        Home::Host(host) => emission.code.copy(host, ADDRESS),
+        Home::Memory(place) => emission.code.store(place, ADDRESS),
+    }
+    Some(())
+}
+
+fn plan(instruction: &Instruction, info: &mut InstructionInfoFactory) -> Option<Plan> {
+    let (normal, memory) = native::normalise(instruction, info)?;
+    let fixed = fixed_operands(&normal);
+    let explicit: Vec<(u32, Register)> = (0..normal.op_count())
+        .filter(|&operand| normal.op_kind(operand) == OpKind::Register)
+        .map(|operand| (operand, normal.op_register(operand)))
+        .collect();
+    let high_bytes = explicit.iter().any(|(_, register)| is_high_byte(*register));
+    if high_bytes && memory.is_some() {
+        return None; // Its address needs a REX prefix, which a high byte forbids.
+    }
+    let mut general: Vec<(u8, bool, bool)> = Vec::new();
+    let mut vector: Vec<(u8, bool, bool)> = Vec::new();
+    for used in info.info(&normal).used_registers() {
+        let (register, access) = (used.register(), used.access());
+        let reads = reads(access);
+        let writes = writes(access);
+        if register.is_gpr() {
+            let full = register.full_register();
+            let named = explicit
+                .iter()
+                .any(|(_, register)| register.is_gpr() && register.full_register() == full);
+            if full == native::MEMORY && memory.is_some() && !named {
+                continue;
+            }
+            // What is not written whole must be there to be kept.
+            let load = reads || register.size() < 4 || conditional(access);
+            merge(&mut general, full.number() as u8, load, writes);
+        } else if register.is_xmm() {
+            merge(&mut vector, register.number() as u8, reads || conditional(access), writes);
+        } else if register != Register::None {
+            return None;
+        }
+    }
+    let named = |guest: u8| {
+        explicit.iter().any(|&(operand, register)| {
+            register.is_gpr()
+                && register.full_register().number() == usize::from(guest)
+                && !fixed.contains(&operand)
+        })
+    };
+    let is_fixed = |guest: u8| {
+        explicit.iter().any(|&(operand, register)| {
+            register.is_gpr()
+                && register.full_register().number() == usize::from(guest)
+                && fixed.contains(&operand)
+        })
+    };
+    let mut free = vec![SCRATCH, ADDEND];
+    if memory.is_none() {
+        free.push(ADDRESS);
+    }
+    let mut hosts: Vec<(u8, Host)> = Vec::new();
+    let mut moved = Vec::new();
+    for &(guest, load, store) in &general {
+        let keeps_its_name = high_bytes || is_fixed(guest) || !named(guest);
+        let host = match home(guest) {
+            Home::Host(host) if !keeps_its_name || host.0 == guest => host,
+            _ if keeps_its_name && guest == SCRATCH.0 => SCRATCH,
+            _ if keeps_its_name => return None,
+            _ => Host(u8::MAX), // Chosen below, when the fixed ones are known.
+        };
+        if host == SCRATCH {
+            free.retain(|register| *register != SCRATCH);
+            moved.push(General { guest, host, load, store });
+        }
+        hosts.push((guest, host));
+    }
+    for (index, &(guest, load, store)) in general.iter().enumerate() {
+        if hosts[index].1 == Host(u8::MAX) {
+            let host = free.first().copied()?;
+            free.remove(0);
+            hosts[index].1 = host;
+            moved.push(General { guest, host, load, store });
+        }
+    }
+    let mut body = normal;
+    for &(operand, register) in &explicit {
+        if !register.is_gpr() || is_high_byte(register) || fixed.contains(&operand) {
+            continue;
+        }
+        let guest = register.full_register().number() as u8;
+        let (_, host) = hosts.iter().find(|(number, _)| *number == guest)?;
+        body.set_op_register(operand, resized(host.register(), register.size()));
+    }
+    Some(Plan { body, memory, moved, vector })
+}
+
+/// Operands whose register the opcode fixes.
+fn fixed_operands(instruction: &Instruction) -> Vec<u32> {
+    use OpCodeOperandKind::{al, ax, cl, dx, eax, rax};
+    let kinds = instruction.op_code().op_kinds();
+    (0..instruction.op_count())
+        .filter(|&operand| matches!(kinds[operand as usize], al | ax | cl | dx | eax | rax))
+        .collect()
+}
+
+fn reads(access: OpAccess) -> bool {
+    matches!(
+        access,
+        OpAccess::Read | OpAccess::CondRead | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+    )
+}
+
+fn writes(access: OpAccess) -> bool {
+    matches!(
+        access,
+        OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+    )
+}
+
+/// A write that may not happen leaves the old value, which must then be there to be kept.
+fn conditional(access: OpAccess) -> bool {
+    matches!(access, OpAccess::CondWrite | OpAccess::ReadCondWrite)
+}
+
+fn merge(used: &mut Vec<(u8, bool, bool)>, number: u8, load: bool, store: bool) {
+    match used.iter_mut().find(|(other, _, _)| *other == number) {
+        Some(entry) => *entry = (number, entry.1 || load, entry.2 || store),
+        None => used.push((number, load, store)),
+    }
+}

@@ -1,0 +1,83 @@
+//! Where indirect jumps find their target's code: by linear address, for one mode.
+#![allow(unsafe_code)]
+
+use super::assembler::{Assembler, Forward, at, indexed};
+use super::registers::{ADDEND, ADDRESS, SCRATCH};
+use crate::memory::low_memory::{AnyBytes, LowMemory};
+
+/// As many entries as a 16-bit index tells apart.
+const ENTRIES: usize = 1 << 16;
+/// Bits of the target that the index leaves out: few branch targets differ only in them.
+const INDEX_SHIFT: u8 = 1;
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+struct Entry {
+    /// Minus the target's linear address, or [`invalid`].
+    negated_linear: u64,
+    code: u64,
+}
+
+// SAFETY: two integers.
+unsafe impl AnyBytes for Entry {}
+
+/// What no target with this index matches: minus an address of another index.
+fn invalid(index: usize) -> u64 {
+    (((index ^ 1) as u64) << INDEX_SHIFT).wrapping_neg()
+}
+
+#[inline(always)]
+fn index(linear: u64) -> usize {
+    (linear >> INDEX_SHIFT) as usize % ENTRIES
+}
+
+/// Targets of indirect jumps.
+#[derive(Debug)]
+pub(super) struct JumpCache {
+    entries: LowMemory<Entry>,
+    /// Entries in use, for the lower and the upper half of the address space; some twice.
+    used: [Vec<u16>; 2],
+}
+
+impl JumpCache {
+    pub(super) fn new() -> std::io::Result<Self> {
+        let mut entries: LowMemory<Entry> = LowMemory::new(ENTRIES)?;
+        for (index, entry) in entries.iter_mut().enumerate() {
+            entry.negated_linear = invalid(index);
+        }
+        Ok(Self { entries, used: [Vec::new(), Vec::new()] })
+    }
+
+    /// Remembers the code at a linear address.
+    pub(super) fn insert(&mut self, linear: u64, code: *const u8) {
+        let entry = &mut self.entries[index(linear)];
+        *entry = Entry { negated_linear: linear.wrapping_neg(), code: code as u64 };
+        self.used[(linear >> 63) as usize].push(index(linear) as u16);
+    }
+
+    /// Forgets one half of the address space, and perhaps some of the other.
+    pub(super) fn forget_half(&mut self, half: usize) {
+        for index in self.used[half].drain(..).map(usize::from) {
+            self.entries[index].negated_linear = invalid(index);
+        }
+    }
+
+    /// Emits the search for the target in [`ADDRESS`]; afterwards [`ADDEND`] points at its entry. The
+    /// jump that it gives is taken if there is none.
+    pub(super) fn emit_search(&self, code: &mut Assembler) -> Forward {
+        code.rotate_right(ADDEND, ADDRESS, INDEX_SHIFT);
+        code.zero_extend_16(ADDEND, ADDEND);
+        code.lea(ADDEND, indexed(ADDEND, ADDEND, 0, 0));
+        code.immediate(SCRATCH, self.entries.address() as u64);
+        code.lea(ADDEND, indexed(SCRATCH, ADDEND, 3, 0));
+        code.load(SCRATCH, at(ADDEND, 0));
+        code.lea(SCRATCH, indexed(SCRATCH, ADDRESS, 0, 0));
+        let hit = code.jump_near_if_rcx_zero();
+        let miss = code.jump_forward();
+        code.land(hit);
+        miss
+    }
+}
+
+/// Where an entry holds the code's address.
+pub(super) const CODE_OFFSET: i32 = std::mem::offset_of!(Entry, code) as i32;

@@ -1,0 +1,89 @@
+//! Where translated code meets Rust: operations that it has run for it, and exits that it leaves by.
+#![allow(unsafe_code)]
+
+use std::ptr::NonNull;
+
+use crate::cpu::{BLOCK_RIP, BUDGET, Cpu, LEFT_AT};
+use crate::decode::block_cache::Block;
+use crate::decode::op::Op;
+use crate::fault::Flow;
+use crate::mode::Mode;
+
+/// Why translated code was left, beside the values of [`Flow`] but [`Flow::NEXT`]: by an exit.
+pub(super) const LEFT_BY_EXIT: u32 = 8;
+/// Before a block that the budget is too small for.
+pub(super) const LEFT_WITHOUT_BUDGET: u32 = 9;
+/// The block's last operation was run in Rust; RIP is set.
+pub(super) const LEFT_AFTER_BLOCK: u32 = 10;
+
+/// An operation of a translated block.
+#[derive(Debug)]
+pub(crate) struct Site {
+    pub(super) op: NonNull<Op>,
+    pub(super) block: NonNull<Block>,
+    /// The block's RIP.
+    pub(super) block_rip: u64,
+    /// Instructions of the block.
+    pub(super) block_length: u64,
+}
+
+/// A way from a translated block to a known address. Generated code jumps through `target`.
+#[derive(Debug)]
+#[repr(C)]
+pub(crate) struct Exit {
+    /// The next block's code, or [`Exit::stub`].
+    pub(super) target: *const u8,
+    /// Code that leaves for Rust.
+    pub(super) stub: *const u8,
+    /// Where it leads.
+    pub(super) linear: u64,
+    pub(super) mode: Mode,
+    /// It stays within its block's page.
+    pub(super) within_page: bool,
+}
+
+impl Exit {
+    /// Makes the exit leave for Rust.
+    pub(crate) fn unlink(&mut self) {
+        self.target = self.stub;
+    }
+}
+
+/// Runs an operation in the midst of a block; the registers are stored.
+pub(super) extern "sysv64" fn run_operation(cpu: &mut Cpu, site: &Site) -> u32 {
+    cpu.registers.gpr[usize::from(BLOCK_RIP)] = site.block_rip;
+    cpu.tick = cpu.tick_at_budget().wrapping_sub(site.block_length);
+    // SAFETY: a block's code is entered only while the block is in the cache, which drops none while
+    // translated code runs.
+    let op = unsafe { site.op.as_ref() };
+    // SAFETY: the handler is a function of this crate or a native sequence, made for this operation.
+    let flow = unsafe { (op.handler)(cpu, op) };
+    if flow != Flow::NEXT {
+        cpu.registers.gpr[usize::from(LEFT_AT)] = std::ptr::from_ref(site) as u64;
+    }
+    flow.0
+}
+
+/// Runs a block's last operation, after which translated code is left.
+pub(super) extern "sysv64" fn run_last_operation(cpu: &mut Cpu, site: &Site) -> u32 {
+    let flow = run_operation(cpu, site);
+    if flow != Flow::NEXT.0 {
+        return flow;
+    }
+    cpu.tick = cpu.tick_at_budget();
+    // SAFETY: as in `run_operation`.
+    let (block, op) = unsafe { (site.block.as_ref(), site.op.as_ref()) };
+    let branched = block.ends_in_branch && usize::from(op.number) + 1 == block.ops.len();
+    if !branched {
+        cpu.rip = op.next_rip(cpu);
+    }
+    LEFT_AFTER_BLOCK
+}
+
+impl Cpu {
+    /// The instruction count that the budget left stands for.
+    #[inline(always)]
+    pub(super) fn tick_at_budget(&self) -> u64 {
+        self.budget_end.wrapping_sub(self.registers.gpr[usize::from(BUDGET)])
+    }
+}
