@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use iced_x86::{OpKind, Register};
-use reprise_kvm::user_oracle::{OracleError, UserOracle};
+use reprise_cpu::translate::Translation;
+use reprise_kvm::user_oracle::{OracleError, UserOracle, UserOutcome};
 
 use crate::case::Case;
 use crate::compare::{Comparison, Strictness, differences};
@@ -15,10 +16,11 @@ use crate::soft::Soft;
 /// Divergences that are told in full.
 const MAX_TOLD: usize = 12;
 
-/// Both sides.
+/// Both sides, the software CPU's twice: each instruction a call, and whole blocks translated.
 pub(crate) struct Judge {
     oracle: UserOracle,
     soft: Soft,
+    translated: Soft,
 }
 
 /// What came of many cases.
@@ -37,7 +39,11 @@ impl Judge {
     /// `None` where there is no KVM, and says so.
     pub(crate) fn new() -> Option<Self> {
         match UserOracle::new() {
-            Ok(oracle) => Some(Self { oracle, soft: Soft::new() }),
+            Ok(oracle) => Some(Self {
+                oracle,
+                soft: Soft::new(Translation::Never),
+                translated: Soft::new(Translation::AtOnce),
+            }),
             Err(error) => {
                 eprintln!("no real CPU to compare with: {error}");
                 None
@@ -68,6 +74,10 @@ impl Judge {
     /// Where the two sides differ.
     pub(crate) fn compare(&mut self, case: &Case) -> Comparison {
         let soft = self.soft.run(&case.input);
+        let translated = self.translated.run(&case.input);
+        if translated != soft {
+            return Comparison::Different(unlike_twin(&soft, &translated));
+        }
         match (self.oracle.run(&case.input), soft) {
             (Ok(real), Ok(soft)) => {
                 differences(case, &real, &soft, Strictness::Everything, &mut self.soft)
@@ -102,6 +112,32 @@ impl Judge {
         }
         (case, found)
     }
+}
+
+/// What translation made different; nothing of it is lawful.
+fn unlike_twin(
+    soft: &Result<UserOutcome, String>,
+    translated: &Result<UserOutcome, String>,
+) -> Vec<String> {
+    let (Ok(soft), Ok(translated)) = (soft, translated) else {
+        let end = |outcome: &Result<UserOutcome, String>| match outcome {
+            Ok(outcome) => format!("{:x?}", outcome.exception),
+            Err(reason) => reason.clone(),
+        };
+        return vec![format!("translated: end: {} not {}", end(translated), end(soft))];
+    };
+    let what = [
+        ("exception", soft.exception != translated.exception),
+        ("rip", soft.rip != translated.rip),
+        ("rflags", soft.rflags != translated.rflags),
+        ("general registers", soft.gpr != translated.gpr),
+        ("x87 and SSE", soft.fpu != translated.fpu),
+        ("memory", soft.data != translated.data),
+    ];
+    let different = what.iter().filter(|(_, different)| *different);
+    different
+        .map(|(name, _)| format!("translated: {name}: {translated:x?} not {soft:x?}"))
+        .collect()
 }
 
 impl Verdict {

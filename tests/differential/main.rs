@@ -22,10 +22,13 @@ use compare::{Comparison, Strictness, differences};
 use fixtures::{Fixture, Fixtures};
 use judge::{Judge, Verdict};
 use regressions::{REGRESSIONS, Regression};
+use reprise_cpu::translate::Translation;
 use soft::Soft;
 
 /// Cases in the test command: a few seconds.
 const CASES: u64 = 5000;
+/// Cases that are run translated and not, where there is no real CPU to compare with.
+const TWIN_CASES: u64 = 2000;
 /// Seeds of which the fixtures keep the outcome.
 const FIXTURES: u64 = 4000;
 /// Fixtures that there must be, some of those seeds being set aside.
@@ -70,7 +73,13 @@ fn recorded_outcomes_are_met() {
         false => Strictness::Defined,
     };
     eprintln!("outcomes of {}, here {host}: compares {strictness:?}", fixtures.cpu);
-    let mut soft = Soft::new();
+    for translation in [Translation::Never, Translation::AtOnce] {
+        meet_recorded_outcomes(&fixtures, translation, strictness);
+    }
+}
+
+fn meet_recorded_outcomes(fixtures: &Fixtures, translation: Translation, strictness: Strictness) {
+    let mut soft = Soft::new(translation);
     let mut verdict = Verdict::default();
     for fixture in &fixtures.cases {
         let case = generate::case(fixture.seed);
@@ -85,6 +94,17 @@ fn recorded_outcomes_are_met() {
     }
     assert!(verdict.cases >= MIN_FIXTURES, "only {} fixtures", verdict.cases);
     verdict.demand_agreement();
+}
+
+#[test]
+fn translation_changes_nothing() {
+    let mut soft = Soft::new(Translation::Never);
+    let mut translated = Soft::new(Translation::AtOnce);
+    for seed in 0..TWIN_CASES {
+        let case = generate::case(seed);
+        let (soft, translated) = (soft.run(&case.input), translated.run(&case.input));
+        assert!(soft == translated, "seed {seed:#x}: {translated:#x?} not {soft:#x?}");
+    }
 }
 
 /// Writes `fixtures.bin` from this host's CPU: run it after each change of the generator.

@@ -1,6 +1,7 @@
 //! The soft engine on the oracle's machine.
 
 use reprise_cpu::engine::SoftEngine;
+use reprise_cpu::translate::Translation;
 use reprise_kvm::user_oracle::{self, CODE_ADDRESS, RAM_MIB, UserInput, UserOutcome};
 use reprise_machine::engine::{Engine, Exit};
 use reprise_machine::ram::GuestRam;
@@ -25,6 +26,7 @@ pub(crate) struct Soft {
     memory: GuestMemoryMmap,
     /// The next case's page of code.
     next_code_page: u64,
+    translation: Translation,
 }
 
 /// The RAM that the oracle's image takes.
@@ -35,10 +37,10 @@ const LOW_IMAGE_BYTES: u64 = 0xa000;
 const CASE_PAGES: u64 = 5;
 
 impl Soft {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(translation: Translation) -> Self {
         let layout = GuestRam::new(RAM_MIB).expect("memory");
-        let (engine, memory) = fresh_engine();
-        Self { layout, engine, memory, next_code_page: IMAGE_BYTES }
+        let (engine, memory) = fresh_engine(translation);
+        Self { layout, engine, memory, next_code_page: IMAGE_BYTES, translation }
     }
 
     /// Runs a sequence to its end; the reason if it has none.
@@ -71,7 +73,7 @@ impl Soft {
 
     fn start(&mut self, input: &UserInput) {
         if self.next_code_page >= ENGINE_RAM_MIB << 20 {
-            (self.engine, self.memory) = fresh_engine();
+            (self.engine, self.memory) = fresh_engine(self.translation);
             self.next_code_page = IMAGE_BYTES;
         }
         let state = user_oracle::build_image(&self.layout, input).expect("a case fits its pages");
@@ -116,8 +118,10 @@ impl Soft {
     }
 }
 
-fn fresh_engine() -> (SoftEngine, GuestMemoryMmap) {
+fn fresh_engine(translation: Translation) -> (SoftEngine, GuestMemoryMmap) {
     let ram = GuestRam::new(ENGINE_RAM_MIB).expect("memory");
     let memory = ram.memory().clone();
-    (SoftEngine::new(ram).expect("memory for generated code"), memory)
+    let mut engine = SoftEngine::new(ram).expect("memory for generated code");
+    engine.set_translation(translation);
+    (engine, memory)
 }

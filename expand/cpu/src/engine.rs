@@ -11,6 +11,7 @@ use reprise_trace::moment::{Moment, TickKind};
 
 use crate::cpu::{AnsweredAccess, Cpu};
 use crate::native::host_fpu::with_guest_fpu;
+use crate::translate::Translation;
 
 /// Executes the guest in software, counting instructions.
 #[derive(Debug)]
@@ -42,6 +43,13 @@ impl SoftEngine {
             unfinished: None,
             queued: None,
         })
+    }
+
+    /// Chooses when blocks are translated from now on.
+    pub fn set_translation(&mut self, translation: Translation) {
+        if let Some(translator) = &mut self.cpu.translator {
+            translator.set_translation(translation);
+        }
     }
 
     fn hand_over(&mut self, exit: Exit) -> Exit {

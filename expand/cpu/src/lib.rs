@@ -21,4 +21,4 @@ pub mod mode;
 mod native;
 mod ops;
 mod system;
-mod translate;
+pub mod translate;

@@ -47,6 +47,29 @@ const HOT_RUNS: u32 = 16;
 /// Instructions that translated code runs, at most, before it looks whether somebody kicks.
 const SLICE: u64 = 200_000;
 
+/// When blocks are translated. It makes no difference to what the guest does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Translation {
+    /// Never: each instruction is a call.
+    Never,
+    /// When a block has run often enough to be worth it.
+    #[default]
+    WhenHot,
+    /// Before a block runs at all: for tests.
+    AtOnce,
+}
+
+impl Translation {
+    /// How often a block runs before it is translated.
+    fn threshold(self) -> u32 {
+        match self {
+            Self::Never => u32::MAX,
+            Self::WhenHot => HOT_RUNS,
+            Self::AtOnce => 0,
+        }
+    }
+}
+
 /// What translated code was left for.
 pub(crate) enum Left {
     /// The block at RIP is next. RIP and the count are set.
@@ -74,6 +97,8 @@ pub(crate) struct Translator {
     to_link: Option<NonNull<Exit>>,
     /// Code was last left by a jump to an address not known before.
     jumped: bool,
+    /// How often a block runs before it is translated.
+    threshold: u32,
 }
 
 // SAFETY: the pointers lead into memory that moves with the CPU that owns all of it.
@@ -109,7 +134,13 @@ impl Translator {
             epoch: 0,
             to_link: None,
             jumped: false,
+            threshold: Translation::default().threshold(),
         }))
+    }
+
+    /// Chooses when blocks are translated from now on.
+    pub(crate) fn set_translation(&mut self, translation: Translation) {
+        self.threshold = translation.threshold();
     }
 
     /// Forgets all code. Whoever keeps pointers to it forgets them too.
@@ -205,12 +236,13 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     fn translate_if_hot(&mut self, block: &Block, linear: u64) -> Option<*const u8> {
-        let runs = block.runs.get() + 1;
+        let runs = block.runs.get().saturating_add(1);
         block.runs.set(runs);
-        if runs < HOT_RUNS || !self.mode_64() || block.second_page.is_some() {
+        let translator = self.translator.as_ref()?;
+        if runs <= translator.threshold || !self.mode_64() || block.second_page.is_some() {
             return None;
         }
-        if !self.translator.as_ref()?.has_room() {
+        if !translator.has_room() {
             self.blocks.forget_translations();
             self.translator.as_mut()?.clear();
         }

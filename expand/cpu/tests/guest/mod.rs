@@ -3,11 +3,13 @@
 #![allow(dead_code)] // Each test file uses a part of it.
 
 use reprise_cpu::engine::SoftEngine;
+use reprise_cpu::translate::Translation;
 use reprise_machine::engine::{Engine, Exit};
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::{CS, CpuState, DS, DescriptorTable, ES, FS, GS, RSP, SS, Segment};
 use vm_memory::{Bytes, GuestAddress};
 
+const RAM_MIB: u64 = 4;
 /// Page tables: the root, two levels below it, and the last, which maps the low 2 MiB page by page.
 const ROOT: u64 = 0x1000;
 const PAGES: u64 = 0x4000;
@@ -118,7 +120,7 @@ impl Guest {
     }
 
     fn new(long: bool) -> Self {
-        let ram = GuestRam::new(4).expect("4 MiB of RAM");
+        let ram = GuestRam::new(RAM_MIB).expect("RAM");
         let state = CpuState {
             rip: KERNEL_CODE,
             cr0: CR0,
@@ -258,13 +260,42 @@ impl Guest {
         self.run_instructions(1000)
     }
 
-    /// Runs so many instructions, unless the guest halts before.
+    /// Runs so many instructions, unless the guest halts before: with and without translation, which
+    /// must come to the same.
     pub(crate) fn run_instructions(self, count: u64) -> Ended {
+        let twin = self.twin().run_with(Translation::Never, count);
+        let ended = self.run_with(Translation::AtOnce, count);
+        assert_eq!(ended.exit, twin.exit, "translated, and not");
+        assert_eq!(ended.engine.tick(), twin.engine.tick(), "translated, and not");
+        assert_eq!(ended.state, twin.state, "translated, and not");
+        assert!(ended.ram() == twin.ram(), "RAM is the same, translated or not");
+        ended
+    }
+
+    fn run_with(self, translation: Translation, count: u64) -> Ended {
         let long = self.long;
         let mut engine = self.engine();
+        engine.set_translation(translation);
         let exit = engine.run(count).expect("the engine runs");
         let state = engine.cpu_state().expect("state");
         Ended { engine, exit, state, long }
+    }
+
+    /// The same guest in RAM of its own.
+    fn twin(&self) -> Self {
+        let ram = GuestRam::new(RAM_MIB).expect("RAM");
+        self.ram.visit(&mut |address, bytes| {
+            ram.memory().write_slice(bytes, GuestAddress(address)).expect("the same RAM");
+        });
+        Self { ram, state: self.state.clone(), code: self.code, long: self.long }
+    }
+}
+
+impl Ended {
+    fn ram(&self) -> Vec<(u64, Vec<u8>)> {
+        let mut ram = Vec::new();
+        self.engine.visit_ram(&mut |address, bytes| ram.push((address, bytes.to_vec())));
+        ram
     }
 }
 
