@@ -12,6 +12,7 @@ use crate::memory::Memory;
 use crate::mode::Mode;
 use crate::native::Native;
 use crate::native::host_fpu::FpuImage;
+use crate::profile::Profile;
 use crate::system::debug::DebugState;
 use crate::translate::Translator;
 
@@ -19,8 +20,8 @@ use crate::translate::Translator;
 pub(crate) const ZERO: u8 = 16;
 /// Index into [`Registers::gpr`] of the running block's first RIP: the base of RIP-relative operands.
 pub(crate) const BLOCK_RIP: u8 = 17;
-/// Indices into [`Registers::gpr`] of what translated code keeps there: the instructions that it may
-/// still run, where it left from, and what an indirect call found.
+/// Indices into [`Registers::gpr`] of what translated code keeps there: the number of instructions
+/// that it may still run, all bits inverted, so that the sign says whether there are any; where it left from, and what an indirect call found.
 pub(crate) const BUDGET: u8 = 18;
 pub(crate) const LEFT_AT: u8 = 19;
 pub(crate) const TEMPORARY: u8 = 20;
@@ -129,12 +130,22 @@ pub struct Cpu {
     pub(crate) native: Native,
     /// None where the host cannot run translated code, or nobody wants it.
     pub(crate) translator: Option<Translator>,
+    /// What is counted, if anybody wants to know.
+    pub(crate) profile: Option<Box<Profile>>,
     /// The instruction count at which translated code's budget is used up.
     pub(crate) budget_end: u64,
     pub(crate) debug: DebugState,
 }
 
 impl Cpu {
+    /// Counts something, if anybody wants to know.
+    #[inline(always)]
+    pub(crate) fn count(&mut self, what: impl FnOnce(&mut Profile)) {
+        if let Some(profile) = &mut self.profile {
+            what(profile);
+        }
+    }
+
     /// A CPU in the state of [`CpuState::default`] that owns `ram`.
     ///
     /// # Errors
@@ -167,6 +178,7 @@ impl Cpu {
             blocks: BlockCache::new(),
             native: Native::new()?,
             translator: Translator::new()?,
+            profile: None,
             budget_end: 0,
             debug: DebugState::default(),
         });

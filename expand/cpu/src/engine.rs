@@ -11,6 +11,7 @@ use reprise_trace::moment::{Moment, TickKind};
 
 use crate::cpu::{AnsweredAccess, Cpu};
 use crate::native::host_fpu::with_guest_fpu;
+use crate::profile::Profile;
 use crate::translate::Translation;
 
 /// Executes the guest in software, counting instructions.
@@ -43,6 +44,16 @@ impl SoftEngine {
             unfinished: None,
             queued: None,
         })
+    }
+
+    /// Starts to count where time goes.
+    pub fn start_profile(&mut self) {
+        self.cpu.profile = Some(Box::default());
+    }
+
+    /// What has been counted since [`SoftEngine::start_profile`].
+    pub fn profile(&self) -> Option<&Profile> {
+        self.cpu.profile.as_deref()
     }
 
     /// Chooses when blocks are translated from now on.

@@ -26,6 +26,8 @@ impl Cpu {
     ) -> Exit {
         // The block that ran last, and the epoch in which it was found.
         let mut last: Option<(NonNull<Block>, u64)> = None;
+        // Translated code has more instructions than are still to run.
+        let mut for_less = false;
         loop {
             if kick.load(Ordering::Relaxed) {
                 kick.store(false, Ordering::Release);
@@ -56,15 +58,20 @@ impl Cpu {
             // `drop_overwritten_code` and in `current_block`; running operations calls neither.
             let block = unsafe { block.as_ref() };
             let left = until - self.tick;
-            if block.ops.len() as u64 <= left
+            if !for_less
+                && block.ops.len() as u64 <= left
                 && let Some(code) = self.translation(block, self.code_address())
             {
                 last = None;
-                if let Left::Stopped { block, flow } = self.run_translated(code, until) {
-                    // SAFETY: as above.
-                    let block = unsafe { block.as_ref() };
-                    if let Some(exit) = self.finish_stopped(block, flow) {
-                        return exit;
+                match self.run_translated(code, until) {
+                    Left::ForNext => {}
+                    Left::ForLess => for_less = true,
+                    Left::Stopped { block, flow } => {
+                        // SAFETY: as above.
+                        let block = unsafe { block.as_ref() };
+                        if let Some(exit) = self.finish_stopped(block, flow) {
+                            return exit;
+                        }
                     }
                 }
                 if self.memory.physical.code_was_written() {
@@ -72,7 +79,10 @@ impl Cpu {
                 }
                 continue;
             }
+            let before = self.tick;
             let flow = self.run_ops(block, left as usize);
+            let ran = self.tick - before;
+            self.count(|profile| profile.interpreted += ran);
             if flow != Flow::NEXT
                 && let Some(exit) = self.finish_stopped(block, flow)
             {

@@ -20,5 +20,6 @@ pub mod memory;
 pub mod mode;
 mod native;
 mod ops;
+pub mod profile;
 mod system;
 pub mod translate;

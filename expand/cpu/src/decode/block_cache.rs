@@ -151,6 +151,18 @@ struct PageBlocks {
     exits: Vec<NonNull<Exit>>,
 }
 
+impl PageBlocks {
+    /// Sees that no translation of this page's code is entered again.
+    fn forget_translations(&mut self) {
+        for exit in &mut self.exits {
+            // SAFETY: exits live until the translator is cleared, before which
+            // `BlockCache::forget_translations` forgets them, and nobody else holds a reference.
+            unsafe { exit.as_mut() }.unlink();
+        }
+        self.blocks.values().for_each(|block| block.forget_translations());
+    }
+}
+
 /// All decoded blocks.
 pub(crate) struct BlockCache {
     pages: HashMap<u64, PageBlocks, BuildHasherDefault<PlaceHasher>>,
@@ -282,10 +294,8 @@ impl BlockCache {
         let mut reaching_in = Vec::new();
         let mut dropped = 0;
         if let Some(held) = self.pages.get_mut(&number) {
-            for exit in &mut held.exits {
-                // SAFETY: exits live until `forget_translations`, and nobody else holds a reference.
-                unsafe { exit.as_mut() }.unlink();
-            }
+            // A unit may hold any of the page's blocks.
+            held.forget_translations();
             let before = held.blocks.len();
             held.blocks.retain(|&(offset, _), block| {
                 let in_page = PAGE_BYTES - u64::from(offset);
@@ -323,8 +333,8 @@ impl BlockCache {
     /// Forgets every translation: the memory of their code and exits is used again.
     pub(crate) fn forget_translations(&mut self) {
         for page in self.pages.values_mut() {
+            page.forget_translations();
             page.exits.clear();
-            page.blocks.values().for_each(|block| block.forget_translations());
         }
     }
 

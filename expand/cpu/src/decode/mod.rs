@@ -50,6 +50,7 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     fn find_block(&mut self, linear: u64) -> Result<NonNull<Block>, Stop> {
+        self.count(|profile| profile.blocks_searched += 1);
         let limit = u64::from(self.system.segments[CS].limit);
         if !canonical(linear) || self.rip > limit && !self.mode_64() {
             return self.fault(Fault::GP0);

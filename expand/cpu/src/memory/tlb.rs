@@ -5,6 +5,7 @@
 //! a page's size just when that byte lies in the tag's page.
 #![allow(unsafe_code)]
 
+use std::collections::HashSet;
 use std::io;
 
 use super::low_memory::{AnyBytes, LowMemory};
@@ -71,8 +72,8 @@ const NEVER_FILLED: usize = 6;
 pub(crate) struct Tlb {
     data: LowMemory<Entry>,
     fetch: Box<[[FetchEntry; FETCH_ENTRIES]; 3]>,
-    /// Which linear addresses translations since the last flush came from.
-    seen: Seen,
+    /// Translations since the last flush of those that are not global, and of those that are.
+    seen: [Seen; 2],
     /// What was filled since it was last forgotten, some of it twice: pages of one address space.
     local_fills: Vec<Fill>,
     /// The same for pages that are in all address spaces.
@@ -94,22 +95,16 @@ enum FillKind {
     Fetch,
 }
 
-/// A coarse memory of translated addresses, so that forgetting one page can be cheap: a set bit may
-/// stand for others too, a clear one is sure.
+/// Which linear addresses translations came from, so that forgetting one page can be cheap.
 #[derive(Debug, Default)]
 struct Seen {
-    /// Pages that code was fetched through, even if their entries are gone.
-    code_pages: [u64; 16],
-    /// 4 MiB regions that have a part of a large page in a table.
-    large_regions: [u64; 16],
+    /// Numbers of pages that code was fetched through, even if their entries are gone.
+    code_pages: HashSet<u64>,
+    /// Numbers of the regions that have a part of a large page in a table.
+    large_regions: HashSet<u64>,
 }
 
-/// The word and bit of a page or region number.
-fn seen_bit(number: u64) -> (usize, u64) {
-    let hash = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 54;
-    (hash as usize / 64, 1 << (hash % 64))
-}
-
+/// No page but those of 1 GiB, which the CPU model has not, is larger.
 const LARGE_REGION_BYTES: u64 = 4 << 20;
 
 #[inline(always)]
@@ -138,7 +133,7 @@ impl Tlb {
         Ok(Self {
             data,
             fetch: Box::new([[NO_FETCH; FETCH_ENTRIES]; 3]),
-            seen: Seen::default(),
+            seen: Default::default(),
             local_fills: Vec::new(),
             global_fills: Vec::new(),
         })
@@ -250,16 +245,22 @@ impl Tlb {
         let mut fills = std::mem::take(&mut self.global_fills);
         fills.drain(..).for_each(|fill| self.forget(fill));
         self.global_fills = fills;
-        self.seen.large_regions = [0; 16];
+        self.seen[1].large_regions.clear();
     }
 
     /// Forgets where code was fetched: whoever remembers it has forgotten it too.
     pub(crate) fn forget_code_pages(&mut self) {
-        self.seen.code_pages = [0; 16];
+        self.seen.iter_mut().for_each(|seen| seen.code_pages.clear());
+    }
+
+    /// The same for code that is not global.
+    pub(crate) fn forget_local_code_pages(&mut self) {
+        self.seen[0].code_pages.clear();
     }
 
     /// Forgets what is not global.
     pub(crate) fn flush_local(&mut self) {
+        self.seen[0].large_regions.clear();
         let mut fills = std::mem::take(&mut self.local_fills);
         fills.drain(..).for_each(|fill| self.forget(fill));
         self.local_fills = fills;
@@ -267,21 +268,20 @@ impl Tlb {
 
     /// Notes where a translation came from.
     pub(crate) fn note(&mut self, linear: u64, found: Translation, fetch: bool) {
+        let seen = &mut self.seen[usize::from(found.global)];
         if fetch {
-            let (word, bit) = seen_bit(linear / PAGE_BYTES);
-            self.seen.code_pages[word] |= bit;
+            seen.code_pages.insert(linear / PAGE_BYTES);
         }
         if found.large {
-            let (word, bit) = seen_bit(linear / LARGE_REGION_BYTES);
-            self.seen.large_regions[word] |= bit;
+            seen.large_regions.insert(linear / LARGE_REGION_BYTES);
         }
     }
 
     /// Forgets one page, which may be a large one: then everything goes, since the tables hold any
     /// number of pieces of it. Gives whether code may have been fetched through it.
     pub(crate) fn flush_page(&mut self, linear: u64) -> bool {
-        let (word, bit) = seen_bit(linear / LARGE_REGION_BYTES);
-        if self.seen.large_regions[word] & bit != 0 {
+        let region = linear / LARGE_REGION_BYTES;
+        if self.seen.iter().any(|seen| seen.large_regions.contains(&region)) {
             self.flush();
             return true;
         }
@@ -292,8 +292,7 @@ impl Tlb {
         for table in self.fetch.iter_mut() {
             table[fetch_index(linear)] = NO_FETCH;
         }
-        let (word, bit) = seen_bit(linear / PAGE_BYTES);
-        self.seen.code_pages[word] & bit != 0
+        self.seen.iter().any(|seen| seen.code_pages.contains(&(linear / PAGE_BYTES)))
     }
 
     /// Forgets every permission to write to `host_page` without asking: it has just become code.

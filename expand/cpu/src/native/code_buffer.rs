@@ -13,23 +13,33 @@ pub(crate) struct CodeBuffer {
     writable: *mut u8,
     executable: *const u8,
     code_bytes: usize,
-    used_bytes: usize,
     data_bytes: usize,
+    /// Where each region's next code goes, and where the region ends.
+    regions: [(usize, usize); 2],
+}
+
+/// Code that is executed often lies together, apart from code that seldom is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Region {
+    /// The first part of the buffer.
+    Hot,
+    /// The rest.
+    Cold,
 }
 
 // SAFETY: the mappings belong to this value alone and are process-wide.
 unsafe impl Send for CodeBuffer {}
 
 impl CodeBuffer {
-    /// A buffer for `code_bytes` of code and `data_bytes` of data.
+    /// A buffer for `hot_bytes` and `cold_bytes` of code and `data_bytes` of data.
     ///
     /// # Errors
     /// If the host refuses the memory.
     ///
     /// # Panics
     /// If the sizes are not multiples of a page's.
-    pub(crate) fn new(code_bytes: usize, data_bytes: usize) -> io::Result<Self> {
-        assert!((code_bytes | data_bytes).is_multiple_of(PAGE_BYTES));
+    pub(crate) fn new(hot_bytes: usize, cold_bytes: usize, data_bytes: usize) -> io::Result<Self> {
+        assert!((hot_bytes | cold_bytes | data_bytes).is_multiple_of(PAGE_BYTES));
         // SAFETY: plain system calls on a new file descriptor; each result is checked, and the
         // mappings are unmapped only in `drop`.
         unsafe {
@@ -37,7 +47,7 @@ impl CodeBuffer {
             if file < 0 {
                 return Err(io::Error::last_os_error());
             }
-            let result = Self::map(file, code_bytes, data_bytes);
+            let result = Self::map(file, hot_bytes, hot_bytes + cold_bytes, data_bytes);
             libc::close(file);
             result
         }
@@ -45,7 +55,12 @@ impl CodeBuffer {
 
     /// # Safety
     /// `file` is an open memfd.
-    unsafe fn map(file: i32, code_bytes: usize, data_bytes: usize) -> io::Result<Self> {
+    unsafe fn map(
+        file: i32,
+        hot_bytes: usize,
+        code_bytes: usize,
+        data_bytes: usize,
+    ) -> io::Result<Self> {
         let map = |at: *mut libc::c_void, bytes, protection, flags, file| {
             // SAFETY: a new mapping, at an address of the kernel's choice or over one of ours.
             let address = unsafe { libc::mmap(at, bytes, protection, flags, file, 0) };
@@ -68,28 +83,31 @@ impl CodeBuffer {
         let read_execute = libc::PROT_READ | libc::PROT_EXEC;
         let over = libc::MAP_SHARED | libc::MAP_FIXED;
         let executable = map(both.cast(), code_bytes, read_execute, over, file)?;
-        Ok(Self { writable, executable, code_bytes, used_bytes: 0, data_bytes })
+        let regions = [(0, hot_bytes), (hot_bytes, code_bytes)];
+        Ok(Self { writable, executable, code_bytes, data_bytes, regions })
     }
 
-    /// Where the next code will be executed.
-    pub(crate) fn next_address(&self) -> u64 {
-        self.executable as u64 + self.used_bytes as u64
+    /// Where a region's next code will be executed.
+    pub(crate) fn next_address(&self, region: Region) -> u64 {
+        self.executable as u64 + self.regions[region as usize].0 as u64
     }
 
-    /// Bytes of code that still fit.
-    pub(crate) fn free_bytes(&self) -> usize {
-        self.code_bytes - self.used_bytes
+    /// Bytes of code that still fit a region.
+    pub(crate) fn free_bytes(&self, region: Region) -> usize {
+        let (next, end) = self.regions[region as usize];
+        end - next
     }
 
-    /// Bytes of code so far.
-    pub(crate) fn used_bytes(&self) -> usize {
-        self.used_bytes
+    /// A region's end, for [`CodeBuffer::truncate`].
+    pub(crate) fn mark(&self, region: Region) -> usize {
+        self.regions[region as usize].0
     }
 
-    /// Forgets the code behind the first `used_bytes`; nothing will execute it again.
-    pub(crate) fn truncate(&mut self, used_bytes: usize) {
-        assert!(used_bytes <= self.used_bytes && used_bytes.is_multiple_of(ALIGN_BYTES));
-        self.used_bytes = used_bytes;
+    /// Forgets a region's code behind a mark; nothing will execute it again.
+    pub(crate) fn truncate(&mut self, region: Region, mark: usize) {
+        let next = &mut self.regions[region as usize].0;
+        assert!(mark <= *next, "the mark was taken before");
+        *next = mark;
     }
 
     /// The data behind the code.
@@ -98,18 +116,18 @@ impl CodeBuffer {
     }
 
     /// Appends machine code made for [`CodeBuffer::next_address`]; where it can be executed. `None` if
-    /// the buffer is full.
-    pub(crate) fn append(&mut self, code: &[u8]) -> Option<*const u8> {
-        let start = self.used_bytes;
+    /// the region is full.
+    pub(crate) fn append(&mut self, region: Region, code: &[u8]) -> Option<*const u8> {
+        let (start, limit) = self.regions[region as usize];
         let end = start + code.len();
-        if end > self.code_bytes {
+        if end > limit {
             return None;
         }
         // SAFETY: `start..end` lies in the writable mapping and nothing executes those bytes yet.
         unsafe {
             std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.add(start), code.len());
         }
-        self.used_bytes = end.next_multiple_of(ALIGN_BYTES).min(self.code_bytes);
+        self.regions[region as usize].0 = end.next_multiple_of(ALIGN_BYTES).min(limit);
         Some(self.executable.wrapping_add(start))
     }
 }

@@ -16,7 +16,7 @@ use std::collections::HashMap;
 
 use iced_x86::{Instruction, InstructionInfoFactory};
 
-use code_buffer::CodeBuffer;
+use code_buffer::{CodeBuffer, Region};
 pub(crate) use lower::{MEMORY, is_high_byte, normalise, resized};
 pub(crate) use operand::{
     Form, form, load, needs_alignment, read, run_on, run_register, run_selected, select, write,
@@ -62,7 +62,7 @@ impl Native {
     /// If the host refuses the memory for generated code.
     pub(crate) fn new() -> std::io::Result<Self> {
         Ok(Self {
-            code: CodeBuffer::new(CODE_BYTES, 0)?,
+            code: CodeBuffer::new(CODE_BYTES, 0, 0)?,
             sequences: HashMap::new(),
             info: InstructionInfoFactory::new(),
         })
@@ -78,7 +78,7 @@ impl Native {
         let sequence = Sequence {
             entry: self
                 .code
-                .append(&bytes)
+                .append(Region::Hot, &bytes)
                 .expect("instruction forms are fewer than the buffer holds"),
             memory,
         };

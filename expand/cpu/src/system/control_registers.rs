@@ -267,7 +267,7 @@ impl Cpu {
     /// INVLPG.
     fn invalidate_translation(&mut self, linear: u64) {
         if canonical(linear) && self.memory.flush_page(linear) {
-            self.blocks.forget_addresses();
+            self.blocks.forget_half(linear);
         }
     }
 }

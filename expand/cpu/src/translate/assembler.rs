@@ -49,12 +49,12 @@ pub(super) fn indexed(base: Host, index: Host, scale: u8, displacement: i32) -> 
     Place { base: Some(base), index: Some((index, scale)), displacement }
 }
 
-/// A jump whose target is not emitted yet.
+/// A jump whose target is not known yet.
 #[derive(Clone, Copy, Debug)]
 #[must_use]
-pub(super) struct Forward {
+pub(super) struct Jump {
     /// Where its displacement ends, in the code emitted so far.
-    end: usize,
+    pub(super) end: usize,
     bytes: u8,
 }
 
@@ -84,23 +84,37 @@ impl Assembler {
         self.bytes
     }
 
-    /// How much is emitted, for [`Assembler::take_back`].
+    /// How much is emitted.
     pub(super) fn length(&self) -> usize {
         self.bytes.len()
     }
 
-    /// Drops everything after `length`; no jump from before leads there.
-    pub(super) fn take_back(&mut self, length: usize) {
-        self.bytes.truncate(length);
+    /// A guest instruction with its operands replaced, to be emitted by [`Assembler::bytes`]; `None` if
+    /// there is no such instruction.
+    pub(super) fn encode(&mut self, instruction: &Instruction) -> Option<Vec<u8>> {
+        self.encoder.encode(instruction, 0).ok()?;
+        Some(self.encoder.take_buffer())
     }
 
-    /// A guest instruction with its operands replaced; `None` if there is no such instruction.
-    pub(super) fn guest(&mut self, instruction: &Instruction) -> Option<()> {
-        self.encoder.encode(instruction, 0).ok()?;
-        let encoded = self.encoder.take_buffer();
-        self.bytes.extend_from_slice(&encoded);
-        self.encoder.set_buffer(emptied(encoded));
-        Some(())
+    /// An instruction made by [`Assembler::encode`].
+    pub(super) fn bytes(&mut self, encoded: &[u8]) {
+        self.emit(encoded);
+    }
+
+    /// MOVAPS `[place]` to a vector register.
+    pub(super) fn load_vector(&mut self, number: u8, place: Place) {
+        self.vector(0x28, number, place);
+    }
+
+    /// MOVAPS a vector register to `[place]`.
+    pub(super) fn store_vector(&mut self, place: Place, number: u8) {
+        self.vector(0x29, number, place);
+    }
+
+    fn vector(&mut self, opcode: u8, number: u8, place: Place) {
+        self.rex(false, number, place);
+        self.emit(&[0x0f, opcode]);
+        self.place(number, place);
     }
 
     fn emit(&mut self, bytes: &[u8]) {
@@ -349,37 +363,75 @@ impl Assembler {
     }
 
     /// Jumps where [`Assembler::land`] will say.
-    pub(super) fn jump_forward(&mut self) -> Forward {
+    pub(super) fn jump_forward(&mut self) -> Jump {
         self.emit(&[0xe9, 0, 0, 0, 0]);
-        Forward { end: self.bytes.len(), bytes: 4 }
+        Jump { end: self.bytes.len(), bytes: 4 }
     }
 
     /// The same on condition `code` (the low nibble of Jcc).
-    pub(super) fn jump_forward_if(&mut self, code: u8) -> Forward {
+    pub(super) fn jump_forward_if(&mut self, code: u8) -> Jump {
         self.emit(&[0x0f, 0x80 | code, 0, 0, 0, 0]);
-        Forward { end: self.bytes.len(), bytes: 4 }
+        Jump { end: self.bytes.len(), bytes: 4 }
     }
 
-    /// The same if RCX is zero, at most 127 bytes ahead.
-    pub(super) fn jump_near_if_rcx_zero(&mut self) -> Forward {
+    /// Jumps at most 127 bytes ahead.
+    pub(super) fn jump_near(&mut self) -> Jump {
+        self.emit(&[0xeb, 0]);
+        Jump { end: self.bytes.len(), bytes: 1 }
+    }
+
+    /// Jumps if RCX is zero, at most 128 bytes back or 127 ahead.
+    pub(super) fn jump_near_if_rcx_zero(&mut self) -> Jump {
         self.emit(&[0xe3, 0]);
-        Forward { end: self.bytes.len(), bytes: 1 }
+        Jump { end: self.bytes.len(), bytes: 1 }
+    }
+
+    /// LOOP: takes one from RCX and jumps unless it is zero then, as far as
+    /// [`Assembler::jump_near_if_rcx_zero`].
+    pub(super) fn jump_near_unless_rcx_one(&mut self) -> Jump {
+        self.emit(&[0xe2, 0]);
+        Jump { end: self.bytes.len(), bytes: 1 }
+    }
+
+    /// Room for a jump that is emitted later.
+    pub(super) fn room_for_jump(&mut self) -> Jump {
+        self.emit(&[0xcc; 5]);
+        Jump { end: self.bytes.len(), bytes: 4 }
+    }
+
+    /// Makes that room a jump; where it begins.
+    pub(super) fn fill_room(&mut self, jump: Jump) -> usize {
+        let start = jump.end - 5;
+        self.bytes[start] = 0xe9;
+        start
     }
 
     /// The jump leads here.
-    pub(super) fn land(&mut self, jump: Forward) {
-        let distance = self.bytes.len() - jump.end;
-        let bytes = usize::from(jump.bytes);
-        assert!(bytes == 4 || distance < 128, "a short jump reaches its target");
-        self.bytes[jump.end - bytes..jump.end]
-            .copy_from_slice(&(distance as u32).to_le_bytes()[..bytes]);
+    pub(super) fn land(&mut self, jump: Jump) {
+        self.land_at(jump, self.bytes.len());
     }
-}
 
-/// The encoder's buffer, empty, to be filled again.
-fn emptied(mut buffer: Vec<u8>) -> Vec<u8> {
-    buffer.clear();
-    buffer
+    /// The jump leads to what was emitted at `length`.
+    pub(super) fn land_at(&mut self, jump: Jump, length: usize) {
+        self.set_distance(jump, length as i64 - jump.end as i64);
+    }
+
+    /// The jump leads to an address.
+    pub(super) fn land_on(&mut self, jump: Jump, target: u64) {
+        let end = self.address + jump.end as u64;
+        self.set_distance(jump, target.wrapping_sub(end) as i64);
+    }
+
+    fn set_distance(&mut self, jump: Jump, distance: i64) {
+        let bytes = usize::from(jump.bytes);
+        let fits = if bytes == 1 {
+            i8::try_from(distance).is_ok()
+        } else {
+            i32::try_from(distance).is_ok()
+        };
+        assert!(fits, "a jump reaches its target");
+        self.bytes[jump.end - bytes..jump.end].copy_from_slice(&distance.to_le_bytes()[..bytes]);
+    }
 }
 
 #[cfg(test)]
@@ -404,7 +456,7 @@ mod tests {
 
     #[test]
     fn every_instruction_is_what_its_name_says() {
-        let forward = |code: &mut Assembler, jump: Forward| {
+        let forward = |code: &mut Assembler, jump: Jump| {
             code.copy(RAX, RDX);
             code.land(jump);
         };
@@ -442,6 +494,8 @@ mod tests {
             (&|code| code.rotate_right(R14, R15, 12), "rorx $0xC,%r15,%r14;"),
             (&|code| code.shift_right(RCX, R14, R10), "shrx %r10,%r14,%rcx;"),
             (&|code| code.shift_left(R14, RDX, RCX), "shlx %rcx,%rdx,%r14;"),
+            (&|code| code.load_vector(3, at(RBP, 0x80)), "movaps 0x80(%rbp),%xmm3;"),
+            (&|code| code.store_vector(at(RBP, 0x100), 12), "movaps %xmm12,0x100(%rbp);"),
             (&|code| code.flags_to_ax(), "lahf;seto %al;"),
             (&|code| code.flags_from_ax(), "add $0x7F,%al;sahf;"),
             (&|code| code.test_eax(), "test %eax,%eax;"),
@@ -456,6 +510,30 @@ mod tests {
             (&|code| code.call_register(RAX), "call *%rax;"),
             (&|code| code.jump_to(0x800), "jmp 0x0000000000000800;"),
             (&|code| code.call_to(0x3000), "call 0x0000000000003000;"),
+            (
+                &|code| {
+                    let jump = code.jump_near_unless_rcx_one();
+                    forward(code, jump);
+                },
+                "loop 0x0000000000001005;mov %rdx,%rax;",
+            ),
+            (
+                &|code| {
+                    let jump = code.jump_near();
+                    forward(code, jump);
+                },
+                "jmp 0x0000000000001005;mov %rdx,%rax;",
+            ),
+            (
+                &|code| {
+                    let room = code.room_for_jump();
+                    let start = code.fill_room(room);
+                    code.land_on(room, 0x1000);
+                    let jump = code.jump_near_if_rcx_zero();
+                    code.land_at(jump, start);
+                },
+                "jmp 0x0000000000001000;jrcxz 0x0000000000001000;",
+            ),
             (
                 &|code| {
                     let jump = code.jump_forward();

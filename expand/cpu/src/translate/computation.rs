@@ -5,12 +5,17 @@ use iced_x86::{
     Code, Instruction, InstructionInfoFactory, OpAccess, OpCodeOperandKind, OpKind, Register,
 };
 
-use super::assembler::{Host, indexed};
-use super::emission::Emission;
+use super::assembler::{Host, Place, indexed};
+use super::emission::{Emission, addressable};
 use super::registers::{ADDEND, ADDRESS, Home, SCRATCH, field, home};
 use crate::cpu::Registers;
 use crate::decode::op::Op;
 use crate::native::{self, MemoryUse, is_high_byte, resized};
+
+/// The longest instruction, with a LEA before it.
+const INSTRUCTION_BYTES: usize = 20;
+/// The longest move of a register from or to where it is kept.
+const MOVE_BYTES: usize = 9;
 
 /// A guest general register that an instruction uses.
 #[derive(Clone, Copy)]
@@ -33,29 +38,35 @@ struct Plan {
 /// Emits a computational instruction; `None`, with nothing emitted, if it cannot be inline.
 pub(super) fn emit(emission: &mut Emission<'_>, op: &Op) -> Option<()> {
     let plan = plan(&op.instruction, emission.info)?;
-    let start = emission.code.length();
-    let emitted = emit_plan(emission, op, &plan);
-    if emitted.is_none() {
-        emission.take_back(start);
+    if plan.memory.is_some() && !addressable(op) {
+        return None;
     }
-    emitted
-}
-
-fn emit_plan(emission: &mut Emission<'_>, op: &Op, plan: &Plan) -> Option<()> {
     let mut body = plan.body;
+    let one_register = plan.moved.iter().any(|general| general.host == ADDEND);
+    if plan.memory.is_some() {
+        body.set_memory_base(ADDRESS.register());
+        body.set_memory_index(if one_register { Register::None } else { ADDEND.register() });
+    }
+    let body = emission.code.encode(&body)?;
     if let Some(MemoryUse { size_bytes, writes, .. }) = plan.memory {
-        emission.linear_address(op).ok()?;
+        emission.linear_address(op);
         if native::needs_alignment(&op.instruction) {
             emission.require_alignment();
         }
         emission.translate(writes, u64::from(size_bytes));
-        body.set_memory_base(ADDRESS.register());
-        if plan.moved.iter().any(|general| general.host == ADDEND) {
+        if one_register {
             emission.code.lea(ADDRESS, indexed(ADDRESS, ADDEND, 0, 0));
-        } else {
-            body.set_memory_index(ADDEND.register());
         }
     }
+    emission.settle(INSTRUCTION_BYTES + MOVE_BYTES * 2 * (plan.moved.len() + plan.vector.len()));
+    bring(emission, &plan);
+    emission.code.bytes(&body);
+    take_away(emission, &plan);
+    Some(())
+}
+
+/// Loads what the instruction reads of registers that have no host register.
+fn bring(emission: &mut Emission<'_>, plan: &Plan) {
     for general in plan.moved.iter().filter(|general| general.load) {
         match home(general.guest) {
             Home::Host(host) => emission.code.copy(general.host, host),
@@ -64,13 +75,16 @@ fn emit_plan(emission: &mut Emission<'_>, op: &Op, plan: &Plan) -> Option<()> {
     }
     for &(number, load, _) in &plan.vector {
         if load {
-            emission.code.guest(&vector_move(Code::Movaps_xmm_xmmm128, number)?)?;
+            emission.code.load_vector(number, vector_slot(number));
         }
     }
-    emission.code.guest(&body)?;
+}
+
+/// Stores what it wrote.
+fn take_away(emission: &mut Emission<'_>, plan: &Plan) {
     for &(number, _, store) in &plan.vector {
         if store {
-            emission.code.guest(&vector_move(Code::Movaps_xmmm128_xmm, number)?)?;
+            emission.code.store_vector(vector_slot(number), number);
         }
     }
     for general in plan.moved.iter().filter(|general| general.store) {
@@ -79,21 +93,11 @@ fn emit_plan(emission: &mut Emission<'_>, op: &Op, plan: &Plan) -> Option<()> {
             Home::Memory(place) => emission.code.store(place, general.host),
         }
     }
-    Some(())
 }
 
-/// Loads or stores a guest XMM register, which goes through the host register of its own number.
-fn vector_move(code: Code, number: u8) -> Option<Instruction> {
-    let place = field(std::mem::offset_of!(Registers, xmm) + usize::from(number) * 16);
-    let memory = iced_x86::MemoryOperand::with_base_displ(
-        place.base?.register(),
-        i64::from(place.displacement),
-    );
-    let register = Register::XMM0 + u32::from(number);
-    match code {
-        Code::Movaps_xmm_xmmm128 => Instruction::with2(code, register, memory).ok(),
-        _ => Instruction::with2(code, memory, register).ok(),
-    }
+/// Where a guest XMM register is kept; it goes through the host register of its own number.
+fn vector_slot(number: u8) -> Place {
+    field(std::mem::offset_of!(Registers, xmm) + usize::from(number) * 16)
 }
 
 /// LEA with a 64-bit or 32-bit result.
@@ -101,11 +105,11 @@ pub(super) fn emit_lea(emission: &mut Emission<'_>, op: &Op) -> Option<()> {
     if !matches!(op.instruction.code(), Code::Lea_r64_m | Code::Lea_r32_m) {
         return None;
     }
-    let start = emission.code.length();
-    if emission.effective_address(op).is_err() {
-        emission.take_back(start);
+    if !addressable(op) {
         return None;
     }
+    emission.effective_address(op);
+    emission.settle(INSTRUCTION_BYTES);
     if op.instruction.code() == Code::Lea_r32_m {
         emission.code.zero_extend_32(ADDRESS, ADDRESS);
     }

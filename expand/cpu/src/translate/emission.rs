@@ -1,10 +1,10 @@
-//! A block's code in the making: what every kind of instruction uses.
+//! A unit's code in the making: what every kind of instruction uses.
 
 use std::mem::offset_of;
 
 use iced_x86::InstructionInfoFactory;
 
-use super::assembler::{Assembler, Forward, Place, at, indexed};
+use super::assembler::{Assembler, Host, Jump, Place, at, indexed};
 use super::jump_cache::JumpCache;
 use super::registers::{
     ADDEND, ADDRESS, Home, PAGE_SHIFT, SCRATCH, SHIFT, field, general_slot, home,
@@ -13,45 +13,44 @@ use super::site::{Exit, Site};
 use super::thunks::Thunks;
 use crate::cpu::{BLOCK_RIP, BUDGET, NO_SEGMENT, Registers, ZERO};
 use crate::decode::op::Op;
+use crate::memory::physical::PAGE_BYTES;
 use crate::memory::tlb::Entry;
 
-/// What blocks of one mode know about the CPU.
+/// What units of one mode know about the CPU.
 pub(super) struct Surroundings<'a> {
     pub(super) thunks: Thunks,
     pub(super) jumps: &'a JumpCache,
     pub(super) read_table: i32,
     pub(super) write_table: i32,
+    /// The host runs LOOP as fast as any other jump, as AMD's CPUs do.
+    pub(super) fast_loop: bool,
 }
 
-/// Ways out of a block to known addresses: where a condition holds, and where not.
-pub(super) const MAX_EXITS: usize = 2;
-
 /// What code out of the way does.
-enum Cold {
-    /// Runs a site's operation in Rust and goes on behind it.
+#[derive(Clone, Copy)]
+enum ColdKind {
+    /// Runs a site's operation in Rust and goes on at an address.
     Operation { resume: u64 },
     /// Runs a site's operation in Rust and leaves.
     LastOperation,
-    /// Leaves before the block.
+    /// Leaves before the unit.
     WithoutBudget,
 }
 
-/// A block being translated.
-pub(super) struct Emission<'a> {
-    pub(super) code: Assembler,
-    pub(super) info: &'a mut InstructionInfoFactory,
-    pub(super) surroundings: &'a Surroundings<'a>,
-    /// The linear address of the block, which in 64-bit mode is its RIP.
-    pub(super) linear: u64,
-    /// The sites of the block's operations, in order: they have their place already.
-    pub(super) sites: &'a [Site],
-    /// Exits to known addresses, with where they lead.
-    exits: Vec<(u64, *mut Exit)>,
-    /// Where to put further exits, the next one last, in places that generated code can name.
-    free_exits: Vec<*mut Exit>,
-    cold: Vec<(Vec<Forward>, usize, Cold)>,
-    /// Jumps of the instruction in hand to its slow way.
-    slow: Vec<Forward>,
+/// A piece of code out of the way.
+struct Cold {
+    /// The operation that it runs.
+    number: usize,
+    kind: ColdKind,
+    /// What leads to it.
+    jumps: Vec<Jump>,
+}
+
+/// A way out of the unit from its midst: where a conditional jump leads.
+struct SideExit {
+    jump: Jump,
+    linear: u64,
+    executed: i32,
 }
 
 /// An exit, to be filled in.
@@ -62,130 +61,268 @@ pub(super) struct PlannedExit {
     pub(super) stub: u64,
 }
 
-/// A memory operand that cannot be addressed inline.
-pub(super) struct NotInline;
+/// A unit's code, finished.
+pub(super) struct Finished {
+    pub(super) hot: Vec<u8>,
+    pub(super) cold: Vec<u8>,
+    pub(super) exits: Vec<PlannedExit>,
+}
+
+/// How far a short jump reaches ahead and back.
+const NEAR_AHEAD: usize = 127;
+const NEAR_BACK: usize = 128;
+/// Bytes of a jump in an island, and of the short one over it.
+const ISLAND_JUMP_BYTES: usize = 5;
+const OVER_BYTES: usize = 2;
+/// An island has room for so many jumps from behind it.
+const SPARE_ROOMS: usize = 3;
+/// A jump that is not taken costs little, one that is taken a place in the host's branch predictor.
+/// The check of an access hence jumps where it fails, and a short jump is all that leaves the flags
+/// alone. Islands between instructions take those on to where the slow way is.
+struct Islands {
+    /// Jumps without an island yet, oldest first, with their cold code.
+    pending: Vec<(Jump, usize)>,
+    /// Islands, with where they lead.
+    built: Vec<(usize, usize)>,
+    /// Room for more.
+    rooms: Vec<Jump>,
+}
+
+/// A unit being translated: blocks of one page that run one after the other.
+pub(super) struct Emission<'a> {
+    pub(super) code: Assembler,
+    pub(super) info: &'a mut InstructionInfoFactory,
+    pub(super) surroundings: &'a Surroundings<'a>,
+    /// The linear address of the block in hand, which in 64-bit mode is its RIP.
+    pub(super) linear: u64,
+    /// Instructions of the unit up to the one in hand, which counts.
+    pub(super) executed: i32,
+    /// The sites of the unit's operations, in order: they have their place already.
+    sites: &'a [Site],
+    /// The operation in hand.
+    number: usize,
+    /// Its cold code, if it has a slow way.
+    current: Option<usize>,
+    cold: Vec<Cold>,
+    islands: Islands,
+    side_exits: Vec<SideExit>,
+    /// Exits to known addresses, with where they lead.
+    exits: Vec<(u64, *mut Exit)>,
+    /// Where to put exits, in places that generated code can name: the first of them.
+    first_exit: *mut Exit,
+}
+
+/// Whether an operation's memory operand lies at an address known when it is translated.
+fn is_absolute(op: &Op) -> bool {
+    op.index == ZERO && matches!(op.base, BLOCK_RIP | ZERO)
+}
+
+/// Whether [`Emission::linear_address`] can address an operation's memory operand: all but cut
+/// addresses and a RIP-relative one with an index, which no encoding has.
+pub(super) fn addressable(op: &Op) -> bool {
+    let fits = i32::try_from(op.displacement as i64).is_ok();
+    op.address_mask == u64::MAX && (is_absolute(op) || op.base != BLOCK_RIP && fits)
+}
 
 impl<'a> Emission<'a> {
     pub(super) fn new(
-        code: Assembler,
+        address: u64,
         info: &'a mut InstructionInfoFactory,
         surroundings: &'a Surroundings<'a>,
-        linear: u64,
         sites: &'a [Site],
-        free_exits: [*mut Exit; MAX_EXITS],
+        first_exit: *mut Exit,
     ) -> Self {
+        let mut code = Assembler::new(address);
+        let rooms = (0..SPARE_ROOMS).map(|_| code.room_for_jump()).collect();
         Self {
             code,
             info,
             surroundings,
-            linear,
+            linear: 0,
+            executed: 0,
             sites,
-            exits: Vec::new(),
-            free_exits: free_exits.into_iter().rev().collect(),
+            number: 0,
+            current: None,
             cold: Vec::new(),
-            slow: Vec::new(),
+            islands: Islands { pending: Vec::new(), built: Vec::new(), rooms },
+            side_exits: Vec::new(),
+            exits: Vec::new(),
+            first_exit,
         }
     }
 
-    /// Takes the block's instructions from the budget, or leaves.
-    pub(super) fn take_budget(&mut self) {
+    /// Leaves unless the budget allows the whole unit; where the unit is entered.
+    pub(super) fn enter(&mut self) -> u64 {
         const SIGN_SHIFT: u64 = 63;
-        let budget = general_slot(BUDGET);
-        self.code.load(ADDEND, budget);
-        self.code.lea(ADDEND, at(ADDEND, -(self.sites.len() as i32)));
-        self.code.store(budget, ADDEND);
+        let entry = self.code.here();
+        self.code.load(ADDEND, general_slot(BUDGET));
+        self.code.lea(ADDEND, at(ADDEND, self.sites.len() as i32));
         self.code.immediate(SCRATCH, SIGN_SHIFT);
         self.code.shift_right(SCRATCH, ADDEND, SCRATCH);
-        let enough = self.code.jump_near_if_rcx_zero();
-        let short = self.code.jump_forward();
-        self.code.land(enough);
-        self.cold.push((vec![short], 0, Cold::WithoutBudget));
+        let short = self.code.jump_near_if_rcx_zero();
+        self.cold.push(Cold { number: 0, kind: ColdKind::WithoutBudget, jumps: Vec::new() });
+        self.lead_to_cold(short, 0);
+        entry
     }
 
-    /// Runs an operation in Rust, in line.
-    pub(super) fn run_operation(&mut self, number: usize) {
-        self.code.immediate(ADDEND, std::ptr::from_ref(&self.sites[number]) as u64);
+    /// Takes the instructions that have run from the budget: what every way out of the unit does.
+    pub(super) fn charge(&mut self) {
+        self.charge_for(self.executed);
+    }
+
+    fn charge_for(&mut self, executed: i32) {
+        let budget = general_slot(BUDGET);
+        self.code.load(SCRATCH, budget);
+        self.code.lea(SCRATCH, at(SCRATCH, executed));
+        self.code.store(budget, SCRATCH);
+    }
+
+    /// Begins the operation `number` of the unit.
+    pub(super) fn begin(&mut self, number: usize) {
+        self.number = number;
+        self.executed = number as i32 + 1;
+    }
+
+    /// Runs the operation in hand in Rust, in line.
+    pub(super) fn run_operation(&mut self) {
+        self.settle(32);
+        self.code.immediate(ADDEND, self.site(self.number));
         self.code.call_to(self.surroundings.thunks.operation);
     }
 
-    /// Runs the block's last operation in Rust and leaves.
-    pub(super) fn run_last_operation(&mut self, number: usize) {
-        self.code.immediate(ADDEND, std::ptr::from_ref(&self.sites[number]) as u64);
+    /// Runs the operation in hand, the unit's last, in Rust and leaves.
+    pub(super) fn run_last_operation(&mut self) {
+        self.settle(32);
+        self.code.immediate(ADDEND, self.site(self.number));
         self.code.jump_to(self.surroundings.thunks.last_operation);
     }
 
-    /// The instruction in hand takes its slow way if `jump` is taken.
-    pub(super) fn slow_if(&mut self, jump: Forward) {
-        self.slow.push(jump);
+    fn site(&self, number: usize) -> u64 {
+        std::ptr::from_ref(&self.sites[number]) as u64
     }
 
-    /// The instruction in hand is done; the slow way comes back here.
-    pub(super) fn end_instruction(&mut self, number: usize) {
+    /// The operation in hand is done; its slow way comes back here.
+    pub(super) fn end(&mut self) {
         let resume = self.code.here();
-        self.end_slow(number, Cold::Operation { resume });
-    }
-
-    /// The same for one that ends the block: the slow way leaves.
-    pub(super) fn end_last_instruction(&mut self, number: usize) {
-        self.end_slow(number, Cold::LastOperation);
-    }
-
-    fn end_slow(&mut self, number: usize, cold: Cold) {
-        if !self.slow.is_empty() {
-            self.cold.push((std::mem::take(&mut self.slow), number, cold));
+        if let Some(cold) = self.current.take() {
+            self.cold[cold].kind = ColdKind::Operation { resume };
         }
     }
 
-    /// Drops what was emitted of the instruction in hand since `length`.
-    pub(super) fn take_back(&mut self, length: usize) {
-        self.slow.clear();
-        self.code.take_back(length);
+    /// The same for one that ends the unit: its slow way leaves.
+    pub(super) fn end_last(&mut self) {
+        self.current = None;
     }
 
-    /// [`ADDRESS`] = the linear address of the operation's memory operand.
-    pub(super) fn linear_address(&mut self, op: &Op) -> Result<(), NotInline> {
-        self.effective_address(op)?;
-        if op.segment != NO_SEGMENT {
-            let bases = offset_of!(Registers, segment_base);
-            let segment = usize::from(op.segment);
-            // ES, CS, SS and DS have no base in 64-bit mode.
-            if segment >= reprise_trace::cpu_state::FS {
-                self.code.load(ADDEND, field(bases + segment * 8));
-                self.code.lea(ADDRESS, indexed(ADDRESS, ADDEND, 0, 0));
-            }
+    /// What [`SCRATCH`] must be for [`Emission::slow_unless_found`] not to take the slow way.
+    pub(super) fn found(&self) -> i32 {
+        i32::from(self.surroundings.fast_loop)
+    }
+
+    /// The operation in hand takes its slow way unless [`SCRATCH`] says that something was found.
+    pub(super) fn slow_unless_found(&mut self) {
+        let cold = *self.current.get_or_insert_with(|| {
+            let (number, kind) = (self.number, ColdKind::LastOperation);
+            self.cold.push(Cold { number, kind, jumps: Vec::new() });
+            self.cold.len() - 1
+        });
+        if self.surroundings.fast_loop {
+            let missing = self.code.jump_near_unless_rcx_one();
+            self.lead_to_cold(missing, cold);
+        } else {
+            let found = self.code.jump_near_if_rcx_zero();
+            let missing = self.code.jump_forward();
+            self.code.land(found);
+            self.cold[cold].jumps.push(missing);
         }
-        Ok(())
+    }
+
+    /// A short jump leads to cold code, by an island.
+    fn lead_to_cold(&mut self, jump: Jump, cold: usize) {
+        let reachable = |place: usize| place + NEAR_BACK >= jump.end;
+        let built = &self.islands.built;
+        if let Some(&(place, _)) =
+            built.iter().find(|(place, leads_to)| *leads_to == cold && reachable(*place))
+        {
+            return self.code.land_at(jump, place);
+        }
+        self.islands.rooms.retain(|room| reachable(room.end - ISLAND_JUMP_BYTES));
+        if self.islands.rooms.is_empty() {
+            return self.islands.pending.push((jump, cold));
+        }
+        let room = self.islands.rooms.remove(0);
+        let place = self.build_island(room, cold);
+        self.code.land_at(jump, place);
+    }
+
+    fn build_island(&mut self, room: Jump, cold: usize) -> usize {
+        let place = self.code.fill_room(room);
+        self.cold[cold].jumps.push(room);
+        self.islands.built.push((place, cold));
+        place
+    }
+
+    /// Sees that jumps which still need an island will have one in reach after another `bytes`.
+    pub(super) fn settle(&mut self, bytes: usize) {
+        let Some((oldest, _)) = self.islands.pending.first() else { return };
+        let islands = self.islands.pending.len() * ISLAND_JUMP_BYTES;
+        if self.code.length() + bytes + OVER_BYTES + islands > oldest.end + NEAR_AHEAD {
+            let over = self.code.jump_near();
+            self.build_pending();
+            self.islands.rooms = (0..SPARE_ROOMS).map(|_| self.code.room_for_jump()).collect();
+            self.code.land(over);
+        }
+    }
+
+    fn build_pending(&mut self) {
+        for (jump, cold) in std::mem::take(&mut self.islands.pending) {
+            let here = self
+                .islands
+                .built
+                .iter()
+                .rev()
+                .find(|(place, leads_to)| *leads_to == cold && *place > jump.end);
+            let place = match here {
+                Some(&(place, _)) => place,
+                None => {
+                    let room = self.code.room_for_jump();
+                    self.build_island(room, cold)
+                }
+            };
+            self.code.land_at(jump, place);
+        }
+    }
+
+    /// [`ADDRESS`] = the linear address of the operation's memory operand, which is
+    /// [addressable](addressable).
+    pub(super) fn linear_address(&mut self, op: &Op) {
+        self.effective_address(op);
+        // ES, CS, SS and DS have no base in 64-bit mode.
+        if op.segment != NO_SEGMENT && usize::from(op.segment) >= reprise_trace::cpu_state::FS {
+            let base = offset_of!(Registers, segment_base) + usize::from(op.segment) * 8;
+            self.code.load(ADDEND, field(base));
+            self.code.lea(ADDRESS, indexed(ADDRESS, ADDEND, 0, 0));
+        }
     }
 
     /// [`ADDRESS`] = the memory operand's offset in its segment. Uses [`ADDEND`].
-    pub(super) fn effective_address(&mut self, op: &Op) -> Result<(), NotInline> {
-        if op.address_mask != u64::MAX {
-            return Err(NotInline);
-        }
-        if op.base == BLOCK_RIP || op.base == ZERO && op.index == ZERO {
+    pub(super) fn effective_address(&mut self, op: &Op) {
+        self.settle(32);
+        if is_absolute(op) {
             let base = if op.base == BLOCK_RIP { self.linear } else { 0 };
-            if op.index != ZERO {
-                return Err(NotInline);
-            }
-            self.code.immediate(ADDRESS, base.wrapping_add(op.displacement));
-            return Ok(());
+            return self.code.immediate(ADDRESS, base.wrapping_add(op.displacement));
         }
-        let displacement = i32::try_from(op.displacement as i64).map_err(|_| NotInline)?;
         let base = (op.base != ZERO).then(|| self.in_register(op.base, ADDRESS));
         let index = (op.index != ZERO).then(|| (self.in_register(op.index, ADDEND), op.scale));
+        let displacement = op.displacement as i32;
         match (base, index) {
             (Some(base), None) if displacement == 0 => self.code.copy(ADDRESS, base),
             _ => self.code.lea(ADDRESS, Place { base, index, displacement }),
         }
-        Ok(())
     }
 
     /// A guest register's value in a host register, `spare` if it has none of its own.
-    pub(super) fn in_register(
-        &mut self,
-        guest: u8,
-        spare: super::assembler::Host,
-    ) -> super::assembler::Host {
+    pub(super) fn in_register(&mut self, guest: u8, spare: Host) -> Host {
         match home(guest) {
             Home::Host(host) => host,
             Home::Memory(place) => {
@@ -199,6 +336,7 @@ impl<'a> Emission<'a> {
     /// at [`ADDRESS`] + [`ADDEND`]. Takes the slow way if they cannot be accessed without asking.
     pub(super) fn translate(&mut self, write: bool, size: u64) {
         const { assert!(size_of::<Entry>() == 16) };
+        self.settle(64);
         let surroundings = self.surroundings;
         let table = if write { surroundings.write_table } else { surroundings.read_table };
         let entry = |offset: usize| Place {
@@ -210,59 +348,85 @@ impl<'a> Emission<'a> {
         self.code.zero_extend_16(ADDEND, ADDEND);
         self.code.lea(ADDEND, indexed(ADDEND, ADDEND, 0, 0));
         self.code.load(SCRATCH, entry(offset_of!(Entry, negated_tag)));
-        self.code.lea(SCRATCH, indexed(SCRATCH, ADDRESS, 0, size as i32 - 1));
+        // The last byte's distance from the tag's page, in pages, is what is found.
+        let distance = size as i32 - 1 + self.found() * PAGE_BYTES as i32;
+        self.code.lea(SCRATCH, indexed(SCRATCH, ADDRESS, 0, distance));
         self.code.shift_right(SCRATCH, SCRATCH, SHIFT);
-        let hit = self.code.jump_near_if_rcx_zero();
-        let miss = self.code.jump_forward();
-        self.slow_if(miss);
-        self.code.land(hit);
+        self.slow_unless_found();
         self.code.load(ADDEND, entry(offset_of!(Entry, addend)));
     }
 
     /// Takes the slow way unless [`ADDRESS`] is a multiple of 16.
     pub(super) fn require_alignment(&mut self) {
         const LOW_BITS_SHIFT: u64 = 60;
+        self.settle(32);
         self.code.immediate(SCRATCH, LOW_BITS_SHIFT);
         self.code.shift_left(SCRATCH, ADDRESS, SCRATCH);
-        let aligned = self.code.jump_near_if_rcx_zero();
-        let misaligned = self.code.jump_forward();
-        self.slow_if(misaligned);
-        self.code.land(aligned);
+        let found = self.found();
+        if found != 0 {
+            self.code.lea(SCRATCH, at(SCRATCH, found));
+        }
+        self.slow_unless_found();
     }
 
-    /// Leaves the block for a known address.
-    ///
-    /// # Panics
-    /// If the block has more exits than [`MAX_EXITS`].
+    /// Looks for the code at [`ADDRESS`]: afterwards [`ADDEND`] points at its entry in the jump cache.
+    /// Takes the slow way, which does all of the instruction, if there is none.
+    pub(super) fn search(&mut self) {
+        self.settle(64);
+        let found = self.found();
+        self.surroundings.jumps.emit_search(&mut self.code, found);
+        self.slow_unless_found();
+    }
+
+    /// Leaves the unit for a known address where condition `code` holds.
+    pub(super) fn exit_if(&mut self, code: u8, linear: u64) {
+        self.settle(16);
+        let jump = self.code.jump_forward_if(code);
+        self.side_exits.push(SideExit { jump, linear, executed: self.executed });
+    }
+
+    /// Leaves the unit for a known address.
     pub(super) fn exit_to(&mut self, linear: u64) {
-        let exit = self.free_exits.pop().expect("a block has two ways out at most");
+        self.exit_after(linear, self.executed);
+    }
+
+    fn exit_after(&mut self, linear: u64, executed: i32) {
+        self.settle(32);
+        self.charge_for(executed);
+        let exit = self.first_exit.wrapping_add(self.exits.len());
         self.code.jump_through(exit as u64);
         self.exits.push((linear, exit));
     }
 
-    /// Emits what is out of the way, and gives each exit the code that leaves by it.
-    pub(super) fn finish(mut self) -> (Vec<u8>, Vec<PlannedExit>) {
-        for (jumps, number, cold) in std::mem::take(&mut self.cold) {
-            for jump in jumps {
-                self.code.land(jump);
+    /// Emits what is out of the way, to be executed at `cold_address`.
+    pub(super) fn finish(mut self, cold_address: u64) -> Finished {
+        for SideExit { jump, linear, executed } in std::mem::take(&mut self.side_exits) {
+            self.code.land(jump);
+            self.exit_after(linear, executed);
+        }
+        self.build_pending();
+        let thunks = &self.surroundings.thunks;
+        let mut away = Assembler::new(cold_address);
+        for Cold { number, kind, jumps } in &self.cold {
+            for &jump in jumps {
+                self.code.land_on(jump, away.here());
             }
-            let thunks = &self.surroundings.thunks;
-            self.code.immediate(ADDEND, std::ptr::from_ref(&self.sites[number]) as u64);
-            match cold {
-                Cold::Operation { resume } => {
-                    self.code.call_to(thunks.operation);
-                    self.code.jump_to(resume);
+            away.immediate(ADDEND, self.site(*number));
+            match *kind {
+                ColdKind::Operation { resume } => {
+                    away.call_to(thunks.operation);
+                    away.jump_to(resume);
                 }
-                Cold::LastOperation => self.code.jump_to(thunks.last_operation),
-                Cold::WithoutBudget => self.code.jump_to(thunks.without_budget),
+                ColdKind::LastOperation => away.jump_to(thunks.last_operation),
+                ColdKind::WithoutBudget => away.jump_to(thunks.without_budget),
             }
         }
         let mut exits = Vec::new();
-        for (linear, exit) in std::mem::take(&mut self.exits) {
-            exits.push(PlannedExit { linear, exit, stub: self.code.here() });
-            self.code.immediate(ADDEND, exit as u64);
-            self.code.jump_to(self.surroundings.thunks.exit);
+        for &(linear, exit) in &self.exits {
+            exits.push(PlannedExit { linear, exit, stub: away.here() });
+            away.immediate(ADDEND, exit as u64);
+            away.jump_to(thunks.exit);
         }
-        (self.code.finish(), exits)
+        Finished { hot: self.code.finish(), cold: away.finish(), exits }
     }
 }

@@ -1,7 +1,7 @@
 //! Where indirect jumps find their target's code: by linear address, for one mode.
 #![allow(unsafe_code)]
 
-use super::assembler::{Assembler, Forward, at, indexed};
+use super::assembler::{Assembler, at, indexed};
 use super::registers::{ADDEND, ADDRESS, SCRATCH};
 use crate::memory::low_memory::{AnyBytes, LowMemory};
 
@@ -62,20 +62,16 @@ impl JumpCache {
         }
     }
 
-    /// Emits the search for the target in [`ADDRESS`]; afterwards [`ADDEND`] points at its entry. The
-    /// jump that it gives is taken if there is none.
-    pub(super) fn emit_search(&self, code: &mut Assembler) -> Forward {
+    /// Emits the search for the target in [`ADDRESS`]; afterwards [`ADDEND`] points at its entry, and
+    /// [`SCRATCH`] is `found` if it is the target's.
+    pub(super) fn emit_search(&self, code: &mut Assembler, found: i32) {
         code.rotate_right(ADDEND, ADDRESS, INDEX_SHIFT);
         code.zero_extend_16(ADDEND, ADDEND);
         code.lea(ADDEND, indexed(ADDEND, ADDEND, 0, 0));
         code.immediate(SCRATCH, self.entries.address() as u64);
         code.lea(ADDEND, indexed(SCRATCH, ADDEND, 3, 0));
         code.load(SCRATCH, at(ADDEND, 0));
-        code.lea(SCRATCH, indexed(SCRATCH, ADDRESS, 0, 0));
-        let hit = code.jump_near_if_rcx_zero();
-        let miss = code.jump_forward();
-        code.land(hit);
-        miss
+        code.lea(SCRATCH, indexed(SCRATCH, ADDRESS, 0, found));
     }
 }
 

@@ -22,26 +22,32 @@ use std::ptr::NonNull;
 
 use iced_x86::InstructionInfoFactory;
 
-use crate::cpu::{BUDGET, Cpu, LEFT_AT};
+use crate::cpu::{Cpu, LEFT_AT};
 use crate::decode::block_cache::Block;
 use crate::decode::op::Op;
 use crate::fault::Flow;
 use crate::memory::physical::PAGE_BYTES;
 use crate::mode::Mode;
-use crate::native::code_buffer::CodeBuffer;
+use crate::native::code_buffer::{CodeBuffer, Region};
 use crate::ops;
-use assembler::Assembler;
-use emission::{Emission, MAX_EXITS, PlannedExit, Surroundings};
+use branch::Next;
+use emission::{Emission, Finished, PlannedExit, Surroundings};
 use jump_cache::JumpCache;
 use site::{Exit, LEFT_AFTER_BLOCK, LEFT_BY_EXIT, LEFT_WITHOUT_BUDGET, Site};
 use thunks::Thunks;
 
-/// Bytes of translated code, at most.
-const CODE_BYTES: usize = 64 << 20;
+/// Bytes of translated code, at most: what runs often, and what is out of its way.
+const HOT_BYTES: usize = 64 << 20;
+const COLD_BYTES: usize = 32 << 20;
 /// Bytes of exits, at most.
 const EXIT_BYTES: usize = 16 << 20;
-/// No block's code is longer.
-const MAX_BLOCK_CODE_BYTES: usize = 32 << 10;
+/// Blocks that are translated as one unit, at most, and their instructions.
+const MAX_UNIT_BLOCKS: usize = 8;
+const MAX_UNIT_INSTRUCTIONS: usize = 64;
+/// A unit's exits, at most: one for each block that may go elsewhere, and one at its end.
+const MAX_UNIT_EXITS: usize = MAX_UNIT_BLOCKS + 1;
+/// No unit's code is longer.
+const MAX_UNIT_CODE_BYTES: usize = 32 << 10;
 /// A block is translated when it has run so often.
 const HOT_RUNS: u32 = 16;
 /// Instructions that translated code runs, at most, before it looks whether somebody kicks.
@@ -74,6 +80,8 @@ impl Translation {
 pub(crate) enum Left {
     /// The block at RIP is next. RIP and the count are set.
     ForNext,
+    /// The same, but translated code is longer than what is still to run.
+    ForLess,
     /// An operation did not simply retire: what the block loop does then.
     Stopped { block: NonNull<Block>, flow: Flow },
 }
@@ -82,8 +90,12 @@ pub(crate) enum Left {
 pub(crate) struct Translator {
     buffer: CodeBuffer,
     thunks: Thunks,
-    /// Code bytes of the thunks.
-    thunk_bytes: usize,
+    /// Where the code behind the thunks begins.
+    after_thunks: usize,
+    /// Where the cold code begins.
+    cold_start: usize,
+    /// The host runs LOOP as fast as any other jump.
+    fast_loop: bool,
     info: InstructionInfoFactory,
     used_exits: usize,
     sites: Vec<Box<[Site]>>,
@@ -119,10 +131,12 @@ impl Translator {
         if !std::arch::is_x86_feature_detected!("bmi2") {
             return Ok(None);
         }
-        let mut buffer = CodeBuffer::new(CODE_BYTES, EXIT_BYTES)?;
+        let mut buffer = CodeBuffer::new(HOT_BYTES, COLD_BYTES, EXIT_BYTES)?;
         let thunks = Thunks::new(&mut buffer);
         Ok(Some(Self {
-            thunk_bytes: buffer.used_bytes(),
+            after_thunks: buffer.mark(Region::Hot),
+            cold_start: buffer.mark(Region::Cold),
+            fast_loop: host_is_amd(),
             buffer,
             thunks,
             info: InstructionInfoFactory::new(),
@@ -145,7 +159,8 @@ impl Translator {
 
     /// Forgets all code. Whoever keeps pointers to it forgets them too.
     pub(crate) fn clear(&mut self) {
-        self.buffer.truncate(self.thunk_bytes);
+        self.buffer.truncate(Region::Hot, self.after_thunks);
+        self.buffer.truncate(Region::Cold, self.cold_start);
         self.used_exits = 0;
         self.sites.clear();
         for half in 0..2 {
@@ -156,14 +171,9 @@ impl Translator {
     }
 
     fn has_room(&self) -> bool {
-        self.buffer.free_bytes() >= MAX_BLOCK_CODE_BYTES
-            && (self.used_exits + MAX_EXITS) * size_of::<Exit>() <= EXIT_BYTES
-    }
-
-    /// Where the next exits go.
-    fn next_exits(&self) -> [*mut Exit; MAX_EXITS] {
-        let exits = self.buffer.data().0.cast::<Exit>();
-        std::array::from_fn(|number| exits.wrapping_add(self.used_exits + number))
+        let fits = |region| self.buffer.free_bytes(region) >= MAX_UNIT_CODE_BYTES;
+        let exits = (self.used_exits + MAX_UNIT_EXITS) * size_of::<Exit>();
+        fits(Region::Hot) && fits(Region::Cold) && exits <= EXIT_BYTES
     }
 
     /// The jump cache of `mode`, by number.
@@ -185,6 +195,13 @@ impl Translator {
     }
 }
 
+/// Whether the host's LOOP is fast, as AMD's is and Intel's is not.
+fn host_is_amd() -> bool {
+    let vendor = std::arch::x86_64::__cpuid(0);
+    let name = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat();
+    matches!(&name[..], b"AuthenticAMD" | b"HygonGenuine")
+}
+
 impl Cpu {
     /// The code of `block`, which lies at `linear`, translated now if it has become worth it.
     #[inline]
@@ -199,6 +216,9 @@ impl Cpu {
             let before = std::mem::replace(&mut translator.generations, generations);
             for half in [0, 1].into_iter().filter(|&half| before[half] != generations[half]) {
                 translator.forget_half(half);
+                if let Some(profile) = &mut self.profile {
+                    profile.links_forgotten[half] += 1;
+                }
             }
         }
         if translator.epoch != self.blocks.epoch() {
@@ -245,6 +265,7 @@ impl Cpu {
         if !translator.has_room() {
             self.blocks.forget_translations();
             self.translator.as_mut()?.clear();
+            self.count(|profile| profile.code_dropped += 1);
         }
         let physical = self.memory.fetch_address(linear).ok()?;
         if !self.memory.physical.is_ram(physical) {
@@ -252,11 +273,13 @@ impl Cpu {
         }
         let code = self.translate_block(block, linear, physical)?;
         block.set_translation(linear, self.mode, code);
+        self.count(|profile| profile.blocks_translated += 1);
         Some(code)
     }
 
     fn translate_block(&mut self, block: &Block, linear: u64, physical: u64) -> Option<*const u8> {
         let mode = self.mode;
+        let unit = self.unit(block, linear, physical);
         let translator = self.translator.as_mut()?;
         let jumps = translator.jumps(mode)?;
         let surroundings = Surroundings {
@@ -264,30 +287,23 @@ impl Cpu {
             jumps: &translator.jumps[jumps].1,
             read_table: self.memory.table_address(false),
             write_table: self.memory.table_address(true),
+            fast_loop: translator.fast_loop,
         };
-        let free_exits = translator.next_exits();
-        let sites: Box<[Site]> = block
-            .ops
-            .iter()
-            .map(|op| Site {
-                op: NonNull::from(op),
-                block: NonNull::from(block),
-                block_rip: linear,
-                block_length: block.ops.len() as u64,
-            })
-            .collect();
+        let sites = sites(&unit);
         let mut emission = Emission::new(
-            Assembler::new(translator.buffer.next_address()),
+            translator.buffer.next_address(Region::Hot),
             &mut translator.info,
             &surroundings,
-            linear,
             &sites,
-            free_exits,
+            translator.buffer.data().0.cast::<Exit>().wrapping_add(translator.used_exits),
         );
-        emit_block(&mut emission, block);
-        let (code, exits) = emission.finish();
-        assert!(code.len() <= MAX_BLOCK_CODE_BYTES, "a block's code has a bound");
-        let entry = translator.buffer.append(&code)?;
+        let entry = emit_unit(&mut emission, &unit);
+        let Finished { hot, cold, exits } =
+            emission.finish(translator.buffer.next_address(Region::Cold));
+        assert!(hot.len() <= MAX_UNIT_CODE_BYTES && cold.len() <= MAX_UNIT_CODE_BYTES);
+        assert!(exits.len() <= MAX_UNIT_EXITS, "a unit has two ways out for each of its blocks");
+        translator.buffer.append(Region::Hot, &hot)?;
+        translator.buffer.append(Region::Cold, &cold)?;
         translator.used_exits += exits.len();
         let page = linear & !(PAGE_BYTES - 1);
         for &PlannedExit { linear, exit, stub } in &exits {
@@ -299,20 +315,49 @@ impl Cpu {
         translator.sites.push(sites);
         let exits = exits.iter().filter_map(|planned| NonNull::new(planned.exit));
         self.blocks.note_exits(physical, exits);
-        Some(entry)
+        Some(entry as *const u8)
+    }
+
+    /// The blocks that are translated with `block`: those that run after it within its page, as far as
+    /// they have run before.
+    fn unit(&self, block: &Block, linear: u64, physical: u64) -> Vec<Part> {
+        let mode = self.mode.of_decoding();
+        let mut unit = vec![Part { block: NonNull::from(block), linear }];
+        let mut instructions = block.ops.len();
+        while unit.len() < MAX_UNIT_BLOCKS {
+            let last = &unit[unit.len() - 1];
+            // SAFETY: the cache drops no block while this holds the CPU.
+            let Some(next) = branch::goes_on(unsafe { last.block.as_ref() }, last.linear) else {
+                break;
+            };
+            let page = PAGE_BYTES - 1;
+            let address = (physical & !page) | (next & page);
+            let seen = unit.iter().any(|part| part.linear == next);
+            if seen || next & !page != linear & !page {
+                break;
+            }
+            let Some(next_block) = self.blocks.by_physical(address, mode) else { break };
+            // SAFETY: as above.
+            let next_ref = unsafe { next_block.as_ref() };
+            instructions += next_ref.ops.len();
+            if next_ref.second_page.is_some() || instructions > MAX_UNIT_INSTRUCTIONS {
+                break;
+            }
+            unit.push(Part { block: next_block, linear: next });
+        }
+        unit
     }
 
     /// Runs translated code from `code`, the block at RIP's, until it leaves, but not past `until`.
     pub(crate) fn run_translated(&mut self, code: *const u8, until: u64) -> Left {
-        let budget = (until - self.tick).min(SLICE);
-        self.budget_end = self.tick + budget;
-        self.registers.gpr[usize::from(BUDGET)] = budget;
+        self.set_budget(until.min(self.tick + SLICE));
         let translator = self.translator.as_ref().expect("there is code, so there is a translator");
         // SAFETY: the thunk was made to be called so.
         let enter: unsafe extern "sysv64" fn(*mut Cpu, *const u8) -> u32 =
             unsafe { std::mem::transmute(translator.thunks.enter) };
         // SAFETY: `code` was made for the CPU's present mode, of a block in the cache.
         let reason = unsafe { enter(&raw mut *self, code) };
+        self.count(|profile| profile.note_leaving(reason));
         let left_at = self.registers.gpr[usize::from(LEFT_AT)];
         let translator = self.translator.as_mut().expect("as before");
         match reason {
@@ -330,10 +375,9 @@ impl Cpu {
             }
             LEFT_WITHOUT_BUDGET => {
                 // SAFETY: sites live until the translator is cleared.
-                let site = unsafe { &*(left_at as *const Site) };
-                self.rip = site.block_rip;
-                self.tick = self.tick_at_budget().wrapping_sub(site.block_length);
-                Left::ForNext
+                self.rip = unsafe { &*(left_at as *const Site) }.block_rip;
+                self.tick = self.tick_at_budget();
+                if self.budget_end == until { Left::ForLess } else { Left::ForNext }
             }
             flow => {
                 // SAFETY: as above.
@@ -346,27 +390,77 @@ impl Cpu {
     }
 }
 
-fn emit_block(emission: &mut Emission<'_>, block: &Block) {
-    emission.take_budget();
-    let last = block.ops.len() - 1;
-    for (number, op) in block.ops.iter().enumerate() {
-        if number == last && block.ends_in_branch {
-            match branch::emit(emission, op) {
-                Some(()) => emission.end_last_instruction(number),
-                None => emission.run_last_operation(number),
-            }
-        } else if emit_operation(emission, op).is_some() {
-            emission.end_instruction(number);
-            if number == last {
-                let next = u64::from(op.offset) + u64::from(op.length);
-                emission.exit_to(emission.linear.wrapping_add(next));
-            }
-        } else if number == last {
-            emission.run_last_operation(number);
-        } else {
-            emission.run_operation(number);
+/// A block of a unit, at its linear address.
+struct Part {
+    block: NonNull<Block>,
+    linear: u64,
+}
+
+impl Part {
+    fn block(&self) -> &Block {
+        // SAFETY: a unit is put together and translated while the CPU is borrowed, and the cache drops
+        // no block meanwhile.
+        unsafe { self.block.as_ref() }
+    }
+}
+
+/// The sites of a unit's operations.
+fn sites(unit: &[Part]) -> Box<[Site]> {
+    let mut before_block = 0;
+    let mut sites = Vec::new();
+    for part in unit {
+        let ops = &part.block().ops;
+        sites.extend(ops.iter().map(|op| Site {
+            op: NonNull::from(op),
+            block: part.block,
+            block_rip: part.linear,
+            before_block,
+        }));
+        before_block += ops.len() as u64;
+    }
+    sites.into_boxed_slice()
+}
+
+/// Emits a unit; where it is entered.
+fn emit_unit(emission: &mut Emission<'_>, unit: &[Part]) -> u64 {
+    let entry = emission.enter();
+    let mut number = 0;
+    for (index, part) in unit.iter().enumerate() {
+        let block = part.block();
+        emission.linear = part.linear;
+        let next = emit_block(emission, block, number);
+        number += block.ops.len();
+        match next {
+            Next::At(linear) if unit.get(index + 1).is_some_and(|part| part.linear == linear) => {}
+            Next::At(linear) => emission.exit_to(linear),
+            Next::Out => break,
         }
     }
+    entry
+}
+
+/// Emits a block, whose first operation is the unit's `first`; where it goes on.
+fn emit_block(emission: &mut Emission<'_>, block: &Block, first: usize) -> Next {
+    let (last, others) = block.ops.split_last().expect("a block has an instruction");
+    for (number, op) in others.iter().enumerate() {
+        emission.begin(first + number);
+        match emit_operation(emission, op) {
+            Some(()) => emission.end(),
+            None => emission.run_operation(),
+        }
+    }
+    emission.begin(first + others.len());
+    let next = if block.ends_in_branch {
+        branch::emit(emission, last)
+    } else {
+        emit_operation(emission, last).map(|()| Next::At(branch::following(last, emission.linear)))
+    };
+    match next {
+        Some(Next::Out) => emission.end_last(),
+        Some(Next::At(_)) => emission.end(),
+        None => emission.run_last_operation(),
+    }
+    next.unwrap_or(Next::Out)
 }
 
 /// Emits an operation in line; `None`, with nothing emitted, if it must be run in Rust.

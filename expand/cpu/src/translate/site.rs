@@ -10,11 +10,11 @@ use crate::fault::Flow;
 use crate::mode::Mode;
 
 /// Why translated code was left, beside the values of [`Flow`] but [`Flow::NEXT`]: by an exit.
-pub(super) const LEFT_BY_EXIT: u32 = 8;
+pub(crate) const LEFT_BY_EXIT: u32 = 8;
 /// Before a block that the budget is too small for.
-pub(super) const LEFT_WITHOUT_BUDGET: u32 = 9;
+pub(crate) const LEFT_WITHOUT_BUDGET: u32 = 9;
 /// The block's last operation was run in Rust; RIP is set.
-pub(super) const LEFT_AFTER_BLOCK: u32 = 10;
+pub(crate) const LEFT_AFTER_BLOCK: u32 = 10;
 
 /// An operation of a translated block.
 #[derive(Debug)]
@@ -23,8 +23,8 @@ pub(crate) struct Site {
     pub(super) block: NonNull<Block>,
     /// The block's RIP.
     pub(super) block_rip: u64,
-    /// Instructions of the block.
-    pub(super) block_length: u64,
+    /// Instructions of the translated unit before the block.
+    pub(super) before_block: u64,
 }
 
 /// A way from a translated block to a known address. Generated code jumps through `target`.
@@ -52,10 +52,11 @@ impl Exit {
 /// Runs an operation in the midst of a block; the registers are stored.
 pub(super) extern "sysv64" fn run_operation(cpu: &mut Cpu, site: &Site) -> u32 {
     cpu.registers.gpr[usize::from(BLOCK_RIP)] = site.block_rip;
-    cpu.tick = cpu.tick_at_budget().wrapping_sub(site.block_length);
+    cpu.tick = cpu.tick_at_budget().wrapping_add(site.before_block);
     // SAFETY: a block's code is entered only while the block is in the cache, which drops none while
     // translated code runs.
     let op = unsafe { site.op.as_ref() };
+    cpu.count(|profile| profile.note_operation(op.instruction.mnemonic()));
     // SAFETY: the handler is a function of this crate or a native sequence, made for this operation.
     let flow = unsafe { (op.handler)(cpu, op) };
     if flow != Flow::NEXT {
@@ -70,9 +71,9 @@ pub(super) extern "sysv64" fn run_last_operation(cpu: &mut Cpu, site: &Site) -> 
     if flow != Flow::NEXT.0 {
         return flow;
     }
-    cpu.tick = cpu.tick_at_budget();
     // SAFETY: as in `run_operation`.
     let (block, op) = unsafe { (site.block.as_ref(), site.op.as_ref()) };
+    cpu.tick += u64::from(op.number) + 1;
     let branched = block.ends_in_branch && usize::from(op.number) + 1 == block.ops.len();
     if !branched {
         cpu.rip = op.next_rip(cpu);
@@ -81,9 +82,15 @@ pub(super) extern "sysv64" fn run_last_operation(cpu: &mut Cpu, site: &Site) -> 
 }
 
 impl Cpu {
-    /// The instruction count that the budget left stands for.
+    /// Lets translated code run until so many instructions have retired.
+    pub(super) fn set_budget(&mut self, end: u64) {
+        self.budget_end = end;
+        self.registers.gpr[usize::from(BUDGET)] = !(end - self.tick);
+    }
+
+    /// The instruction count that the budget left stands for: before the running unit.
     #[inline(always)]
     pub(super) fn tick_at_budget(&self) -> u64 {
-        self.budget_end.wrapping_sub(self.registers.gpr[usize::from(BUDGET)])
+        self.budget_end.wrapping_sub(!self.registers.gpr[usize::from(BUDGET)])
     }
 }

@@ -28,12 +28,14 @@ pub(super) fn emit(emission: &mut Emission<'_>, op: &Op) -> Option<()> {
         Code::Pushq_imm32 | Code::Pushq_imm8 => {
             let value = i32::try_from(op.immediate as i64).ok()?;
             make_room(emission);
+            emission.settle(32);
             emission.code.store_immediate(OPERAND, value);
             emission.code.lea(GUEST_RSP, at(GUEST_RSP, -SLOT_BYTES));
         }
         Code::Pop_r64 | Code::Pop_rm64 if register && usize::from(op.a) != RSP => {
             emission.code.copy(ADDRESS, GUEST_RSP);
             emission.translate(false, SLOT_BYTES as u64);
+            emission.settle(32);
             match home(op.a) {
                 Home::Host(host) => emission.code.load(host, OPERAND),
                 Home::Memory(place) => {
@@ -46,6 +48,7 @@ pub(super) fn emit(emission: &mut Emission<'_>, op: &Op) -> Option<()> {
         Code::Leaveq => {
             emission.code.copy(ADDRESS, GUEST_RBP);
             emission.translate(false, SLOT_BYTES as u64);
+            emission.settle(32);
             emission.code.lea(GUEST_RSP, at(GUEST_RBP, SLOT_BYTES));
             emission.code.load(GUEST_RBP, OPERAND);
         }
@@ -62,6 +65,7 @@ pub(super) fn make_room(emission: &mut Emission<'_>) {
 
 /// Stores a value there, and moves the top. PUSH RSP pushes RSP as it was.
 pub(super) fn finish_push(emission: &mut Emission<'_>, value: Host) {
+    emission.settle(32);
     emission.code.store(indexed(ADDRESS, ADDEND, 0, 0), value);
     emission.code.lea(GUEST_RSP, at(GUEST_RSP, -SLOT_BYTES));
 }

@@ -6,7 +6,7 @@ use super::assembler::{Assembler, R12, R13, R14, R15, RAX, RBP, RBX, RDI, RSI, a
 use super::registers::{IN_REGISTERS, PAGE_SHIFT, SHIFT, STATE, STATE_BIAS, field, general_slot};
 use super::site::{LEFT_BY_EXIT, LEFT_WITHOUT_BUDGET, run_last_operation, run_operation};
 use crate::cpu::{LEFT_AT, Registers};
-use crate::native::code_buffer::CodeBuffer;
+use crate::native::code_buffer::{CodeBuffer, Region};
 
 /// Addresses of the pieces of code that all blocks share.
 #[derive(Clone, Copy, Debug)]
@@ -29,9 +29,9 @@ const KEPT: [super::assembler::Host; 6] = [RBX, RBP, R12, R13, R14, R15];
 impl Thunks {
     pub(super) fn new(buffer: &mut CodeBuffer) -> Self {
         let mut emit = |body: &dyn Fn(&mut Assembler)| {
-            let mut code = Assembler::new(buffer.next_address());
+            let mut code = Assembler::new(buffer.next_address(Region::Hot));
             body(&mut code);
-            buffer.append(&code.finish()).expect("the thunks come first in the buffer")
+            buffer.append(Region::Hot, &code.finish()).expect("the thunks come first in the buffer")
         };
         let enter = emit(&enter);
         let leave = emit(&leave) as u64;
