@@ -40,13 +40,30 @@ pub struct LinuxVersions {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LinuxImage {
     /// The kernel, a bzImage.
-    pub kernel: PathBuf,
+    pub kernel: LinuxFile,
     /// The initramfs, an uncompressed cpio archive.
-    pub initrd: PathBuf,
+    pub initrd: LinuxFile,
     /// The default command line.
     pub command_line: String,
     /// What it was made from.
     pub versions: LinuxVersions,
+}
+
+/// A file of the image: where it is kept, and its bytes, read once and checked.
+#[derive(Clone, PartialEq, Eq)]
+pub struct LinuxFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What is in it.
+    pub bytes: Vec<u8>,
+    /// BLAKE3 of the bytes.
+    pub blake3: [u8; 32],
+}
+
+impl std::fmt::Debug for LinuxFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LinuxFile").field("path", &self.path).finish_non_exhaustive()
+    }
 }
 
 /// Why there is no Linux image.

@@ -30,7 +30,7 @@ fn console(script: &[(&str, &str)]) -> Option<String> {
         return None;
     }
     let image = image()?;
-    let initrd = image.initrd.display().to_string();
+    let initrd = image.initrd.path.display().to_string();
     let arguments = [
         ["-m", "256"],
         ["-icount", "shift=0,sleep=off"],
@@ -38,7 +38,7 @@ fn console(script: &[(&str, &str)]) -> Option<String> {
         ["-append", &image.command_line],
     ]
     .concat();
-    let run = qemu::run(&image.kernel, &arguments, script, TIME_LIMIT);
+    let run = qemu::run(&image.kernel.path, &arguments, script, TIME_LIMIT);
     let status = run.status.unwrap_or_else(|| panic!("it did not end:\n{}", run.console));
     assert!(status.success(), "{status}\n{}", run.console);
     Some(run.console)

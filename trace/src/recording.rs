@@ -112,6 +112,7 @@ pub struct RecordingWriter<W: Write> {
     next_image: usize,
     index: SeekIndex,
     record_count: u64,
+    image_bytes: u64,
     log_bytes: u64,
     total_bytes: u64,
     /// A write is under way or has failed.
@@ -147,6 +148,7 @@ impl<W: Write> RecordingWriter<W> {
             next_image: 0,
             index: SeekIndex::default(),
             record_count: 0,
+            image_bytes: 0,
             log_bytes: 0,
             total_bytes: PREAMBLE_BYTES as u64,
             closed: false,
@@ -169,7 +171,7 @@ impl<W: Write> RecordingWriter<W> {
             return Err(out_of_place("an image is not what the header describes"));
         }
         for piece in bytes.chunks(IMAGE_PIECE_BYTES) {
-            self.put_frame(FrameKind::Image, index as u32, piece)?;
+            self.image_bytes += self.put_frame(FrameKind::Image, index as u32, piece)?;
         }
         self.next_image += 1;
         self.flush()?;
@@ -220,6 +222,11 @@ impl<W: Write> RecordingWriter<W> {
         self.out.write_all(&footer).map_err(LogError::Write)?;
         self.flush()?;
         Ok(self.out)
+    }
+
+    /// Bytes in the file that hold images, with their framing.
+    pub fn image_bytes(&self) -> u64 {
+        self.image_bytes
     }
 
     /// Bytes in the file that hold the log: its frames with their framing.

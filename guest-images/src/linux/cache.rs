@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::{NamedTempFile, TempDir};
 
-use super::{LINUX_COMMAND_LINE, LinuxImage, LinuxVersions, RecipeError};
+use super::{LINUX_COMMAND_LINE, LinuxFile, LinuxImage, LinuxVersions, RecipeError};
 
 /// Raised with every change of the recipe that changes the image.
 const RECIPE_REVISION: u32 = 1;
@@ -34,15 +34,21 @@ fn directory_name(versions: &LinuxVersions) -> String {
         .collect()
 }
 
-fn manifest(versions: &LinuxVersions, kernel: &[u8], initrd: &[u8]) -> String {
+fn manifest(versions: &LinuxVersions, kernel: &[u8; 32], initrd: &[u8; 32]) -> String {
     let lines = [
         versions.kernel_package.clone(),
         versions.kernel.clone(),
         versions.busybox.clone(),
-        blake3::hash(kernel).to_string(),
-        blake3::hash(initrd).to_string(),
+        blake3::Hash::from_bytes(*kernel).to_string(),
+        blake3::Hash::from_bytes(*initrd).to_string(),
     ];
     lines.join("\n") + "\n"
+}
+
+fn read_file(path: PathBuf) -> Option<LinuxFile> {
+    let bytes = fs::read(&path).ok()?;
+    let blake3 = *blake3::hash(&bytes).as_bytes();
+    Some(LinuxFile { path, bytes, blake3 })
 }
 
 /// The image in `directory`, if it is whole.
@@ -54,9 +60,9 @@ fn read(directory: &Path) -> Option<LinuxImage> {
         kernel: lines.next()?,
         busybox: lines.next()?,
     };
-    let kernel = directory.join(KERNEL);
-    let initrd = directory.join(INITRD);
-    let expected = manifest(&versions, &fs::read(&kernel).ok()?, &fs::read(&initrd).ok()?);
+    let kernel = read_file(directory.join(KERNEL))?;
+    let initrd = read_file(directory.join(INITRD))?;
+    let expected = manifest(&versions, &kernel.blake3, &initrd.blake3);
     let command_line = LINUX_COMMAND_LINE.to_owned();
     (text == expected).then_some(LinuxImage { kernel, initrd, command_line, versions })
 }
@@ -95,10 +101,12 @@ pub(super) fn store(
     let directory = cache_dir.join(directory_name(versions));
     let failed = |error| RecipeError::store(&directory, error);
     let new = TempDir::with_prefix_in("storing-", cache_dir).map_err(failed)?;
+    let digest = |content| *blake3::hash(content).as_bytes();
+    let manifest = manifest(versions, &digest(kernel), &digest(initrd));
     let files = [
         (KERNEL, kernel),
         (INITRD, initrd),
-        (MANIFEST, manifest(versions, kernel, initrd).as_bytes()),
+        (MANIFEST, manifest.as_bytes()),
     ]
     .map(|(name, content)| write_durably(&new.path().join(name), content));
     files.into_iter().collect::<io::Result<()>>().map_err(failed)?;
@@ -144,7 +152,7 @@ mod tests {
         let cache = cache();
         assert_eq!(current(cache.path()), None);
         let one = store(cache.path(), &versions("1:1"), b"kernel", b"initrd").expect("stored");
-        assert_eq!(fs::read(&one.kernel).expect("readable"), b"kernel");
+        assert_eq!(fs::read(&one.kernel.path).expect("readable"), b"kernel");
         assert_eq!(current(cache.path()), Some(one.clone()));
         let two = store(cache.path(), &versions("1:2"), b"kernel", b"other").expect("stored");
         assert_ne!(one.initrd, two.initrd);
@@ -159,7 +167,7 @@ mod tests {
         let cache = cache();
         let image = store(cache.path(), &versions("1"), b"kernel", b"initrd").expect("stored");
         for name in [KERNEL, INITRD, MANIFEST] {
-            let path = image.kernel.with_file_name(name);
+            let path = image.kernel.path.with_file_name(name);
             fs::write(&path, b"").expect("cut short");
             assert_eq!(current(cache.path()), None, "{name} is damaged");
             store(cache.path(), &versions("1"), b"kernel", b"initrd").expect("stored again");

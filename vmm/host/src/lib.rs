@@ -6,6 +6,7 @@
 
 mod console;
 mod host_cpu;
+mod huge_pages;
 mod input;
 mod log_file;
 mod real_host;
@@ -14,8 +15,9 @@ mod watcher;
 
 pub use console::ConsoleSink;
 pub use host_cpu::host_info;
+pub use huge_pages::advise_huge_pages;
 pub use input::InputSource;
-pub use log_file::{LogFile, LogTotals};
+pub use log_file::{ImagesEmbedded, LogFile, LogTotals, SharedImage};
 pub use real_host::{HostOptions, Progress, ProgressObserver, RealHost};
 pub use terminal::{install_panic_restore, terminal_can_be_used};
 

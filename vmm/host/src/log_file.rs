@@ -1,12 +1,15 @@
-//! The recording's file, written by a thread of its own: compression, writing and syncing take
-//! nothing from the machine's thread but the hand-over of a frame.
+//! The recording's file, written by a thread of its own: embedding the images, compression, writing
+//! and syncing take nothing from the machine's thread but the hand-over of a frame.
 //!
 //! The file has its final name from the start. Each frame is one write, so whatever kills the
 //! process leaves a recording that replays up to its last whole frame; the disk is told to keep what
-//! was written at bounded intervals.
+//! was written at bounded intervals. The images come first, while the guest runs already: killed
+//! within those first moments, the file says that its images are not whole.
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -28,6 +31,8 @@ struct Frame {
 /// What a finished recording takes in its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LogTotals {
+    /// Bytes of the images with their framing.
+    pub image_bytes: u64,
     /// Bytes of the log with its framing.
     pub log_bytes: u64,
     /// Bytes of the whole file.
@@ -38,21 +43,46 @@ pub struct LogTotals {
 #[derive(Debug)]
 pub struct LogFile<W: Write + Send + 'static = File> {
     queue: Option<SyncSender<Frame>>,
-    thread: Option<JoinHandle<Result<RecordingWriter<W>, LogError>>>,
+    thread: Option<JoinHandle<Result<RecordingWriter<W>, RecordingError>>>,
     file: File,
 }
 
+/// An image to be embedded.
+pub type SharedImage = Arc<Vec<u8>>;
+
+/// Whether a recording's images are all in its file: without them nothing of it can be used.
+#[derive(Clone, Debug, Default)]
+pub struct ImagesEmbedded(Arc<AtomicBool>);
+
+impl ImagesEmbedded {
+    /// Whether they are. Final once the [`LogFile`] is finished or dropped.
+    pub fn get(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
 impl<W: Write + Send + 'static> LogFile<W> {
-    /// Starts the thread. `writer` has taken every image; `file` is what it writes to.
+    /// Starts the thread, which embeds `images` and then writes what it is given. `writer` has not
+    /// taken any image; `file` is what it writes to. `embedded` is told when the images are written.
     ///
     /// # Errors
     /// The host gives no thread.
-    pub fn start(writer: RecordingWriter<W>, file: File) -> io::Result<Self> {
+    pub fn start(
+        mut writer: RecordingWriter<W>,
+        images: Vec<SharedImage>,
+        embedded: &ImagesEmbedded,
+        file: File,
+    ) -> io::Result<Self> {
         let (queue, frames) = sync_channel(QUEUE_FRAMES);
-        let synced = file.try_clone()?;
-        let thread = std::thread::Builder::new()
-            .name("log writer".to_owned())
-            .spawn(move || write_frames(writer, &synced, &frames))?;
+        let (synced, embedded) = (file.try_clone()?, embedded.clone());
+        let thread =
+            std::thread::Builder::new().name("log writer".to_owned()).spawn(move || {
+                for (index, image) in images.into_iter().enumerate() {
+                    writer.write_image(index, &image)?;
+                }
+                embedded.0.store(true, Ordering::Release);
+                Ok(write_frames(writer, &synced, &frames)?)
+            })?;
         Ok(Self { queue: Some(queue), thread: Some(thread), file })
     }
 
@@ -62,20 +92,20 @@ impl<W: Write + Send + 'static> LogFile<W> {
     /// It cannot be written. What was written before replays.
     pub fn finish(mut self) -> Result<LogTotals, RecordingError> {
         let writer = self.join()?;
-        let log_bytes = writer.log_bytes();
+        let (image_bytes, log_bytes) = (writer.image_bytes(), writer.log_bytes());
         writer.finish()?;
         sync(&self.file).map_err(LogError::Write)?;
         let file_bytes = self.file.metadata().map_err(LogError::Write)?.len();
-        Ok(LogTotals { log_bytes, file_bytes })
+        Ok(LogTotals { image_bytes, log_bytes, file_bytes })
     }
 
     /// Ends the thread and takes what it comes to.
-    fn join(&mut self) -> Result<RecordingWriter<W>, LogError> {
+    fn join(&mut self) -> Result<RecordingWriter<W>, RecordingError> {
         self.queue = None;
         match self.thread.take().map(JoinHandle::join) {
             Some(Ok(result)) => result,
             // Its failure was reported before, or it has panicked, which the panic hook reported.
-            None | Some(Err(_)) => Err(LogError::Closed),
+            None | Some(Err(_)) => Err(LogError::Closed.into()),
         }
     }
 }
@@ -86,7 +116,10 @@ impl<W: Write + Send + 'static> FrameSink for LogFile<W> {
         match queue.send(Frame { records, record_count }) {
             Ok(()) => Ok(()),
             // The thread has gone: it says why.
-            Err(_) => Err(self.join().err().unwrap_or(LogError::Closed)),
+            Err(_) => match self.join() {
+                Err(RecordingError::Log(error)) => Err(error),
+                _ => Err(LogError::Closed),
+            },
         }
     }
 }
@@ -138,12 +171,18 @@ fn sync(file: &File) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use reprise_trace::event::{Event, MarkDigest, Record};
-    use reprise_trace::header::{CpuModelInfo, GuestInfo, Header, HostInfo, MachineInfo};
+    use reprise_trace::header::{
+        CpuModelInfo, GuestInfo, Header, HostInfo, ImageInfo, ImageRole, MachineInfo,
+    };
     use reprise_trace::log::LogWriter;
     use reprise_trace::moment::{Moment, TickKind};
     use reprise_trace::recording::Recording;
 
     use super::*;
+
+    fn images() -> Vec<SharedImage> {
+        vec![Arc::new(vec![7; 3 << 20]), Arc::new(b"initrd".to_vec())]
+    }
 
     fn header() -> Header {
         Header {
@@ -157,7 +196,10 @@ mod tests {
             guest: GuestInfo {
                 name: "test".to_owned(),
                 command_line: String::new(),
-                images: Vec::new(),
+                images: images()
+                    .iter()
+                    .map(|bytes| ImageInfo::of(ImageRole::Kernel, "image", bytes))
+                    .collect(),
             },
             created_unix_s: 0,
             reprise_version: "0".to_owned(),
@@ -173,7 +215,9 @@ mod tests {
     fn start(file: &File) -> LogWriter<LogFile> {
         let handle = |file: &File| file.try_clone().expect("a descriptor");
         let writer = RecordingWriter::create(handle(file), &header()).expect("a header");
-        LogWriter::new(LogFile::start(writer, handle(file)).expect("a thread"))
+        let embedded = ImagesEmbedded::default();
+        let log = LogFile::start(writer, images(), &embedded, handle(file)).expect("a thread");
+        LogWriter::new(log)
     }
 
     #[test]
@@ -190,13 +234,18 @@ mod tests {
             if closed {
                 let totals = log.finish().expect("written").finish().expect("closed");
                 assert_eq!(totals.file_bytes, std::fs::metadata(&path).expect("file").len());
-                assert!(totals.log_bytes > 0 && totals.log_bytes < totals.file_bytes);
+                let parts = totals.image_bytes + totals.log_bytes;
+                assert!(totals.image_bytes > 0 && totals.log_bytes > 0, "{totals:?}");
+                assert!(parts < totals.file_bytes && parts + 1000 > totals.file_bytes);
             } else {
                 drop(log);
             }
             let recording = Recording::open(File::open(&path).expect("file")).expect("opens");
             assert_eq!(recording.summary().complete, closed);
             assert_eq!(recording.summary().record_count, 20_000);
+            for (index, image) in images().iter().enumerate() {
+                assert_eq!(recording.read_image(index).expect("whole"), **image);
+            }
         }
     }
 
@@ -216,14 +265,19 @@ mod tests {
 
     #[test]
     fn a_full_disk_comes_back_at_a_later_frame() {
-        let writer = RecordingWriter::create(SmallDisk(4096), &header()).expect("room for this");
-        let file = tempfile::tempfile().expect("a file");
-        let mut log = LogWriter::new(LogFile::start(writer, file).expect("a thread"));
-        let error = (0..1_000_000)
-            .find_map(|tick| log.append(record(tick)).err())
-            .expect("the disk is full");
-        assert!(matches!(&error, LogError::Write(_)), "{error}");
-        let sink = log.finish().expect("nothing was pending");
-        assert!(sink.finish().is_err());
+        for (room, images_fit) in [(1 << 20, true), (1000, false)] {
+            let writer = RecordingWriter::create(SmallDisk(room), &header()).expect("room for this");
+            let file = tempfile::tempfile().expect("a file");
+            let embedded = ImagesEmbedded::default();
+            let log = LogFile::start(writer, images(), &embedded, file).expect("a thread");
+            let mut log = LogWriter::new(log);
+            let error = (0..10_000_000)
+                .find_map(|tick| log.append(record(tick)).err())
+                .expect("the disk is full");
+            assert!(matches!(&error, LogError::Write(_)), "{error}");
+            assert_eq!(embedded.get(), images_fit);
+            let sink = log.finish().expect("nothing was pending");
+            assert!(sink.finish().is_err());
+        }
     }
 }

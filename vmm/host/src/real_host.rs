@@ -101,7 +101,7 @@ impl RealHost {
     }
 
     /// Time on the host's clock since the machine started.
-    pub fn elapsed(&self) -> Duration {
+    fn elapsed(&self) -> Duration {
         self.started.elapsed()
     }
 

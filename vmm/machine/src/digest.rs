@@ -3,9 +3,9 @@
 use reprise_devices::board::Board;
 
 use crate::engine::{Engine, EngineError};
+use crate::touched::PAGE_BYTES;
 
-/// What is skipped where it is all zero: most of a young guest's RAM.
-const PAGE_BYTES: usize = 4096;
+/// What is skipped where it is all zero.
 const ZERO_PAGE: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
 /// BLAKE3 digests of a machine's state, in parts, so that two that differ say where.
@@ -20,7 +20,7 @@ pub struct StateDigest {
 }
 
 impl StateDigest {
-    /// Takes the digest. Costs a pass over guest RAM.
+    /// Takes the digest. Costs a pass over the guest RAM that was ever touched.
     pub(crate) fn of<E: Engine>(engine: &mut E, board: &Board) -> Result<Self, EngineError> {
         let devices = postcard::to_allocvec(&board.save())
             .expect("device state has no type that can fail to encode");

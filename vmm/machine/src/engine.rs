@@ -153,8 +153,8 @@ pub trait Engine {
     /// If the range is not all RAM.
     fn read_ram(&self, address: u64, bytes: &mut [u8]);
 
-    /// RAM, as (guest-physical start, bytes) regions in address order, passed to `visit` in pieces
-    /// of at most 1 MiB that do not cross a region.
+    /// RAM, as (guest-physical start, bytes) in address order, passed to `visit` in pieces of whole
+    /// pages. Pages that are all zero may be left out.
     fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8]));
 
     /// Something that kicks this engine from another thread.

@@ -11,3 +11,4 @@ pub mod inputs;
 pub mod machine;
 pub mod outcome;
 pub mod ram;
+mod touched;

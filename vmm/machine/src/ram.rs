@@ -2,6 +2,8 @@
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
+use crate::touched::{PAGE_BYTES, TouchedPages};
+
 /// Start of the hole below 1 MiB where a PC has its video memory; nothing answers there.
 pub const HOLE_START: u64 = 0xa_0000;
 /// End of that hole.
@@ -10,6 +12,10 @@ pub const HOLE_END: u64 = 0xc_0000;
 pub const MIN_RAM_MIB: u64 = 4;
 /// The largest machine, in MiB: RAM ends below the 32-bit device window at 3 GiB.
 pub const MAX_RAM_MIB: u64 = 3072;
+
+/// RAM is shown in pieces of at most this many bytes: small enough for a processor's cache, so that
+/// a copy costs little.
+const PIECE_BYTES: usize = 64 << 10;
 
 /// Why RAM cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -69,20 +75,53 @@ impl GuestRam {
         self.memory.read_slice(bytes, GuestAddress(address)).expect("range lies in guest RAM");
     }
 
-    /// Passes RAM to `visit` as (guest-physical start, bytes), in address order, in pieces of at
-    /// most 1 MiB.
+    /// Passes RAM to `visit` as (guest-physical start, bytes), in address order, in pieces of whole
+    /// pages. Pages that nobody ever touched, and that therefore are zero, are left out.
     pub fn visit(&self, visit: &mut dyn FnMut(u64, &[u8])) {
-        const PIECE_BYTES: u64 = 1 << 20;
-        let mut piece = vec![0; PIECE_BYTES as usize];
+        let mut touched = TouchedPages::new();
+        let mut piece = vec![0; PIECE_BYTES];
         for region in self.memory.iter() {
-            let end = region.start_addr().0 + region.len();
-            let mut start = region.start_addr().0;
-            while start < end {
-                let bytes = &mut piece[..PIECE_BYTES.min(end - start) as usize];
-                self.read(start, bytes);
-                visit(start, bytes);
-                start += bytes.len() as u64;
+            let (start, host) = (region.start_addr().0, region.as_ptr() as usize);
+            let pages = region.len() as usize / PAGE_BYTES;
+            let mut page = 0;
+            while page < pages {
+                let run = (page..pages)
+                    .take(PIECE_BYTES / PAGE_BYTES)
+                    .take_while(|page| touched.is_touched(host + page * PAGE_BYTES))
+                    .count();
+                if run > 0 {
+                    let bytes = &mut piece[..run * PAGE_BYTES];
+                    let address = start + (page * PAGE_BYTES) as u64;
+                    self.read(address, bytes);
+                    visit(address, bytes);
+                }
+                // The page behind a run that ended early is not touched.
+                page += run.max(1);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_visit_shows_everything_that_is_not_zero_in_order() {
+        let ram = GuestRam::new(64).expect("64 MiB");
+        let last = ram.ram_bytes() - 1;
+        let across = 0x20_0000 + PIECE_BYTES as u64;
+        let written = [0, HOLE_START - 1, HOLE_END, 0x20_0000, across - 1, across, last];
+        for (value, address) in (1_u8..).zip(written) {
+            ram.memory().write_obj(value, GuestAddress(address)).expect("in RAM");
+        }
+        let (mut found, mut next) = (Vec::new(), 0);
+        ram.visit(&mut |start, bytes| {
+            assert!(start >= next && bytes.len().is_multiple_of(PAGE_BYTES));
+            next = start + bytes.len() as u64;
+            let there = (start..).zip(bytes).filter(|(_, byte)| **byte != 0);
+            found.extend(there.map(|(address, byte)| (*byte, address)));
+        });
+        assert_eq!(found, (1_u8..).zip(written).collect::<Vec<_>>());
     }
 }

@@ -103,8 +103,8 @@ fn build(name: &str, output: Output) -> Result<()> {
 fn built_report(image: &LinuxImage) -> BuiltReport {
     BuiltReport {
         name: LINUX,
-        kernel: image.kernel.display().to_string(),
-        initrd: image.initrd.display().to_string(),
+        kernel: image.kernel.path.display().to_string(),
+        initrd: image.initrd.path.display().to_string(),
         command_line: image.command_line.clone(),
         kernel_package: image.versions.kernel_package.clone(),
         kernel_version: image.versions.kernel.clone(),

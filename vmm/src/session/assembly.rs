@@ -3,6 +3,7 @@
 
 use reprise_cpu::engine::SoftEngine;
 use reprise_devices::board::{Board, BoardConfig};
+use reprise_host::advise_huge_pages;
 use reprise_kvm::KvmEngine;
 use reprise_machine::engine::{Engine, EngineError};
 use reprise_machine::ram::{GuestRam, RamError};
@@ -44,6 +45,7 @@ impl LoadedGuest {
         rtc_start_s: u64,
     ) -> Result<Self, AssemblyError> {
         let ram = GuestRam::new(ram_mib)?;
+        advise_huge_pages(&ram);
         let state = boot::load(source, &ram)?;
         let board = BoardConfig { ram_bytes: ram.ram_bytes(), rtc_start_s };
         Ok(Self { ram, state, board })

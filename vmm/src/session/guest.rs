@@ -1,12 +1,12 @@
 //! What the user wants to boot: an embedded guest, the Linux image, or files.
 
-use std::borrow::Cow;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use reprise_guest_images::EMBEDDED;
+use reprise_guest_images::{EMBEDDED, LinuxFile};
 use reprise_trace::header::{GuestInfo, ImageInfo, ImageRole, MAX_IMAGE_BYTES};
 
 use crate::boot::GuestSource;
@@ -37,8 +37,10 @@ pub enum GuestChoice {
 pub struct Image {
     /// The file's name, without a directory.
     pub name: String,
-    /// Its bytes.
-    pub bytes: Cow<'static, [u8]>,
+    /// Its bytes, shared with the thread that embeds them in a recording.
+    pub bytes: Arc<Vec<u8>>,
+    /// BLAKE3 of the bytes, where it is known already.
+    blake3: Option<[u8; 32]>,
 }
 
 /// A guest, ready to be loaded.
@@ -132,7 +134,7 @@ impl Guest {
         })?;
         Ok(Self {
             name: found.name.to_owned(),
-            kernel: Image { name: found.name.to_owned(), bytes: Cow::Borrowed(found.image) },
+            kernel: Image::new(found.name, found.image.to_vec()),
             initrd: None,
             cmdline: found.default_command_line.to_owned(),
             default_memory_mib: EMBEDDED_MEMORY_MIB,
@@ -143,8 +145,8 @@ impl Guest {
         let image = reprise_guest_images::linux(&cache_directory(), progress)?;
         Ok(Self {
             name: LINUX.to_owned(),
-            kernel: Image::read("--kernel", &image.kernel)?,
-            initrd: Some(Image::read("--initrd", &image.initrd)?),
+            kernel: image.kernel.into(),
+            initrd: Some(image.initrd.into()),
             cmdline: image.command_line,
             default_memory_mib: KERNEL_MEMORY_MIB,
         })
@@ -165,15 +167,14 @@ impl Guest {
     pub fn source(&self) -> GuestSource<'_> {
         GuestSource {
             kernel: &self.kernel.bytes,
-            initrd: self.initrd.as_ref().map(|image| image.bytes.as_ref()),
+            initrd: self.initrd.as_ref().map(|image| &image.bytes[..]),
             cmdline: &self.cmdline,
         }
     }
 
     /// What a recording's header says of the guest.
     pub fn info(&self) -> GuestInfo {
-        let images =
-            self.images().map(|(role, image)| ImageInfo::of(role, &image.name, &image.bytes));
+        let images = self.images().map(|(role, image)| image.info(role));
         GuestInfo {
             name: self.name.clone(),
             command_line: self.cmdline.clone(),
@@ -189,22 +190,47 @@ impl Guest {
 }
 
 impl Image {
+    fn new(name: impl Into<String>, bytes: Vec<u8>) -> Self {
+        Self { name: name.into(), bytes: Arc::new(bytes), blake3: None }
+    }
+
+    fn info(&self, role: ImageRole) -> ImageInfo {
+        match self.blake3 {
+            None => ImageInfo::of(role, &self.name, &self.bytes),
+            Some(blake3) => {
+                let (name, bytes) = (self.name.clone(), self.bytes.len() as u64);
+                ImageInfo { role, name, bytes, blake3 }
+            }
+        }
+    }
+
     fn read(what: &'static str, path: &Path) -> Result<Self, GuestError> {
         let shown = || path.display().to_string();
         let unreadable = |error| GuestError::Unreadable { what, path: shown(), error };
         let file = File::open(path).map_err(unreadable)?;
-        let kind = file.metadata().map_err(unreadable)?.file_type();
+        let metadata = file.metadata().map_err(unreadable)?;
+        let kind = metadata.file_type();
         if kind.is_char_device() || kind.is_block_device() {
             return Err(GuestError::Device { what, path: shown() });
         }
-        let mut bytes = Vec::new();
+        // A byte more than there is, so that the end is seen without asking for more memory.
+        let mut bytes = Vec::with_capacity(metadata.len().min(MAX_IMAGE_BYTES) as usize + 1);
         file.take(MAX_IMAGE_BYTES + 1).read_to_end(&mut bytes).map_err(unreadable)?;
         if bytes.len() as u64 > MAX_IMAGE_BYTES {
             return Err(GuestError::TooLarge { what, path: shown() });
         }
-        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-        Ok(Self { name, bytes: bytes.into() })
+        Ok(Self::new(file_name(path), bytes))
     }
+}
+
+impl From<LinuxFile> for Image {
+    fn from(LinuxFile { path, bytes, blake3 }: LinuxFile) -> Self {
+        Self { blake3: Some(blake3), ..Self::new(file_name(&path), bytes) }
+    }
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }
 
 /// Where built images are kept: `$XDG_CACHE_HOME/reprise`, else `~/.cache/reprise`, else a

@@ -3,17 +3,20 @@
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 use reprise_devices::board::Board;
 use reprise_devices::cpu_model;
-use reprise_host::{HostError, HostOptions, LogFile, LogTotals, RealHost, host_info};
+use reprise_host::{
+    HostError, HostOptions, ImagesEmbedded, LogFile, LogTotals, RealHost, host_info,
+};
 use reprise_machine::clock::TimeSource;
 use reprise_machine::engine::Engine;
 use reprise_machine::inputs::Recording;
 use reprise_machine::machine::Machine;
-use reprise_machine::outcome::Outcome;
+use reprise_machine::outcome::{MachineError, Outcome};
 use reprise_trace::header::{CpuModelInfo, Header, MachineInfo};
 use reprise_trace::log::{DiscardSink, FrameSink, LogError, LogWriter};
 use reprise_trace::recording::{RecordingError, RecordingWriter};
@@ -44,10 +47,26 @@ impl RecordTo {
         Ok(())
     }
 
-    /// Removes what was created, unless it is a device or a pipe.
-    fn remove(&self) {
+    /// Removes what was begun and is of no use to anyone, because nothing happened yet or its images
+    /// are not whole: it would be in the way of the next attempt. A device or a pipe stays.
+    fn without_use(&self, error: anyhow::Error) -> anyhow::Error {
         if fs::symlink_metadata(&self.path).is_ok_and(|metadata| metadata.is_file()) {
             let _ = fs::remove_file(&self.path);
+        }
+        let in_machine = match error.downcast_ref::<MachineError>() {
+            Some(MachineError::Recording { error, .. }) => Some(error),
+            _ => None,
+        };
+        let in_writer = match error.downcast_ref::<RecordingError>() {
+            Some(RecordingError::Log(error)) => Some(error),
+            _ => None,
+        };
+        match in_machine.or(in_writer) {
+            Some(LogError::Write(reason)) => {
+                let shown = self.path.display();
+                anyhow!("cannot write {shown}: {reason}; make room and record again")
+            }
+            _ => error,
         }
     }
 
@@ -75,7 +94,7 @@ pub struct RunPlan<'a> {
 /// The guest cannot be loaded, or engine or host refuse something.
 pub fn run(plan: RunPlan<'_>) -> Result<SessionReport> {
     let (guest, choice) = (plan.guest, plan.choice.clone());
-    let finished = execute(plan, |_| Ok(DiscardSink))?;
+    let finished = execute(plan, unix_time_s(), || Ok(DiscardSink))?;
     let mut report =
         SessionReport::new("run", &guest.name, choice.kind, &finished.outcome, finished.wall);
     report.engine_reason = choice.reason;
@@ -89,23 +108,23 @@ pub fn run(plan: RunPlan<'_>) -> Result<SessionReport> {
 /// As [`run`], and if the recording cannot be written; what was written then replays.
 pub fn record(plan: RunPlan<'_>, to: &RecordTo) -> Result<SessionReport> {
     let (guest, choice) = (plan.guest, plan.choice.clone());
-    let mut image_bytes = 0;
-    let finished = execute(plan, |header| {
-        let opened = open_recording(to, header, guest)?;
-        image_bytes = opened.image_bytes;
-        Ok(opened.log)
+    let now_unix_s = unix_time_s();
+    let header = header(guest, choice.kind, plan.memory_mib, now_unix_s);
+    let mut begun = None;
+    let recorded = execute(plan, now_unix_s, || {
+        let file = create(to)?;
+        let embedded = begun.insert(ImagesEmbedded::default());
+        start_log(&file, &header, guest, embedded)
     })
-    .inspect_err(|error| {
-        // The host refuses before the machine starts, and after the file was begun: there is
-        // nothing in it, and it would be in the way of the next attempt.
-        if error.is::<HostError>() {
-            to.remove();
-        }
-    })?;
-    let LogTotals { log_bytes, file_bytes } = match finished.sink {
-        Some(log) => log.finish()?,
+    .and_then(|mut finished| match finished.sink.take() {
+        Some(log) => Ok((finished, log.finish()?)),
         None => bail!("the recording was not closed: what was written before replays"),
-    };
+    });
+    let (finished, totals) = recorded.map_err(|error| match &begun {
+        Some(embedded) if !embedded.get() || error.is::<HostError>() => to.without_use(error),
+        _ => error,
+    })?;
+    let LogTotals { image_bytes, log_bytes, file_bytes } = totals;
     let mut report =
         SessionReport::new("record", &guest.name, choice.kind, &finished.outcome, finished.wall)
             .with_file(log_bytes, image_bytes, file_bytes);
@@ -124,15 +143,14 @@ struct Finished<S> {
 
 fn execute<S: FrameSink>(
     plan: RunPlan<'_>,
-    open_sink: impl FnOnce(&Header) -> Result<S>,
+    now_unix_s: u64,
+    open_sink: impl FnOnce() -> Result<S>,
 ) -> Result<Finished<S>> {
     let RunPlan { guest, choice, memory_mib, host } = plan;
-    let now_unix_s = unix_time_s();
     let loaded = LoadedGuest::load(&guest.source(), memory_mib, now_unix_s)
         .with_context(|| format!("cannot start {}", guest.name))?;
-    let header = header(guest, choice.kind, memory_mib, now_unix_s);
     let time = choice.kind.time_source();
-    loaded.with_engine(choice.kind, Run { time, host, open_sink: || open_sink(&header) })?
+    loaded.with_engine(choice.kind, Run { time, host, open_sink })?
 }
 
 /// Starts the machine once there is an engine: only then is a file created.
@@ -150,36 +168,17 @@ impl<S: FrameSink, F: FnOnce() -> Result<S>> EngineVisitor for Run<F> {
         let host = RealHost::start(self.host, engine.kicker())?;
         let recording = Recording::new(host, LogWriter::new(sink));
         let mut machine = Machine::new(engine, board, recording, self.time);
+        let started = Instant::now();
         let result = machine.run();
+        // What follows gives back memory and threads, which is no part of the run.
+        let wall = started.elapsed();
         let (_, _, recording) = machine.into_parts();
         let (mut host, sink) = recording.into_parts();
-        let wall = host.elapsed();
         let console_failure = host.console_failure().map(ToString::to_string);
         // The terminal is given back before anything is reported.
         drop(host);
         Ok(Finished { outcome: result?, sink, wall, console_failure })
     }
-}
-
-struct OpenedRecording {
-    log: LogFile,
-    image_bytes: u64,
-}
-
-/// Creates the file and writes everything that stands before the log.
-fn open_recording(to: &RecordTo, header: &Header, guest: &Guest) -> Result<OpenedRecording> {
-    let file = create(to)?;
-    begin(&file, header, guest).map_err(|error| {
-        // Without all images it is no recording that anyone could use.
-        to.remove();
-        match error.downcast::<RecordingError>() {
-            Ok(RecordingError::Log(LogError::Write(error))) => {
-                anyhow!("cannot write {}: {error}; make room and record again", to.path.display())
-            }
-            Ok(other) => other.into(),
-            Err(other) => other,
-        }
-    })
 }
 
 fn create(to: &RecordTo) -> Result<File> {
@@ -198,14 +197,16 @@ fn create(to: &RecordTo) -> Result<File> {
     }
 }
 
-fn begin(file: &File, header: &Header, guest: &Guest) -> Result<OpenedRecording> {
-    let mut writer = RecordingWriter::create(file.try_clone()?, header)?;
-    let before_images = writer.total_bytes();
-    for (index, (_, image)) in guest.images().enumerate() {
-        writer.write_image(index, &image.bytes)?;
-    }
-    let image_bytes = writer.total_bytes() - before_images;
-    Ok(OpenedRecording { log: LogFile::start(writer, file.try_clone()?)?, image_bytes })
+/// Writes the header, and leaves the images and the log to a thread.
+fn start_log(
+    file: &File,
+    header: &Header,
+    guest: &Guest,
+    embedded: &ImagesEmbedded,
+) -> Result<LogFile> {
+    let writer = RecordingWriter::create(file.try_clone()?, header)?;
+    let images = guest.images().map(|(_, image)| Arc::clone(&image.bytes)).collect();
+    Ok(LogFile::start(writer, images, embedded, file.try_clone()?)?)
 }
 
 fn header(guest: &Guest, kind: EngineKind, ram_mib: u64, now_unix_s: u64) -> Header {

@@ -77,12 +77,11 @@ pub fn replay(recording: &Recording, options: ReplayOptions) -> Result<Replayed>
     let loaded = load(recording)?;
     let same_engine = choice::recorded_kind(header) == Some(kind);
     let verification = if same_engine { Verification::Exact } else { Verification::AcrossEngines };
-    let started = Instant::now();
-    let outcome = loaded.with_engine(
+    let (outcome, wall) = loaded.with_engine(
         kind,
         Replay { log: recording.log(), time: time_source(header), verification, options },
-    )??;
-    let report = report(recording, kind, verification, &outcome, started.elapsed());
+    )?;
+    let report = report(recording, kind, verification, &outcome?, wall);
     Ok(Replayed { report, notes: notes(header, same_engine, kind) })
 }
 
@@ -137,7 +136,7 @@ struct Replay {
 }
 
 impl EngineVisitor for Replay {
-    type Output = Result<Outcome, MachineError>;
+    type Output = (Result<Outcome, MachineError>, Duration);
 
     fn visit<E: Engine>(self, engine: E, board: Board) -> Self::Output {
         let Self { log, time, verification, options } = self;
@@ -154,9 +153,11 @@ impl EngineVisitor for Replay {
             kicks = Some(RegularKicks::start(engine.kicker()));
         }
         let mut machine = Machine::new(engine, board, inputs, time);
+        let started = Instant::now();
         let outcome = machine.run_until(options.until_tick.unwrap_or(u64::MAX));
+        let wall = started.elapsed();
         drop(kicks);
-        outcome
+        (outcome, wall)
     }
 }
 

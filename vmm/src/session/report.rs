@@ -69,7 +69,9 @@ pub struct SessionReport {
     pub instructions: Option<u64>,
     /// Ticks of the clock.
     pub ticks: u64,
-    /// Time on the host's clock.
+    /// Time on the host's clock from the guest's first instruction to the known end of its run: the
+    /// final digest over CPU, devices and RAM is in it, and so is every wait for the log's writer.
+    /// Loading the guest before, and giving back memory and closing the file after, are not.
     pub wall_seconds: f64,
     /// Time on the guest's clock.
     pub virtual_seconds: f64,
