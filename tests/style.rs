@@ -23,7 +23,6 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("expand/cpu/src/ops/testing.rs", "tests: calls handlers as the block loop does"),
     ("expand/cpu/src/ops/string.rs", "copies runs of guest RAM at the host's speed"),
     ("expand/cpu/src/system/segment.rs", "calls the handler behind a segment check"),
-    ("vmm/host/src/huge_pages.rs", "advises the kernel about guest RAM"),
     ("vmm/host/src/terminal.rs", "terminal modes and signals"),
 ];
 /// Lines of a file, tables and tests apart.

@@ -6,6 +6,6 @@ mod linux;
 
 pub use embedded::{COMPUTE_AT_SCALE_1, EMBEDDED, EmbeddedGuest, embedded};
 pub use linux::{
-    LINUX_COMMAND_LINE, LinuxFile, LinuxImage, LinuxVersions, RecipeError, WORKLOAD_SMALL, WORKLOAD_W,
-    build_linux, linux,
+    LINUX_COMMAND_LINE, LinuxFile, LinuxImage, LinuxVersions, RecipeError, WORKLOAD_SMALL,
+    WORKLOAD_W, build_linux, linux,
 };

@@ -103,12 +103,8 @@ pub(super) fn store(
     let new = TempDir::with_prefix_in("storing-", cache_dir).map_err(failed)?;
     let digest = |content| *blake3::hash(content).as_bytes();
     let manifest = manifest(versions, &digest(kernel), &digest(initrd));
-    let files = [
-        (KERNEL, kernel),
-        (INITRD, initrd),
-        (MANIFEST, manifest.as_bytes()),
-    ]
-    .map(|(name, content)| write_durably(&new.path().join(name), content));
+    let files = [(KERNEL, kernel), (INITRD, initrd), (MANIFEST, manifest.as_bytes())]
+        .map(|(name, content)| write_durably(&new.path().join(name), content));
     files.into_iter().collect::<io::Result<()>>().map_err(failed)?;
     // Two tries: another builder may have been quicker, or a damaged image may be in the way.
     for _ in 0..2 {

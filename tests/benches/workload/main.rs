@@ -1,28 +1,38 @@
-//! What running, recording and replaying cost, and how fast each engine is.
+//! What running, recording and replaying cost, and what the same work costs on QEMU.
 //!
 //!     cargo bench -p reprise-tests --bench workload -- [--runs N] [--small] [--json]
 //!
-//! Medians of N runs (3 where none is given) of Linux with the workload W on the software CPU, of
-//! `compute` on KVM where there is one, and, where QEMU is installed, of the same kernel with the
-//! same workload on QEMU's translator. `--small` takes the small workload. Nothing here passes or
-//! fails by a time. Use a machine on which nothing else runs.
+//! Two races, each of N rounds (5 where no number is given) in which every contender runs once; every
+//! other round goes backwards, so that a drift of the machine's speed falls on all alike. Printed are
+//! medians.
+//!
+//! - Linux with the workload W: `reprise run`, `record` and `replay` on the software CPU; where QEMU is
+//!   installed, its translator with the same kernel, initramfs and commands, plain and recording.
+//! - `compute`, nearly all of it user code: the software CPU, and, where there is KVM, the processor
+//!   itself.
+//!
+//! `--small` takes less of both. Nothing here passes or fails by a time. Use a machine on which nothing
+//! else runs.
 
-mod measure;
+mod contender;
 mod qemu;
+mod report;
+mod reprise;
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use measure::{Guest, Measured};
-use reprise_guest_images::{LINUX_COMMAND_LINE, WORKLOAD_SMALL, WORKLOAD_W, linux};
-use serde_json::{Value, json};
+use contender::{Contender, race};
+use reprise_guest_images::{LINUX_COMMAND_LINE, LinuxImage, WORKLOAD_SMALL, WORKLOAD_W, linux};
 use tempfile::TempDir;
 
 /// Memory of the Linux guest, in MiB, here and on QEMU.
 const MEMORY_MIB: &str = "512";
-/// `compute`'s size on KVM: 3,000 million instructions, nearly all at CPL3.
-const COMPUTE: &str = "scale=150";
+/// `compute`'s size: 2,000 million instructions, nearly all at CPL3.
+const COMPUTE: &str = "scale=100";
+/// The same for `--small`: 400 million.
+const COMPUTE_SMALL: &str = "scale=20";
 
 /// What the command line asks for.
 struct Options {
@@ -32,7 +42,7 @@ struct Options {
 }
 
 fn options() -> Result<Options> {
-    let mut options = Options { runs: 3, small: false, json: false };
+    let mut options = Options { runs: 5, small: false, json: false };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         match word.as_str() {
@@ -65,104 +75,92 @@ fn main() -> ExitCode {
 
 fn benchmark(options: &Options) -> Result<()> {
     let directory = TempDir::new()?;
-    let mut report = json!({ "runs": options.runs, "small": options.small });
-    let mut rows = Vec::new();
-    let soft = linux_on_soft(options, &directory, &mut report, &mut rows);
-    if let Err(error) = soft {
-        report["linux"] = format!("not measured: {error:#}").into();
-        eprintln!("linux: not measured: {error:#}");
-    }
-    match kvm_opens() {
-        Ok(()) => {
-            let guest = Guest {
-                name: "compute, kvm sync",
-                words: ["--engine", "kvm", "--clock", "sync", "--image", "compute", "--cmdline"]
-                    .into_iter()
-                    .chain([COMPUTE])
-                    .map(str::to_owned)
-                    .collect(),
-            };
-            let measured = measure::medians(&guest, options.runs, directory.path())?;
-            report["compute_kvm_sync"] = measured.to_json();
-            rows.push(measured);
+    let mut missing = Vec::new();
+    let mut contenders = Vec::new();
+    let mut measure = |what: &str, group: Result<Vec<Contender>>| {
+        let raced = group.and_then(|mut group| {
+            race(&mut group, options.runs)?;
+            Ok(group)
+        });
+        match raced {
+            Ok(group) => contenders.extend(group),
+            Err(error) => missing.push((what.to_owned(), format!("{error:#}"))),
         }
-        Err(error) => {
-            report["compute_kvm_sync"] = format!("not measured: /dev/kvm: {error}").into();
-            eprintln!("compute on kvm: not measured: /dev/kvm: {error}");
-        }
+    };
+    measure("linux", linux_contenders(options, directory.path()));
+    measure("compute", compute_contenders(options));
+    let with_kvm = kvm_opens();
+    for (what, reason) in
+        [("qemu", qemu::installed().err()), ("kvm", with_kvm.err().map(Into::into))]
+    {
+        missing.extend(reason.map(|reason| (what.to_owned(), reason.to_string())));
     }
-    if options.json {
-        println!("{report:#}");
-    } else {
-        print!("{}", table(&rows, &report["qemu_tcg"]));
+    if contenders.is_empty() {
+        let reasons: Vec<String> =
+            missing.iter().map(|(what, reason)| format!("{what}: {reason}")).collect();
+        bail!("nothing was measured: {}", reasons.join("; "));
+    }
+    let report = report::Report::new(options.runs, options.small, &contenders, &missing);
+    match options.json {
+        true => println!("{:#}", report.to_json()),
+        false => print!("{}", report.to_text()),
     }
     Ok(())
 }
 
-/// Linux with the workload on the software CPU, and on QEMU beside it.
-fn linux_on_soft(
-    options: &Options,
-    directory: &TempDir,
-    report: &mut Value,
-    rows: &mut Vec<Measured>,
-) -> Result<()> {
-    let cache = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("linux-image");
-    let image = linux(&cache, &mut |step| eprintln!("{step}"))?;
+/// Linux with the workload, on the software CPU and on QEMU.
+fn linux_contenders(options: &Options, directory: &Path) -> Result<Vec<Contender>> {
+    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("linux-image");
+    let image: LinuxImage = linux(&cache, &mut |step| eprintln!("{step}"))?;
     let workload = if options.small { WORKLOAD_SMALL } else { WORKLOAD_W };
-    let input = directory.path().join("workload");
+    let input = directory.join("workload");
     std::fs::write(&input, workload)?;
-    let words = [
+    let guest = [
         ["--engine", "soft"],
         ["--memory", MEMORY_MIB],
-        ["--kernel", path(&image.kernel)?],
-        ["--initrd", path(&image.initrd)?],
+        ["--kernel", text(&image.kernel.path)?],
+        ["--initrd", text(&image.initrd.path)?],
         ["--cmdline", LINUX_COMMAND_LINE],
-        ["--input", path(&input)?],
-    ];
-    let words = words.concat().into_iter().map(str::to_owned).collect();
-    let guest = Guest { name: "linux, soft", words };
-    let mut measured = measure::medians(&guest, options.runs, directory.path())?;
-    report["qemu_tcg"] = match qemu::seconds(&image, MEMORY_MIB, workload, options.runs)? {
-        Some(seconds) => {
-            measured.times_qemu = Some(measured.run_seconds / seconds);
-            json!({ "wall_seconds": seconds })
-        }
-        None => "not measured: qemu-system-x86_64 is not installed".into(),
-    };
-    report["linux"] = measured.to_json();
-    rows.push(measured);
-    Ok(())
+        ["--input", text(&input)?],
+    ]
+    .concat();
+    let file = text(&directory.join("linux.rr"))?.to_owned();
+    let mut contenders = Vec::new();
+    if qemu::installed().is_ok() {
+        let work = qemu::Work {
+            kernel: image.kernel.path.clone(),
+            initrd: image.initrd.path.clone(),
+            command_line: image.command_line.clone(),
+            memory_mib: MEMORY_MIB,
+            typed: workload,
+        };
+        let log = directory.join("qemu.rr");
+        contenders.push(qemu::plain(work.clone()));
+        contenders.push(qemu::record(work, log));
+    }
+    contenders.push(reprise::run("linux_run", "linux: reprise run", &guest));
+    contenders.push(reprise::record("linux_record", "linux: reprise record", &guest, &file));
+    contenders.push(reprise::replay("linux_replay", "linux: reprise replay", &file));
+    Ok(contenders)
 }
 
-fn path(path: &std::path::Path) -> Result<&str> {
+/// User code, on the software CPU and on the processor itself.
+fn compute_contenders(options: &Options) -> Result<Vec<Contender>> {
+    let scale = if options.small { COMPUTE_SMALL } else { COMPUTE };
+    let guest = ["--image", "compute", "--cmdline", scale];
+    let soft = [&guest[..], &["--engine", "soft"]].concat();
+    let mut contenders = vec![reprise::run("compute_soft", "compute: soft", &soft)];
+    if kvm_opens().is_ok() {
+        let kvm = [&guest[..], &["--engine", "kvm", "--clock", "sync"]].concat();
+        contenders.push(reprise::run("compute_kvm_sync", "compute: kvm sync", &kvm));
+    }
+    Ok(contenders)
+}
+
+fn text(path: &Path) -> Result<&str> {
     path.to_str().with_context(|| format!("{} is not text", path.display()))
 }
 
 fn kvm_opens() -> std::io::Result<()> {
     std::fs::File::options().read(true).write(true).open("/dev/kvm").map(|_| ())
-}
-
-fn table(rows: &[Measured], qemu: &Value) -> String {
-    let mut text = format!(
-        "{:20} {:>9} {:>9} {:>9} {:>11} {:>11} {:>8} {:>11} {:>14}\n",
-        "",
-        "run",
-        "record",
-        "replay",
-        "record/run",
-        "of CPU time",
-        "MIPS",
-        "log bytes",
-        "bytes/kinstr"
-    );
-    for row in rows {
-        text.push_str(&row.to_row());
-    }
-    if let Some(seconds) = qemu["wall_seconds"].as_f64() {
-        text.push_str(&format!("{:20} {seconds:>7.2} s\n", "linux, QEMU TCG"));
-    }
-    for times in rows.iter().filter_map(|row| row.times_qemu) {
-        text.push_str(&format!("Reprise's run takes {times:.2} times as long as QEMU's\n"));
-    }
-    text
 }

@@ -1,11 +1,13 @@
 //! QEMU's translator with the same kernel, initramfs and workload, for comparison.
 
 use std::io::{Read, Write};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use reprise_guest_images::LinuxImage;
+
+use super::contender::{Contender, Sample};
 
 const QEMU: &str = "qemu-system-x86_64";
 /// A machine like Reprise's: no APIC; a PC's PIC, PIT, RTC and one UART.
@@ -21,52 +23,68 @@ const MACHINE: &[&str] = &[
     "stdio",
     "-no-reboot",
 ];
+/// Virtual time follows the instruction count, two nanoseconds each, and what enters is recorded.
+const RECORDING: &str = "shift=1,rr=record,rrfile=";
 /// What the shell shows when it takes commands.
 const PROMPT: &[u8] = b"/ # ";
 
-/// The median of the seconds from start to reset; none without QEMU.
-pub(crate) fn seconds(
-    image: &LinuxImage,
-    memory_mib: &str,
-    workload: &str,
-    runs: usize,
-) -> Result<Option<f64>> {
-    if Command::new(QEMU).arg("--version").output().is_err() {
-        return Ok(None);
-    }
-    let mut times = Vec::new();
-    for round in 1..=runs {
-        eprintln!("linux, QEMU TCG: round {round} of {runs}");
-        times.push(once(image, memory_mib, workload)?);
-    }
-    times.sort_by(f64::total_cmp);
-    Ok(Some((times[(runs - 1) / 2] + times[runs / 2]) / 2.0))
+/// What is run.
+#[derive(Clone)]
+pub(crate) struct Work {
+    pub(crate) kernel: PathBuf,
+    pub(crate) initrd: PathBuf,
+    pub(crate) command_line: String,
+    pub(crate) memory_mib: &'static str,
+    pub(crate) typed: &'static str,
 }
 
-fn once(image: &LinuxImage, memory_mib: &str, workload: &str) -> Result<f64> {
+/// Whether QEMU is there.
+pub(crate) fn installed() -> Result<()> {
+    Command::new(QEMU)
+        .arg("--version")
+        .output()
+        .map(|_| ())
+        .with_context(|| format!("{QEMU} does not start"))
+}
+
+/// As fast as it goes.
+pub(crate) fn plain(work: Work) -> Contender {
+    Contender::new("qemu_plain", "linux: QEMU TCG", move || once(&work, None))
+}
+
+/// Recording into `log`.
+pub(crate) fn record(work: Work, log: PathBuf) -> Contender {
+    Contender::new("qemu_record", "linux: QEMU TCG record", move || once(&work, Some(&log)))
+}
+
+fn once(work: &Work, log: Option<&PathBuf>) -> Result<Sample> {
+    let recording = log.map(|log| format!("{RECORDING}{}", log.display()));
     let started = Instant::now();
     let mut child = Command::new(QEMU)
         .args(MACHINE)
-        .args(["-m", memory_mib, "-append", &image.command_line])
+        .args(["-m", work.memory_mib, "-append", &work.command_line])
         .arg("-kernel")
-        .arg(&image.kernel)
+        .arg(&work.kernel)
         .arg("-initrd")
-        .arg(&image.initrd)
+        .arg(&work.initrd)
+        .args(recording.iter().flat_map(|recording| ["-icount", recording]))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::inherit())
         .spawn()
         .context("QEMU does not start")?;
-    let typed = type_at_prompt(&mut child, workload);
+    let typed = type_at_prompt(&mut child, work.typed);
     if typed.is_err() {
         let _ = child.kill();
     }
     let status = child.wait()?;
+    let process_seconds = started.elapsed().as_secs_f64();
     typed?;
     if !status.success() {
         bail!("QEMU ended with {status}");
     }
-    Ok(started.elapsed().as_secs_f64())
+    let log_bytes = log.map(std::fs::metadata).transpose()?.map(|log| log.len() as f64);
+    Ok(Sample { process_seconds, log_bytes, ..Sample::default() })
 }
 
 /// Types once the shell is there, and reads until the console closes.

@@ -6,7 +6,6 @@
 
 mod console;
 mod host_cpu;
-mod huge_pages;
 mod input;
 mod log_file;
 mod real_host;
@@ -15,7 +14,6 @@ mod watcher;
 
 pub use console::ConsoleSink;
 pub use host_cpu::host_info;
-pub use huge_pages::advise_huge_pages;
 pub use input::InputSource;
 pub use log_file::{ImagesEmbedded, LogFile, LogTotals, SharedImage};
 pub use real_host::{HostOptions, Progress, ProgressObserver, RealHost};

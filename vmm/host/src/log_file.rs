@@ -266,7 +266,8 @@ mod tests {
     #[test]
     fn a_full_disk_comes_back_at_a_later_frame() {
         for (room, images_fit) in [(1 << 20, true), (1000, false)] {
-            let writer = RecordingWriter::create(SmallDisk(room), &header()).expect("room for this");
+            let writer =
+                RecordingWriter::create(SmallDisk(room), &header()).expect("room for this");
             let file = tempfile::tempfile().expect("a file");
             let embedded = ImagesEmbedded::default();
             let log = LogFile::start(writer, images(), &embedded, file).expect("a thread");

@@ -65,9 +65,7 @@ impl TouchedPages {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::{
-        Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    };
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
     use super::*;
 

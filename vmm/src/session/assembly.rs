@@ -3,7 +3,6 @@
 
 use reprise_cpu::engine::SoftEngine;
 use reprise_devices::board::{Board, BoardConfig};
-use reprise_host::advise_huge_pages;
 use reprise_kvm::KvmEngine;
 use reprise_machine::engine::{Engine, EngineError};
 use reprise_machine::ram::{GuestRam, RamError};
@@ -45,7 +44,6 @@ impl LoadedGuest {
         rtc_start_s: u64,
     ) -> Result<Self, AssemblyError> {
         let ram = GuestRam::new(ram_mib)?;
-        advise_huge_pages(&ram);
         let state = boot::load(source, &ram)?;
         let board = BoardConfig { ram_bytes: ram.ram_bytes(), rtc_start_s };
         Ok(Self { ram, state, board })
@@ -66,12 +64,17 @@ impl LoadedGuest {
             EngineKind::Soft => {
                 let mut engine = SoftEngine::new(ram)?;
                 engine.set_cpu_state(&state)?;
-                Ok(visitor.visit(engine, board))
+                let (output, engine) = visitor.visit(engine, board);
+                // Its blocks are hundreds of thousands of small pieces of memory, which are given back
+                // one by one. The process's end, which is near, gives them back at once.
+                std::mem::forget(engine);
+                Ok(output)
             }
             EngineKind::Kvm(clock) => {
                 let mut engine = KvmEngine::new(ram, clock)?;
                 engine.set_cpu_state(&state)?;
-                Ok(visitor.visit(engine, board))
+                let (output, _) = visitor.visit(engine, board);
+                Ok(output)
             }
         }
     }
@@ -82,6 +85,7 @@ pub trait EngineVisitor {
     /// What it comes to.
     type Output;
 
-    /// Takes the engine, which stands before the guest's first instruction, and the board.
-    fn visit<E: Engine>(self, engine: E, board: Board) -> Self::Output;
+    /// Takes the engine, which stands before the guest's first instruction, and the board. Gives the
+    /// engine back when it is done with it.
+    fn visit<E: Engine>(self, engine: E, board: Board) -> (Self::Output, E);
 }

@@ -163,21 +163,27 @@ struct Run<F> {
 impl<S: FrameSink, F: FnOnce() -> Result<S>> EngineVisitor for Run<F> {
     type Output = Result<Finished<S>>;
 
-    fn visit<E: Engine>(self, engine: E, board: Board) -> Self::Output {
-        let sink = (self.open_sink)()?;
-        let host = RealHost::start(self.host, engine.kicker())?;
+    fn visit<E: Engine>(self, engine: E, board: Board) -> (Self::Output, E) {
+        let Self { time, host, open_sink } = self;
+        let opened =
+            open_sink().and_then(|sink| Ok((sink, RealHost::start(host, engine.kicker())?)));
+        let (sink, host) = match opened {
+            Ok(opened) => opened,
+            Err(error) => return (Err(error), engine),
+        };
         let recording = Recording::new(host, LogWriter::new(sink));
-        let mut machine = Machine::new(engine, board, recording, self.time);
+        let mut machine = Machine::new(engine, board, recording, time);
         let started = Instant::now();
         let result = machine.run();
         // What follows gives back memory and threads, which is no part of the run.
         let wall = started.elapsed();
-        let (_, _, recording) = machine.into_parts();
+        let (engine, _, recording) = machine.into_parts();
         let (mut host, sink) = recording.into_parts();
         let console_failure = host.console_failure().map(ToString::to_string);
         // The terminal is given back before anything is reported.
         drop(host);
-        Ok(Finished { outcome: result?, sink, wall, console_failure })
+        let finished = result.map(|outcome| Finished { outcome, sink, wall, console_failure });
+        (finished.map_err(Into::into), engine)
     }
 }
 

@@ -138,7 +138,7 @@ struct Replay {
 impl EngineVisitor for Replay {
     type Output = (Result<Outcome, MachineError>, Duration);
 
-    fn visit<E: Engine>(self, engine: E, board: Board) -> Self::Output {
+    fn visit<E: Engine>(self, engine: E, board: Board) -> (Self::Output, E) {
         let Self { log, time, verification, options } = self;
         let mut inputs = Replaying::new(log).verifying(verification);
         if let Some(mut console) = options.console {
@@ -157,7 +157,8 @@ impl EngineVisitor for Replay {
         let outcome = machine.run_until(options.until_tick.unwrap_or(u64::MAX));
         let wall = started.elapsed();
         drop(kicks);
-        (outcome, wall)
+        let (engine, _, _) = machine.into_parts();
+        ((outcome, wall), engine)
     }
 }
 

@@ -1,0 +1,79 @@
+//! Whoever runs a workload, and what each of its runs took.
+
+use anyhow::{Context, Result};
+
+/// What one run took. What a contender cannot tell is none.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Sample {
+    /// What the product itself reports: from the guest's first instruction to its end.
+    pub(crate) guest_seconds: Option<f64>,
+    /// From the start of the process to its end: what a user waits for.
+    pub(crate) process_seconds: f64,
+    /// The processor's time for the whole process, which other load disturbs less than the clock's.
+    pub(crate) cpu_seconds: Option<f64>,
+    pub(crate) instructions: Option<f64>,
+    pub(crate) log_bytes: Option<f64>,
+}
+
+/// One way to run one workload.
+pub(crate) struct Contender {
+    /// Its name in JSON.
+    pub(crate) key: &'static str,
+    /// Its name in the table.
+    pub(crate) label: &'static str,
+    once: Box<dyn FnMut() -> Result<Sample>>,
+    samples: Vec<Sample>,
+}
+
+impl Contender {
+    pub(crate) fn new(
+        key: &'static str,
+        label: &'static str,
+        once: impl FnMut() -> Result<Sample> + 'static,
+    ) -> Self {
+        Self { key, label, once: Box::new(once), samples: Vec::new() }
+    }
+
+    fn run(&mut self) -> Result<()> {
+        let sample = (self.once)().with_context(|| self.label)?;
+        self.samples.push(sample);
+        Ok(())
+    }
+
+    /// The median of what the samples have.
+    pub(crate) fn median(&self, value: impl Fn(&Sample) -> Option<f64>) -> Option<f64> {
+        median(self.samples.iter().filter_map(value).collect())
+    }
+
+    /// The median of this contender's value by `other`'s in the same round: rounds that other load
+    /// slows count no more than the rest.
+    pub(crate) fn median_ratio(
+        &self,
+        other: &Self,
+        value: impl Fn(&Sample) -> Option<f64>,
+    ) -> Option<f64> {
+        let rounds = self.samples.iter().zip(&other.samples);
+        median(rounds.filter_map(|(own, other)| Some(value(own)? / value(other)?)).collect())
+    }
+}
+
+/// Runs each contender once a round; every other round goes backwards.
+pub(crate) fn race(contenders: &mut [Contender], rounds: usize) -> Result<()> {
+    for round in 0..rounds {
+        eprintln!("{}: round {} of {rounds}", contenders[0].label, round + 1);
+        let backwards = round % 2 == 1;
+        for position in 0..contenders.len() {
+            let index = if backwards { contenders.len() - 1 - position } else { position };
+            contenders[index].run()?;
+        }
+    }
+    Ok(())
+}
+
+/// The middle one; the mean of the two middle ones of an even number.
+fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    let upper = *values.get(values.len() / 2)?;
+    let lower = values[(values.len() - 1) / 2];
+    Some((lower + upper) / 2.0)
+}

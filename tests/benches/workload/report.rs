@@ -1,0 +1,205 @@
+//! What a benchmark came to: a row for each contender, and the ratios that people ask for.
+
+use std::fmt::Write;
+
+use serde_json::{Map, Value, json};
+
+use super::contender::{Contender, Sample};
+
+/// One contender divided by another, in the same round.
+struct Ratio {
+    key: &'static str,
+    label: &'static str,
+    dividend: &'static str,
+    divisor: &'static str,
+    value: fn(&Sample) -> Option<f64>,
+}
+
+fn process_seconds(sample: &Sample) -> Option<f64> {
+    Some(sample.process_seconds)
+}
+
+fn guest_seconds(sample: &Sample) -> Option<f64> {
+    sample.guest_seconds
+}
+
+fn cpu_seconds(sample: &Sample) -> Option<f64> {
+    sample.cpu_seconds
+}
+
+/// Against QEMU, whole processes are compared; Reprise against itself, by what it reports.
+const RATIOS: &[Ratio] = &[
+    Ratio {
+        key: "qemu_plain_by_run",
+        label: "QEMU plain / Reprise run, process",
+        dividend: "qemu_plain",
+        divisor: "linux_run",
+        value: process_seconds,
+    },
+    Ratio {
+        key: "qemu_record_by_record",
+        label: "QEMU record / Reprise record, process",
+        dividend: "qemu_record",
+        divisor: "linux_record",
+        value: process_seconds,
+    },
+    Ratio {
+        key: "record_by_run",
+        label: "record / run, guest",
+        dividend: "linux_record",
+        divisor: "linux_run",
+        value: guest_seconds,
+    },
+    Ratio {
+        key: "record_by_run_process",
+        label: "record / run, process",
+        dividend: "linux_record",
+        divisor: "linux_run",
+        value: process_seconds,
+    },
+    Ratio {
+        key: "record_by_run_cpu",
+        label: "record / run, CPU",
+        dividend: "linux_record",
+        divisor: "linux_run",
+        value: cpu_seconds,
+    },
+    Ratio {
+        key: "replay_by_record",
+        label: "replay / record, guest",
+        dividend: "linux_replay",
+        divisor: "linux_record",
+        value: guest_seconds,
+    },
+    Ratio {
+        key: "compute_soft_by_kvm",
+        label: "compute: soft / kvm sync, guest",
+        dividend: "compute_soft",
+        divisor: "compute_kvm_sync",
+        value: guest_seconds,
+    },
+];
+
+/// Medians, and why some are missing.
+pub(crate) struct Report<'a> {
+    runs: usize,
+    small: bool,
+    contenders: &'a [Contender],
+    missing: &'a [(String, String)],
+}
+
+/// A contender's medians.
+struct Row {
+    guest_seconds: Option<f64>,
+    process_seconds: Option<f64>,
+    cpu_seconds: Option<f64>,
+    mips: Option<f64>,
+    log_bytes: Option<f64>,
+    bytes_per_kiloinstruction: Option<f64>,
+}
+
+impl<'a> Report<'a> {
+    pub(crate) fn new(
+        runs: usize,
+        small: bool,
+        contenders: &'a [Contender],
+        missing: &'a [(String, String)],
+    ) -> Self {
+        Self { runs, small, contenders, missing }
+    }
+
+    fn contender(&self, key: &str) -> Option<&Contender> {
+        self.contenders.iter().find(|contender| contender.key == key)
+    }
+
+    /// QEMU and the `sync` clock count no instructions that they would tell; theirs are taken from
+    /// the contender that runs the same work and counts.
+    fn instructions(&self, contender: &Contender) -> Option<f64> {
+        let counted = |contender: &Contender| contender.median(|sample| sample.instructions);
+        let same_work =
+            if contender.key.starts_with("compute") { "compute_soft" } else { "linux_run" };
+        counted(contender).or_else(|| counted(self.contender(same_work)?))
+    }
+
+    fn row(&self, contender: &Contender) -> Row {
+        let guest_seconds = contender.median(guest_seconds);
+        let process_seconds = contender.median(process_seconds);
+        let log_bytes = contender.median(|sample| sample.log_bytes);
+        let instructions = self.instructions(contender);
+        let per_instruction = |value: Option<f64>| Some(value? / instructions?);
+        Row {
+            guest_seconds,
+            process_seconds,
+            cpu_seconds: contender.median(cpu_seconds),
+            mips: per_instruction(guest_seconds.or(process_seconds)).map(|seconds| 1e-6 / seconds),
+            log_bytes,
+            bytes_per_kiloinstruction: per_instruction(log_bytes).map(|bytes| bytes * 1e3),
+        }
+    }
+
+    fn ratio(&self, ratio: &Ratio) -> Option<f64> {
+        let (dividend, divisor) = (self.contender(ratio.dividend)?, self.contender(ratio.divisor)?);
+        dividend.median_ratio(divisor, ratio.value)
+    }
+
+    pub(crate) fn to_json(&self) -> Value {
+        let medians = self.contenders.iter().map(|contender| {
+            let row = self.row(contender);
+            let value = json!({
+                "guest_seconds": row.guest_seconds,
+                "process_seconds": row.process_seconds,
+                "cpu_seconds": row.cpu_seconds,
+                "mips": row.mips,
+                "log_bytes": row.log_bytes,
+                "bytes_per_kiloinstruction": row.bytes_per_kiloinstruction,
+            });
+            (contender.key.to_owned(), value)
+        });
+        let ratios = RATIOS.iter().map(|ratio| (ratio.key.to_owned(), self.ratio(ratio).into()));
+        let missing =
+            self.missing.iter().map(|(what, reason)| (what.clone(), reason.as_str().into()));
+        json!({
+            "runs": self.runs,
+            "small": self.small,
+            "medians": medians.collect::<Map<_, _>>(),
+            "ratios": ratios.collect::<Map<_, _>>(),
+            "not_measured": missing.collect::<Map<_, _>>(),
+        })
+    }
+
+    pub(crate) fn to_text(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            text,
+            "{:24} {:>9} {:>9} {:>9} {:>8} {:>11} {:>12}",
+            "medians", "guest s", "process s", "CPU s", "MIPS", "log bytes", "bytes/kinstr"
+        );
+        for contender in self.contenders {
+            let row = self.row(contender);
+            let _ = writeln!(
+                text,
+                "{:24} {:>9} {:>9} {:>9} {:>8} {:>11} {:>12}",
+                contender.label,
+                or_dash(row.guest_seconds, 3),
+                or_dash(row.process_seconds, 3),
+                or_dash(row.cpu_seconds, 2),
+                or_dash(row.mips, 1),
+                or_dash(row.log_bytes, 0),
+                or_dash(row.bytes_per_kiloinstruction, 5),
+            );
+        }
+        text.push('\n');
+        for ratio in RATIOS {
+            let _ = writeln!(text, "{:40} {:>8}", ratio.label, or_dash(self.ratio(ratio), 3));
+        }
+        for (what, reason) in self.missing {
+            let _ = writeln!(text, "{what}: not measured: {reason}");
+        }
+        text
+    }
+}
+
+fn or_dash(value: Option<f64>, digits: usize) -> String {
+    value.map_or("-".to_owned(), |value| format!("{value:.digits$}"))
+}

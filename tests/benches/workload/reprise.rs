@@ -1,0 +1,74 @@
+//! The product as a contender, timed from outside.
+
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use super::contender::{Contender, Sample};
+
+/// The product.
+const BINARY: &str = env!("CARGO_BIN_EXE_reprise-under-test");
+
+/// `reprise run`.
+pub(crate) fn run(key: &'static str, label: &'static str, guest: &[&str]) -> Contender {
+    contender(key, label, [&["run"], guest].concat())
+}
+
+/// `reprise record` into `file`.
+pub(crate) fn record(
+    key: &'static str,
+    label: &'static str,
+    guest: &[&str],
+    file: &str,
+) -> Contender {
+    contender(key, label, [&["record"], guest, &["-o", file, "--force"]].concat())
+}
+
+/// `reprise replay` of what was recorded there.
+pub(crate) fn replay(key: &'static str, label: &'static str, file: &str) -> Contender {
+    contender(key, label, vec!["replay", file])
+}
+
+fn contender(key: &'static str, label: &'static str, words: Vec<&str>) -> Contender {
+    let words: Vec<String> = words.into_iter().map(str::to_owned).collect();
+    Contender::new(key, label, move || timed(&words))
+}
+
+fn timed(words: &[String]) -> Result<Sample> {
+    let started = Instant::now();
+    let output = Command::new("sh")
+        .args(["-c", "\"$0\" \"$@\"; status=$?; times >&2; exit $status", BINARY, "--json"])
+        .args(words)
+        .stdin(Stdio::null())
+        .output()
+        .context("the product does not start")?;
+    let process_seconds = started.elapsed().as_secs_f64();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let report: Value = serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("no report: {}", stderr.trim()))?;
+    // `compute` ends with a status of its own, so what tells success is how the run ended.
+    let ending = report["ending"].as_str().unwrap_or_default();
+    if !["triple-fault", "debug-exit"].contains(&ending) || report["verified"] == false {
+        bail!("it did not end as it should: {report:#}");
+    }
+    // The last line of `times`: user and system time of what the shell has waited for.
+    let cpu_seconds = stderr
+        .lines()
+        .last()
+        .and_then(|line| line.split_whitespace().map(shell_seconds).sum::<Option<f64>>());
+    Ok(Sample {
+        guest_seconds: report["wall_seconds"].as_f64(),
+        process_seconds,
+        cpu_seconds,
+        instructions: report["instructions"].as_f64(),
+        log_bytes: report["log_bytes"].as_f64(),
+    })
+}
+
+/// Seconds as a shell prints them: `1m2.34s`.
+fn shell_seconds(text: &str) -> Option<f64> {
+    let (minutes, seconds) = text.strip_suffix('s')?.split_once('m')?;
+    Some(minutes.parse::<f64>().ok()? * 60.0 + seconds.parse::<f64>().ok()?)
+}
