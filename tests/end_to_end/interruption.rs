@@ -2,7 +2,7 @@
 
 use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
-use std::process::Command;
+use std::process::{Command, Output};
 use std::time::Duration;
 
 use crate::program::{
@@ -86,24 +86,26 @@ fn a_recording_killed_while_it_computes_is_usable() {
     assert!(replayed["ticks"].as_u64() > Some(1_000_000), "{replayed:#}");
 }
 
-/// A file system of 128 KiB (frames are cut at 64), in a namespace of its own where only the product
-/// sees it.
-#[test]
-fn a_disk_that_fills_up_leaves_what_replays() {
-    let workplace = Workplace::new();
+/// Records onto a file system of so many KiB, in a namespace of its own where only the product sees
+/// it. What the recording left there is then at `saved`, if anything. `None`, said, where the host
+/// does not let one mount.
+fn record_onto_small_disk(
+    workplace: &Workplace,
+    disk_kib: u32,
+    guest: &str,
+    saved: &str,
+) -> Option<Output> {
     let mount = workplace.path("small-disk");
     std::fs::create_dir(&mount).expect("a directory");
-    let mounted = format!("mount -t tmpfs -o size=128k none {mount}");
+    let mounted = format!("mount -t tmpfs -o size={disk_kib}k none {mount}");
     let probe = Command::new("unshare").args(["-rm", "sh", "-c", &mounted]).output();
     if !probe.is_ok_and(|output| output.status.success()) {
         eprintln!("skipped: this host lets nobody mount a small file system in a namespace");
-        return;
+        return None;
     }
-    let typed = workplace.file("typed", incompressible_text(250_000));
-    let saved = workplace.path("saved.rr");
     let script = format!(
-        "{mounted} && {{ \"$0\" record --engine soft --image echo --input {typed} \
-         --console /dev/null -o {mount}/full.rr; code=$?; cp {mount}/full.rr {saved}; exit $code; }}"
+        "{mounted} && {{ \"$0\" record --engine soft {guest} --console /dev/null \
+         -o {mount}/full.rr; code=$?; cp {mount}/full.rr {saved} 2>/dev/null; exit $code; }}"
     );
     let output = Command::new("unshare")
         .args(["-rm", "sh", "-c", &script, BINARY])
@@ -113,7 +115,32 @@ fn a_disk_that_fills_up_leaves_what_replays() {
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(stderr.starts_with("reprise: ") && stderr.lines().count() == 1, "{stderr}");
     assert!(stderr.contains("No space left on device"), "{stderr}");
-    assert_cut_short_but_usable(&saved);
+    Some(output)
+}
+
+/// Frames are cut at 64 KiB, so two or so fit.
+#[test]
+fn a_disk_that_fills_up_leaves_what_replays() {
+    let workplace = Workplace::new();
+    let typed = workplace.file("typed", incompressible_text(250_000));
+    let saved = workplace.path("saved.rr");
+    let guest = format!("--image echo --input {typed}");
+    if record_onto_small_disk(&workplace, 128, &guest, &saved).is_some() {
+        assert_cut_short_but_usable(&saved);
+    }
+}
+
+/// The guest runs already when its images are written, and would run for ever.
+#[test]
+fn a_disk_too_small_for_the_images_ends_the_run_and_leaves_nothing() {
+    let workplace = Workplace::new();
+    let saved = workplace.path("saved.rr");
+    let guest = "--image misbehave --cmdline do=spin";
+    if let Some(output) = record_onto_small_disk(&workplace, 4, guest, &saved) {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(stderr.contains("make room and record again"), "{stderr}");
+        assert!(!std::path::Path::new(&saved).exists(), "nobody could use it");
+    }
 }
 
 /// A recording that goes into a pipe whose reader leaves.
