@@ -28,6 +28,10 @@ const RECORDING: &str = "shift=1,rr=record,rrfile=";
 /// What the shell shows when it takes commands.
 const PROMPT: &[u8] = b"/ # ";
 
+/// Bytes typed before their echo is awaited: while QEMU records, it loses what does not fit into the
+/// UART's FIFO of 16.
+const TYPED_AT_ONCE: usize = 8;
+
 /// What is run.
 #[derive(Clone)]
 pub(crate) struct Work {
@@ -87,19 +91,34 @@ fn once(work: &Work, log: Option<&PathBuf>) -> Result<Sample> {
     Ok(Sample { process_seconds, log_bytes, ..Sample::default() })
 }
 
-/// Types once the shell is there, and reads until the console closes.
+/// Types each line when the shell asks for it, and reads until the console closes.
 fn type_at_prompt(child: &mut Child, workload: &str) -> Result<()> {
     let mut keyboard = child.stdin.take().context("stdin is piped")?;
     let mut console = child.stdout.take().context("stdout is piped")?;
-    let (mut seen, mut piece) = (Vec::new(), [0; 4096]);
-    while !seen.windows(PROMPT.len()).any(|window| window == PROMPT) {
-        match console.read(&mut piece)? {
-            0 => bail!("the guest ended before its shell: {}", String::from_utf8_lossy(&seen)),
-            count => seen.extend(&piece[..count]),
+    for line in workload.split_inclusive('\n') {
+        let mut seen = Vec::new();
+        while !seen.windows(PROMPT.len()).any(|window| window == PROMPT) {
+            seen.extend(read_some(&mut console)?);
+        }
+        for piece in line.as_bytes().chunks(TYPED_AT_ONCE) {
+            keyboard.write_all(piece)?;
+            keyboard.flush()?;
+            let mut echoed = 0;
+            while echoed < piece.len() && piece.last() != Some(&b'\n') {
+                echoed += read_some(&mut console)?.len();
+            }
         }
     }
-    keyboard.write_all(workload.as_bytes())?;
-    keyboard.flush()?;
     std::io::copy(&mut console, &mut std::io::sink())?;
     Ok(())
+}
+
+fn read_some(console: &mut impl Read) -> Result<Vec<u8>> {
+    let mut piece = vec![0; 4096];
+    let count = console.read(&mut piece)?;
+    if count == 0 {
+        bail!("the guest ended before everything was typed");
+    }
+    piece.truncate(count);
+    Ok(piece)
 }
