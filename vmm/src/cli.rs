@@ -4,16 +4,16 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use reprise_host::install_panic_restore;
 use reprise_machine::ram::{MAX_RAM_MIB, MIN_RAM_MIB};
 
 use crate::commands;
-use crate::output::{Output, one_line};
+use crate::defect;
+use crate::output::Output;
 use crate::session::choice::{ChoiceError, ClockArg, EngineArg};
 use crate::session::guest::GuestChoice;
 
 /// Exit status of a command that failed.
-const FAILED: u8 = 1;
+pub(crate) const FAILED: u8 = 1;
 /// Exit status of wrong use, as clap has it.
 const WRONG_USE: u8 = 2;
 
@@ -202,32 +202,16 @@ fn parse_tick(text: &str) -> Result<u64, String> {
 
 /// Runs the command that the process was given.
 pub fn run() -> ExitCode {
-    install_panic_restore(|info| {
-        let place = info.location().map(ToString::to_string).unwrap_or_default();
-        let what = info.payload_as_str().unwrap_or("no reason given");
-        let line = one_line(what);
-        Output { json: false }.note(format_args!(
-            "internal error at {place}: {line}; please report it with the command that you gave"
-        ));
-    });
+    defect::end_with_one_line(false);
     let arguments = Arguments::parse();
+    defect::end_with_one_line(arguments.json);
     let output = Output { json: arguments.json };
-    let status = std::panic::catch_unwind(|| match dispatch(arguments.command, output) {
-        Ok(status) => status,
-        Err(error) => {
-            output.failure(&format!("{error:#}"));
-            match error.downcast_ref() {
-                Some(ChoiceError::SoftHasOneClock) => WRONG_USE,
-                _ => FAILED,
-            }
+    ExitCode::from(dispatch(arguments.command, output).unwrap_or_else(|error| {
+        output.failure(&format!("{error:#}"));
+        match error.downcast_ref() {
+            Some(ChoiceError::SoftHasOneClock) => WRONG_USE,
+            _ => FAILED,
         }
-    });
-    ExitCode::from(status.unwrap_or_else(|_| {
-        // The panic hook has told a person.
-        if output.json {
-            output.result(&serde_json::json!({ "error": "internal error" }), "");
-        }
-        FAILED
     }))
 }
 

@@ -4,5 +4,6 @@
 pub mod boot;
 pub mod cli;
 pub mod commands;
+pub mod defect;
 pub mod output;
 pub mod session;

@@ -17,7 +17,7 @@ pub use host_cpu::host_info;
 pub use input::InputSource;
 pub use log_file::{ImagesEmbedded, LogFile, LogTotals, SharedImage};
 pub use real_host::{HostOptions, Progress, ProgressObserver, RealHost};
-pub use terminal::{install_panic_restore, terminal_can_be_used};
+pub use terminal::{end_on_panic, terminal_can_be_used};
 
 /// Why the host side cannot do its part.
 #[derive(Debug, thiserror::Error)]

@@ -27,6 +27,8 @@ static ORIGINAL: OnceLock<libc::termios> = OnceLock::new();
 static RAW: AtomicBool = AtomicBool::new(false);
 /// The eventfd that a signal writes to; negative while there is none.
 static STOP_FD: AtomicI32 = AtomicI32::new(-1);
+/// Whether a thread has panicked.
+static PANICKED: AtomicBool = AtomicBool::new(false);
 /// Signals seen.
 static SIGNALS_SEEN: AtomicU32 = AtomicU32::new(0);
 
@@ -87,13 +89,22 @@ fn restore() {
     }
 }
 
-/// Makes a panic on any thread restore the terminal before `report` tells of it.
-pub fn install_panic_restore(
+/// Makes a panic on any thread end the process with `status`: the terminal is restored, and `report`
+/// tells of the first panic.
+pub fn end_on_panic(
+    status: u8,
     report: impl Fn(&std::panic::PanicHookInfo<'_>) + Send + Sync + 'static,
 ) {
     std::panic::set_hook(Box::new(move |info| {
+        // One report is enough: whoever comes later waits for the end.
+        while PANICKED.swap(true, Ordering::SeqCst) {
+            std::thread::park();
+        }
         restore();
         report(info);
+        // SAFETY: _exit has no preconditions and does not return. It runs nothing of this process,
+        // in which other threads may hold any lock.
+        unsafe { libc::_exit(c_int::from(status)) }
     }));
 }
 
