@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::cli::DiffArgs;
 use crate::output::Output;
 use crate::session::replay::open;
-use crate::session::report::MomentReport;
+use crate::session::report::{MomentReport, damage_text};
 
 /// How two recordings differ.
 #[derive(Debug, Serialize)]
@@ -55,7 +55,8 @@ impl From<&Difference> for RecordReport {
     }
 }
 
-/// Compares two recordings. The exit status says whether it could be done, not what it found.
+/// Compares two recordings. The exit status says whether it could be done to the end, not what it
+/// found: with a damaged file it is 1 also where the logs part before the damage.
 ///
 /// # Errors
 /// A recording cannot be used, or is damaged before a difference is found.
@@ -74,13 +75,20 @@ pub fn run(arguments: &DiffArgs, output: Output) -> Result<u8> {
         first_difference: first.as_ref().map(RecordReport::from),
     };
     output.result(&report, text(&report));
+    let mut damage = Vec::new();
     for (path, recording) in [(&arguments.a, &a), (&arguments.b, &b)] {
-        if !recording.summary().complete {
-            output
-                .note(format_args!("{} is cut short; compared as far as it goes", path.display()));
+        let (summary, shown) = (recording.summary(), path.display());
+        if let Some(found) = &summary.damage {
+            let text = damage_text(&found.to_string(), summary.record_count);
+            damage.push(format!("{shown}: {text}"));
+        } else if !summary.complete {
+            output.note(format_args!("{shown} is cut short; compared as far as it goes"));
         }
     }
-    Ok(0)
+    if !damage.is_empty() {
+        output.note(damage.join("; "));
+    }
+    Ok(u8::from(!damage.is_empty()))
 }
 
 fn text(report: &DiffReport) -> String {

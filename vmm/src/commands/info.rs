@@ -10,7 +10,9 @@ use serde::Serialize;
 use crate::cli::InfoArgs;
 use crate::output::{Output, byte_size, grouped, hex, table};
 use crate::session::replay::open;
-use crate::session::report::{MomentReport, bytes_per_kiloinstruction, describe_ending, log_text};
+use crate::session::report::{
+    MomentReport, bytes_per_kiloinstruction, damage_text, describe_ending, log_text,
+};
 
 /// Everything about a recording.
 #[derive(Debug, Serialize)]
@@ -82,7 +84,8 @@ pub fn run(arguments: &InfoArgs, output: Output) -> Result<u8> {
     let report = InfoReport::of(&recording);
     output.result(&report, report.to_table());
     if let Some(damage) = &report.damage {
-        output.note(format_args!("{}: {damage}", arguments.file.display()));
+        let text = damage_text(damage, report.events);
+        output.note(format_args!("{}: {text}", arguments.file.display()));
         return Ok(1);
     }
     Ok(0)

@@ -8,7 +8,7 @@ use reprise_trace::recording::Recording;
 use crate::cli::ReplayArgs;
 use crate::output::{Output, grouped, progress_shows};
 use crate::session::replay::{self, ReplayOptions, TickObserver};
-use crate::session::report::SessionReport;
+use crate::session::report::{SessionReport, damage_text};
 
 /// Replays a recording.
 ///
@@ -35,8 +35,6 @@ pub fn run(arguments: &ReplayArgs, output: Output) -> Result<u8> {
     output.result(&report, format_args!("{}{}", report.to_table(), verdict(&report)));
     if report.verified == Some(false) {
         output.note(failure(&report));
-    } else if let Some(damage) = &report.damage {
-        output.note(format_args!("what was replayed agrees, but the file was damaged: {damage}"));
     }
     Ok(report.exit_code)
 }
@@ -80,8 +78,15 @@ pub(super) fn failure(report: &SessionReport) -> String {
             divergence.replayed
         );
     }
-    match &report.damage {
-        Some(damage) => damage.clone(),
-        None => "the recording was cut short before its first event: record again".to_owned(),
+    let Some(damage) = &report.damage else {
+        return "the recording was cut short before its first event: record again".to_owned();
+    };
+    let damage = damage_text(damage, report.events);
+    match report.verified_until {
+        Some(moment) => format!(
+            "the replay agrees with the recording up to tick {}, but the file is damaged: {damage}",
+            moment.tick
+        ),
+        None => format!("the file is damaged: {damage}"),
     }
 }

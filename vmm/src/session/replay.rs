@@ -205,11 +205,18 @@ fn report(
     let mut report = SessionReport::new("replay", &header.guest.name, kind, outcome, wall)
         .with_file(summary.log_bytes, summary.image_bytes, summary.file_bytes);
     let nothing_recorded = summary.record_count == 0;
-    report.verified = Some(match &outcome.conclusion {
+    let agrees = match &outcome.conclusion {
         Conclusion::Ended(_) | Conclusion::TargetReached => true,
-        Conclusion::CutShort { damage: None } => !nothing_recorded,
-        Conclusion::CutShort { damage: Some(_) } | Conclusion::Diverged(_) => false,
-    });
+        Conclusion::CutShort { .. } => !nothing_recorded,
+        Conclusion::Diverged(_) => false,
+    };
+    let damage = match &outcome.conclusion {
+        Conclusion::CutShort { damage: Some(damage) } => Some(damage.to_string()),
+        _ => summary.damage.as_ref().map(ToString::to_string),
+    };
+    // A file that was altered is not the recording, wherever it was altered.
+    report.verified = Some(agrees && damage.is_none());
+    report.damage = damage;
     // The guest's own status was the recording's; a replay tells whether it is the same run.
     report.exit_code = u8::from(report.verified == Some(false));
     report.verified_until = outcome.verified_until.map(Into::into);
@@ -218,10 +225,6 @@ fn report(
         Verification::AcrossEngines => "across-engines",
     });
     report.complete = Some(summary.complete);
-    report.damage = match &outcome.conclusion {
-        Conclusion::CutShort { damage } => damage.as_ref().map(ToString::to_string),
-        _ => summary.damage.as_ref().map(ToString::to_string),
-    };
     report
 }
 

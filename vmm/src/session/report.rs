@@ -101,7 +101,8 @@ pub struct SessionReport {
     pub final_digest: Option<String>,
     /// Why console output was lost on its way out of the guest, if it was.
     pub console_failure: Option<String>,
-    /// Replay: everything that was recorded, up to where the replay ended, happened again.
+    /// Replay: everything that was recorded, up to where the replay ended, happened again, and the
+    /// recording's file is not damaged.
     pub verified: Option<bool>,
     /// Replay: the last record that agreed.
     pub verified_until: Option<MomentReport>,
@@ -227,6 +228,15 @@ pub fn log_text(log_bytes: u64, per_kiloinstruction: Option<f64>) -> String {
         Some(rate) => format!("{size}, {rate:.4} bytes per thousand instructions"),
         None => size,
     }
+}
+
+/// A recording's damage, and what to do about it.
+pub fn damage_text(damage: &str, events_before: u64) -> String {
+    let advice = match events_before {
+        0 => "take another copy of the recording",
+        _ => "use what replays before it, or take another copy of the recording",
+    };
+    format!("{damage}; {advice}")
 }
 
 /// Name, detail and exit status of a conclusion.
