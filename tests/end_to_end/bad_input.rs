@@ -1,5 +1,7 @@
 //! What users get wrong: each case ends with its exit status and one line that says what is wrong.
 
+use std::process::Command;
+
 use reprise_guest_images::embedded;
 
 use crate::program::{Workplace, record, replay, reprise, run};
@@ -20,6 +22,8 @@ fn prepare(workplace: &Workplace) {
     workplace.file("initrd", "any bytes");
     workplace.file("large", vec![0x5a; 8 << 20]);
     std::fs::create_dir(workplace.directory().join("directory")).expect("a directory");
+    let pipe = Command::new("mkfifo").arg(workplace.path("pipe")).status().expect("mkfifo starts");
+    assert!(pipe.success());
     record(&["--engine", "soft", "--image", "hello"], &workplace.path("good.rr"), 0);
 }
 
@@ -30,9 +34,9 @@ const INITRD: &[&str] =
 
 /// A command, more of its words, and what its one line must mention. Exit status 1.
 const FAILURES: &[(&[&str], &[&str], &str)] = &[
-    (KERNEL, &["absent"], "--kernel absent"),
+    (KERNEL, &["absent"], "check the path"),
     (KERNEL, &["empty"], "the kernel is empty"),
-    (KERNEL, &["directory"], "directory"),
+    (KERNEL, &["directory"], "is a directory: give a file"),
     (KERNEL, &["text"], "text"),
     (KERNEL, &["cut.elf"], "cut.elf"),
     (KERNEL, &["half.elf"], "half.elf"),
@@ -41,30 +45,36 @@ const FAILURES: &[(&[&str], &[&str], &str)] = &[
     (KERNEL, &["/bin/sh"], "kernel"),
     (KERNEL, &["/dev/zero"], "device"),
     (KERNEL, &["good.rr"], "good.rr"),
-    (INITRD, &["absent"], "--initrd absent"),
+    (INITRD, &["absent"], "check the path"),
     (INITRD, &["empty"], "initrd is empty"),
-    (INITRD, &["directory"], "directory"),
+    (INITRD, &["directory"], "--initrd directory is a directory"),
     (INITRD, &["large", "--memory", "4"], "--memory"),
     (INITRD, &["/dev/zero"], "device"),
     (HELLO, &["-o", "exists.rr"], "--force"),
-    (HELLO, &["-o", "directory"], "directory"),
-    (HELLO, &["-o", "directory", "--force"], "directory"),
-    (HELLO, &["-o", "absent/new.rr"], "absent/new.rr"),
-    (HELLO, &["-o", "text/new.rr"], "text/new.rr"),
+    (HELLO, &["-o", "directory"], "give a file's name"),
+    (HELLO, &["-o", "directory", "--force"], "give a file's name"),
+    (HELLO, &["-o", "absent/new.rr"], "there is no directory absent; make it"),
+    (HELLO, &["-o", "text/new.rr"], "there is no directory text"),
     (HELLO, &["-o", "/dev/full", "--force"], "No space left"),
-    (HELLO, &["-o", "new.rr", "--input", "absent"], "absent"),
-    (HELLO, &["-o", "new.rr", "--input", "directory"], "directory"),
-    (HELLO, &["-o", "new.rr", "--console", "absent/console"], "absent/console"),
+    (HELLO, &["-o", "new.rr", "--input", "absent"], "give a readable file"),
+    (HELLO, &["-o", "new.rr", "--input", "directory"], "give a readable file"),
+    (HELLO, &["-o", "exists.rr", "--force", "--input", "absent"], "give a readable file"),
+    (HELLO, &["-o", "new.rr", "--console", "absent/console"], "give another --console"),
     (&["run", "--engine", "soft", "--image", "nothing"], &[], "\"nothing\""),
     (&["run", "--engine", "soft", "--image", ""], &[], "hello"),
     (&["run", "--clock", "pmu", "--image", "hello"], &[], "pmu"),
-    (&["replay"], &["absent.rr"], "absent.rr"),
-    (&["replay"], &["empty"], "empty"),
+    (&["replay"], &["absent.rr"], "check the path"),
+    (&["replay"], &["empty"], "empty: recording had not begun"),
     (&["replay"], &["text"], "no Reprise recording"),
     (&["replay"], &["whole.elf"], "no Reprise recording"),
-    (&["replay"], &["directory"], "directory"),
-    (&["info"], &["absent.rr"], "absent.rr"),
-    (&["info"], &["directory"], "directory"),
+    (&["replay"], &["directory"], "is a directory: give the file"),
+    (&["replay"], &["pipe"], "is a pipe: give the file"),
+    (&["info"], &["absent.rr"], "check the path"),
+    (&["info"], &["directory"], "is a directory: give the file"),
+    (&["info"], &["pipe"], "is a pipe: give the file"),
+    (&["info"], &["/dev/zero"], "is a device: give the file"),
+    (&["info"], &["empty"], "record again"),
+    (&["diff"], &["good.rr", "pipe"], "is a pipe: give the file"),
     (&["info"], &["text"], "no Reprise recording"),
     (&["diff"], &["good.rr", "absent.rr"], "absent.rr"),
     (&["diff"], &["text", "good.rr"], "no Reprise recording"),

@@ -204,7 +204,7 @@ fn what_cannot_boot_is_refused_in_one_line() {
         ("empty", "empty"),
         ("text", "a text file"),
         ("elf", "truncated"),
-        (".", "cannot read --kernel ."),
+        (".", "--kernel . is a directory"),
         ("/dev/null", "device"),
     ] {
         let reason = failure(&directory, &["run", "--kernel", kernel], 1);

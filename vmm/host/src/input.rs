@@ -2,7 +2,7 @@
 //! it and the machine.
 
 use std::collections::VecDeque;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -29,6 +29,27 @@ pub enum InputSource {
     File(PathBuf),
     /// These bytes.
     Bytes(Vec<u8>),
+}
+
+impl InputSource {
+    /// Tells early that a file cannot be read, before anything is begun for it. Pipes are not
+    /// opened: that may wait for whoever writes to them.
+    ///
+    /// # Errors
+    /// The file is not there or cannot be read.
+    pub fn check(&self) -> Result<(), HostError> {
+        let Self::File(path) = self else {
+            return Ok(());
+        };
+        let metadata = fs::metadata(path).map_err(|error| failed(path, error))?;
+        if metadata.is_dir() {
+            return Err(failed(path, io::ErrorKind::IsADirectory.into()));
+        }
+        if metadata.is_file() {
+            File::open(path).map_err(|error| failed(path, error))?;
+        }
+        Ok(())
+    }
 }
 
 /// An opened source: bytes that are there already, and a stream that may bring more.

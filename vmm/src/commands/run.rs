@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, IsTerminal};
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Result, anyhow};
 use reprise_host::{ConsoleSink, HostOptions, InputSource, ProgressObserver, terminal_can_be_used};
 
 use crate::cli::{GuestArgs, MachineArgs, RunArgs};
@@ -52,10 +52,10 @@ pub(super) fn plan<'a>(
 
 fn host_options(machine: &MachineArgs, output: Output) -> Result<HostOptions> {
     let console = match &machine.console {
-        Some(path) => ConsoleSink::File(
-            File::create(path)
-                .with_context(|| format!("cannot write the console to {}", path.display()))?,
-        ),
+        Some(path) => ConsoleSink::File(File::create(path).map_err(|error| {
+            let shown = path.display();
+            anyhow!("cannot write the console to {shown}: {error}; give another --console file")
+        })?),
         None if output.json => ConsoleSink::Discard,
         None => ConsoleSink::Stdout,
     };
@@ -66,6 +66,7 @@ fn host_options(machine: &MachineArgs, output: Output) -> Result<HostOptions> {
         None if on_stdout && terminal_can_be_used() => InputSource::Terminal,
         None => InputSource::None,
     };
+    input.check()?;
     // A progress line amid console output would spoil both.
     let console_shows = on_stdout && io::stdout().is_terminal();
     let progress = (progress_shows() && !console_shows).then(|| progress_line(output));

@@ -2,13 +2,13 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use reprise_guest_images::{EMBEDDED, LinuxFile};
 use reprise_trace::header::{GuestInfo, ImageInfo, ImageRole, MAX_IMAGE_BYTES};
 
+use super::file_kind::NoFile;
 use crate::boot::GuestSource;
 
 /// Memory of an embedded guest where the user gives none, in MiB.
@@ -79,13 +79,15 @@ pub enum GuestError {
         /// The system's reason.
         error: std::io::Error,
     },
-    /// A device.
-    #[error("{what} {path} is a device: give a file")]
-    Device {
+    /// A directory or a device.
+    #[error("{what} {path} is {kind}: give a file")]
+    NoFile {
         /// The option.
         what: &'static str,
         /// As the user gave it.
         path: String,
+        /// What it is.
+        kind: NoFile,
     },
     /// Larger than a recording embeds.
     #[error("{what} {path} has more than {MAX_IMAGE_BYTES} bytes: give a smaller file")]
@@ -209,9 +211,10 @@ impl Image {
         let unreadable = |error| GuestError::Unreadable { what, path: shown(), error };
         let file = File::open(path).map_err(unreadable)?;
         let metadata = file.metadata().map_err(unreadable)?;
-        let kind = metadata.file_type();
-        if kind.is_char_device() || kind.is_block_device() {
-            return Err(GuestError::Device { what, path: shown() });
+        let kind = NoFile::of(metadata.file_type());
+        // A pipe is as good as a file: it is read once, to its end.
+        if let Some(kind) = kind.filter(|kind| *kind != NoFile::Pipe) {
+            return Err(GuestError::NoFile { what, path: shown(), kind });
         }
         // A byte more than there is, so that the end is seen without asking for more memory.
         let mut bytes = Vec::with_capacity(metadata.len().min(MAX_IMAGE_BYTES) as usize + 1);
@@ -258,7 +261,7 @@ mod tests {
         for (path, expected) in [
             ("/nonexistent/vmlinuz", "cannot read --kernel /nonexistent/vmlinuz"),
             ("/dev/zero", "--kernel /dev/zero is a device"),
-            ("/", "cannot read --kernel /"),
+            ("/", "--kernel / is a directory"),
         ] {
             let error =
                 Image::read("--kernel", Path::new(path)).expect_err("no kernel").to_string();

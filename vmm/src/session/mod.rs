@@ -3,6 +3,7 @@
 
 pub mod assembly;
 pub mod choice;
+pub mod file_kind;
 pub mod guest;
 pub mod record;
 pub mod replay;

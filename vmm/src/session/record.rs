@@ -36,11 +36,27 @@ pub struct RecordTo {
 }
 
 impl RecordTo {
-    /// Tells early that the file is in the way, before a guest is fetched and started for nothing.
+    /// Tells early that the file cannot be created, before a guest is fetched and started for
+    /// nothing.
     ///
     /// # Errors
-    /// The file exists and may not be overwritten.
+    /// The path is a directory, its directory does not exist, or the file exists and may not be
+    /// overwritten.
     pub fn check(&self) -> Result<()> {
+        let shown = self.path.display();
+        if self.path.is_dir() {
+            bail!(
+                "{shown} is a directory: give a file's name, such as {}",
+                self.path.join("run.rr").display()
+            );
+        }
+        let parent = self.path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        if let Some(parent) = parent.filter(|parent| !parent.is_dir()) {
+            bail!(
+                "cannot create {shown}: there is no directory {}; make it, or give another path",
+                parent.display()
+            );
+        }
         if !self.force && self.path.exists() {
             return Err(self.exists());
         }

@@ -1,13 +1,13 @@
 //! Replays a recording, from the images that it embeds, and verifies it.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{BufReader, Write};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use reprise_devices::board::Board;
 use reprise_devices::cpu_model;
 use reprise_host::host_info;
@@ -22,6 +22,7 @@ use reprise_trace::recording::Recording;
 
 use super::assembly::{EngineVisitor, LoadedGuest};
 use super::choice::{self, EngineArg, EngineKind};
+use super::file_kind::NoFile;
 use super::report::SessionReport;
 use crate::boot::GuestSource;
 
@@ -59,10 +60,14 @@ pub struct Replayed {
 /// The file cannot be read, is no recording, or has no usable header.
 pub fn open(path: &Path) -> Result<Recording> {
     let shown = path.display();
-    let file = File::open(path).with_context(|| format!("cannot read {shown}"))?;
-    if file.metadata().is_ok_and(|metadata| metadata.is_dir()) {
-        bail!("{shown} is a directory: give a recording");
+    let unreadable =
+        |error| anyhow!("cannot read {shown}: {error}; check the path and its permissions");
+    // Before it is opened: a pipe that nobody writes to would not come back.
+    let kind = fs::metadata(path).map_err(unreadable)?.file_type();
+    if let Some(kind) = NoFile::of(kind) {
+        bail!("{shown} is {kind}: give the file that `reprise record` wrote");
     }
+    let file = File::open(path).map_err(unreadable)?;
     Recording::open(BufReader::new(file)).with_context(|| shown.to_string())
 }
 
