@@ -13,7 +13,7 @@ mod tests;
 /// The model's name, as a recording's header gives it.
 pub const NAME: &str = "reprise-x86-64-v2";
 /// The model's version: any change in this file that a guest can see raises it.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Counts of the time-stamp counter in a second: one a nanosecond of virtual time.
 pub const TSC_HZ: u64 = 1_000_000_000;
 /// Width of a guest-physical address, in bits.
@@ -177,8 +177,8 @@ pub static LEAVES: &[CpuidLeaf] = &[
     cache(2, UNIFIED, 2, 8, 512, 0),
     // Inclusive of the caches below it.
     cache(3, UNIFIED, 3, 16, 8192, 2),
-    // SMEP, SMAP.
-    subleaf(7, 0, [0, bits(&[7, 20]), 0, 0]),
+    // SMEP; the selectors of the x87 pointers (FCS, FDS) read as zeros; SMAP.
+    subleaf(7, 0, [0, bits(&[7, 13, 20]), 0, 0]),
     leaf(
         HYPERVISOR_LEAF,
         [HYPERVISOR_LEAF, text(HYPERVISOR, 0), text(HYPERVISOR, 4), text(HYPERVISOR, 8)],

@@ -35,7 +35,7 @@ fn family_model_and_features_are_as_the_name_says() {
     // VME, MCE, APIC, MTRR, MCA.
     assert!(![1, 7, 9, 12, 14].iter().any(|&bit| has(edx, bit)));
     assert!([0, 4, 5, 6, 8, 15, 24, 25, 26].iter().all(|&bit| has(edx, bit)));
-    assert_eq!(cpuid(7, 0), [0, 1 << 7 | 1 << 20, 0, 0]);
+    assert_eq!(cpuid(7, 0), [0, 1 << 7 | 1 << 13 | 1 << 20, 0, 0]);
     assert_eq!(cpuid(0x8000_0001, 0), [0, 0, 1, 1 << 11 | 1 << 20 | 1 << 29]);
     assert_eq!(cpuid(0x8000_0008, 0)[0], 0x3028);
 }

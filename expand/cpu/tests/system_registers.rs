@@ -2,7 +2,7 @@
 
 mod guest;
 
-use guest::{CR0, CR4, EFER, ENTRY, Guest, KERNEL_CODE};
+use guest::{CR0, CR4, EFER, ENTRY, Guest, KERNEL_CODE, KERNEL_DATA};
 use reprise_devices::cpu_model;
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Engine, Exit};
@@ -161,6 +161,33 @@ fn cpuid_answers_from_the_model() {
         let answer = [RAX, RBX, RCX, RDX].map(|register| state.gpr[register]);
         assert_eq!(answer, cpu_model::cpuid(leaf, subleaf).map(u64::from), "leaf {leaf:#x}");
     }
+}
+
+#[test]
+fn the_selectors_of_the_x87_pointers_are_zeros_as_cpuid_says() {
+    const FCS_AND_FDS_ARE_ZEROS: u32 = 1 << 13;
+    assert_ne!(cpu_model::cpuid(7, 0)[1] & FCS_AND_FDS_ARE_ZEROS, 0);
+    // fxrstor [ebx]; fxsave [ebx+0x200]; fadd dword [ebx]; fnstenv [ebx]; fxsave [ebx+0x400]; hlt
+    let image = |offset: u64| KERNEL_DATA + offset;
+    let ended = Guest::protected()
+        .code(&[0x0f, 0xae, 0x0b, 0x0f, 0xae, 0x83, 0, 2, 0, 0, 0xd8, 0x03])
+        .code(&[0xd9, 0x33, 0x0f, 0xae, 0x83, 0, 4, 0, 0, 0xf4])
+        .with(|guest| {
+            guest.state.gpr[RBX] = KERNEL_DATA;
+            // All masked; a selector in each of the pointers' upper halves.
+            guest.write(image(0), &[0x7f, 0x03]);
+            guest.write(image(12), &[0x08, 0, 0, 0]);
+            guest.write(image(20), &[0x10, 0, 0, 0]);
+            guest.write(image(24), &0x1f80_u32.to_le_bytes());
+        })
+        .run();
+    assert_eq!(ended.exit, Exit::Halt);
+    let selector = |address| ended.u64(address) & 0xffff;
+    for offset in [0x200, 0x400] {
+        assert_eq!((selector(image(offset + 12)), selector(image(offset + 20))), (0, 0));
+    }
+    assert_eq!((selector(image(16)), selector(image(24))), (0, 0), "FNSTENV");
+    assert_ne!(ended.u64(image(12)) as u32, 0, "the offsets are kept");
 }
 
 #[test]
