@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use iced_x86::{Instruction, Mnemonic, Register};
+use reprise_kvm::KvmKind;
 use reprise_kvm::user_oracle::{DATA_ADDRESS, UserOutcome};
 use reprise_trace::cpu_state::CpuState;
 
@@ -47,12 +48,13 @@ const NAMES: [&str; 16] = [
 ];
 
 /// The differences between the real CPU's outcome and the soft one's, most telling first; none where
-/// they agree as they should.
+/// they agree as they should. `kvm` is what ran the real one.
 pub(crate) fn differences(
     case: &Case,
     real: &UserOutcome,
     soft: &UserOutcome,
     strictness: Strictness,
+    kvm: KvmKind,
     runner: &mut Soft,
 ) -> Comparison {
     let mut masks = Masks { rflags: u64::MAX, fsw: u16::MAX };
@@ -70,7 +72,7 @@ pub(crate) fn differences(
     }
     // Only now is it worth finding out what was executed, and where.
     let trace = runner.trace(&case.input);
-    if let Some(reason) = lawful::reason(case, &trace, real, soft) {
+    if let Some(reason) = lawful::reason(case, &trace, real, soft, kvm) {
         return Comparison::SetAside(reason);
     }
     let pointers = pointer_bytes(case, &trace);

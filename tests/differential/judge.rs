@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 
 use iced_x86::{OpKind, Register};
 use reprise_cpu::translate::Translation;
+use reprise_kvm::KvmKind;
 use reprise_kvm::user_oracle::{OracleError, UserOracle, UserOutcome};
 
 use crate::case::Case;
@@ -19,6 +20,7 @@ const MAX_TOLD: usize = 12;
 /// Both sides, the software CPU's twice: each instruction a call, and whole blocks translated.
 pub(crate) struct Judge {
     oracle: UserOracle,
+    kvm: KvmKind,
     soft: Soft,
     translated: Soft,
 }
@@ -41,6 +43,7 @@ impl Judge {
         match UserOracle::new() {
             Ok(oracle) => Some(Self {
                 oracle,
+                kvm: KvmKind::of_this_host(),
                 soft: Soft::new(Translation::Never),
                 translated: Soft::new(Translation::AtOnce),
             }),
@@ -80,7 +83,7 @@ impl Judge {
         }
         match (self.oracle.run(&case.input), soft) {
             (Ok(real), Ok(soft)) => {
-                differences(case, &real, &soft, Strictness::Everything, &mut self.soft)
+                differences(case, &real, &soft, Strictness::Everything, self.kvm, &mut self.soft)
             }
             // Neither comes to an end.
             (Err(OracleError::TimedOut), Err(_)) => Comparison::Same,

@@ -2,6 +2,7 @@
 //! host's KVM does not give what its CPU would.
 
 use iced_x86::{Decoder, FlowControl, Instruction, Mnemonic, OpKind};
+use reprise_kvm::KvmKind;
 use reprise_kvm::user_oracle::{CODE_ADDRESS, UserOutcome};
 use reprise_trace::cpu_state::{CpuState, RSP};
 
@@ -13,19 +14,23 @@ const UD: u8 = 6;
 const GP: u8 = 13;
 const PF: u8 = 14;
 const AC: u8 = 17;
-const XM: u8 = 19;
-/// MXCSR.PE.
-const PRECISION: u32 = 1 << 5;
 const SS: u8 = 12;
 const DE: u8 = 0;
 
-/// Why an outcome may differ, if it may. `trace` has the state before each executed instruction.
+/// Why an outcome may differ, if it may. `trace` has the state before each executed instruction, and
+/// `kvm` is what ran the real one.
 pub(crate) fn reason(
     case: &Case,
     trace: &[CpuState],
     real: &UserOutcome,
     soft: &UserOutcome,
+    kvm: KvmKind,
 ) -> Option<&'static str> {
+    if kvm == KvmKind::PagetableBased
+        && let Some(reason) = of_pagetable_based_kvm(case, trace, real, soft)
+    {
+        return Some(reason);
+    }
     let instructions = || trace.iter().filter_map(|state| executed(case, state));
     if instructions().any(|(instruction, _)| {
         !instruction.is_invalid()
@@ -77,34 +82,57 @@ pub(crate) fn reason(
     }) {
         return Some("AMD has no register form of PREFETCHW, and pagetable-based KVM emulates it");
     }
-    if (real.exception.vector, soft.exception.vector) == (SS, GP)
-        && instructions().any(|(instruction, bytes)| {
-            let aligned_only = instruction.memory_size().size() == 16;
-            instruction.ip() == real.rip && (has_prefix(bytes, SS_PREFIX) || aligned_only)
-        })
-    {
-        return Some("pagetable-based KVM makes #SS of a #GP when it emulates the instruction");
-    }
     if instructions().any(|(instruction, bytes)| {
         instruction.mnemonic() == Mnemonic::Pause && bytes.first() != Some(&0xf3)
     }) {
         return Some("PAUSE with REX.B is XCHG on AMD");
     }
-    let emulated_mmx = (real.exception.vector, soft.exception.vector) == (GP, GP)
-        && (real.fpu.ftw, soft.fpu.ftw == u8::MAX) == (u8::MAX, false);
-    if emulated_mmx && real.gpr == soft.gpr {
-        return Some("pagetable-based KVM enters MMX state when it emulates a #GP");
-    }
     let last = trace.iter().rev().find_map(|state| Some((executed(case, state)?.0, state)));
     let (instruction, state) = last?;
-    of_the_last(&instruction, state, trace, real, soft)
+    of_the_last(&instruction, state, real, soft)
+}
+
+/// The same for what pagetable-based KVM makes of code that the CPU would have run: it emulates what
+/// faults, and not exactly.
+fn of_pagetable_based_kvm(
+    case: &Case,
+    trace: &[CpuState],
+    real: &UserOutcome,
+    soft: &UserOutcome,
+) -> Option<&'static str> {
+    use Mnemonic::{Fxrstor, Fxrstor64, Fxsave, Fxsave64};
+    let vectors = (real.exception.vector, soft.exception.vector);
+    let same_place = real.rip == soft.rip && real.gpr == soft.gpr;
+    if trace.iter().any(|state| !is_canonical(state.gpr[RSP])) {
+        return Some(
+            "pagetable-based KVM: what runs under a non-canonical RSP is emulated, and wrongly",
+        );
+    }
+    let makes_stack_faults = |(instruction, bytes): (Instruction, &[u8])| {
+        let aligned_only = instruction.memory_size().size() == 16;
+        instruction.ip() == real.rip && (has_prefix(bytes, SS_PREFIX) || aligned_only)
+    };
+    let mut instructions = trace.iter().filter_map(|state| executed(case, state));
+    if vectors == (SS, GP) && instructions.any(makes_stack_faults) {
+        return Some("pagetable-based KVM: a #GP becomes #SS when the instruction is emulated");
+    }
+    let enters_mmx = (real.fpu.ftw, soft.fpu.ftw == u8::MAX) == (u8::MAX, false);
+    if vectors == (GP, GP) && enters_mmx && real.gpr == soft.gpr {
+        return Some("pagetable-based KVM: MMX state is entered when a #GP is emulated");
+    }
+    if vectors == (UD, GP) && same_place {
+        return Some("pagetable-based KVM: #GP of what cannot be emulated becomes #UD");
+    }
+    let (last, _) = trace.iter().rev().find_map(|state| executed(case, state))?;
+    let saves_all = matches!(last.mnemonic(), Fxsave | Fxsave64 | Fxrstor | Fxrstor64);
+    (saves_all && soft.exception.vector == GP)
+        .then_some("pagetable-based KVM: an FXSAVE or FXRSTOR that faults is emulated, and wrongly")
 }
 
 /// The same for what the instruction that ended the sequence did.
 fn of_the_last(
     instruction: &Instruction,
     state: &CpuState,
-    trace: &[CpuState],
     real: &UserOutcome,
     soft: &UserOutcome,
 ) -> Option<&'static str> {
@@ -114,19 +142,7 @@ fn of_the_last(
     };
     let mnemonic = instruction.mnemonic();
     let both_at_once = real.rip == soft.rip && real.gpr == soft.gpr;
-    let (real_mxcsr, soft_mxcsr) = (real.fpu.mxcsr, soft.fpu.mxcsr);
     let (real, soft) = (&real.exception, &soft.exception);
-    if trace.iter().any(|state| !is_canonical(state.gpr[RSP])) {
-        return Some(
-            "pagetable-based KVM emulates what runs under a non-canonical RSP, and wrongly",
-        );
-    }
-    if both_at_once && (real.vector, soft.vector) == (UD, GP) {
-        return Some("pagetable-based KVM turns #GP of what it cannot emulate into #UD");
-    }
-    if matches!(mnemonic, Fxsave | Fxsave64 | Fxrstor | Fxrstor64) && soft.vector == GP {
-        return Some("pagetable-based KVM emulates an FXSAVE or FXRSTOR that faults, and wrongly");
-    }
     if both_at_once
         && soft.vector == GP
         && real.vector == PF
@@ -158,18 +174,6 @@ fn of_the_last(
     if both_at_once && (several(real.vector, soft.vector) || several(soft.vector, real.vector)) {
         return Some(
             "an alignment check's place among the faults of one instruction is the CPU's own",
-        );
-    }
-    let flags = real_mxcsr ^ soft_mxcsr;
-    let dot_product = matches!(mnemonic, Mnemonic::Dpps | Mnemonic::Dppd);
-    if both_at_once && (real.vector, soft.vector) == (XM, XM) && dot_product {
-        return Some(
-            "KNOWN INEXACTNESS: flags of a dot product's later steps beside an unmasked one",
-        );
-    }
-    if both_at_once && (real.vector, soft.vector) == (XM, XM) && flags == PRECISION {
-        return Some(
-            "KNOWN INEXACTNESS: PE beside an unmasked UE, where only the denormal is inexact",
         );
     }
     if both_at_once
@@ -254,4 +258,20 @@ pub(crate) fn memory_address(
         let value = state.gpr[register.full_register().number()];
         Some(if register.size() == 4 { value & 0xffff_ffff } else { value })
     })
+}
+
+#[test]
+fn the_excuses_of_pagetable_based_kvm_count_only_there() {
+    let case = crate::generate::case(0);
+    let mut soft = crate::soft::Soft::new(reprise_cpu::translate::Translation::Never);
+    let trace = soft.trace(&case.input);
+    let mut faults = soft.run(&case.input).expect("a case that ends");
+    faults.exception.vector = GP;
+    let mut real = faults.clone();
+    real.exception.vector = UD;
+    let reason = |kvm| reason(&case, &trace, &real, &faults, kvm);
+    assert!(reason(KvmKind::PagetableBased).is_some_and(|reason| reason.contains("#UD")));
+    for kvm in [KvmKind::Vmx, KvmKind::Svm, KvmKind::Unknown] {
+        assert_eq!(reason(kvm), None, "{kvm:?}");
+    }
 }

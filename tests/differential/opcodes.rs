@@ -1,4 +1,5 @@
-//! Which instructions take part, and in what proportion.
+//! Which instructions take part, and in what proportion. Features and mnemonics are named here
+//! independently of the engine's tables, on purpose: what the engine forgets is still tried.
 
 use std::sync::LazyLock;
 
