@@ -112,6 +112,12 @@ fn of_pagetable_based_kvm(
         let aligned_only = instruction.memory_size().size() == 16;
         instruction.ip() == real.rip && (has_prefix(bytes, SS_PREFIX) || aligned_only)
     };
+    let (last, bytes) = trace.iter().rev().find_map(|state| executed(case, state))?;
+    if vectors == (GP, UD) && same_place && last.is_invalid() && is_far_pointer(bytes) {
+        return Some(
+            "pagetable-based KVM: a far pointer that is none makes an instruction too long",
+        );
+    }
     let mut instructions = trace.iter().filter_map(|state| executed(case, state));
     if vectors == (SS, GP) && instructions.any(makes_stack_faults) {
         return Some("pagetable-based KVM: a #GP becomes #SS when the instruction is emulated");
@@ -123,7 +129,6 @@ fn of_pagetable_based_kvm(
     if vectors == (UD, GP) && same_place {
         return Some("pagetable-based KVM: #GP of what cannot be emulated becomes #UD");
     }
-    let (last, _) = trace.iter().rev().find_map(|state| executed(case, state))?;
     let saves_all = matches!(last.mnemonic(), Fxsave | Fxsave64 | Fxrstor | Fxrstor64);
     (saves_all && soft.exception.vector == GP)
         .then_some("pagetable-based KVM: an FXSAVE or FXRSTOR that faults is emulated, and wrongly")
@@ -220,8 +225,17 @@ const SS_PREFIX: u8 = 0x36;
 const REX: u8 = 0x40;
 
 fn has_prefix(bytes: &[u8], prefix: u8) -> bool {
-    let is_prefix = |byte: &&u8| LEGACY_PREFIXES.contains(*byte) || **byte & 0xf0 == REX;
-    bytes.iter().take_while(is_prefix).any(|byte| *byte == prefix)
+    bytes.iter().take_while(|byte| is_prefix(byte)).any(|byte| *byte == prefix)
+}
+
+fn is_prefix(byte: &u8) -> bool {
+    LEGACY_PREFIXES.contains(byte) || byte & 0xf0 == REX
+}
+
+/// CALL and JMP to a far pointer, which are not there in 64-bit mode.
+fn is_far_pointer(bytes: &[u8]) -> bool {
+    let opcode = bytes.iter().find(|byte| !is_prefix(byte));
+    matches!(opcode, Some(0x9a | 0xea))
 }
 
 /// BSF and BSR with a prefix that makes them TZCNT and LZCNT on later CPUs.
