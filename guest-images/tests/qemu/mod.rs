@@ -1,28 +1,14 @@
 //! QEMU as an independent machine to run the guests on.
 
+mod machine;
+
 use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-const QEMU: &str = "qemu-system-x86_64";
-
-/// A machine like Reprise's: Nehalem without APIC; a PC's PIC, PIT, RTC, i8042 and one UART.
-const MACHINE: &[&str] = &[
-    "-machine",
-    "pc,usb=off,accel=tcg",
-    "-cpu",
-    "Nehalem,-apic",
-    "-nodefaults",
-    "-display",
-    "none",
-    "-serial",
-    "stdio",
-    "-no-reboot",
-    "-device",
-    "isa-debug-exit,iobase=0xf4,iosize=1",
-];
+use machine::{MACHINE, QEMU};
 
 /// What a run came to.
 pub(crate) struct Run {

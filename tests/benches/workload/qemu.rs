@@ -1,5 +1,8 @@
 //! QEMU's translator with the same kernel, initramfs and workload, for comparison.
 
+#[path = "../../../guest-images/tests/qemu/machine.rs"]
+mod machine;
+
 use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -8,21 +11,8 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 
 use super::contender::{Contender, Sample};
+use machine::{MACHINE, QEMU};
 
-const QEMU: &str = "qemu-system-x86_64";
-/// A machine like Reprise's: no APIC; a PC's PIC, PIT, RTC and one UART.
-const MACHINE: &[&str] = &[
-    "-machine",
-    "pc,usb=off,accel=tcg",
-    "-cpu",
-    "Nehalem,-apic",
-    "-nodefaults",
-    "-display",
-    "none",
-    "-serial",
-    "stdio",
-    "-no-reboot",
-];
 /// Virtual time follows the instruction count, two nanoseconds each, and what enters is recorded.
 const RECORDING: &str = "shift=1,rr=record,rrfile=";
 /// What the shell shows when it takes commands.

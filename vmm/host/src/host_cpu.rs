@@ -63,10 +63,12 @@ mod tests {
 
     #[test]
     fn signatures_decode_with_extended_fields() {
-        // Intel Sapphire Rapids, AMD Zen 4, Intel Pentium III.
+        // Intel Sapphire Rapids, AMD Zen 4, Intel Pentium 4, Pentium III and 486.
         assert_eq!(decode_signature(0x000806f8), (6, 0x8f, 8));
         assert_eq!(decode_signature(0x00a60f12), (0x19, 0x61, 2));
+        assert_eq!(decode_signature(0x00000f29), (15, 2, 9));
         assert_eq!(decode_signature(0x00000683), (6, 8, 3));
+        assert_eq!(decode_signature(0x00000435), (4, 3, 5));
     }
 
     #[test]

@@ -30,10 +30,9 @@ mod vcpu;
 mod watchdog;
 
 #[cfg(test)]
-#[cfg(test)]
 mod testing;
 
 pub use engine::{KvmClock, KvmEngine};
 pub use error::KvmError;
-pub use host::{HostCpu, KvmKind};
+pub use host::KvmKind;
 pub use report::{ByLevel, Capability, Finding, KvmReport, probe};

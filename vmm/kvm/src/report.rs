@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::counters::Counted;
 use crate::error::KvmError;
-use crate::host::{HostCpu, KvmKind};
+use crate::host::KvmKind;
 use crate::self_test::{Level, SelfTest, step_clock};
 use crate::vcpu::{CAPABILITIES, DEVICE, open};
 
@@ -68,8 +68,6 @@ pub struct KvmReport {
     pub api_version: Option<i32>,
     /// How guests run.
     pub kind: KvmKind,
-    /// The processor.
-    pub host_cpu: HostCpu,
     /// Empty where the device cannot be opened.
     pub capabilities: Vec<Capability>,
     /// The engine `kvm` with the clock `sync`.
@@ -132,7 +130,6 @@ impl KvmReport {
             device,
             api_version,
             kind: KvmKind::of_this_host(),
-            host_cpu: HostCpu::of_this_host(),
             capabilities,
             sync_clock: unknown.clone(),
             step_clock: unknown.clone(),
