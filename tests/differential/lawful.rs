@@ -56,12 +56,14 @@ pub(crate) fn reason(
     }) {
         return Some("MOVSXD to 16 bits reads four bytes on AMD, two on Intel and in the model");
     }
-    if matches!(real.exception.vector, PF | AC | UD)
-        && instructions().any(|(instruction, _)| {
-            matches!(instruction.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu)
-                && instruction.ip() == real.rip
-        })
-    {
+    if instructions().any(|(instruction, _)| {
+        let masked = matches!(instruction.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu);
+        let real_faults = matches!(real.exception.vector, PF | AC | UD);
+        let soft_is_misaligned = soft.exception.vector == AC;
+        masked
+            && (real_faults && instruction.ip() == real.rip
+                || soft_is_misaligned && instruction.ip() == soft.rip)
+    }) {
         return Some(
             "a masked store may fault for bytes it leaves out, and with MMX registers in use",
         );
@@ -112,6 +114,10 @@ fn of_pagetable_based_kvm(
         let aligned_only = instruction.memory_size().size() == 16;
         instruction.ip() == real.rip && (has_prefix(bytes, SS_PREFIX) || aligned_only)
     };
+    let upper_half = real.exception.cr2.is_some_and(|address| address >> 63 != 0);
+    if vectors == (PF, PF) && upper_half && real.exception.cr2 == soft.exception.cr2 && same_place {
+        return Some("pagetable-based KVM: it has pages of its own in the upper half of addresses");
+    }
     let (last, bytes) = trace.iter().rev().find_map(|state| executed(case, state))?;
     if vectors == (GP, UD) && same_place && last.is_invalid() && is_far_pointer(bytes) {
         return Some(
