@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgGroup, Args, Parser, Subcommand};
 use reprise_machine::ram::{MAX_RAM_MIB, MIN_RAM_MIB};
 
 use crate::commands;
@@ -17,13 +17,15 @@ pub(crate) const FAILED: u8 = 1;
 /// Exit status of wrong use, as clap has it.
 const WRONG_USE: u8 = 2;
 
+/// Where `--json` stands in each command's help: behind the command's own options.
+const LAST: usize = 100;
+
 /// Records a whole machine while it runs, and replays it exactly.
 #[derive(Debug, Parser)]
-#[command(name = "reprise", version, arg_required_else_help = true)]
+#[command(name = "reprise", version, arg_required_else_help = true, after_help = FIRST_STEPS)]
 struct Arguments {
-    /// Print one JSON object on standard output and nothing else there; the guest's console output
-    /// is then discarded unless --console is given
-    #[arg(long, global = true)]
+    /// Print one JSON object on standard output and nothing else there
+    #[arg(long, global = true, display_order = LAST)]
     json: bool,
     #[command(subcommand)]
     command: Command,
@@ -52,14 +54,10 @@ enum Command {
 /// Which guest.
 #[derive(Debug, Args)]
 #[group(skip)]
+#[command(group = ArgGroup::new("guest").args(["image", "kernel"]).required(true))]
 pub struct GuestArgs {
     /// An embedded guest, or "linux" (see `reprise images`)
-    #[arg(
-        long,
-        value_name = "NAME",
-        required_unless_present = "kernel",
-        conflicts_with = "kernel"
-    )]
+    #[arg(long, value_name = "NAME")]
     image: Option<String>,
     /// A bzImage, ELF64 vmlinux, PVH ELF or multiboot v1 kernel
     #[arg(long, value_name = "PATH")]
@@ -94,7 +92,7 @@ pub struct MachineArgs {
     #[arg(long, value_enum, default_value_t)]
     pub clock: ClockArg,
     /// Guest memory in MiB [default: 64 for embedded guests, 512 for others]
-    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(MIN_RAM_MIB..=MAX_RAM_MIB))]
+    #[arg(long, value_name = "MIB", value_parser = parse_memory, allow_negative_numbers = true)]
     pub memory: Option<u64>,
     /// Type this file into the console; "-" is standard input, not as a terminal
     #[arg(long, value_name = "FILE|-")]
@@ -130,10 +128,18 @@ pub struct RecordArgs {
     pub(crate) force: bool,
 }
 
+const FIRST_STEPS: &str = "\
+First steps: `reprise demo`, or
+
+  reprise record --image linux -o boot.rr    a live console; Ctrl-] stops
+  reprise replay boot.rr --show-console
+  reprise info boot.rr";
+
 const CONSOLE_HELP: &str = "\
 At a terminal without --input and --json the guest's console is live: every key goes to the guest, \
 and Ctrl-] stops the run. Elsewhere Ctrl-C stops it; a recording is closed either way. Without a \
-terminal and without --input nobody types.
+terminal and without --input nobody types. With --json the console's output is discarded, unless \
+--console is given.
 
 Exit status: 0 when the guest resets, powers off or triple-faults, or the run is stopped; \
 (V << 1) | 1 when the guest writes V to the debug-exit port 0xf4; 1 when something fails; 2 on \
@@ -145,11 +151,11 @@ pub struct ReplayArgs {
     /// The recording
     #[arg(value_name = "FILE.rr")]
     pub(crate) file: PathBuf,
-    /// What executes the guest [default: the engine that recorded]
+    /// What executes the guest
     #[arg(long, value_enum, default_value_t)]
     pub(crate) engine: EngineArg,
     /// Stop at this moment: a tick, as `info` and divergences give it
-    #[arg(long, value_name = "MOMENT", value_parser = parse_tick)]
+    #[arg(long, value_name = "MOMENT", value_parser = parse_tick, allow_negative_numbers = true)]
     pub(crate) until: Option<u64>,
     /// Write the console output to standard output (with --json: to standard error)
     #[arg(long)]
@@ -198,6 +204,13 @@ fn parse_tick(text: &str) -> Result<u64, String> {
     let end = text.find(' ').unwrap_or(text.len());
     let digits: String = text[..end].chars().filter(|c| !matches!(c, ',' | '_')).collect();
     digits.parse().map_err(|_| "give a number of ticks, such as 1000000".to_owned())
+}
+
+/// A size of guest memory, in MiB.
+fn parse_memory(text: &str) -> Result<u64, String> {
+    let wanted = || format!("give a number of MiB from {MIN_RAM_MIB} to {MAX_RAM_MIB}");
+    let mib = text.parse().map_err(|_| wanted())?;
+    if (MIN_RAM_MIB..=MAX_RAM_MIB).contains(&mib) { Ok(mib) } else { Err(wanted()) }
 }
 
 /// Runs the command that the process was given.
@@ -252,6 +265,21 @@ mod tests {
         ] {
             let error = Arguments::try_parse_from(wrong).expect_err("wrong use");
             assert_eq!(error.exit_code(), 2, "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_in_words_of_use() {
+        let hello = ["reprise", "run", "--image", "hello"];
+        for (wrong, said) in [
+            (&["reprise", "run"][..], "--image <NAME>|--kernel <PATH>"),
+            (&[&hello[..], &["--memory", "1"]].concat(), "from 4 to 3072"),
+            (&[&hello[..], &["--memory", "much"]].concat(), "from 4 to 3072"),
+            (&[&hello[..], &["--memory", "-1"]].concat(), "from 4 to 3072"),
+            (&["reprise", "replay", "x.rr", "--until", "-5"], "a number of ticks"),
+        ] {
+            let error = Arguments::try_parse_from(wrong).expect_err("wrong use").to_string();
+            assert!(error.contains(said), "{wrong:?}: {error}");
         }
     }
 

@@ -5,7 +5,7 @@ use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
 use serde::Serialize;
 
 /// How a command reports.
@@ -56,7 +56,10 @@ impl Output {
             .unwrap_or_else(|_| ProgressStyle::default_spinner())
             .progress_chars("=> ");
         let target = ProgressDrawTarget::stderr_with_hz(5);
-        let bar = ProgressBar::with_draw_target(total, target).with_style(style);
+        // What it showed last is in the report that follows.
+        let bar = ProgressBar::with_draw_target(total, target)
+            .with_style(style)
+            .with_finish(ProgressFinish::AndClear);
         bar.set_message(what.to_owned());
         bar
     }
@@ -88,6 +91,12 @@ pub fn grouped(count: u64) -> String {
         grouped.push(digit);
     }
     grouped
+}
+
+/// A count of things, of which one is a `thing`.
+pub fn counted(count: u64, thing: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{} {thing}{plural}", grouped(count))
 }
 
 /// Bytes in the unit that suits.
@@ -138,6 +147,12 @@ mod tests {
         assert_eq!((grouped(7), grouped(1000)), ("7".to_owned(), "1,000".to_owned()));
         assert_eq!(grouped(6_123_456_789), "6,123,456,789");
         assert_eq!((byte_size(512), byte_size(3 << 19)), ("512 bytes".into(), "1.5 MiB".into()));
+    }
+
+    #[test]
+    fn one_thing_is_not_many() {
+        let both = (counted(1, "event"), counted(1000, "event"));
+        assert_eq!(both, ("1 event".to_owned(), "1,000 events".to_owned()));
     }
 
     #[test]

@@ -104,6 +104,24 @@ fn a_replay_stops_where_it_is_told() {
     let (status, report) = json(&directory, &["replay", "a.rr", "--until", "1000"]);
     assert_eq!((status, &report["ending"]), (0, &Value::from("target-reached")));
     assert_eq!(report["ticks"], Value::from(1000));
+    assert!(report["bytes_per_kiloinstruction"].is_null(), "the log is the whole run's: {report}");
+    let told = |until| {
+        let output = run(&directory, &["replay", "a.rr", "--until", until]);
+        assert!(output.status.success());
+        String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+    };
+    assert!(told("1").contains("before the first event"), "{}", told("1"));
+    let beyond = told("1000000000");
+    assert!(beyond.contains("the recording ends at tick"), "{beyond}");
+    assert!(beyond.contains("verified to the end"), "{beyond}");
+}
+
+#[test]
+fn record_tells_where_the_recording_is() {
+    let directory = directory();
+    let output = run(&directory, &["record", "--image", "hello", "-o", "a.rr"]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(stderr.contains("reprise replay a.rr"), "{stderr}");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use reprise_trace::recording::{Recording, SeekIndexState, Summary};
 use serde::Serialize;
 
 use crate::cli::InfoArgs;
-use crate::output::{Output, byte_size, grouped, hex, table};
+use crate::output::{Output, byte_size, counted, grouped, hex, table};
 use crate::session::replay::open;
 use crate::session::report::{
     MomentReport, bytes_per_kiloinstruction, damage_text, describe_ending, log_text,
@@ -154,10 +154,10 @@ impl InfoReport {
             host.cpu_stepping,
             host.kernel_release
         );
-        let mut rows = vec![
-            ("guest", format!("{}, {} MiB", self.guest, self.memory_mib)),
-            ("command line", self.command_line.clone()),
-        ];
+        let mut rows = vec![("guest", format!("{}, {} MiB", self.guest, self.memory_mib))];
+        if !self.command_line.is_empty() {
+            rows.push(("command line", self.command_line.clone()));
+        }
         for image in &self.images {
             let size = byte_size(image.bytes);
             let text = format!("{} {}, {size}, BLAKE3 {}", image.role, image.name, image.blake3);
@@ -171,7 +171,10 @@ impl InfoReport {
         if let Some(ticks) = self.ticks {
             rows.push(("ticks", format!("{} ({}s)", grouped(ticks), self.tick_kind)));
         }
-        rows.push(("events", format!("{} in {} frames", grouped(self.events), self.log_frames)));
+        rows.push((
+            "events",
+            format!("{} in {}", grouped(self.events), counted(self.log_frames, "frame")),
+        ));
         rows.push(("log", log_text(self.log_bytes, self.bytes_per_kiloinstruction)));
         rows.push(("images", format!("{} in the file", byte_size(self.image_bytes))));
         rows.push((

@@ -17,5 +17,11 @@ pub fn run(arguments: &RecordArgs, output: Output) -> Result<u8> {
     let guest = obtain(&arguments.guest, output)?;
     let plan = plan(&guest, &arguments.machine, output)?;
     let report = record::record(plan, &to)?;
-    Ok(conclude(&report, output))
+    let status = conclude(&report, output);
+    // An engine's failure is the last word: its reason is one line.
+    if report.ending != "engine-failed" {
+        let shown = to.path.display();
+        output.note(format_args!("recorded in {shown}; `reprise replay {shown}` runs it again"));
+    }
+    Ok(status)
 }

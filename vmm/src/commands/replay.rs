@@ -6,7 +6,7 @@ use anyhow::Result;
 use reprise_trace::recording::Recording;
 
 use crate::cli::ReplayArgs;
-use crate::output::{Output, grouped, progress_shows};
+use crate::output::{Output, counted, grouped, progress_shows};
 use crate::session::replay::{self, ReplayOptions, TickObserver};
 use crate::session::report::{SessionReport, damage_text};
 
@@ -35,6 +35,9 @@ pub fn run(arguments: &ReplayArgs, output: Output) -> Result<u8> {
     output.result(&report, format_args!("{}{}", report.to_table(), verdict(&report)));
     if report.verified == Some(false) {
         output.note(failure(&report));
+    } else if let Some(until) = arguments.until.filter(|until| report.ticks < *until) {
+        let (end, asked) = (grouped(report.ticks), grouped(until));
+        output.note(format_args!("the recording ends at tick {end}, before tick {asked}"));
     }
     Ok(report.exit_code)
 }
@@ -52,15 +55,21 @@ pub(super) fn verdict(report: &SessionReport) -> String {
         Some(moment) => format!("tick {}", grouped(moment.tick)),
         None => "the start".to_owned(),
     };
-    let events = grouped(report.events);
+    let events = counted(report.events, "event");
     match (report.verified, report.complete, report.ending) {
-        (Some(false), ..) => format!("NOT VERIFIED: {events} events agree, up to {until}"),
-        (_, _, "target-reached") => format!("verified up to the moment asked for: {events} events"),
+        (Some(false), ..) => format!("NOT VERIFIED: {events} agree, up to {until}"),
+        (_, _, "target-reached") if report.events == 0 => {
+            "at the moment asked for, which lies before the first event: nothing to compare yet"
+                .to_owned()
+        }
+        (_, _, "target-reached") => {
+            format!("at the moment asked for; verified up to {until}, {events}")
+        }
         (_, Some(false), _) => format!(
-            "verified up to {until}, {events} events; the recording was cut short there, \
+            "verified up to {until}, {events}; the recording was cut short there, \
              so its end is not known"
         ),
-        _ => format!("verified to the end, every event ({events})"),
+        _ => format!("verified to the end, every event ({})", grouped(report.events)),
     }
 }
 

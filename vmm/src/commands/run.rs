@@ -44,7 +44,7 @@ pub(super) fn plan<'a>(
     }
     let host = host_options(machine, output)?;
     if host.input == InputSource::Terminal {
-        output.note("the console is live; press Ctrl-] to stop");
+        output.note("the console is live: every key goes to the guest; Ctrl-] stops the run");
     }
     let memory_mib = machine.memory.unwrap_or(guest.default_memory_mib);
     Ok(RunPlan { guest, choice, memory_mib, host })

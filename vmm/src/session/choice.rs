@@ -9,7 +9,7 @@ use reprise_trace::moment::TickKind;
 /// What the user asked for with `--engine`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum EngineArg {
-    /// The fastest exact engine that this host has.
+    /// The fastest exact engine that this host has; for a replay, the engine that recorded.
     #[default]
     Auto,
     /// The host's KVM.

@@ -219,6 +219,10 @@ fn report(
         Conclusion::CutShort { damage: Some(damage) } => Some(damage.to_string()),
         _ => summary.damage.as_ref().map(ToString::to_string),
     };
+    if matches!(outcome.conclusion, Conclusion::TargetReached | Conclusion::Diverged(_)) {
+        // The log is the whole run's, and this is a part of it.
+        report.bytes_per_kiloinstruction = None;
+    }
     // A file that was altered is not the recording, wherever it was altered.
     report.verified = Some(agrees && damage.is_none());
     report.damage = damage;
