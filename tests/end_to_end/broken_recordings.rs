@@ -165,6 +165,8 @@ fn check_cut(workplace: &Workplace, whole: &str, file: &[u8], cut: usize) {
     }
     assert_eq!(verdicts.info.code(), 0, "{place}: {}", verdicts.info.stderr);
     assert_eq!(info["complete"], has(b'E'), "{place}");
+    let shown = String::from_utf8_lossy(&run(&["info", &broken]).stdout).into_owned();
+    assert_eq!(shown.contains("nothing of it replays"), !has(b'L'), "{place}: {shown}");
     let whole_logs = frames.iter().filter(|frame| frame.kind == b'L' && frame.end <= cut).count();
     assert_eq!(info["log_frames"], whole_logs, "{place}: {info:#}");
     assert_eq!(verdicts.replay.code(), i32::from(!has(b'L')), "{place}: {replayed:#}");
@@ -259,6 +261,10 @@ fn check_flip(verdicts: &Verdicts, kind: char, place: &str) {
             let told = [&replayed["damage"], &replayed["error"], &replayed["divergence"]];
             assert!(told.iter().any(|what| !what.is_null()), "{place}: {replayed:#}");
             assert!(replayed["verified"] != true, "{place}: {replayed:#}");
+            for finished in verdicts.all() {
+                let advice = finished.stderr.matches("take another copy").count();
+                assert_eq!(advice, 1, "{place}: {}", finished.stderr);
+            }
             // The end frame stands behind every event: all of them replay.
             if kind == 'E' {
                 let info = verdicts.info.json();

@@ -88,6 +88,25 @@ fn diff_finds_where_two_recordings_part() {
 }
 
 #[test]
+fn diff_names_the_fields_of_the_header_that_differ() {
+    let workplace = Workplace::new();
+    let [a, b] = ["16", "32"].map(|memory_mib| {
+        let file = workplace.path(memory_mib);
+        record(&["--engine", "soft", "--image", "hello", "--memory", memory_mib], &file, 0);
+        file
+    });
+    let report = run(&["--json", "diff", &a, &b]).expect_code(0).json();
+    let header = report["header"].as_array().expect("a list");
+    let memory = header.iter().find(|found| found["field"] == "machine.ram_mib");
+    let memory = memory.unwrap_or_else(|| panic!("{report:#}"));
+    assert_eq!((&memory["a"], &memory["b"]), (&"16".into(), &"32".into()));
+    // Both were recorded here, by this program.
+    let of_the_host =
+        |found: &&Value| found["field"].as_str().is_some_and(|f| f.starts_with("host"));
+    assert_eq!(header.iter().find(of_the_host), None);
+}
+
+#[test]
 fn images_lists_every_guest() {
     let listed = run(&["--json", "images"]).expect_code(0).json();
     let names: Vec<&str> = listed["images"]

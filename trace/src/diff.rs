@@ -3,7 +3,7 @@
 use std::fmt::{self, Debug, Display, Formatter};
 
 use crate::event::{Event, Record};
-use crate::header::{GuestInfo, Header};
+use crate::header::{CpuModelInfo, GuestInfo, Header, HostInfo, MachineInfo};
 use crate::log::{LogError, LogReader};
 
 /// What a person sees where a recording has no more records.
@@ -118,13 +118,17 @@ pub fn header_differences(a: &Header, b: &Header) -> Vec<HeaderDifference> {
         reprise_version,
     } = a;
     let mut list = HeaderDifferences::default();
-    list.compare("machine", machine, &b.machine);
-    list.compare("cpu_model", cpu_model, &b.cpu_model);
+    let MachineInfo { ram_mib, rtc_start_s } = machine;
+    list.compare("machine.ram_mib", ram_mib, &b.machine.ram_mib);
+    list.compare("machine.rtc_start_s", rtc_start_s, &b.machine.rtc_start_s);
+    let CpuModelInfo { name, version } = cpu_model;
+    list.compare("cpu_model.name", name, &b.cpu_model.name);
+    list.compare("cpu_model.version", version, &b.cpu_model.version);
     list.compare("tick_kind", tick_kind, &b.tick_kind);
     list.compare("ns_per_tick", ns_per_tick, &b.ns_per_tick);
     list.compare("engine", engine, &b.engine);
     list.compare("clock", clock, &b.clock);
-    list.compare("host", host, &b.host);
+    list.compare_hosts(host, &b.host);
     list.compare("guest.name", &guest.name, &b.guest.name);
     list.compare("guest.command_line", &guest.command_line, &b.guest.command_line);
     list.compare("guest.images", &image_list(guest), &image_list(&b.guest));
@@ -148,6 +152,17 @@ fn image_list(guest: &GuestInfo) -> Vec<String> {
 struct HeaderDifferences(Vec<HeaderDifference>);
 
 impl HeaderDifferences {
+    fn compare_hosts(&mut self, a: &HostInfo, b: &HostInfo) {
+        let HostInfo { cpu_vendor, cpu_family, cpu_model, cpu_stepping, cpu_brand, kernel_release } =
+            a;
+        self.compare("host.cpu_vendor", cpu_vendor, &b.cpu_vendor);
+        self.compare("host.cpu_family", cpu_family, &b.cpu_family);
+        self.compare("host.cpu_model", cpu_model, &b.cpu_model);
+        self.compare("host.cpu_stepping", cpu_stepping, &b.cpu_stepping);
+        self.compare("host.cpu_brand", cpu_brand, &b.cpu_brand);
+        self.compare("host.kernel_release", kernel_release, &b.kernel_release);
+    }
+
     fn compare<T: PartialEq + Debug>(&mut self, field: &'static str, a: &T, b: &T) {
         if a != b {
             self.0.push(HeaderDifference { field, a: format!("{a:?}"), b: format!("{b:?}") });

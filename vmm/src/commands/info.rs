@@ -199,6 +199,9 @@ impl InfoReport {
             (true, Some(ending), None) => format!("complete; ended by {ending}"),
             (true, Some(ending), Some(detail)) => format!("complete; ended by {ending} ({detail})"),
             (true, None, _) => "closed without the run's end, because its engine failed".to_owned(),
+            (false, ..) if self.events == 0 => {
+                "cut short before its first event: nothing of it replays; record again".to_owned()
+            }
             (false, ..) => format!(
                 "cut short; it replays up to its last event ({} bytes behind it are of no use)",
                 self.truncated_bytes

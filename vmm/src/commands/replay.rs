@@ -57,6 +57,7 @@ pub(super) fn verdict(report: &SessionReport) -> String {
     };
     let events = counted(report.events, "event");
     match (report.verified, report.complete, report.ending) {
+        (Some(false), ..) if report.events == 0 => "NOT VERIFIED: no event agrees".to_owned(),
         (Some(false), ..) => format!("NOT VERIFIED: {events} agree, up to {until}"),
         (_, _, "target-reached") if report.events == 0 => {
             "at the moment asked for, which lies before the first event: nothing to compare yet"

@@ -23,7 +23,7 @@ use reprise_trace::recording::Recording;
 use super::assembly::{EngineVisitor, LoadedGuest};
 use super::choice::{self, EngineArg, EngineKind};
 use super::file_kind::NoFile;
-use super::report::SessionReport;
+use super::report::{SessionReport, damage_of};
 use crate::boot::GuestSource;
 
 /// How often a replay that is watched says how far it is.
@@ -216,7 +216,7 @@ fn report(
         Conclusion::Diverged(_) => false,
     };
     let damage = match &outcome.conclusion {
-        Conclusion::CutShort { damage: Some(damage) } => Some(damage.to_string()),
+        Conclusion::CutShort { damage: Some(damage) } => Some(damage_of(damage)),
         _ => summary.damage.as_ref().map(ToString::to_string),
     };
     if matches!(outcome.conclusion, Conclusion::TargetReached | Conclusion::Diverged(_)) {

@@ -5,6 +5,7 @@ use std::time::Duration;
 use reprise_machine::divergence::Divergence;
 use reprise_machine::outcome::{Conclusion, Outcome};
 use reprise_trace::event::Ending;
+use reprise_trace::log::LogError;
 use reprise_trace::moment::{Moment, TickKind};
 use serde::Serialize;
 
@@ -230,6 +231,14 @@ pub fn log_text(log_bytes: u64, per_kiloinstruction: Option<f64>) -> String {
     }
 }
 
+/// Where a recording is damaged; what to do about it depends on what replays before.
+pub fn damage_of(error: &LogError) -> String {
+    match error {
+        LogError::Damaged(damage) => damage.to_string(),
+        other => other.to_string(),
+    }
+}
+
 /// A recording's damage, and what to do about it.
 pub fn damage_text(damage: &str, events_before: u64) -> String {
     let advice = match events_before {
@@ -247,7 +256,7 @@ fn conclusion(conclusion: &Conclusion) -> (&'static str, Option<String>, u8) {
             (name, detail, exit_code(ending))
         }
         Conclusion::CutShort { damage: None } => ("cut-short", None, 0),
-        Conclusion::CutShort { damage: Some(damage) } => ("cut-short", Some(damage.to_string()), 1),
+        Conclusion::CutShort { damage: Some(damage) } => ("cut-short", Some(damage_of(damage)), 1),
         Conclusion::TargetReached => ("target-reached", None, 0),
         Conclusion::Diverged(divergence) => ("diverged", Some(divergence.to_string()), 1),
     }
