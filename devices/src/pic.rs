@@ -6,7 +6,7 @@
 //! it, in edge mode too. Reads of the status bits, acknowledgement and the cascade take no time.
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use serde::{Deserialize, Serialize};
 

@@ -9,8 +9,8 @@ use reprise_trace::cpu_state::RSP;
 use crate::case::{Case, Piece, encode};
 use crate::opcodes::{self, Kind};
 use crate::preparation;
-use crate::random::Random;
 use crate::{raw_bytes, values};
+use reprise_tests::random::Random;
 
 /// Instructions of a sequence, at most.
 const MAX_INSTRUCTIONS: u64 = 8;
@@ -252,7 +252,8 @@ impl Builder {
     }
 }
 
-fn is_memory(kind: OpCodeOperandKind) -> bool {
+/// Operand kinds that are, or may be, in memory.
+pub(crate) fn is_memory(kind: OpCodeOperandKind) -> bool {
     use OpCodeOperandKind::*;
     matches!(
         kind,

@@ -16,7 +16,6 @@ mod judge;
 mod lawful;
 mod opcodes;
 mod preparation;
-mod random;
 mod raw_bytes;
 mod regressions;
 mod soft;

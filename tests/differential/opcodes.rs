@@ -7,6 +7,8 @@ use iced_x86::{
     Code, CpuidFeature, EncodingKind, FlowControl, Instruction, Mnemonic, OpCodeOperandKind,
 };
 
+use crate::generate::is_memory;
+
 /// The CPU model's features, as the decoder names them.
 const MODEL_FEATURES: &[CpuidFeature] = &[
     CpuidFeature::INTEL8086,
@@ -272,16 +274,9 @@ fn takes_part(code: Code) -> bool {
 /// Operand kinds that the generator can make.
 fn has_operands(kind: OpCodeOperandKind) -> bool {
     use OpCodeOperandKind::*;
-    matches!(
+    let elsewhere = matches!(
         kind,
-        mem | mem_offs
-            | r8_or_mem
-            | r16_or_mem
-            | r32_or_mem
-            | r64_or_mem
-            | mm_or_mem
-            | xmm_or_mem
-            | r8_reg
+        r8_reg
             | r8_opcode
             | r16_reg
             | r16_rm
@@ -316,8 +311,8 @@ fn has_operands(kind: OpCodeOperandKind) -> bool {
             | seg_rSI
             | es_rDI
             | seg_rDI
-            | seg_rBX_al
             | br64_1
             | br64_4
-    )
+    );
+    is_memory(kind) || elsewhere
 }

@@ -6,7 +6,7 @@ use reprise_kvm::user_oracle::CODE_ADDRESS;
 use crate::case::{Case, DECODER, Piece};
 use crate::generate::state;
 use crate::opcodes::{beyond_the_model, shows_the_host};
-use crate::random::Random;
+use reprise_tests::random::Random;
 
 const MAX_INSTRUCTION_BYTES: usize = 15;
 

@@ -5,7 +5,7 @@ use reprise_kvm::user_oracle::{
 };
 use reprise_trace::cpu_state::FpuState;
 
-use crate::random::Random;
+use reprise_tests::random::Random;
 
 /// An integer: a boundary, a power of two or its neighbour, few bits, or anything.
 pub(crate) fn integer(random: &mut Random) -> u64 {

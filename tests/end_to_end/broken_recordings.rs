@@ -7,6 +7,8 @@ use std::io::Write;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use reprise_tests::random::Random;
+
 use crate::program::{Finished, Workplace, record, reprise, reprise_after, run};
 
 /// Address space that any command must do with on a broken recording of a guest with 64 MiB: RAM,
@@ -127,17 +129,9 @@ impl Verdicts {
     }
 }
 
-/// A generator of numbers for places and bits (SplitMix64).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut value = self.0;
-        value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        usize::try_from((value ^ (value >> 31)) % bound as u64).expect("below a usize")
-    }
+/// A number below `bound`, a length in memory.
+fn below(random: &mut Random, bound: usize) -> usize {
+    random.below(bound as u64) as usize
 }
 
 #[test]
@@ -198,9 +192,9 @@ fn a_recording_cut_anywhere_says_how_far_it_goes() {
     println!("seed {SEED}");
     let (workplace, file) = (Workplace::new(), slowly_typed());
     let whole = workplace.file("whole.rr", file);
-    let mut random = Random(SEED);
+    let mut random = Random::new(SEED);
     for _ in 0..50 {
-        check_cut(&workplace, &whole, file, random.below(file.len()));
+        check_cut(&workplace, &whole, file, below(&mut random, file.len()));
     }
 }
 
@@ -212,19 +206,19 @@ fn a_changed_bit_is_found_wherever_it_is() {
     let (workplace, file) = (Workplace::new(), much_typed());
     let whole = workplace.file("whole.rr", file);
     let frames = frames(file);
-    let mut random = Random(SEED);
+    let mut random = Random::new(SEED);
     for flip in 0..FLIPS {
         // Most of the file is log: every fourth flip is in what stands around it.
         let at = match flip % 4 {
-            0 => random.below(frames[1].end),
+            0 => below(&mut random, frames[1].end),
             1 => {
                 let end = frames.iter().find(|frame| frame.kind == b'E').expect("it was closed");
-                end.start + random.below(file.len() - end.start)
+                end.start + below(&mut random, file.len() - end.start)
             }
-            _ => random.below(file.len()),
+            _ => below(&mut random, file.len()),
         };
         let mut changed = file.to_vec();
-        changed[at] ^= 1 << random.below(8);
+        changed[at] ^= 1 << below(&mut random, 8);
         let broken = workplace.file("changed.rr", &changed);
         let place = format!("flip {flip}: a bit of byte {at}");
         check_flip(&Verdicts::on(&broken, &whole), kind_at(&frames, at), &place);

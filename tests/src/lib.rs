@@ -1,1 +1,4 @@
-//! Tests of the whole: end to end, differential, and the house style. There is no library here.
+//! Tests of the whole: end to end, differential, and the house style. The library is what more than
+//! one of them needs.
+
+pub mod random;

@@ -7,6 +7,7 @@ use reprise_trace::log::{DiscardSink, LogWriter};
 use reprise_trace::moment::Moment;
 
 use super::*;
+use crate::pic::tests::OPEN as OPEN_PIC;
 use crate::state::contract::Random;
 use crate::time::NS_PER_S;
 
@@ -26,19 +27,6 @@ fn read(board: &mut Board, port: u16, now_ns: u64) -> u8 {
     board.port_read(port, 1, at(now_ns)) as u8
 }
 
-/// Vectors 30h to 3fh, all lines open.
-const OPEN_PIC: [(u16, u8); 10] = [
-    (0x20, 0x11),
-    (0x21, 0x30),
-    (0x21, 0x04),
-    (0x21, 0x01),
-    (0xa0, 0x11),
-    (0xa1, 0x38),
-    (0xa1, 0x02),
-    (0xa1, 0x01),
-    (0x21, 0x00),
-    (0xa1, 0x00),
-];
 /// 250 interrupts a second, as Debian's kernel has it.
 const TIMER_250_HZ: [(u16, u8); 3] = [(0x43, 0x34), (0x40, 0xa5), (0x40, 0x12)];
 /// FIFOs that interrupt at 8 bytes, 115200 baud, RTS, OUT2, receive interrupts.

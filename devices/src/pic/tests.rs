@@ -16,23 +16,24 @@ device_contract!(Pic::new(), |pic: &mut Pic, random: &mut Random| {
     u64::from(pic.interrupt_pending())
 });
 
-/// As Linux initializes them: vectors 30h and 38h, all open.
+/// What Linux writes to initialize them: vectors 30h and 38h, all open.
+pub(crate) const OPEN: [(u16, u8); 10] = [
+    (0x20, 0x11),
+    (0x21, 0x30),
+    (0x21, 0x04),
+    (0x21, 0x01),
+    (0xa0, 0x11),
+    (0xa1, 0x38),
+    (0xa1, 0x02),
+    (0xa1, 0x01),
+    (0x21, 0x00),
+    (0xa1, 0x00),
+];
+
+/// As Linux initializes them, all closed first.
 fn initialized() -> Pic {
     let mut pic = Pic::new();
-    for (port, value) in [
-        (0x21, 0xff),
-        (0xa1, 0xff),
-        (0x20, 0x11),
-        (0x21, 0x30),
-        (0x21, 0x04),
-        (0x21, 0x01),
-        (0xa0, 0x11),
-        (0xa1, 0x38),
-        (0xa1, 0x02),
-        (0xa1, 0x01),
-        (0x21, 0x00),
-        (0xa1, 0x00),
-    ] {
+    for (port, value) in [(0x21, 0xff), (0xa1, 0xff)].into_iter().chain(OPEN) {
         pic.write(port, value);
     }
     pic

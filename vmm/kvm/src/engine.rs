@@ -19,12 +19,11 @@ use crate::error::KvmError;
 use crate::instruction::MAX_BYTES;
 use crate::kick::{VcpuKick, install_handler};
 use crate::paging::Paging;
+use crate::register_bits::RFLAGS_IF;
 use crate::self_test::step_clock;
 use crate::step::Stepper;
 use crate::vcpu::{RawExit, Vcpu};
 use crate::{cpuid, state};
-
-const RFLAGS_IF: u64 = 1 << 9;
 
 /// How the engine counts ticks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,9 +5,7 @@ use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::{CS, CpuState, ES, RSP, SS};
 
 use crate::paging::Paging;
-
-const CR0_PE: u64 = 1;
-const EFER_LMA: u64 = 1 << 10;
+use crate::register_bits::{CR0_PE, EFER_LMA};
 
 /// The longest instruction, in bytes.
 pub(crate) const MAX_BYTES: usize = 15;

@@ -20,6 +20,7 @@ mod kick;
 mod memory;
 mod model_specific;
 mod paging;
+mod register_bits;
 mod report;
 mod self_test;
 mod state;

@@ -3,15 +3,10 @@
 //!
 //! Formats: AMD64 APM volume 2, chapter 5. Linear addresses of 32-bit modes wrap at 4 GiB.
 
+use crate::register_bits::{CR0_PG, CR0_WP, CR4_PAE, CR4_PSE, EFER_LMA};
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::CpuState;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
-
-const CR0_PG: u64 = 1 << 31;
-const CR0_WP: u64 = 1 << 16;
-const CR4_PSE: u64 = 1 << 4;
-const CR4_PAE: u64 = 1 << 5;
-const EFER_LMA: u64 = 1 << 10;
 
 const PRESENT: u64 = 1;
 const WRITABLE: u64 = 1 << 1;

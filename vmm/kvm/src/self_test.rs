@@ -12,6 +12,7 @@ use reprise_trace::cpu_state::{CpuState, RAX, RBX, RCX, RDX};
 use crate::counters::{Counted, Counter, refusal};
 use crate::error::KvmError;
 use crate::paging::write_ram;
+use crate::register_bits::RFLAGS_TF;
 use crate::report::Finding;
 use crate::user_oracle::{
     CODE_ADDRESS, RAM_MIB, UserInput, build_image, handler_address, into_kernel_state,
@@ -28,7 +29,6 @@ const HLT: u8 = 0xf4;
 const INT3: u8 = 0xcc;
 const UD2: [u8; 2] = [0x0f, 0x0b];
 const PUSHF: u8 = 0x9c;
-const RFLAGS_TF: u64 = 1 << 8;
 
 /// The guest's privilege.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -20,6 +20,7 @@ use reprise_trace::cpu_state::{
 use vmm_sys_util::errno::Error as Errno;
 
 use crate::error::KvmError;
+use crate::register_bits::RFLAGS_IF;
 
 /// Attribute bits of [`Segment::attributes`].
 const TYPE_MASK: u16 = 0xf;
@@ -30,8 +31,6 @@ const PRESENT: u16 = 1 << 7;
 
 /// A present, busy 32/64-bit TSS.
 const BUSY_TSS: u16 = PRESENT | 0xb;
-
-const RFLAGS_IF: u64 = 1 << 9;
 
 /// Reads or writes one field of [`CpuState`] that KVM keeps in an MSR.
 type MsrField = fn(&mut CpuState) -> &mut u64;

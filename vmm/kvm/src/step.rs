@@ -24,11 +24,9 @@ use crate::access::PendingExit;
 use crate::engine::KvmEngine;
 use crate::error::KvmError;
 use crate::instruction::{Successors, decode_at, handler_of, repeats, stack_word, successors};
+use crate::register_bits::{RFLAGS_IF, RFLAGS_TF};
 use crate::vcpu::RawExit;
 use crate::{state, transfer};
-
-const RFLAGS_TF: u64 = 1 << 8;
-const RFLAGS_IF: u64 = 1 << 9;
 
 /// What cannot be stepped because the guest does it already.
 const SELF_STEPPING: &str = "a guest that steps itself (TF)";

@@ -12,14 +12,10 @@ use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::{CS, CpuState, RSP, SS, Segment};
 
 use crate::paging::{Mapping, Paging, is_ram, write_ram};
+use crate::register_bits::{
+    CR4_SMAP, EFER_LMA, RFLAGS_IF, RFLAGS_NT, RFLAGS_RF, RFLAGS_TF, RFLAGS_VM,
+};
 
-const EFER_LMA: u64 = 1 << 10;
-const CR4_SMAP: u64 = 1 << 21;
-const RFLAGS_TF: u64 = 1 << 8;
-const RFLAGS_IF: u64 = 1 << 9;
-const RFLAGS_NT: u64 = 1 << 14;
-const RFLAGS_RF: u64 = 1 << 16;
-const RFLAGS_VM: u64 = 1 << 17;
 /// What IRETQ at CPL0 loads: CF, PF, AF, ZF, SF, TF, IF, DF, OF, IOPL, NT, RF, AC, VIF, VIP, ID.
 const IRETQ_FLAGS: u64 = 0x003d_7fd5;
 
