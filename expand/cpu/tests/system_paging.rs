@@ -290,6 +290,105 @@ fn code_follows_its_translation() {
     assert_eq!(ended.state.gpr[RAX], 17);
 }
 
+/// The page-table format's global bit, and CR4's bit that heeds it.
+const GLOBAL: u64 = 1 << 8;
+const CR4_PGE: u64 = 1 << 7;
+/// The upper half of the address space begins with the low 512 GiB again.
+const UPPER: u64 = 0xffff_8000_0000_0000;
+
+/// Uses the page at [`TARGET`] (or its twin in the upper half), maps it elsewhere, executes
+/// `forget`, uses it again; whether the second use went through the old translation.
+fn outlives(forget: &[u8], base: u64, kind: Kind, flags: u64, cr4: u64) -> bool {
+    let touch: &[u8] = match kind {
+        Fetch => &[0xff, 0xd3],   // call rbx
+        _ => &[0x48, 0x8b, 0x03], // mov rax, [rbx]
+    };
+    let ended = Guest::long()
+        .code(touch)
+        .code(&[0x48, 0x89, 0x32]) // mov [rdx], rsi
+        .code(forget)
+        .code(touch)
+        .code(&[0xf4])
+        .with(|guest| {
+            guest.write(0x1800, &(0x2000 | P | W).to_le_bytes());
+            match kind {
+                Fetch => {
+                    // mov al, 1; ret, and mov al, 2; ret
+                    guest.write(TARGET, &[0xb0, 1, 0xc3]);
+                    guest.write(TARGET + 0x1000, &[0xb0, 2, 0xc3]);
+                }
+                _ => {
+                    guest.write(TARGET, &1u64.to_le_bytes());
+                    guest.write(TARGET + 0x1000, &2u64.to_le_bytes());
+                }
+            }
+            guest.page(TARGET, P | W | flags);
+            guest.state.cr4 |= cr4;
+            guest.state.gpr[RBX] = base + TARGET;
+            guest.state.gpr[RDX] = entry_address(TARGET);
+            guest.state.gpr[RSI] = (TARGET + 0x1000) | P | W | flags;
+            guest.state.gpr[RDI] = guest.state.cr3;
+            guest.state.gpr[RCX] = guest.state.cr4 ^ CR4_PGE;
+        })
+        .run();
+    assert_eq!(ended.exit, Exit::Halt);
+    match ended.state.gpr[RAX] {
+        1 => true,
+        2 => false,
+        value => panic!("RAX is {value:#x}"),
+    }
+}
+
+#[test]
+fn global_translations_outlive_cr3_and_local_ones_do_not() {
+    const MOV_CR3: &[u8] = &[0x0f, 0x22, 0xdf];
+    for base in [0, UPPER] {
+        for kind in [Read, Fetch] {
+            let name = format!("{kind:?} at {base:#x}");
+            assert!(outlives(MOV_CR3, base, kind, GLOBAL, CR4_PGE), "global: {name}");
+            assert!(!outlives(MOV_CR3, base, kind, 0, CR4_PGE), "local: {name}");
+            assert!(!outlives(MOV_CR3, base, kind, GLOBAL, 0), "global, not heeded: {name}");
+        }
+    }
+}
+
+#[test]
+fn invlpg_and_cr4_forget_global_translations() {
+    const INVLPG: &[u8] = &[0x0f, 0x01, 0x3b];
+    const MOV_CR4: &[u8] = &[0x0f, 0x22, 0xe1];
+    for base in [0, UPPER] {
+        for kind in [Read, Fetch] {
+            for flags in [0, GLOBAL] {
+                let name = format!("{kind:?} at {base:#x}, {flags:#x}");
+                assert!(!outlives(INVLPG, base, kind, flags, CR4_PGE), "invlpg: {name}");
+                assert!(!outlives(MOV_CR4, base, kind, flags, CR4_PGE), "mov cr4: {name}");
+                // invlpg [rsp]: another page.
+                let other = outlives(&[0x0f, 0x01, 0x3c, 0x24], base, kind, flags, CR4_PGE);
+                assert!(other, "invlpg of another page: {name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_instruction_across_the_canonical_boundary_faults() {
+    const LAST: u64 = 0x7fff_ffff_ffff;
+    let ended = Guest::long()
+        .code(&[0xff, 0xe3])
+        .with(|guest| {
+            let tables = [(0x1000 + 255 * 8, 0x10_0000u64), (0x10_0ff8, 0x10_1000)];
+            for (entry, table) in tables.into_iter().chain([(0x10_1ff8, 0x10_2000)]) {
+                guest.write(entry, &(table | P | W).to_le_bytes());
+            }
+            guest.write(0x10_2ff8, &(TARGET | P | W).to_le_bytes());
+            guest.write(TARGET + 0xfff, &[0x48]);
+            guest.state.gpr[RBX] = LAST;
+        })
+        .run();
+    assert_eq!(ended.fault(), (13, Some(0)));
+    assert_eq!(ended.delivered().expect("the handler ran").rip, LAST);
+}
+
 #[test]
 fn clac_and_stac_take_effect_at_once() {
     // stac; mov rax, [rbx]; clac; mov rax, [rbx]
@@ -371,6 +470,33 @@ fn two_level_paging_with_large_pages() {
     assert_eq!(ended.state.gpr[RAX], 0x1234_5678);
     assert_eq!(ended.u64(LEGACY_ROOT) as u32, 0x10_1003 | ACCESSED as u32);
     assert_eq!(ended.u64(LEGACY_ROOT + 4) as u32, 0x83 | ACCESSED as u32);
+}
+
+#[test]
+fn two_level_paging_knows_no_execution_right_and_no_high_addresses() {
+    // A fetch from a page that is absent: bit 4 of the error code belongs to the formats that have
+    // a no-execute bit.
+    let ended = Guest::protected()
+        .code(&enable_paging(0x10)[..28])
+        .code(&[0xff, 0xe2])
+        .with(|guest| {
+            write_words(guest, LEGACY_ROOT, &[0x83]);
+            guest.state.efer = 1 << 11;
+            guest.state.gpr[RDX] = 0x40_0000;
+        })
+        .run();
+    assert_eq!(ended.fault(), (PAGE_FAULT, Some(0)));
+    // A large page's address bits 32 and up are those of PSE-36, which the CPU model has not.
+    for bit in 13..22 {
+        let ended = Guest::protected()
+            .code(&enable_paging(0x10))
+            .with(|guest| {
+                write_words(guest, LEGACY_ROOT, &[0x83, 0x83 | 1 << bit]);
+                guest.state.gpr[RBX] = 0x40_0000;
+            })
+            .run();
+        assert_eq!(ended.fault(), (PAGE_FAULT, Some(9)), "bit {bit}");
+    }
 }
 
 #[test]

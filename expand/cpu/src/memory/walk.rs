@@ -107,6 +107,10 @@ impl Paging {
         if self.cr0 & CR0_PG == 0 {
             return Ok(Translation { page: linear & 0xffff_f000, large: false, global: false });
         }
+        // An access that starts below the canonical boundary may end beyond it.
+        if self.efer & EFER_LMA != 0 && !canonical(linear) {
+            return Err(Fault::GP0);
+        }
         let leaf =
             self.walk(memory, linear).map_err(|code| self.fault(linear, code, kind, accessor))?;
         if !self.allowed(leaf.rights, kind, accessor) {
@@ -167,16 +171,14 @@ impl Paging {
                 return Err(RESERVED_CODE); // No 1 GiB pages in the CPU model.
             }
             if level == last || large {
-                let physical_page = if legacy && large {
-                    // PSE-36 gives a 4 MiB page address bits 32-39 in entry bits 13-20.
-                    entry & 0xffc0_0000 | (entry >> 13 & 0xff) << 32 | linear & 0x003f_f000
-                } else {
-                    let in_page = (1u64 << shift) - 1;
-                    if large && entry & in_page & !0x1fff != 0 {
-                        return Err(RESERVED_CODE);
-                    }
-                    entry & 0x000f_ffff_ffff_f000 & !in_page | linear & in_page & !0xfff
-                };
+                // The CPU model has no PSE-36, so the address bits below a large page's own are
+                // reserved in every mode; bit 12 is PAT.
+                let in_page = (1u64 << shift) - 1;
+                if large && entry & in_page & !0x1fff != 0 {
+                    return Err(RESERVED_CODE);
+                }
+                let frame = entry & 0x000f_ffff_ffff_f000 & !in_page;
+                let physical_page = frame | linear & in_page & !0xfff;
                 return Ok(Leaf { physical_page, rights, path, levels: level + 1 });
             }
             table = entry & 0x000f_ffff_ffff_f000;
@@ -211,7 +213,9 @@ impl Paging {
         if accessor.user {
             code |= USER as u32;
         }
-        let execute_faults = self.efer & EFER_NXE != 0 || self.cr4 & CR4_SMEP != 0;
+        // No-execute exists in the formats with 64-bit entries only.
+        let no_execute = self.efer & EFER_NXE != 0 && self.cr4 & CR4_PAE != 0;
+        let execute_faults = no_execute || self.cr4 & CR4_SMEP != 0;
         if kind == Kind::Fetch && execute_faults {
             code |= 1 << 4;
         }
