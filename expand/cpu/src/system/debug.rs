@@ -149,8 +149,13 @@ impl Cpu {
     }
 
     /// The same after one element of a repeated instruction that has more to do.
+    ///
+    /// RF is set in the frame (Intel SDM volume 3B, 18.3.1.1): the instruction goes on from its
+    /// start, and an instruction breakpoint there has been taken already.
     pub(crate) fn after_repetition(&mut self, trap: bool) -> Result<(), TripleFault> {
         let hits = std::mem::take(&mut self.debug.hits);
+        // Delivery clears it again.
+        self.rflags_rest |= flags::RF;
         self.deliver_trap(hits | if trap { SINGLE_STEP } else { 0 })
     }
 
@@ -215,6 +220,8 @@ impl Cpu {
         self.require_level_0()?;
         if self.system.dr7 & DR7_GENERAL_DETECT != 0 {
             self.report(GENERAL_DETECT);
+            // In the frame, as every fault but an instruction breakpoint has it; delivery clears it.
+            self.rflags_rest |= flags::RF;
             return self.fault(Fault::plain(vector::DB));
         }
         Ok(if matches!(number, 4 | 5) { number + 2 } else { number })

@@ -2,6 +2,7 @@
 //! in 64-bit mode only.
 
 use iced_x86::{Code, Mnemonic};
+use reprise_machine::engine::Exit;
 use reprise_trace::cpu_state::{GS, RCX, RDX, RSP, Segment};
 
 use super::debug::SINGLE_STEP;
@@ -76,8 +77,7 @@ handler!(system_call(cpu, op) {
     cpu.registers.gpr[R11] = rflags;
     cpu.enter_code(code, cpu.system.lstar, 0, Some(stack));
     cpu.set_rflags(rflags & !cpu.system.sfmask);
-    cpu.debug.note_trap_flag_changed(cpu.tick + u64::from(op.number) + 1);
-    Ok(())
+    trap_at_once(cpu, op)
 });
 
 handler!(system_return(cpu, op) {
@@ -95,17 +95,22 @@ handler!(system_return(cpu, op) {
     let rflags = cpu.registers.gpr[R11] & !(flags::RF | flags::VM);
     cpu.enter_code(code, rip, 3, Some(stack));
     cpu.set_rflags(rflags);
+    trap_at_once(cpu, op)
+});
+
+/// Unlike other instructions, SYSCALL and SYSRET trap if TF is set after them, whatever it was
+/// before: a system keeps single-stepping out of its entry by masking TF.
+fn trap_at_once(cpu: &mut Cpu, op: &Op) -> Result<(), Stop> {
     cpu.debug.note_trap_flag_changed(cpu.tick + u64::from(op.number) + 1);
-    if rflags & flags::TF != 0 {
-        // Unlike IRET, SYSRET traps at once if it sets TF.
+    if cpu.rflags_rest & flags::TF != 0 {
         cpu.report(SINGLE_STEP);
         if let Err(TripleFault) = cpu.deliver_exception(Fault::plain(vector::DB)) {
-            cpu.pending_exit = Some(reprise_machine::engine::Exit::TripleFault);
+            cpu.pending_exit = Some(Exit::TripleFault);
             return Err(Stop::RetiredExit);
         }
     }
     Ok(())
-});
+}
 
 handler!(system_enter(cpu, _op) {
     let selector = cpu.system.sysenter_cs;

@@ -69,8 +69,8 @@ fn far_pointer_segment(instruction: &Instruction) -> Option<Register> {
 }
 
 impl Cpu {
-    /// Loads a data segment register; for SS, `op`'s next boundary takes neither an interrupt nor
-    /// a debug trap, so that the stack pointer can follow.
+    /// MOV and POP of a segment register; for SS, `op`'s next boundary takes neither an interrupt
+    /// nor a debug trap, so that the stack pointer can follow.
     fn load_segment(&mut self, op: &Op, index: usize, selector: u16) -> Result<(), Stop> {
         let segment = self.prepare_segment(index, selector)?;
         self.set_segment(index, segment);
@@ -121,7 +121,9 @@ handler!(load_far_pointer(cpu, op) {
     let linear = op.linear_address(cpu);
     let offset = cpu.load_sized(linear, op.segment, size)?;
     let selector: u16 = cpu.load(cpu.wrap(linear.wrapping_add(size)), op.segment)?;
-    cpu.load_segment(op, usize::from(op.a), selector)?;
+    // LSS loads the stack pointer itself and holds nothing off.
+    let segment = cpu.prepare_segment(usize::from(op.a), selector)?;
+    cpu.set_segment(usize::from(op.a), segment);
     cpu.set_general(op.instruction.op0_register().number(), offset, size);
     Ok(())
 });
