@@ -3,7 +3,7 @@
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Access, Exit};
 use reprise_machine::ram::GuestRam;
-use reprise_trace::cpu_state::{CS, CpuState, DS, DescriptorTable, ES, SS, Segment};
+use reprise_trace::cpu_state::{CS, CpuState, DS, DescriptorTable, ES, FS, GS, SS, Segment};
 
 use crate::decode::block_cache::BlockCache;
 use crate::fault::{Fault, Stop};
@@ -240,6 +240,9 @@ impl Cpu {
             if !segments_are_flat(&system.segments) {
                 mode |= Mode::SEGMENTED;
             }
+            for index in [ES, DS, FS, GS] {
+                mode |= if system.segments[index].present() { 0 } else { Mode::UNUSABLE[index] };
+            }
         }
         if system.cr0 & (CR0_EM | CR0_TS) != 0 {
             mode |= Mode::X87_TRAPS;
@@ -434,24 +437,23 @@ pub(crate) const EFER_LMA: u64 = 1 << 10;
 pub(crate) const EFER_NXE: u64 = 1 << 11;
 
 /// Whether every segment that data can go through is a writable or readable one over the whole
-/// 32-bit space, so that checking limits could find nothing. FS and GS may have any base.
+/// 32-bit space, so that checking limits could find nothing. FS and GS may have any base, and what is
+/// null is left to [`Mode::UNUSABLE`].
 fn segments_are_flat(segments: &[Segment; 6]) -> bool {
     let whole = |segment: &Segment| segment.present() && segment.limit == u32::MAX;
     let writable = |segment: &Segment| segment.attributes & 0b1110 == 0b0010;
-    let flat = |index: usize| {
+    let any_base = |index: usize| {
         let segment = &segments[index];
-        whole(segment) && segment.base == 0 && writable(segment)
+        !segment.present() || whole(segment) && writable(segment)
     };
-    let extra = |index: usize| {
-        let segment = &segments[index];
-        whole(segment) && writable(segment)
-    };
+    let flat = |index: usize| segments[index].base == 0 && any_base(index);
     let code = &segments[CS];
     flat(ES)
         && flat(DS)
         && flat(SS)
-        && extra(reprise_trace::cpu_state::FS)
-        && extra(reprise_trace::cpu_state::GS)
+        && segments[SS].present()
+        && any_base(FS)
+        && any_base(GS)
         && whole(code)
         && code.base == 0
         && code.attributes & 0b1010 == 0b1010

@@ -114,7 +114,7 @@ impl Engine for SoftEngine {
         assert!(self.cpu.interruptible(), "the guest takes no interrupt here");
         self.halted = false;
         if self.cpu.deliver_interrupt(vector).is_err() {
-            self.queued = Some(Exit::TripleFault);
+            self.queued = Some(self.cpu.pending_exit.take().unwrap_or(Exit::TripleFault));
         }
         Ok(())
     }

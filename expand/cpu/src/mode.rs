@@ -12,7 +12,8 @@ impl Mode {
     pub const CODE_64: u32 = 1 << 1;
     /// SS.B: the stack pointer is ESP, not SP (outside 64-bit mode).
     pub const STACK_32: u32 = 1 << 2;
-    /// Some segment is not flat, so each access checks its limit and rights.
+    /// A segment in use is not flat, so each access checks its limit and rights. Null segments do not
+    /// count: see [`Mode::UNUSABLE`].
     pub const SEGMENTED: u32 = 1 << 3;
     /// CR0.EM or CR0.TS: x87 and MMX instructions trap.
     pub const X87_TRAPS: u32 = 1 << 4;
@@ -31,6 +32,9 @@ impl Mode {
     /// RFLAGS.AC lets supervisor code at user pages, which SMAP forbids. Not part of what code means,
     /// but of how it accesses memory.
     pub const SMAP_OVERRIDDEN: u32 = 1 << 11;
+    /// By segment register: outside 64-bit mode it is null, so only the operations that name it
+    /// check their accesses. CS and SS cannot be null there.
+    pub const UNUSABLE: [u32; 8] = [1 << 12, 0, 0, 1 << 13, 1 << 14, 1 << 15, 0, 0];
 
     /// What decoding depends on: all but who may fetch the code and what it may access.
     pub fn of_decoding(self) -> Self {
@@ -46,6 +50,12 @@ impl Mode {
     #[inline(always)]
     pub fn has(self, bit: u32) -> bool {
         self.0 & bit != 0
+    }
+
+    /// Whether accesses through a segment register must be checked.
+    #[inline(always)]
+    pub(crate) fn checks(self, segment: u8) -> bool {
+        self.has(Self::SEGMENTED | Self::UNUSABLE[usize::from(segment & 7)])
     }
 
     /// Bits of the code segment's default size: 16, 32 or 64.

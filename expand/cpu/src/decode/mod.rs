@@ -152,7 +152,7 @@ impl Cpu {
         let mut op = Op::new(instruction, offset, number);
         op.set_memory_operand(&instruction, self.address_bits(&instruction));
         let end = ops::select(self, &mut op);
-        if self.mode.has(Mode::SEGMENTED) && op.segment != NO_SEGMENT {
+        if op.segment != NO_SEGMENT && self.mode.checks(op.segment) {
             op.instruction.inner = op.handler;
             op.handler = system::segment::checked;
         }

@@ -38,7 +38,7 @@ pub(super) fn select(op: &mut Op, _mode: Mode) -> Option<BlockEnd> {
         }
         _ => {
             op.size = detail as u8;
-            op.segment = string_segment(instruction);
+            op.b = string_segment(instruction);
             op.address_mask = index_mask(instruction);
         }
     }
@@ -100,11 +100,11 @@ handler!(string_in(cpu, op) {
 handler!(string_out(cpu, op) {
     repeat(cpu, op, |cpu, op, port| {
         let offset = cpu.registers.gpr[RSI] & op.address_mask;
-        let linear = cpu.segment_address(op.segment, offset, u64::from(op.size), false)?;
+        let linear = cpu.segment_address(op.b, offset, u64::from(op.size), false)?;
         let value = match op.size {
-            1 => u32::from(cpu.load::<u8>(linear, op.segment)?),
-            2 => u32::from(cpu.load::<u16>(linear, op.segment)?),
-            _ => cpu.load::<u32>(linear, op.segment)?,
+            1 => u32::from(cpu.load::<u8>(linear, op.b)?),
+            2 => u32::from(cpu.load::<u16>(linear, op.b)?),
+            _ => cpu.load::<u32>(linear, op.b)?,
         };
         cpu.board(Access::PortWrite { port, size: op.size, value })?;
         advance(cpu, op, RSI);

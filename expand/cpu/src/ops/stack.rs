@@ -210,12 +210,18 @@ handler!(pop_flags(cpu, op) {
 handler!(push_all(cpu, op) {
     let size = u64::from(op.size);
     let registers = cpu.registers.gpr;
-    // All eight must fit before any is written.
-    let lowest = registers[RSP].wrapping_sub(8 * size);
-    let linear = cpu.stack_address(lowest, 8 * size, true)?;
-    cpu.check_store(linear, SS as u8, 8 * size)?;
+    // All eight must fit before any is written. Each is looked at by itself: SP may wrap between two.
+    for place in 1..=8 {
+        let pointer = registers[RSP].wrapping_sub(place * size);
+        let linear = cpu.stack_address(pointer, size, true)?;
+        cpu.check_store(linear, SS as u8, size)?;
+    }
     for &value in &registers[..8] {
-        cpu.push(value, size)?;
+        if let Err(stop) = cpu.push(value, size) {
+            // The board has to answer first, and the instruction starts again.
+            cpu.registers.gpr[RSP] = registers[RSP];
+            return Err(stop);
+        }
     }
     cpu.stored()
 });

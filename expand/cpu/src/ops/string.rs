@@ -48,7 +48,8 @@ pub(super) fn select(op: &mut Op, _mode: Mode) -> Option<BlockEnd> {
         _ => return None,
     };
     op.size = size;
-    op.segment = string_segment(instruction);
+    // In `b`, so that nobody takes it for a memory operand's: each element is checked by itself.
+    op.b = string_segment(instruction);
     op.address_mask = index_mask(instruction);
     op.handler = handler;
     Some(BlockEnd::Continue)
@@ -135,15 +136,19 @@ fn repeated(op: &Op) -> bool {
     op.instruction.has_rep_prefix() || op.instruction.has_repne_prefix()
 }
 
-/// How many whole elements, going up, lie in the page of `linear`.
-fn elements_in_page(linear: u64, size: u64) -> u64 {
-    (PAGE_BYTES - linear % PAGE_BYTES) / size
+/// How many whole elements, going up, lie in the page of `linear`, before the index register wraps.
+fn elements_in_run(cpu: &Cpu, op: &Op, register: usize, linear: u64) -> u64 {
+    let size = u64::from(op.size);
+    let offset = cpu.registers.gpr[register] & op.address_mask;
+    let until_wrap = ((op.address_mask - offset) / size).saturating_add(1);
+    until_wrap.min((PAGE_BYTES - linear % PAGE_BYTES) / size)
 }
 
 /// Whether elements may go in runs: upwards, with segments that need no checks, and without a trap
 /// after each.
-fn runs_allowed(cpu: &Cpu) -> bool {
-    cpu.rflags_rest & (flags::DF | flags::TF) == 0 && !cpu.mode.has(Mode::SEGMENTED)
+fn runs_allowed(cpu: &Cpu, op: &Op) -> bool {
+    let checks = cpu.mode.checks(op.b) || cpu.mode.checks(ES as u8);
+    cpu.rflags_rest & (flags::DF | flags::TF) == 0 && !checks
 }
 
 /// Ends one element of a repeated instruction that the counter no longer counts.
@@ -171,7 +176,7 @@ handler!(movs(cpu, op) {
 });
 
 fn move_element(cpu: &mut Cpu, op: &Op) -> Result<(), Stop> {
-    let value = load_element(cpu, op, op.segment, RSI)?;
+    let value = load_element(cpu, op, op.b, RSI)?;
     store_element(cpu, op, value)?;
     advance(cpu, op, RSI);
     advance(cpu, op, RDI);
@@ -180,14 +185,15 @@ fn move_element(cpu: &mut Cpu, op: &Op) -> Result<(), Stop> {
 
 /// Moves as many elements as lie in one page on both sides; how many, zero if it takes the slow way.
 fn move_run(cpu: &mut Cpu, op: &Op) -> u64 {
-    if !runs_allowed(cpu) {
+    if !runs_allowed(cpu, op) {
         return 0;
     }
     let size = u64::from(op.size);
-    let source = linear_of(cpu, op, op.segment, RSI);
+    let source = linear_of(cpu, op, op.b, RSI);
     let target = linear_of(cpu, op, ES as u8, RDI);
-    let elements =
-        counter(cpu, op).min(elements_in_page(source, size)).min(elements_in_page(target, size));
+    let elements = counter(cpu, op)
+        .min(elements_in_run(cpu, op, RSI, source))
+        .min(elements_in_run(cpu, op, RDI, target));
     if elements == 0 {
         return 0;
     }
@@ -253,12 +259,12 @@ handler!(stos(cpu, op) {
 
 /// Fills as many elements as lie in one page; how many, zero if it takes the slow way.
 fn fill_run(cpu: &mut Cpu, op: &Op, value: u64) -> u64 {
-    if !runs_allowed(cpu) {
+    if !runs_allowed(cpu, op) {
         return 0;
     }
     let size = u64::from(op.size);
     let target = linear_of(cpu, op, ES as u8, RDI);
-    let elements = counter(cpu, op).min(elements_in_page(target, size));
+    let elements = counter(cpu, op).min(elements_in_run(cpu, op, RDI, target));
     if elements == 0 {
         return 0;
     }
@@ -282,7 +288,7 @@ fn fill_run(cpu: &mut Cpu, op: &Op, value: u64) -> u64 {
 handler!(lods(cpu, op) {
     let once = !repeated(op);
     while once || counter(cpu, op) != 0 {
-        let value = load_element(cpu, op, op.segment, RSI)?;
+        let value = load_element(cpu, op, op.b, RSI)?;
         if op.size == 1 {
             let rax = &mut cpu.registers.gpr[RAX];
             *rax = *rax & !0xff | value;
@@ -308,7 +314,7 @@ handler!(scas(cpu, op) {
 });
 handler!(cmps(cpu, op) {
     compare(cpu, op, |cpu, op| {
-        let left = load_element(cpu, op, op.segment, RSI)?;
+        let left = load_element(cpu, op, op.b, RSI)?;
         let right = load_element(cpu, op, ES as u8, RDI)?;
         advance(cpu, op, RSI);
         advance(cpu, op, RDI);

@@ -1,6 +1,5 @@
 //! x87 control and state instructions: those that show or change control, status and tag words,
-//! pointers, or everything at once. Real mode is not modelled: environments have the protected
-//! format.
+//! pointers, or everything at once.
 
 use iced_x86::{Code, Instruction, Mnemonic};
 
@@ -168,7 +167,10 @@ handler!(
 handler!(
     /// FNSTENV: afterwards every exception is masked.
     fnstenv<const BYTES: usize>(cpu, op) {
-        let environment = cpu.fpu.live_environment();
+        let mut environment = cpu.fpu.live_environment();
+        if !cpu.protected() {
+            to_real_format(&mut environment);
+        }
         let linear = op.linear_address(cpu);
         if BYTES == 14 {
             cpu.store_slow(linear, op.segment, &narrow_environment(&environment))?;
@@ -191,6 +193,9 @@ handler!(
         if BYTES == 14 {
             bytes = wide_environment(&bytes);
         }
+        if !cpu.protected() {
+            from_real_format(&mut bytes);
+        }
         cpu.fpu.set_live_environment(bytes);
         cpu.masks_changed()
     }
@@ -199,7 +204,10 @@ handler!(
 handler!(
     /// FNSAVE: stores all, then initialises.
     fnsave<const BYTES: usize>(cpu, op) {
-        let all = cpu.fpu.live_save();
+        let mut all = cpu.fpu.live_save();
+        if !cpu.protected() {
+            to_real_format(&mut all);
+        }
         let linear = op.linear_address(cpu);
         if BYTES == 94 {
             let (environment, registers) = all.split_at(28);
@@ -229,6 +237,9 @@ handler!(
             let environment = wide_environment(narrow);
             bytes[..28].copy_from_slice(&environment);
         }
+        if !cpu.protected() {
+            from_real_format(&mut bytes);
+        }
         cpu.fpu.set_live_save(bytes);
         cpu.masks_changed()
     }
@@ -249,6 +260,39 @@ fn wide_environment(narrow: &[u8; 28]) -> [u8; 28] {
         environment[NARROW_WORDS[index / 2] + index % 2] = narrow[index];
     }
     environment
+}
+
+// In real mode an environment has linear addresses instead of selectors and offsets, split in two
+// (Intel SDM volume 1, figures 8-10 and 8-12): bits 0-15 where protected mode has the offset, the others
+// from bit 12 of the word behind it on, which has the opcode in its low bits. Selectors being zeros, the
+// addresses are the offsets. The 16-bit format is the low halves of the 32-bit one's words here too.
+
+/// Rearranges the 32-bit format of protected mode into that of real mode.
+fn to_real_format(environment: &mut [u8]) {
+    const RESERVED: u32 = 0xffff_0000;
+    let (fip, fop) = (word_32(environment, 12), word_32(environment, 16) >> 16);
+    let fdp = word_32(environment, 20);
+    let words = [RESERVED | fip, fip >> 16 << 12 | fop, RESERVED | fdp, fdp >> 16 << 12];
+    set_pointers(environment, words);
+}
+
+/// Rearranges the 32-bit format of real mode into that of protected mode.
+fn from_real_format(environment: &mut [u8]) {
+    let word = |index: usize| word_32(environment, 12 + 4 * index);
+    let address = |low: u32, high: u32| low & 0xffff | (high >> 12) << 16;
+    let fop = word(1) & 0x7ff;
+    set_pointers(environment, [address(word(0), word(1)), fop << 16, address(word(2), word(3)), 0]);
+}
+
+fn word_32(environment: &[u8], offset: usize) -> u32 {
+    u32::from_le_bytes(std::array::from_fn(|index| environment[offset + index]))
+}
+
+/// Sets the four words of an environment's 32-bit format behind its control, status and tag words.
+fn set_pointers(environment: &mut [u8], words: [u32; 4]) {
+    for (bytes, word) in environment[12..28].chunks_exact_mut(4).zip(words) {
+        bytes.copy_from_slice(&word.to_le_bytes());
+    }
 }
 
 /// FXSAVE with 64-bit pointers.

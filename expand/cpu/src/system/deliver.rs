@@ -112,7 +112,12 @@ impl Cpu {
     }
 
     fn deliver(&mut self, mut event: Event) -> Result<(), TripleFault> {
-        while self.deliver_event(&event).is_err() {
+        while let Err(stop) = self.deliver_event(&event) {
+            if stop == Stop::Exit {
+                // There is a reason why the event cannot be delivered: whoever sees the machine end
+                // finds it in `pending_exit`.
+                return Err(TripleFault);
+            }
             let fault = self.pending_fault;
             let next = self.exception(fault);
             event = match (class(&event), class(&next)) {
@@ -134,7 +139,7 @@ impl Cpu {
         } else {
             self.deliver_real_mode(event)
         };
-        if delivered.is_err() && event.source != Source::Software {
+        if delivered == Err(Stop::Fault) && event.source != Source::Software {
             self.mark_external();
         }
         delivered
@@ -215,8 +220,7 @@ impl Cpu {
             return self.fault(Fault::with_code(vector::NP, gate_code));
         }
         if kind == TASK {
-            // Switching tasks in hardware is not part of this machine: see `far_transfer`.
-            return self.fault(Fault::with_code(vector::GP, gate_code));
+            return self.unsupported("a task switch in hardware (a task gate in the IDT)");
         }
         let mut offset = raw & 0xffff | raw >> 32 & 0xffff_0000;
         if push_bytes == 2 {

@@ -1,13 +1,13 @@
 //! Far JMP, CALL and RET, direct and through call gates (Intel SDM volume 3A, 5.8).
 //!
-//! Task switches in hardware are not part of this machine: a far transfer to a TSS or a task gate
-//! raises #GP with its selector, as it does on every CPU in long mode.
+//! Task switches in hardware are not part of this machine: a far transfer to a TSS or a task gate ends
+//! the run with a reason. (In long mode it raises #GP with the selector, on every CPU.)
 
 use iced_x86::{Code, Instruction, OpKind};
 use reprise_trace::cpu_state::{CS, RSP, SS};
 
 use super::deliver::{Frame, Stack};
-use super::segment::{Descriptor, is_null, rpl};
+use super::segment::{Descriptor, TSS_AVAILABLE, is_null, rpl};
 use crate::cpu::Cpu;
 use crate::decode::op::{Handler, Op};
 use crate::fault::{Fault, Stop, vector};
@@ -16,6 +16,10 @@ use crate::ops::{BlockEnd, handler};
 
 /// System descriptor type: 16-bit call gate.
 const CALL_GATE_16: u16 = 4;
+/// System descriptor type: task gate.
+const TASK_GATE: u16 = 5;
+/// System descriptor type: available 16-bit TSS.
+const TSS_16_AVAILABLE: u16 = 1;
 /// System descriptor type: 32-bit call gate, or 64-bit call gate in long mode.
 const CALL_GATE: u16 = 12;
 
@@ -208,6 +212,7 @@ impl Cpu {
                 }
             }
             CALL_GATE_16 if gate.is_system() && !long => 2,
+            TASK_GATE | TSS_AVAILABLE | TSS_16_AVAILABLE if gate.is_system() && !long => 0,
             _ => return self.selector_fault(vector::GP, selector),
         };
         if gate.dpl() < self.cpl || gate.dpl() < rpl(selector) {
@@ -215,6 +220,9 @@ impl Cpu {
         }
         if !gate.present() {
             return self.selector_fault(vector::NP, selector);
+        }
+        if push_bytes == 0 {
+            return self.unsupported("a task switch in hardware (a far jump or call to a task)");
         }
         let mut offset = gate.raw & 0xffff | gate.raw >> 32 & 0xffff_0000;
         let mut parameters = gate.raw >> 32 & 0x1f;

@@ -8,7 +8,6 @@ use reprise_trace::cpu_state::{CS, DS, ES, FS, GS, SS, Segment};
 use crate::cpu::{CR0_PE, Cpu, NO_SEGMENT};
 use crate::decode::op::Op;
 use crate::fault::{Fault, Flow, Stop, vector};
-use crate::mode::Mode;
 
 /// System descriptor type: local descriptor table.
 pub(crate) const LOCAL_TABLE: u16 = 2;
@@ -310,7 +309,7 @@ impl Cpu {
         size_bytes: u64,
         write: bool,
     ) -> Result<u64, Stop> {
-        if self.mode.has(Mode::SEGMENTED) {
+        if self.mode.checks(segment) {
             self.check_segment(segment, offset, size_bytes, write)?;
         }
         let base = self.registers.segment_base[usize::from(segment & 7)];
@@ -399,4 +398,26 @@ fn accesses(op: &Op) -> (bool, bool) {
         }
     }
     (reads, writes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::Machine;
+
+    #[test]
+    fn null_segments_leave_everything_else_unchecked() {
+        let mut machine = Machine::flat_32(&[]);
+        assert!((0..6).all(|segment| !machine.cpu.mode.checks(segment)));
+        for index in [ES, DS, FS, GS] {
+            let before = machine.cpu.system.segments[index];
+            machine.cpu.set_segment(index, null_segment(0));
+            for other in 0..6 {
+                assert_eq!(machine.cpu.mode.checks(other as u8), other == index, "{index} {other}");
+            }
+            machine.cpu.set_segment(index, before);
+        }
+        machine.cpu.set_segment(GS, Segment { limit: 0xfff, ..machine.cpu.system.segments[DS] });
+        assert!((0..6).all(|segment| machine.cpu.mode.checks(segment)));
+    }
 }
