@@ -210,7 +210,7 @@ impl KvmEngine {
     fn abandon_instruction(&mut self) -> Result<(), KvmError> {
         /// More than any one page of a string instruction gives.
         const MAX_ACCESSES: usize = 1 << 16;
-        let half_done = self.pending.take().is_some() || self.queued.take().is_some();
+        let half_done = self.pending.take().is_some() | self.queued.take().is_some();
         self.awaiting_answer = false;
         if !half_done && !self.incomplete {
             return Ok(());

@@ -24,7 +24,7 @@ use crate::access::PendingExit;
 use crate::engine::KvmEngine;
 use crate::error::KvmError;
 use crate::instruction::{Successors, decode_at, handler_of, repeats, stack_word, successors};
-use crate::register_bits::{RFLAGS_IF, RFLAGS_TF};
+use crate::register_bits::{RFLAGS_IF, RFLAGS_RF, RFLAGS_TF};
 use crate::vcpu::RawExit;
 use crate::{state, transfer};
 
@@ -197,11 +197,13 @@ impl KvmEngine {
             return self.cannot_step("user code (CPL3)").map(Some);
         }
         let Some(instruction) = instruction else { return Ok(None) };
+        // What executes clears RF.
+        let started = || CpuState { rflags: view.rflags & !RFLAGS_RF, ..view.clone() };
         let after = match instruction.code() {
-            Code::Hlt => {
+            Code::Hlt if view.cpl() == 0 => {
                 self.halted = true;
-                let next = CpuState { interrupt_shadow: false, ..view.clone() };
-                Some(CpuState { rip: instruction.next_ip(), ..next })
+                let rip = instruction.next_ip();
+                Some(CpuState { interrupt_shadow: false, rip, ..started() })
             }
             Code::Iretq if self.loads_trap_flag(instruction) => {
                 return self.cannot_step(SELF_STEPPING).map(Some);
@@ -209,9 +211,9 @@ impl KvmEngine {
             Code::Iretq => transfer::iretq(&self.ram, view),
             Code::Int_imm8 => {
                 let vector = instruction.immediate8();
-                transfer::deliver(&self.ram, view, vector, instruction.next_ip())
+                transfer::deliver(&self.ram, &started(), vector, instruction.next_ip())
             }
-            Code::Int3 => transfer::deliver(&self.ram, view, 3, instruction.next_ip()),
+            Code::Int3 => transfer::deliver(&self.ram, &started(), 3, instruction.next_ip()),
             Code::Popfw | Code::Popfd | Code::Popfq | Code::Iretd | Code::Iretw
                 if self.loads_trap_flag(instruction) =>
             {
@@ -294,13 +296,14 @@ impl KvmEngine {
                     self.begin(Some(&instruction));
                     return Ok(None);
                 }
+                Some(instruction) if instruction.code() == Code::Hlt => self.halted = true,
                 Some(_) => {}
                 None => return self.unexplained(&begun),
             }
         }
         self.stepper.begun = None;
         self.tick += 1;
-        Ok(None)
+        Ok(self.halted.then_some(Exit::Halt))
     }
 
     /// The first instruction of the handler through which a step must have gone, if there is one.

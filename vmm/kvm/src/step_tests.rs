@@ -79,6 +79,37 @@ fn a_jump_to_a_repeated_instruction_and_indirect_branches_are_one_tick_each() {
 }
 
 #[test]
+fn a_handler_that_begins_with_hlt_halts() {
+    require_kvm!(Step);
+    const INVALID_OPCODE: u8 = 6;
+    let ram = ram_with(&[NOP, 0x0f, 0x0b]);
+    put_gate(&ram, INVALID_OPCODE, 0x9000);
+    put(&ram, 0x9000, &[HLT, NOP, NOP]);
+    let mut engine = engine_on(ram, Step, &long_mode());
+    assert_eq!(run(&mut engine), Exit::Halt);
+    let state = engine.cpu_state().unwrap();
+    assert_eq!((engine.tick(), state.rip, state.halted), (2, 0x9001, true));
+}
+
+#[test]
+fn what_is_executed_here_clears_the_resume_flag() {
+    require_kvm!(Step);
+    const RF: u64 = 1 << 16;
+    let ram = ram_with(&[0xcd, 0x40]);
+    put_gate(&ram, 0x40, HANDLER);
+    put(&ram, HANDLER, &[HLT]);
+    let state = CpuState { rflags: RF | 2, ..long_mode() };
+    let mut engine = engine_on(ram, Step, &state);
+    assert_eq!(run(&mut engine), Exit::Halt);
+    let mut pushed = [0; 8];
+    engine.read_ram(STACK_TOP - 24, &mut pushed);
+    assert_eq!(u64::from_le_bytes(pushed), 2, "INT's frame");
+    let mut engine = engine_on(ram_with(&[HLT]), Step, &state);
+    assert_eq!(run(&mut engine), Exit::Halt);
+    assert_eq!(engine.cpu_state().unwrap().rflags, 2, "HLT");
+}
+
+#[test]
 fn accesses_are_one_tick_an_instruction() {
     require_kvm!(Step);
     // 0: in al, dx; 1: out dx, al; 2: rep outsb; 4: mov cl, 3; 6: rep insb; 8: mov cl, 0;

@@ -30,11 +30,14 @@ const GRANULARITY: u16 = 1 << 15;
 
 const FRAME_BYTES: usize = 40;
 
-/// A descriptor read from the GDT, and where it lies.
+/// A descriptor read from the GDT, and where its type byte lies.
 struct Descriptor {
     segment: Segment,
-    mapping: Mapping,
+    type_byte: Mapping,
 }
+
+/// Offset of the type in a descriptor.
+const TYPE_BYTE: u64 = 5;
 
 /// 64-bit code at CPL0, which is all that is handled here.
 fn is_64_bit_kernel(state: &CpuState) -> bool {
@@ -173,8 +176,10 @@ fn read_descriptor(ram: &GuestRam, state: &CpuState, selector: u16) -> Option<De
     let base = raw >> 16 & 0xff_ffff | raw >> 32 & 0xff00_0000;
     let segment = Segment { selector, attributes, limit, base };
     let usable = segment.present() && attributes & CODE_OR_DATA != 0;
-    let mapping = paging.walk(ram, address)?;
-    usable.then_some(Descriptor { segment, mapping })
+    // A descriptor may lie in two pages.
+    let type_byte = paging.walk(ram, address.wrapping_add(TYPE_BYTE))?;
+    let may_mark = attributes & ACCESSED != 0 || paging.supervisor_may_write(&type_byte);
+    (usable && may_mark).then_some(Descriptor { segment, type_byte })
 }
 
 fn accessed(segment: Segment) -> Segment {
@@ -186,10 +191,9 @@ fn mark_descriptor(ram: &GuestRam, paging: &Paging, descriptor: &Descriptor) {
     let attributes = descriptor.segment.attributes;
     let written = attributes & ACCESSED == 0;
     if written {
-        // The type is in byte 5 of the descriptor.
-        write_ram(ram, descriptor.mapping.physical + 5, &[attributes as u8 | ACCESSED as u8]);
+        write_ram(ram, descriptor.type_byte.physical, &[attributes as u8 | ACCESSED as u8]);
     }
-    paging.mark_used(ram, &descriptor.mapping, written);
+    paging.mark_used(ram, &descriptor.type_byte, written);
 }
 
 /// The stack that a handler starts on: the current one, or one of the TSS's seven.
@@ -240,4 +244,51 @@ fn push_frame(ram: &GuestRam, state: &CpuState, top: u64, frame: &[u64; 5]) -> O
 fn is_canonical(address: u64) -> bool {
     let sign_extended = ((address << 16) as i64 >> 16) as u64;
     sign_extended == address
+}
+
+#[cfg(test)]
+mod tests {
+    use super::deliver;
+    use crate::testing::*;
+    use reprise_machine::ram::GuestRam;
+    use reprise_trace::cpu_state::CpuState;
+
+    /// A code segment's descriptor across two pages, which are not neighbours in RAM: its low half at
+    /// the end of the last page below the hole of video memory.
+    const ACROSS: u64 = 0x20_0ffc;
+    const SECOND_PAGE: u64 = 0x4_0000;
+
+    fn split_descriptor(table_flags: u64) -> (GuestRam, CpuState) {
+        const TABLE: u64 = 0x3_0000;
+        let ram = ram_with(&[]);
+        let raw = 0x00af_9a00_0000_ffffu64.to_le_bytes();
+        put(&ram, 0x9_fffc, &raw[..4]);
+        put(&ram, SECOND_PAGE, &raw[4..]);
+        put(&ram, 0x3008, &(TABLE | 3).to_le_bytes());
+        put(&ram, TABLE, &0x9_f003u64.to_le_bytes());
+        put(&ram, TABLE + 8, &(SECOND_PAGE | table_flags).to_le_bytes());
+        put_gate(&ram, 0x40, CODE + 0x800);
+        let mut state = long_mode();
+        state.gdtr.base = ACROSS - u64::from(CODE_SELECTOR);
+        (ram, state)
+    }
+
+    #[test]
+    fn a_descriptor_across_pages_is_marked_where_its_type_lies() {
+        let (ram, state) = split_descriptor(3);
+        let after = deliver(&ram, &state, 0x40, CODE).expect("it can be delivered");
+        assert_eq!(after.rip, CODE + 0x800);
+        let mut type_byte = [0];
+        ram.read(SECOND_PAGE + 1, &mut type_byte);
+        assert_eq!(type_byte, [0x9b]);
+    }
+
+    #[test]
+    fn a_descriptor_that_cannot_be_marked_is_left_to_kvm() {
+        let (ram, mut state) = split_descriptor(1);
+        state.cr0 |= 1 << 16;
+        assert_eq!(deliver(&ram, &state, 0x40, CODE), None);
+        state.cr0 &= !(1 << 16);
+        assert!(deliver(&ram, &state, 0x40, CODE).is_some());
+    }
 }
