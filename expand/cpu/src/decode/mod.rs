@@ -13,7 +13,6 @@ use crate::cpu::{Cpu, NO_SEGMENT};
 use crate::fault::{Fault, Stop};
 use crate::memory::physical::PAGE_BYTES;
 use crate::memory::walk::canonical;
-use crate::mode::Mode;
 use crate::ops::{self, BlockEnd};
 use crate::system;
 use block_cache::Block;
