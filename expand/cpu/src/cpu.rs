@@ -14,6 +14,7 @@ use crate::native::Native;
 use crate::native::host_fpu::FpuImage;
 use crate::profile::Profile;
 use crate::system::debug::DebugState;
+use crate::system::deliver::ExceptionRun;
 use crate::translate::Translator;
 
 /// Index into [`Registers::gpr`] of a register that is always zero: an absent base or index.
@@ -135,6 +136,7 @@ pub struct Cpu {
     /// The instruction count at which translated code's budget is used up.
     pub(crate) budget_end: u64,
     pub(crate) debug: DebugState,
+    pub(crate) exceptions: ExceptionRun,
 }
 
 impl Cpu {
@@ -181,6 +183,7 @@ impl Cpu {
             profile: None,
             budget_end: 0,
             debug: DebugState::default(),
+            exceptions: ExceptionRun::NONE,
         });
         cpu.set_state(&CpuState::default());
         Ok(cpu)
@@ -340,6 +343,8 @@ impl Cpu {
         self.system = SystemState::from_stored(state);
         self.fpu = FpuImage::from_state(&state.fpu);
         self.interrupt_shadow = state.interrupt_shadow;
+        self.debug = DebugState::default();
+        self.exceptions = ExceptionRun::NONE;
         self.cpl = state.cpl();
         self.set_rflags(state.rflags);
         self.update_mode();

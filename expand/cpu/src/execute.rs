@@ -29,7 +29,7 @@ impl Cpu {
         // Translated code has more instructions than are still to run.
         let mut for_less = false;
         loop {
-            if kick.load(Ordering::Relaxed) {
+            if kick.load(Ordering::Relaxed) && !self.amid_exceptions() {
                 kick.store(false, Ordering::Release);
                 return Exit::Kicked;
             }
@@ -222,14 +222,14 @@ impl Cpu {
         if flow == Flow::REPEATS
             && let Err(TripleFault) = self.after_repetition(trap)
         {
-            return Some(Exit::TripleFault);
+            return Some(self.undeliverable());
         }
         if retired {
             if resume {
                 self.clear_resume_flag(&block.ops[0]);
             }
             if let Err(TripleFault) = self.after_instruction(trap) {
-                return Some(Exit::TripleFault);
+                return Some(self.undeliverable());
             }
         }
         if self.memory.physical.code_was_written() {
@@ -245,8 +245,13 @@ impl Cpu {
         self.interrupt_shadow = false;
         match self.deliver_exception(fault) {
             Ok(()) => None,
-            Err(TripleFault) => Some(Exit::TripleFault),
+            Err(TripleFault) => Some(self.undeliverable()),
         }
+    }
+
+    /// Why an event could not be delivered, where that is not the guest's own triple fault.
+    fn undeliverable(&mut self) -> Exit {
+        self.pending_exit.take().unwrap_or(Exit::TripleFault)
     }
 
     fn forget_answers(&mut self) {

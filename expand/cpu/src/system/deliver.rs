@@ -56,6 +56,20 @@ struct Gate {
     cpl: u8,
 }
 
+/// Exceptions in a row, and the tick at which they came: a fault retires nothing.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ExceptionRun {
+    tick: u64,
+    count: u32,
+}
+
+impl ExceptionRun {
+    pub(crate) const NONE: Self = Self { tick: u64::MAX, count: 0 };
+    /// A guest whose handlers only fault again never gets further, and its time stands still. Real
+    /// ones need a handful; this many take a fraction of a second.
+    const MAX: u32 = 1 << 20;
+}
+
 /// Where a handler's frame goes.
 pub(super) struct Stack {
     pub(super) segment: Segment,
@@ -72,8 +86,23 @@ impl Cpu {
     /// # Errors
     /// If delivery ends in a triple fault. The state is then that of the first event.
     pub(crate) fn deliver_exception(&mut self, fault: Fault) -> Result<(), TripleFault> {
+        let before = self.exceptions;
+        let count = if before.tick == self.tick { before.count + 1 } else { 1 };
+        if count > ExceptionRun::MAX {
+            let what = "exceptions whose handlers only raise more of them, without end";
+            let _: Result<(), Stop> = self.unsupported(what);
+            return Err(TripleFault);
+        }
+        self.exceptions = ExceptionRun { tick: self.tick, count };
         let event = self.exception(fault);
         self.deliver(event)
+    }
+
+    /// Whether an exception has been taken and nothing has retired since: another run that stops at
+    /// this tick may stand before it.
+    #[inline(always)]
+    pub(crate) fn amid_exceptions(&self) -> bool {
+        self.exceptions.tick == self.tick
     }
 
     /// Delivers an interrupt from the board.

@@ -87,7 +87,7 @@ impl Cpu {
     }
 
     /// Gives up on an instruction that this CPU does not execute; `what` names it for a person.
-    fn unsupported<T>(&mut self, what: &str) -> Result<T, Stop> {
+    pub(crate) fn unsupported<T>(&mut self, what: &str) -> Result<T, Stop> {
         self.pending_exit = Some(Exit::Unsupported(format!(
             "the guest uses {what}, which this machine does not execute: run a guest that does not"
         )));
