@@ -58,38 +58,35 @@ impl Cpu {
             // `drop_overwritten_code` and in `current_block`; running operations calls neither.
             let block = unsafe { block.as_ref() };
             let left = until - self.tick;
-            if !for_less
-                && block.ops.len() as u64 <= left
-                && let Some(code) = self.translation(block, self.code_address())
-            {
-                last = None;
-                match self.run_translated(code, until) {
-                    Left::ForNext => {}
-                    Left::ForLess => for_less = true,
-                    Left::Stopped { block, flow } => {
-                        // SAFETY: as above.
-                        let block = unsafe { block.as_ref() };
-                        if let Some(exit) = self.finish_stopped(block, flow) {
-                            return exit;
+            let translated = if !for_less && block.ops.len() as u64 <= left {
+                self.translation(block, self.code_address())
+            } else {
+                None
+            };
+            let exit = match translated {
+                Some(code) => {
+                    last = None;
+                    match self.run_translated(code, until) {
+                        Left::ForNext => None,
+                        Left::ForLess => {
+                            for_less = true;
+                            None
+                        }
+                        Left::Stopped { block, flow } => {
+                            // SAFETY: as above.
+                            let block = unsafe { block.as_ref() };
+                            self.finish_stopped(block, flow)
                         }
                     }
                 }
-                if self.memory.physical.code_was_written() {
-                    self.drop_overwritten_code();
-                }
-                continue;
-            }
-            let before = self.tick;
-            let flow = self.run_ops(block, left as usize);
-            let ran = self.tick - before;
-            self.count(|profile| profile.interpreted += ran);
-            if flow != Flow::NEXT
-                && let Some(exit) = self.finish_stopped(block, flow)
-            {
-                return exit;
-            }
+                None => self.interpret(block, left as usize),
+            };
+            // Before an exit too: an instruction that starts again is what its bytes now say.
             if self.memory.physical.code_was_written() {
                 self.drop_overwritten_code();
+            }
+            if let Some(exit) = exit {
+                return exit;
             }
         }
     }
@@ -113,6 +110,16 @@ impl Cpu {
             unsafe { last.as_ref() }.link(linear, key, block);
         }
         Ok(block)
+    }
+
+    /// Runs operations of `block`, at most `budget`, each a call.
+    #[inline(always)]
+    fn interpret(&mut self, block: &Block, budget: usize) -> Option<Exit> {
+        let before = self.tick;
+        let flow = self.run_ops(block, budget);
+        let ran = self.tick - before;
+        self.count(|profile| profile.interpreted += ran);
+        if flow == Flow::NEXT { None } else { self.finish_stopped(block, flow) }
     }
 
     /// Whether an external interrupt would be taken now.

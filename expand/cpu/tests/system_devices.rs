@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use guest::{Guest, KERNEL_CODE, TASK};
+use guest::{Guest, KERNEL_CODE, KERNEL_DATA, TASK};
 use reprise_machine::engine::{Access, Engine, Exit};
-use reprise_trace::cpu_state::{RBX, RDI, RSI, RSP};
+use reprise_trace::cpu_state::{RBX, RCX, RDI, RSI, RSP};
 
 /// Where a PC has video memory: nobody answers there.
 const HOLE: u64 = 0xa_0000;
@@ -82,6 +82,35 @@ fn a_page_table_entry_may_be_written_to_the_device_that_it_maps() {
     engine.finish_access(0).expect("finishes");
     assert_eq!(engine.run(100).expect("runs"), Exit::Halt);
     assert_eq!(engine.tick(), 2);
+}
+
+#[test]
+fn a_move_over_itself_goes_on_as_what_it_has_become() {
+    // nop; rep movsd, which overwrites itself with HLT and then meets a device.
+    let run = |stride: u64| {
+        let mut engine = Guest::protected()
+            .code(&[0x90, 0xf3, 0xa5])
+            .with(|guest| {
+                guest.write(KERNEL_DATA, &[0xf4; 16]);
+                guest.state.gpr[RSI] = KERNEL_DATA;
+                guest.state.gpr[RDI] = KERNEL_CODE;
+                guest.state.gpr[RCX] = (HOLE - KERNEL_CODE) / 4 + 4;
+            })
+            .engine();
+        loop {
+            match engine.run(engine.tick().saturating_add(stride)).expect("runs") {
+                Exit::Access(_) => engine.finish_access(0).expect("finishes"),
+                Exit::TickReached => {}
+                exit => {
+                    assert_eq!(exit, Exit::Halt);
+                    break (engine.tick(), engine.cpu_state().expect("state"));
+                }
+            }
+        }
+    };
+    let (tick, state) = run(u64::MAX);
+    assert_eq!((tick, state.rip), (2, KERNEL_CODE + 2));
+    assert_eq!(run(1), (tick, state));
 }
 
 /// A guest whose handler of #UD is UD2, on an interrupt stack that begins anew each time.
