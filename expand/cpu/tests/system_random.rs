@@ -1,5 +1,5 @@
 //! Random code in every mode, on random system state: whatever it is, it ends in a state, not in a
-//! panic, and in the same state whether it runs at one go or tick by tick.
+//! panic, and in the same state whether it runs at one go, tick by tick or translated.
 
 mod guest;
 
@@ -10,6 +10,7 @@ use guest::{
     LDT, SPARE, TSS, USER_CODE, USER_DATA, USER_STACK, segment, system_descriptor,
 };
 use reprise_cpu::engine::SoftEngine;
+use reprise_cpu::translate::Translation;
 use reprise_machine::engine::{Access, Engine, Exit};
 use reprise_trace::cpu_state::{CpuState, DS, ES, FS, GS, RCX, RSP, SS, Segment};
 
@@ -268,8 +269,15 @@ fn random_code_ends_alike_at_every_stride() {
         if std::env::var("V").is_ok() {
             eprintln!("{seed:#x}");
         }
-        let whole = outcome(guest(&mut Random(seed)).engine(), u64::MAX);
-        let stepped = outcome(guest(&mut Random(seed)).engine(), 1);
+        let run = |translation, stride| {
+            let mut engine = guest(&mut Random(seed)).engine();
+            engine.set_translation(translation);
+            outcome(engine, stride)
+        };
+        let whole = run(Translation::Never, u64::MAX);
+        let stepped = run(Translation::Never, 1);
+        let translated = run(Translation::AtOnce, u64::MAX);
+        assert_eq!(whole, translated, "seed {seed:#x}, translated");
         assert_eq!(whole, stepped, "seed {seed:#x}");
     }
 }
