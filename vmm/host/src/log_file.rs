@@ -187,7 +187,7 @@ mod tests {
         // Bytes that no compressor makes anything of.
         let kernel =
             (0..KERNEL_BYTES as u64).map(|at| at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56);
-        let kernel = kernel.map(|byte| (byte * byte >> 3) as u8 ^ byte as u8).collect();
+        let kernel = kernel.map(|byte| ((byte * byte) >> 3) as u8 ^ byte as u8).collect();
         vec![Arc::new(kernel), Arc::new(b"initrd".to_vec())]
     }
 
