@@ -9,8 +9,10 @@ use reprise_machine::ram::{MAX_RAM_MIB, MIN_RAM_MIB};
 use crate::commands;
 use crate::defect;
 use crate::output::Output;
+use crate::session::assembly::SoftOptions;
 use crate::session::choice::{ChoiceError, ClockArg, EngineArg};
 use crate::session::guest::GuestChoice;
+use reprise_cpu::translate::Translation;
 
 /// Exit status of a command that failed.
 pub(crate) const FAILED: u8 = 1;
@@ -100,6 +102,29 @@ pub struct MachineArgs {
     /// Write console output to this file instead of standard output
     #[arg(long, value_name = "FILE")]
     pub console: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) soft: SoftArgs,
+}
+
+/// How the software CPU runs.
+#[derive(Debug, Args)]
+pub struct SoftArgs {
+    /// Software CPU: run each instruction by itself instead of translating blocks (slow; the guest
+    /// does the same)
+    #[arg(long)]
+    no_translate: bool,
+    /// Software CPU: report where its time goes
+    #[arg(long)]
+    profile: bool,
+}
+
+impl SoftArgs {
+    /// As the session wants them.
+    pub fn options(&self) -> SoftOptions {
+        let translation =
+            if self.no_translate { Translation::Never } else { Translation::default() };
+        SoftOptions { translation, profile: self.profile }
+    }
 }
 
 /// `run`.
@@ -160,6 +185,8 @@ pub struct ReplayArgs {
     /// Write the console output to standard output (with --json: to standard error)
     #[arg(long)]
     pub(crate) show_console: bool,
+    #[command(flatten)]
+    pub(crate) soft: SoftArgs,
 }
 
 /// `images`.

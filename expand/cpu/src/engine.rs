@@ -52,8 +52,10 @@ impl SoftEngine {
     }
 
     /// What has been counted since [`SoftEngine::start_profile`].
-    pub fn profile(&self) -> Option<&Profile> {
-        self.cpu.profile.as_deref()
+    pub fn profile(&self) -> Option<Profile> {
+        let mut profile = self.cpu.profile.as_deref()?.clone();
+        profile.page_walks = self.cpu.memory.page_walks;
+        Some(profile)
     }
 
     /// Chooses when blocks are translated from now on.

@@ -9,8 +9,8 @@ use crate::translate::site::{LEFT_AFTER_BLOCK, LEFT_BY_EXIT, LEFT_WITHOUT_BUDGET
 /// Counts of one run.
 #[derive(Clone, Debug)]
 pub struct Profile {
-    /// Blocks translated, in all modes and at all addresses.
-    pub blocks_translated: u64,
+    /// Units of blocks translated, in all modes and at all addresses.
+    pub units_translated: u64,
     /// Times that all translated code was dropped since its memory was full.
     pub code_dropped: u64,
     /// Times that translated code was entered.
@@ -18,9 +18,9 @@ pub struct Profile {
     /// Times that it was left for a known address which no code was linked to.
     pub left_by_exit: u64,
     /// Times that it was left after a block whose last operation was run in Rust.
-    pub left_after_block: u64,
+    pub left_after_operation: u64,
     /// Times that it was left since a block was longer than the instructions still to run.
-    pub left_without_budget: u64,
+    pub left_for_budget: u64,
     /// Times that an operation stopped it: faults, accesses that the board answers, HLT.
     pub stopped: u64,
     /// Instructions executed one call each, outside translated code.
@@ -38,12 +38,12 @@ pub struct Profile {
 impl Default for Profile {
     fn default() -> Self {
         Self {
-            blocks_translated: 0,
+            units_translated: 0,
             code_dropped: 0,
             entries: 0,
             left_by_exit: 0,
-            left_after_block: 0,
-            left_without_budget: 0,
+            left_after_operation: 0,
+            left_for_budget: 0,
             stopped: 0,
             interpreted: 0,
             blocks_searched: 0,
@@ -60,8 +60,8 @@ impl Profile {
         self.entries += 1;
         match reason {
             LEFT_BY_EXIT => self.left_by_exit += 1,
-            LEFT_AFTER_BLOCK => self.left_after_block += 1,
-            LEFT_WITHOUT_BUDGET => self.left_without_budget += 1,
+            LEFT_AFTER_BLOCK => self.left_after_operation += 1,
+            LEFT_WITHOUT_BUDGET => self.left_for_budget += 1,
             _ => self.stopped += 1,
         }
     }

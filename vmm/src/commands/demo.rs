@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use super::replay::{bar, failure, verdict};
 use crate::output::{Output, byte_size, grouped, one_line};
+use crate::session::assembly::SoftOptions;
 use crate::session::choice::{self, ClockArg, EngineArg};
 use crate::session::guest::{Guest, GuestChoice, GuestError, LINUX, cache_directory};
 use crate::session::record::{self, RecordTo, RunPlan};
@@ -109,6 +110,7 @@ fn play(scene: &Scene, output: Output) -> Result<SceneReport> {
         guest: &scene.guest,
         choice: choice::for_new_run(EngineArg::Auto, ClockArg::Auto)?,
         memory_mib: scene.guest.default_memory_mib,
+        soft: SoftOptions::default(),
         host: HostOptions {
             input: InputSource::Bytes(scene.typed.clone()),
             console: ConsoleSink::Discard,

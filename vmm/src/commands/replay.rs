@@ -23,6 +23,7 @@ pub fn run(arguments: &ReplayArgs, output: Output) -> Result<u8> {
     };
     let options = ReplayOptions {
         engine: arguments.engine,
+        soft: arguments.soft.options(),
         until_tick: arguments.until,
         progress: (progress_shows() && console.is_none()).then(|| bar(&recording, output)),
         console,

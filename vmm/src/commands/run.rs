@@ -47,7 +47,7 @@ pub(super) fn plan<'a>(
         output.note("the console is live: every key goes to the guest; Ctrl-] stops the run");
     }
     let memory_mib = machine.memory.unwrap_or(guest.default_memory_mib);
-    Ok(RunPlan { guest, choice, memory_mib, host })
+    Ok(RunPlan { guest, choice, memory_mib, soft: machine.soft.options(), host })
 }
 
 fn host_options(machine: &MachineArgs, output: Output) -> Result<HostOptions> {

@@ -2,6 +2,7 @@
 //! replay, so that all start alike.
 
 use reprise_cpu::engine::SoftEngine;
+use reprise_cpu::translate::Translation;
 use reprise_devices::board::{Board, BoardConfig};
 use reprise_kvm::KvmEngine;
 use reprise_machine::engine::{Engine, EngineError};
@@ -9,6 +10,7 @@ use reprise_machine::ram::{GuestRam, RamError};
 use reprise_trace::cpu_state::CpuState;
 
 use super::choice::EngineKind;
+use super::profile_report::ProfileReport;
 use crate::boot::{self, BootError, GuestSource};
 
 /// Why a machine cannot be put together.
@@ -23,6 +25,15 @@ pub enum AssemblyError {
     /// The engine cannot be had, or refuses the guest's first state.
     #[error(transparent)]
     Engine(#[from] EngineError),
+}
+
+/// How the software CPU is to run.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SoftOptions {
+    /// When it translates blocks.
+    pub translation: Translation,
+    /// It counts where its time goes.
+    pub profile: bool,
 }
 
 /// A guest in RAM, before there is an engine.
@@ -49,32 +60,39 @@ impl LoadedGuest {
         Ok(Self { ram, state, board })
     }
 
-    /// Hands the guest to an engine, and both to `visitor`.
+    /// Hands the guest to an engine, and both to `visitor`. Gives what it comes to, and where the
+    /// software CPU's time went, if it was to count that.
     ///
     /// # Errors
     /// The engine cannot be had, or refuses the guest's first state.
     pub fn with_engine<V: EngineVisitor>(
         self,
         kind: EngineKind,
+        soft: SoftOptions,
         visitor: V,
-    ) -> Result<V::Output, AssemblyError> {
+    ) -> Result<(V::Output, Option<ProfileReport>), AssemblyError> {
         let Self { ram, state, board } = self;
         let board = Board::new(&board);
         match kind {
             EngineKind::Soft => {
                 let mut engine = SoftEngine::new(ram)?;
+                engine.set_translation(soft.translation);
+                if soft.profile {
+                    engine.start_profile();
+                }
                 engine.set_cpu_state(&state)?;
                 let (output, engine) = visitor.visit(engine, board);
                 // Its blocks are hundreds of thousands of small pieces of memory, which are given back
                 // one by one. The process's end, which is near, gives them back at once.
+                let profile = engine.profile().as_ref().map(ProfileReport::from);
                 std::mem::forget(engine);
-                Ok(output)
+                Ok((output, profile))
             }
             EngineKind::Kvm(clock) => {
                 let mut engine = KvmEngine::new(ram, clock)?;
                 engine.set_cpu_state(&state)?;
                 let (output, _) = visitor.visit(engine, board);
-                Ok(output)
+                Ok((output, None))
             }
         }
     }

@@ -5,6 +5,7 @@ pub mod assembly;
 pub mod choice;
 pub mod file_kind;
 pub mod guest;
+pub mod profile_report;
 pub mod record;
 pub mod replay;
 pub mod report;

@@ -21,9 +21,10 @@ use reprise_trace::header::{CpuModelInfo, Header, MachineInfo};
 use reprise_trace::log::{DiscardSink, FrameSink, LogError, LogWriter};
 use reprise_trace::recording::{RecordingError, RecordingWriter};
 
-use super::assembly::{EngineVisitor, LoadedGuest};
+use super::assembly::{EngineVisitor, LoadedGuest, SoftOptions};
 use super::choice::{Choice, EngineKind};
 use super::guest::Guest;
+use super::profile_report::ProfileReport;
 use super::report::SessionReport;
 
 /// Where a recording goes.
@@ -100,6 +101,8 @@ pub struct RunPlan<'a> {
     pub choice: Choice,
     /// Guest RAM, in MiB.
     pub memory_mib: u64,
+    /// How the software CPU is to run, if that is the engine.
+    pub soft: SoftOptions,
     /// How the machine meets the world.
     pub host: HostOptions,
 }
@@ -115,6 +118,7 @@ pub fn run(plan: RunPlan<'_>) -> Result<SessionReport> {
         SessionReport::new("run", &guest.name, choice.kind, &finished.outcome, finished.wall);
     report.engine_reason = choice.reason;
     report.console_failure = finished.console_failure;
+    report.profile = finished.profile;
     Ok(report)
 }
 
@@ -146,6 +150,7 @@ pub fn record(plan: RunPlan<'_>, to: &RecordTo) -> Result<SessionReport> {
             .with_file(log_bytes, image_bytes, file_bytes);
     report.engine_reason = choice.reason;
     report.console_failure = finished.console_failure;
+    report.profile = finished.profile;
     Ok(report)
 }
 
@@ -155,6 +160,7 @@ struct Finished<S> {
     sink: Option<S>,
     wall: Duration,
     console_failure: Option<String>,
+    profile: Option<ProfileReport>,
 }
 
 fn execute<S: FrameSink>(
@@ -162,11 +168,13 @@ fn execute<S: FrameSink>(
     now_unix_s: u64,
     open_sink: impl FnOnce() -> Result<S>,
 ) -> Result<Finished<S>> {
-    let RunPlan { guest, choice, memory_mib, host } = plan;
+    let RunPlan { guest, choice, memory_mib, soft, host } = plan;
     let loaded = LoadedGuest::load(&guest.source(), memory_mib, now_unix_s)
         .with_context(|| format!("cannot start {}", guest.name))?;
     let time = choice.kind.time_source();
-    loaded.with_engine(choice.kind, Run { time, host, open_sink })?
+    let (finished, profile) =
+        loaded.with_engine(choice.kind, soft, Run { time, host, open_sink })?;
+    Ok(Finished { profile, ..finished? })
 }
 
 /// Starts the machine once there is an engine: only then is a file created.
@@ -198,7 +206,8 @@ impl<S: FrameSink, F: FnOnce() -> Result<S>> EngineVisitor for Run<F> {
         let console_failure = host.console_failure().map(ToString::to_string);
         // The terminal is given back before anything is reported.
         drop(host);
-        let finished = result.map(|outcome| Finished { outcome, sink, wall, console_failure });
+        let finished =
+            result.map(|outcome| Finished { outcome, sink, wall, console_failure, profile: None });
         (finished.map_err(Into::into), engine)
     }
 }

@@ -20,7 +20,7 @@ use reprise_trace::header::{Header, ImageRole};
 use reprise_trace::log::LogReader;
 use reprise_trace::recording::Recording;
 
-use super::assembly::{EngineVisitor, LoadedGuest};
+use super::assembly::{EngineVisitor, LoadedGuest, SoftOptions};
 use super::choice::{self, EngineArg, EngineKind};
 use super::file_kind::NoFile;
 use super::report::{SessionReport, damage_of};
@@ -37,6 +37,8 @@ pub type TickObserver = Box<dyn FnMut(u64)>;
 pub struct ReplayOptions {
     /// Which engine.
     pub engine: EngineArg,
+    /// How the software CPU is to run, if that is the engine.
+    pub soft: SoftOptions,
     /// Stop at this tick.
     pub until_tick: Option<u64>,
     /// Console output is written there.
@@ -82,11 +84,14 @@ pub fn replay(recording: &Recording, options: ReplayOptions) -> Result<Replayed>
     let loaded = load(recording)?;
     let same_engine = choice::recorded_kind(header) == Some(kind);
     let verification = if same_engine { Verification::Exact } else { Verification::AcrossEngines };
-    let (outcome, wall) = loaded.with_engine(
+    let soft = options.soft;
+    let ((outcome, wall), profile) = loaded.with_engine(
         kind,
+        soft,
         Replay { log: recording.log(), time: time_source(header), verification, options },
     )?;
-    let report = report(recording, kind, verification, &outcome?, wall);
+    let mut report = report(recording, kind, verification, &outcome?, wall);
+    report.profile = profile;
     Ok(Replayed { report, notes: notes(header, same_engine, kind) })
 }
 

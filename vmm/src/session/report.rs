@@ -10,6 +10,7 @@ use reprise_trace::moment::{Moment, TickKind};
 use serde::Serialize;
 
 use super::choice::EngineKind;
+use super::profile_report::ProfileReport;
 use crate::output::{byte_size, grouped, hex, seconds, table};
 
 /// A point in guest execution.
@@ -119,6 +120,9 @@ pub struct SessionReport {
     pub accesses: u64,
     /// Interrupts delivered.
     pub interrupts: u64,
+    /// Where the software CPU's time went, with `--profile`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub profile: Option<ProfileReport>,
 }
 
 impl SessionReport {
@@ -164,6 +168,7 @@ impl SessionReport {
             damage: None,
             accesses: outcome.accesses,
             interrupts: outcome.interrupts,
+            profile: None,
         }
     }
 
@@ -206,7 +211,9 @@ impl SessionReport {
         rows.push(("console", console));
         let digest = self.final_digest.as_deref().unwrap_or("none: not at an exact moment");
         rows.push(("final digest", digest.to_owned()));
-        table(&rows)
+        let profile = self.profile.as_ref();
+        let profile = profile.map(|profile| profile.to_table(self.ticks)).unwrap_or_default();
+        table(&rows) + &profile
     }
 
     fn ending_text(&self) -> String {

@@ -35,6 +35,8 @@ pub(crate) struct Memory {
     table: usize,
     /// Code in the upper half of the address space was fetched through a page that is not global.
     upper_code_moves: bool,
+    /// Walks of page tables so far.
+    pub(crate) page_walks: u64,
     /// Alignment is checked.
     pub(crate) check_alignment: bool,
     /// Data breakpoints are checked.
@@ -53,6 +55,7 @@ impl Memory {
             smap_overridden: false,
             table: rights::SUPERVISOR,
             upper_code_moves: false,
+            page_walks: 0,
             check_alignment: false,
             check_breakpoints: false,
         })
@@ -177,6 +180,7 @@ impl Memory {
         kind: Kind,
         accessor: Accessor,
     ) -> Result<Translation, Fault> {
+        self.page_walks += 1;
         let found = self.paging.translate(&mut self.physical, linear, kind, accessor)?;
         self.tlb.note(linear, found, kind == Kind::Fetch);
         self.upper_code_moves |= kind == Kind::Fetch && !found.global && linear >> 63 != 0;

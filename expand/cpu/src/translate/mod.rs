@@ -273,7 +273,7 @@ impl Cpu {
         }
         let code = self.translate_block(block, linear, physical)?;
         block.set_translation(linear, self.mode, code);
-        self.count(|profile| profile.blocks_translated += 1);
+        self.count(|profile| profile.units_translated += 1);
         Some(code)
     }
 
