@@ -150,12 +150,14 @@ impl Cpu {
 
     /// The same after one element of a repeated instruction that has more to do.
     ///
-    /// RF is set in the frame (Intel SDM volume 3B, 18.3.1.1): the instruction goes on from its
-    /// start, and an instruction breakpoint there has been taken already.
+    /// A data breakpoint sets RF in the frame (Intel SDM volume 3B, 18.3.1.1): the instruction goes on
+    /// from its start, and an instruction breakpoint there has been taken already. The manual has it so
+    /// for single steps too, but AMD's CPUs leave RF clear then.
     pub(crate) fn after_repetition(&mut self, trap: bool) -> Result<(), TripleFault> {
         let hits = std::mem::take(&mut self.debug.hits);
-        // Delivery clears it again.
-        self.rflags_rest |= flags::RF;
+        if hits != 0 {
+            self.rflags_rest |= flags::RF; // Delivery clears it again.
+        }
         self.deliver_trap(hits | if trap { SINGLE_STEP } else { 0 })
     }
 
