@@ -76,7 +76,7 @@ fn a_recording_killed_while_it_computes_is_usable() {
     let file = workplace.path("compute.rr");
     let console = workplace.path("console");
     let running = start_recording(COMPUTE, &file, &console);
-    std::thread::sleep(Duration::from_millis(1500));
+    std::thread::sleep(Duration::from_millis(700));
     running.signal("KILL");
     assert_eq!(running.wait().status.signal(), Some(SIGKILL));
     let info = run(&["--json", "info", &file]).expect_code(0).json();
