@@ -39,13 +39,15 @@ impl Cpu {
             if interrupt_requested && self.interruptible() {
                 return Exit::InterruptWindow;
             }
-            if self.careful || self.interrupt_shadow {
+            if self.careful || self.interrupt_shadow && interrupt_requested {
                 last = None;
                 if let Some(exit) = self.execute_carefully() {
                     return exit;
                 }
                 continue;
             }
+            // Where nothing waits to interrupt, nothing tells whether there is a shadow.
+            let shadowed = std::mem::take(&mut self.interrupt_shadow).then_some(self.tick);
             let Ok(block) = self.next_block(last) else {
                 last = None;
                 if let Some(exit) = self.take_fault() {
@@ -86,6 +88,9 @@ impl Cpu {
                 self.drop_overwritten_code();
             }
             if let Some(exit) = exit {
+                // An instruction that starts again stands in the shadow still.
+                let again = matches!(exit, Exit::Access(_) | Exit::Unsupported(_));
+                self.interrupt_shadow |= again && shadowed == Some(self.tick);
                 return exit;
             }
         }

@@ -32,6 +32,8 @@ pub(crate) struct Block {
     pub(crate) second_page: Option<u64>,
     /// Where it led last: to the next address, and elsewhere.
     links: [Cell<Link>; 2],
+    /// In which halves of the address space it has been found.
+    found_in: [Cell<bool>; 2],
     /// How often it has run without being translated.
     pub(crate) runs: Cell<u32>,
     /// Its translations, the newest first.
@@ -67,6 +69,7 @@ impl Block {
             ends_in_branch,
             second_page: None,
             links: [const { Cell::new(NO_LINK) }; 2],
+            found_in: Default::default(),
             runs: Cell::new(0),
             translations: [const { Cell::new(NO_TRANSLATION) }; 2],
         }
@@ -84,6 +87,13 @@ impl Block {
     pub(crate) fn set_translation(&self, linear: u64, mode: Mode, code: *const u8) {
         self.translations[1].set(self.translations[0].get());
         self.translations[0].set(Translation { linear, mode, code });
+    }
+
+    /// Adds the halves of the address space in which it has been found.
+    fn add_halves(&self, halves: &mut [bool; 2]) {
+        for (found, half) in self.found_in.iter().zip(halves) {
+            *half |= found.get();
+        }
     }
 
     fn forget_translations(&self) {
@@ -234,6 +244,8 @@ impl BlockCache {
     pub(crate) fn remember_address(&mut self, linear: u64, mode: Mode, block: NonNull<Block>) {
         let key = self.key(linear, mode);
         self.addresses[slot(linear)] = Link { linear, key, block: Some(block) };
+        // SAFETY: the caller has just found the block in the cache.
+        unsafe { block.as_ref() }.found_in[half(linear)].set(true);
     }
 
     fn at(&self, address: u64, mode: Mode) -> Option<&Block> {
@@ -288,7 +300,7 @@ impl BlockCache {
 
     /// Drops the blocks that overlap `chunks` of a page; the chunks that still hold code.
     pub(crate) fn invalidate(&mut self, page: u64, chunks: u64) -> u64 {
-        self.note_removal();
+        let mut found_in = [false; 2];
         let number = page / PAGE_BYTES;
         let mut left = 0;
         let mut reaching_in = Vec::new();
@@ -296,6 +308,7 @@ impl BlockCache {
         if let Some(held) = self.pages.get_mut(&number) {
             // A unit may hold any of the page's blocks.
             held.forget_translations();
+            held.blocks.values().for_each(|block| block.add_halves(&mut found_in));
             let before = held.blocks.len();
             held.blocks.retain(|&(offset, _), block| {
                 let in_page = PAGE_BYTES - u64::from(offset);
@@ -313,8 +326,10 @@ impl BlockCache {
         if chunks & first_chunk != 0 {
             for (address, mode) in reaching_in {
                 let place = ((address % PAGE_BYTES) as u16, mode);
-                if let Some(first) = self.pages.get_mut(&(address / PAGE_BYTES)) {
-                    dropped += usize::from(first.blocks.remove(&place).is_some());
+                let first = self.pages.get_mut(&(address / PAGE_BYTES));
+                if let Some(block) = first.and_then(|first| first.blocks.remove(&place)) {
+                    block.add_halves(&mut found_in);
+                    dropped += 1;
                 }
             }
         } else if !reaching_in.is_empty() {
@@ -322,6 +337,11 @@ impl BlockCache {
             self.pages.entry(number).or_default().reaching_in = reaching_in;
         }
         self.block_count -= dropped;
+        self.epoch += 1;
+        // Code in the other half, the kernel's mostly, stays where it is known to be.
+        for half in [0, 1].into_iter().filter(|&half| found_in[half]) {
+            self.start_generation(half);
+        }
         left
     }
 
@@ -357,7 +377,11 @@ impl BlockCache {
 
     /// Forgets what lies at the linear addresses of the half that `linear` is in.
     pub(crate) fn forget_half(&mut self, linear: u64) {
-        let generation = &mut self.generations[half(linear)];
+        self.start_generation(half(linear));
+    }
+
+    fn start_generation(&mut self, half: usize) {
+        let generation = &mut self.generations[half];
         *generation += 1;
         assert!(*generation >> (64 - MODE_BITS) == 0, "2^48 translation changes");
     }
