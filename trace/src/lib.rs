@@ -1,4 +1,5 @@
-//! What Reprise stores, and nothing else: moments, the recording log and CPU state.
+//! What Reprise stores, and nothing else: moments, the recording log, CPU state and
+//! instruction traces.
 //!
 //! Reader and writer of a format live in one file; `FORMAT.md` beside this crate describes the bytes.
 
@@ -8,6 +9,7 @@ pub mod diff;
 pub mod event;
 pub mod frame;
 pub mod header;
+pub mod instructions;
 pub mod log;
 pub mod logged;
 pub mod moment;

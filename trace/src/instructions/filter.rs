@@ -1,0 +1,325 @@
+//! Leaves parts of a trace out and hands on the rest, with an [`Event::Skipped`] wherever something
+//! is missing and counts of what was left out and why.
+
+use std::ops::Range;
+
+use super::TraceError;
+use super::event::Event;
+use super::run::{Observer, Position, Run};
+
+/// Code of which privilege to keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Privilege {
+    /// CPL 3.
+    User,
+    /// CPL 0 to 2.
+    Kernel,
+}
+
+/// Keep the first `length` of every `period` instructions, counted from the machine's start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// Instructions from one sample's beginning to the next one's.
+    pub period: u64,
+    /// Instructions of a sample.
+    pub length: u64,
+}
+
+/// What to keep: what fits all that is given.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Selection {
+    /// Instructions by number since the machine started. Where a tick is an instruction these are
+    /// ticks.
+    pub instructions: Option<Range<u64>>,
+    /// The guest's virtual time in nanoseconds, as far as markers tell it.
+    pub virtual_ns: Option<Range<u64>>,
+    /// Only user or only kernel code.
+    pub privilege: Option<Privilege>,
+    /// Only the address space with this page-table root: CR3 without its low 12 bits and bit 63.
+    pub cr3: Option<u64>,
+    /// Instructions whose linear address is in this range.
+    pub linear: Option<Range<u64>>,
+    /// Only samples.
+    pub sample: Option<Sample>,
+}
+
+/// The page-table root in a value of CR3: without PCID, cache control, and the no-flush bit.
+pub fn page_table_root(cr3: u64) -> u64 {
+    cr3 & 0x000f_ffff_ffff_f000
+}
+
+/// Instructions left out, by the first reason that applies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LeftOut {
+    /// Outside the window of time or instructions.
+    pub outside_window: u64,
+    /// Of another privilege.
+    pub other_privilege: u64,
+    /// In another address space.
+    pub other_address_space: u64,
+    /// Outside the range of addresses.
+    pub outside_range: u64,
+    /// Between samples.
+    pub between_samples: u64,
+    /// Events that belonged to code that was left out.
+    pub events: u64,
+}
+
+impl LeftOut {
+    /// All instructions that were left out.
+    pub fn instructions(&self) -> u64 {
+        self.outside_window
+            + self.other_privilege
+            + self.other_address_space
+            + self.outside_range
+            + self.between_samples
+    }
+
+    /// A line for each reason that applied.
+    pub fn notes(&self) -> Vec<String> {
+        let reasons = [
+            (self.outside_window, "instructions outside the window"),
+            (self.other_privilege, "instructions of the other privilege"),
+            (self.other_address_space, "instructions in other address spaces"),
+            (self.outside_range, "instructions outside the address range"),
+            (self.between_samples, "instructions between samples"),
+            (self.events, "events of code that was left out"),
+        ];
+        let applied = reasons.iter().filter(|(count, _)| *count > 0);
+        applied.map(|(count, what)| format!("left out: {count} {what}")).collect()
+    }
+}
+
+/// Hands on what a [`Selection`] keeps.
+#[derive(Debug)]
+pub struct Filter<O> {
+    selection: Selection,
+    left_out: LeftOut,
+    position: Position,
+    observer: O,
+    /// Instructions left out since the observer was last told, and where they began.
+    skipped: u64,
+    skipped_from: Option<u64>,
+    /// Deliveries and returns since the last run: they go with the run behind them.
+    held: Vec<Event>,
+    /// The end of the last run was handed on.
+    kept_last: bool,
+}
+
+impl<O: Observer> Filter<O> {
+    /// Before `observer`.
+    pub fn new(selection: Selection, observer: O) -> Self {
+        Self {
+            selection,
+            left_out: LeftOut::default(),
+            position: Position::default(),
+            observer,
+            skipped: 0,
+            skipped_from: None,
+            held: Vec::new(),
+            kept_last: true,
+        }
+    }
+
+    /// What was left out so far.
+    pub fn left_out(&self) -> &LeftOut {
+        &self.left_out
+    }
+
+    /// Whether nothing that may follow is kept: reading on only counts.
+    pub fn is_past_window(&self) -> bool {
+        let past = |window: &Option<Range<u64>>, here| {
+            window.as_ref().is_some_and(|window| here >= window.end)
+        };
+        past(&self.selection.instructions, self.position.instruction)
+            || past(&self.selection.virtual_ns, self.position.marker.virtual_ns)
+    }
+
+    /// The observer behind it.
+    pub fn observer(&self) -> &O {
+        &self.observer
+    }
+
+    /// The observer behind it.
+    pub fn into_observer(self) -> O {
+        self.observer
+    }
+
+    /// Whether a whole run is left out, and the reason's counter.
+    fn reason_for_run(&mut self, run: &Run<'_>) -> Option<&mut u64> {
+        let Selection { virtual_ns, privilege, cr3, .. } = &self.selection;
+        let is_user = run.block().mode().cpl == 3;
+        let virtual_now = self.position.marker.virtual_ns;
+        let root = page_table_root(self.position.cr3);
+        if virtual_ns.as_ref().is_some_and(|window| !window.contains(&virtual_now)) {
+            Some(&mut self.left_out.outside_window)
+        } else if privilege.is_some_and(|wanted| (wanted == Privilege::User) != is_user) {
+            Some(&mut self.left_out.other_privilege)
+        } else if cr3.is_some_and(|wanted| page_table_root(wanted) != root) {
+            Some(&mut self.left_out.other_address_space)
+        } else {
+            None
+        }
+    }
+
+    /// Notes that the instructions of a run from `first` to `end` are left out.
+    fn skip(&mut self, run: &Run<'_>, first: usize, end: usize) {
+        if self.skipped_from.is_none() {
+            let delivered_at = self.held.iter().find_map(|event| match event {
+                Event::Delivery { address, .. } => Some(*address),
+                _ => None,
+            });
+            let linear = || run.block().instruction(first).map(|one| one.linear());
+            self.skipped_from = delivered_at.or_else(linear);
+        }
+        self.skipped += (end - first) as u64;
+        self.left_out.events += self.held.len() as u64;
+        self.held.clear();
+        self.kept_last = false;
+    }
+
+    /// Tells the observer what was left out; false if that is nothing.
+    fn tell_skipped(&mut self) -> Result<bool, TraceError> {
+        let address = self.skipped_from.take();
+        if address.is_some() {
+            let instructions = std::mem::take(&mut self.skipped);
+            self.observer.event(&Event::Skipped { instructions, address })?;
+        }
+        Ok(address.is_some())
+    }
+
+    /// Tells what was left out, and then the events that go with the run behind them.
+    fn catch_up(&mut self) -> Result<(), TraceError> {
+        let left = self.tell_skipped()?;
+        for event in std::mem::take(&mut self.held) {
+            // A return from code that was left out leads from nowhere.
+            if left && matches!(event, Event::Return { .. }) {
+                self.left_out.events += 1;
+            } else {
+                self.observer.event(&event)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn keep(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
+        self.catch_up()?;
+        self.kept_last = true;
+        self.observer.run(run)
+    }
+
+    /// Hands on the parts of a run that the window, the range and the samples keep.
+    fn divide(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
+        let (mut index, end) = (run.first(), run.first() + run.retired());
+        while index < end {
+            let (until, counter) = self.stretch(run, index, end);
+            if let Some(counter) = counter {
+                *counter += (until - index) as u64;
+                self.skip(run, index, until);
+            } else if (index, until) == (run.first(), end) {
+                return self.keep(run);
+            } else {
+                self.keep(&run.part(index, until))?;
+            }
+            index = until;
+        }
+        Ok(())
+    }
+
+    /// From instruction `index` of the block on: up to where the same holds, and the counter of the
+    /// reason to leave that out.
+    fn stretch(&mut self, run: &Run<'_>, index: usize, end: usize) -> (usize, Option<&mut u64>) {
+        let number = self.position.instruction + (index - run.first()) as u64;
+        let mut until = end;
+        let mut limit = |distance: u64| until = until.min(index.saturating_add(distance as usize));
+        if let Some(window) = &self.selection.instructions {
+            if number < window.start || number >= window.end {
+                if number < window.start {
+                    limit(window.start - number);
+                }
+                return (until, Some(&mut self.left_out.outside_window));
+            }
+            limit(window.end - number);
+        }
+        if let Some(range) = &self.selection.linear {
+            let inside = |index| {
+                let linear = run.block().instruction(index).map(|one| one.linear());
+                linear.is_some_and(|linear| range.contains(&linear))
+            };
+            let here = inside(index);
+            let same = (index..until).take_while(|index| inside(*index) == here).count();
+            until = index + same;
+            if !here {
+                return (until, Some(&mut self.left_out.outside_range));
+            }
+        }
+        if let Some(Sample { period, length }) = self.selection.sample {
+            let phase = number % period.max(1);
+            let here = phase < length;
+            let distance = if here { length.min(period.max(1)) } else { period } - phase;
+            until = until.min(index.saturating_add(distance as usize));
+            if !here {
+                return (until, Some(&mut self.left_out.between_samples));
+            }
+        }
+        (until, None)
+    }
+}
+
+impl<O: Observer> Observer for Filter<O> {
+    fn begin(&mut self, position: &Position) -> Result<(), TraceError> {
+        self.position = *position;
+        self.observer.begin(position)
+    }
+
+    fn new_blocks(&mut self) {
+        self.observer.new_blocks();
+    }
+
+    fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
+        let retired = run.retired() as u64;
+        if let Some(counter) = self.reason_for_run(run) {
+            *counter += retired;
+            self.skip(run, run.first(), run.first() + run.retired());
+        } else if retired == 0 {
+            // Only accesses of an instruction that did not retire: it goes with what is before it.
+            if self.kept_last {
+                self.keep(run)?;
+            }
+        } else {
+            self.divide(run)?;
+        }
+        self.position.pass_run(run);
+        Ok(())
+    }
+
+    fn event(&mut self, event: &Event) -> Result<(), TraceError> {
+        self.position.pass_event(event);
+        match event {
+            Event::AddressSpace { .. } | Event::Marker(_) | Event::Dma { .. } => {
+                self.observer.event(event)
+            }
+            Event::Skipped { .. } => {
+                self.tell_skipped()?;
+                self.observer.event(event)
+            }
+            Event::Delivery { .. } | Event::Return { .. } => {
+                self.held.push(*event);
+                Ok(())
+            }
+            Event::Port { .. } | Event::Mmio { .. } | Event::SystemAccess { .. } => {
+                if self.kept_last {
+                    self.observer.event(event)
+                } else {
+                    self.left_out.events += 1;
+                    Ok(())
+                }
+            }
+        }
+    }
+
+    fn end(&mut self) -> Result<(), TraceError> {
+        self.catch_up()?;
+        self.observer.end()
+    }
+}

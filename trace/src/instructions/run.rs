@@ -1,0 +1,600 @@
+//! Runs of blocks with their accesses, as consumers see them, and the walk that makes them from
+//! batches.
+
+use super::batch::{Batch, CUT, Definition, EVENT, MAX_RUN_ACCESSES, is_cut};
+use super::block::{AccessKind, BlockRef, Blocks, InstructionRef, PAGE_BYTES, StaticAccess};
+use super::event::{Event, Marker};
+use super::{Contents, TraceError};
+
+/// Where in an execution a trace, or a piece of one, begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Position {
+    /// Instructions retired before, since the machine started.
+    pub instruction: u64,
+    /// CR3.
+    pub cr3: u64,
+    /// The last marker before it, or at it.
+    pub marker: Marker,
+    /// Instructions retired before that marker.
+    pub marker_instruction: u64,
+}
+
+impl Position {
+    /// Goes past a run.
+    #[inline]
+    pub fn pass_run(&mut self, run: &Run<'_>) {
+        self.instruction += run.retired() as u64;
+    }
+
+    /// Goes past an event.
+    pub fn pass_event(&mut self, event: &Event) {
+        match *event {
+            Event::AddressSpace { cr3 } => self.cr3 = cr3,
+            Event::Marker(marker) => {
+                self.marker = marker;
+                self.marker_instruction = self.instruction;
+            }
+            Event::Skipped { instructions, .. } => {
+                self.instruction = self.instruction.saturating_add(instructions);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Consumes a trace. Filters, exporters and the native format's writer are observers; a filter
+/// hands on to another.
+pub trait Observer {
+    /// The trace begins here. Called once, before anything else.
+    ///
+    /// # Errors
+    /// If the observer cannot go on; it is not called again then.
+    fn begin(&mut self, position: &Position) -> Result<(), TraceError> {
+        let _ = position;
+        Ok(())
+    }
+
+    /// Block numbers mean other blocks from here on: forget what was kept by number.
+    fn new_blocks(&mut self) {}
+
+    /// A block ran.
+    ///
+    /// # Errors
+    /// If the observer cannot go on; it is not called again then.
+    fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError>;
+
+    /// Something happened, behind or within the run before.
+    ///
+    /// # Errors
+    /// If the observer cannot go on; it is not called again then.
+    fn event(&mut self, event: &Event) -> Result<(), TraceError>;
+
+    /// The trace ends here. Called once, last.
+    ///
+    /// # Errors
+    /// If what the observer kept back cannot be written.
+    fn end(&mut self) -> Result<(), TraceError> {
+        Ok(())
+    }
+}
+
+impl<O: Observer + ?Sized> Observer for &mut O {
+    fn begin(&mut self, position: &Position) -> Result<(), TraceError> {
+        (**self).begin(position)
+    }
+
+    fn new_blocks(&mut self) {
+        (**self).new_blocks();
+    }
+
+    fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
+        (**self).run(run)
+    }
+
+    fn event(&mut self, event: &Event) -> Result<(), TraceError> {
+        (**self).event(event)
+    }
+
+    fn end(&mut self) -> Result<(), TraceError> {
+        (**self).end()
+    }
+}
+
+/// One observer after the other.
+impl<A: Observer, B: Observer> Observer for (A, B) {
+    fn begin(&mut self, position: &Position) -> Result<(), TraceError> {
+        self.0.begin(position)?;
+        self.1.begin(position)
+    }
+
+    fn new_blocks(&mut self) {
+        self.0.new_blocks();
+        self.1.new_blocks();
+    }
+
+    fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
+        self.0.run(run)?;
+        self.1.run(run)
+    }
+
+    fn event(&mut self, event: &Event) -> Result<(), TraceError> {
+        self.0.event(event)?;
+        self.1.event(event)
+    }
+
+    fn end(&mut self) -> Result<(), TraceError> {
+        self.0.end()?;
+        self.1.end()
+    }
+}
+
+/// A run of a block, or the part of one that a filter left.
+#[derive(Clone, Copy, Debug)]
+pub struct Run<'a> {
+    pub(crate) id: u32,
+    pub(crate) block: BlockRef<'a>,
+    /// Number of the first instruction of the block that belongs to it.
+    pub(crate) first: usize,
+    /// Number of the instruction behind the last that retired.
+    pub(crate) end: usize,
+    pub(crate) unretired_accesses: usize,
+    pub(crate) addresses: &'a [u64],
+    pub(crate) counts: &'a [u32],
+    pub(crate) physical: &'a [u64],
+    pub(crate) values: &'a [u64],
+    pub(crate) registers: &'a [u64],
+}
+
+impl<'a> Run<'a> {
+    /// The block's number, which stands for it until [`Observer::new_blocks`].
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// The block.
+    pub fn block(&self) -> BlockRef<'a> {
+        self.block
+    }
+
+    /// Number of the first instruction of the block that belongs to the run: 0, unless a filter
+    /// left out what was before.
+    pub fn first(&self) -> usize {
+        self.first
+    }
+
+    /// How many instructions retired.
+    #[inline]
+    pub fn retired(&self) -> usize {
+        self.end - self.first
+    }
+
+    /// Whether control left after fewer instructions than the block has.
+    pub fn is_cut(&self) -> bool {
+        self.end < self.block.instruction_count()
+    }
+
+    /// Accesses made by an instruction that did not retire.
+    pub fn unretired_accesses(&self) -> usize {
+        self.unretired_accesses
+    }
+
+    /// Linear addresses of all accesses, in order.
+    pub fn addresses(&self) -> &'a [u64] {
+        self.addresses
+    }
+
+    /// Linear address of the run's first instruction.
+    pub fn linear(&self) -> u64 {
+        self.block.instruction(self.first).map_or(self.block.linear(), |first| first.linear())
+    }
+
+    /// Its instructions with what they accessed. The last one has not retired, if an instruction that
+    /// did not retire made accesses.
+    pub fn steps(&self) -> Steps<'a> {
+        Steps { run: *self, index: self.first, taken: Taken::default() }
+    }
+
+    /// The part of the run that is these instructions of the block, by number: a part of
+    /// `first()..first() + retired()`. What an instruction accessed that did not retire belongs to the
+    /// part that reaches up to it.
+    pub fn part(&self, first: usize, end: usize) -> Self {
+        let (first, end) = (first.clamp(self.first, self.end), end.clamp(self.first, self.end));
+        let mut steps = self.steps();
+        while steps.index < first && steps.next().is_some() {}
+        let from = steps.taken;
+        let until = if end == self.end {
+            self.everything()
+        } else {
+            while steps.index < end && steps.next().is_some() {}
+            steps.taken
+        };
+        Self {
+            first,
+            end: end.max(first),
+            unretired_accesses: if end == self.end { self.unretired_accesses } else { 0 },
+            addresses: slice(self.addresses, from.addresses, until.addresses),
+            counts: slice(self.counts, from.counts, until.counts),
+            physical: slice(self.physical, from.addresses, until.addresses),
+            values: slice(self.values, from.values, until.values),
+            registers: slice(self.registers, from.registers, until.registers),
+            ..*self
+        }
+    }
+
+    fn everything(&self) -> Taken {
+        Taken {
+            addresses: self.addresses.len(),
+            counts: self.counts.len(),
+            values: self.values.len(),
+            registers: self.registers.len(),
+        }
+    }
+}
+
+/// A part of a column, which is empty where the trace does not have the column.
+fn slice<T>(all: &[T], from: usize, until: usize) -> &[T] {
+    all.get(from..until).unwrap_or_default()
+}
+
+/// How much of a run's columns went by.
+#[derive(Clone, Copy, Debug, Default)]
+struct Taken {
+    addresses: usize,
+    counts: usize,
+    values: usize,
+    registers: usize,
+}
+
+/// Instructions of a run: see [`Run::steps`].
+#[derive(Clone, Debug)]
+pub struct Steps<'a> {
+    run: Run<'a>,
+    index: usize,
+    taken: Taken,
+}
+
+/// An instruction of a run with what it accessed.
+#[derive(Clone, Copy, Debug)]
+pub struct Step<'a> {
+    /// The instruction.
+    pub instruction: InstructionRef<'a>,
+    /// Its number in the block.
+    pub index: usize,
+    /// Whether it retired.
+    pub retired: bool,
+    /// How often a repeated instruction that retired made its accesses; 1 for any other.
+    pub repetitions: u32,
+    /// Linear addresses, one an access.
+    pub addresses: &'a [u64],
+    /// Guest-physical addresses, one an access, or nothing.
+    pub physical: &'a [u64],
+    /// Values of all accesses, or nothing.
+    pub values: &'a [u64],
+    /// Values of the registers written, or nothing.
+    pub registers: &'a [u64],
+}
+
+impl<'a> Iterator for Steps<'a> {
+    type Item = Step<'a>;
+
+    fn next(&mut self) -> Option<Step<'a>> {
+        let run = self.run;
+        let retired = self.index < run.end;
+        let unfinished = self.index == run.end && run.unretired_accesses > 0;
+        if !retired && !unfinished {
+            return None;
+        }
+        let instruction = run.block.instruction(self.index)?;
+        let list = instruction.accesses();
+        let mut repetitions = 1;
+        if retired && instruction.is_repeated() {
+            repetitions = run.counts.get(self.taken.counts).copied().unwrap_or(0);
+            self.taken.counts += 1;
+        }
+        let from = self.taken;
+        let accesses =
+            if retired { list.len() * repetitions as usize } else { run.unretired_accesses };
+        self.taken.addresses += accesses;
+        if !run.values.is_empty() {
+            self.taken.values += value_words(list, accesses);
+        }
+        if retired && !run.registers.is_empty() {
+            let words = instruction.register_writes().iter().map(|write| usize::from(write.words));
+            self.taken.registers += words.sum::<usize>();
+        }
+        let until = self.taken;
+        let step = Step {
+            instruction,
+            index: self.index,
+            retired,
+            repetitions,
+            addresses: slice(run.addresses, from.addresses, until.addresses),
+            physical: slice(run.physical, from.addresses, until.addresses),
+            values: slice(run.values, from.values, until.values),
+            registers: slice(run.registers, from.registers, until.registers),
+        };
+        self.index += 1;
+        Some(step)
+    }
+}
+
+/// Words of the values of this many accesses, made in turn as `list` says.
+pub(super) fn value_words(list: &[StaticAccess], accesses: usize) -> usize {
+    if list.is_empty() {
+        return 0;
+    }
+    let words = |part: &[StaticAccess]| part.iter().map(StaticAccess::value_words).sum::<usize>();
+    words(list) * (accesses / list.len()) + words(&list[..accesses % list.len()])
+}
+
+/// One access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access<'a> {
+    /// Linear address.
+    pub address: u64,
+    /// Guest-physical address, if the trace has it.
+    pub physical: Option<u64>,
+    /// What it does.
+    pub kind: AccessKind,
+    /// Bytes.
+    pub size_bytes: u16,
+    /// Its value in eight-byte words, or nothing: see [`StaticAccess::value_words`].
+    pub values: &'a [u64],
+}
+
+impl<'a> Step<'a> {
+    /// Its accesses, in order.
+    pub fn accesses(&self) -> impl Iterator<Item = Access<'a>> + use<'a> {
+        let step = *self;
+        let mut values_taken = 0;
+        let kinds = step.instruction.accesses().iter().cycle();
+        step.addresses.iter().zip(kinds).enumerate().map(move |(number, (address, access))| {
+            let first_value = values_taken;
+            if !step.values.is_empty() {
+                values_taken += access.value_words();
+            }
+            Access {
+                address: *address,
+                physical: step.physical.get(number).copied(),
+                kind: access.kind,
+                size_bytes: access.size_bytes,
+                values: slice(step.values, first_value, values_taken),
+            }
+        })
+    }
+}
+
+/// Accesses of a run that come from one stretch of the block's list of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Group {
+    /// The first of the stretch.
+    pub(super) first: usize,
+    /// How long the stretch is.
+    pub(super) length: usize,
+    /// How many accesses were made, going round.
+    pub(super) total: usize,
+}
+
+/// Which accesses a run of the instructions from `first` to `end` made, counted from those of the
+/// instruction `first`. `next_count` tells how often the next repeated instruction made its own.
+pub(super) fn groups(
+    block: BlockRef<'_>,
+    (first, end): (usize, usize),
+    unretired_accesses: usize,
+    mut next_count: impl FnMut() -> Result<u32, TraceError>,
+    groups: &mut Vec<Group>,
+) -> Result<(), TraceError> {
+    let (mut position, mut sum) = (0, 0);
+    groups.clear();
+    for (index, instruction) in block.instructions().enumerate().take(end + 1).skip(first) {
+        let length = instruction.accesses().len();
+        let total = if index == end {
+            let most = if instruction.is_repeated() { MAX_RUN_ACCESSES } else { length };
+            if unretired_accesses > most || (length == 0 && unretired_accesses > 0) {
+                return Err(TraceError::Contract(
+                    "an instruction made accesses that it cannot make",
+                ));
+            }
+            unretired_accesses
+        } else if instruction.is_repeated() {
+            length * next_count()? as usize
+        } else {
+            length
+        };
+        sum += total;
+        if sum > MAX_RUN_ACCESSES {
+            return Err(TraceError::Contract("a run has more accesses than MAX_RUN_ACCESSES"));
+        }
+        if total > 0 {
+            groups.push(Group { first: position, length, total });
+        }
+        position += length;
+    }
+    Ok(())
+}
+
+/// Takes batches from a producer, keeps the blocks that they define, and shows observers the runs.
+#[derive(Debug, Default)]
+pub struct Feed {
+    contents: Contents,
+    blocks: Blocks,
+}
+
+impl Feed {
+    /// For batches that have these contents.
+    pub fn new(contents: Contents) -> Self {
+        Self { contents, blocks: Blocks::default() }
+    }
+
+    /// The blocks defined so far.
+    pub fn blocks(&self) -> &Blocks {
+        &self.blocks
+    }
+
+    /// Shows `observer` what is in `batch`.
+    ///
+    /// # Errors
+    /// If the batch does not keep the contract (then nothing behind the fault was shown), or the
+    /// observer fails.
+    pub fn push(
+        &mut self,
+        batch: &Batch,
+        observer: &mut (impl Observer + ?Sized),
+    ) -> Result<(), TraceError> {
+        if batch.restart {
+            self.blocks.clear();
+            observer.new_blocks();
+        }
+        for Definition { id, block } in &batch.definitions {
+            if *id as usize != self.blocks.len() {
+                return Err(TraceError::Contract("blocks are numbered in the order of definition"));
+            }
+            self.blocks.define(block)?;
+        }
+        walk(&self.blocks, self.contents, batch, observer)
+    }
+}
+
+/// Shows `observer` the runs and events of a batch, whose definitions are in `blocks` already.
+pub(super) fn walk(
+    blocks: &Blocks,
+    contents: Contents,
+    batch: &Batch,
+    observer: &mut (impl Observer + ?Sized),
+) -> Result<(), TraceError> {
+    let mut walker = Walker {
+        blocks,
+        contents,
+        words: &batch.words,
+        addresses: &batch.addresses,
+        counts: &batch.counts,
+        physical: &batch.physical,
+        values: &batch.values,
+        registers: &batch.registers,
+        groups: Vec::new(),
+    };
+    let mut events = batch.events.iter();
+    while let Some((word, rest)) = walker.words.split_first() {
+        walker.words = rest;
+        if *word == EVENT {
+            let event = events.next();
+            observer.event(event.ok_or(TraceError::Contract("an event is missing"))?)?;
+        } else {
+            observer.run(&walker.run(*word)?)?;
+        }
+    }
+    let at_end = walker.addresses.is_empty()
+        && walker.counts.is_empty()
+        && walker.physical.is_empty()
+        && walker.values.is_empty()
+        && walker.registers.is_empty()
+        && events.as_slice().is_empty();
+    if at_end { Ok(()) } else { Err(TraceError::Contract("a batch has more than its words say")) }
+}
+
+/// What of a batch is yet to come.
+struct Walker<'a> {
+    blocks: &'a Blocks,
+    contents: Contents,
+    words: &'a [u32],
+    addresses: &'a [u64],
+    counts: &'a [u32],
+    physical: &'a [u64],
+    values: &'a [u64],
+    registers: &'a [u64],
+    groups: Vec<Group>,
+}
+
+/// The next `count` of a column.
+#[inline(always)]
+fn take<'a, T>(column: &mut &'a [T], count: usize) -> Result<&'a [T], TraceError> {
+    let (taken, rest) = column
+        .split_at_checked(count)
+        .ok_or(TraceError::Contract("a batch has less than its words say"))?;
+    *column = rest;
+    Ok(taken)
+}
+
+impl<'a> Walker<'a> {
+    /// The run that `word` names.
+    #[inline]
+    fn run(&mut self, word: u32) -> Result<Run<'a>, TraceError> {
+        let block =
+            self.blocks.get(word).ok_or(TraceError::Contract("a word names no defined block"))?;
+        let raw = block.raw();
+        let is_cut = self.words.first().is_some_and(|word| is_cut(*word));
+        if is_cut || raw.varies || self.contents != Contents::default() {
+            return self.run_with_more(word, block, is_cut);
+        }
+        Ok(Run {
+            id: word,
+            block,
+            first: 0,
+            end: raw.instruction_count as usize,
+            unretired_accesses: 0,
+            addresses: take(&mut self.addresses, raw.access_count as usize)?,
+            counts: &[],
+            physical: &[],
+            values: &[],
+            registers: &[],
+        })
+    }
+
+    /// A run that is not the plain case.
+    fn run_with_more(
+        &mut self,
+        id: u32,
+        block: BlockRef<'a>,
+        is_cut: bool,
+    ) -> Result<Run<'a>, TraceError> {
+        let (mut end, mut unretired_accesses) = (block.instruction_count(), 0);
+        if is_cut {
+            let words = take(&mut self.words, 2)?;
+            let retired = (words[0] & !CUT) as usize;
+            if retired >= end || words[1] as usize > MAX_RUN_ACCESSES {
+                return Err(TraceError::Contract("a cut run retires less than its block"));
+            }
+            (end, unretired_accesses) = (retired, words[1] as usize);
+        }
+        let counts = self.counts;
+        let next = || Ok(take(&mut self.counts, 1)?[0]);
+        groups(block, (0, end), unretired_accesses, next, &mut self.groups)?;
+        let count = self.groups.iter().map(|group| group.total).sum();
+        let addresses = take(&mut self.addresses, count)?;
+        let mut run = Run {
+            id,
+            block,
+            first: 0,
+            end,
+            unretired_accesses,
+            addresses,
+            counts: &counts[..counts.len() - self.counts.len()],
+            physical: &[],
+            values: &[],
+            registers: &[],
+        };
+        if self.contents.physical {
+            run.physical = take(&mut self.physical, count)?;
+            let same_place = |(a, b): (&u64, &u64)| (a ^ b) % PAGE_BYTES == 0;
+            if !run.physical.iter().zip(addresses).all(same_place) {
+                return Err(TraceError::Contract(
+                    "linear and physical address differ in their page",
+                ));
+            }
+        }
+        if self.contents.values {
+            let list = block.static_accesses();
+            let words = |group: &Group| {
+                value_words(&list[group.first..group.first + group.length], group.total)
+            };
+            run.values = take(&mut self.values, self.groups.iter().map(words).sum())?;
+        }
+        if self.contents.registers {
+            let retired = block.instructions().take(end);
+            let writes = retired.flat_map(|instruction| instruction.register_writes());
+            let words = writes.map(|write| usize::from(write.words)).sum();
+            run.registers = take(&mut self.registers, words)?;
+        }
+        Ok(run)
+    }
+}

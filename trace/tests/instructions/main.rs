@@ -1,0 +1,9 @@
+//! The instruction trace from outside: whatever is written comes back, and whatever is done to the
+//! bytes is told.
+
+mod account;
+mod contract;
+mod damage;
+mod filters;
+mod round_trip;
+mod synthetic;

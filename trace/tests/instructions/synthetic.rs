@@ -1,0 +1,707 @@
+//! A seeded machine that makes traces as a real one would: functions with loops, calls and branches,
+//! objects and arrays, interrupts, faults, system calls, REP, two processes, and code that is written
+//! over. Its instructions are real encodings, so that disassemblers agree with it. Beside the batches
+//! it keeps its own account of what it did.
+
+use std::collections::HashMap;
+
+use reprise_trace::instructions::{
+    AccessKind, Batch, BlockDefinition, BlockEnd, CUT, Contents, Definition, Delivery, Event,
+    InstructionDefinition, Marker, Mode, NO_BASE, RegisterWrite, StaticAccess,
+};
+
+/// An instruction of the account, or an event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Entry {
+    Instruction(Executed),
+    Event(Event),
+}
+
+/// What an instruction did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Executed {
+    pub(crate) linear: u64,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) mode: Mode,
+    pub(crate) retired: bool,
+    pub(crate) accesses: Vec<Accessed>,
+    pub(crate) registers: Vec<u64>,
+}
+
+/// What an access did. Without physical addresses or values those are empty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Accessed {
+    pub(crate) address: u64,
+    pub(crate) size_bytes: u16,
+    pub(crate) kind: AccessKind,
+    pub(crate) physical: Option<u64>,
+    pub(crate) values: Vec<u64>,
+}
+
+/// SplitMix64.
+#[derive(Clone, Debug)]
+pub(crate) struct Random(pub u64);
+
+impl Random {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        mix(self.0)
+    }
+
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+
+    fn chance(&mut self, one_in: u64) -> bool {
+        self.below(one_in) == 0
+    }
+}
+
+fn mix(mut z: u64) -> u64 {
+    z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ z >> 31
+}
+
+/// How an access finds its address.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    /// A field of the object in RBX.
+    Object(u8),
+    /// A local variable of the frame in RBP.
+    Local(u8),
+    /// The array in RCX, at the index in RDX.
+    Array,
+    /// A variable of its own.
+    Global,
+    /// Anywhere in a large table, at R9.
+    Table,
+    Push,
+    Pop,
+    /// RSI and RDI of a string instruction.
+    Strings,
+}
+
+/// A kind of instruction: encoding, accesses, registers written.
+#[derive(Clone, Copy, Debug)]
+struct Form {
+    bytes: &'static [u8],
+    /// The last byte of `bytes` is to be replaced by the place's displacement.
+    place: Option<(Place, AccessKind, u16)>,
+    writes: Option<(u8, u8)>,
+}
+
+const fn form(
+    bytes: &'static [u8],
+    place: Option<(Place, AccessKind, u16)>,
+    writes: Option<(u8, u8)>,
+) -> Form {
+    Form { bytes, place, writes }
+}
+
+use AccessKind::{Read, ReadWrite, Write};
+use Place::{Array, Global, Local, Object, Pop, Push, Strings, Table};
+
+const FORMS: &[Form] = &[
+    form(&[0x48, 0x8b, 0x43, 0x08], Some((Object(8), Read, 8)), Some((0, 1))),
+    form(&[0x8b, 0x43, 0x10], Some((Object(16), Read, 4)), Some((0, 1))),
+    form(&[0x48, 0x89, 0x43, 0x18], Some((Object(24), Write, 8)), None),
+    form(&[0x01, 0x43, 0x20], Some((Object(32), ReadWrite, 4)), None),
+    form(&[0x48, 0x8b, 0x45, 0xf8], Some((Local(8), Read, 8)), Some((0, 1))),
+    form(&[0x48, 0x89, 0x45, 0xf0], Some((Local(16), Write, 8)), None),
+    form(&[0x48, 0x8b, 0x04, 0xd1], Some((Array, Read, 8)), Some((0, 1))),
+    form(&[0x8b, 0x05, 0x00, 0x10, 0x00, 0x00], Some((Global, Read, 4)), Some((0, 1))),
+    form(&[0x48, 0x01, 0xc8], None, Some((0, 1))),
+    form(&[0x48, 0x83, 0xc0, 0x01], None, Some((0, 1))),
+    form(&[0x48, 0x85, 0xc0], None, None),
+    form(&[0x31, 0xd2], None, Some((2, 1))),
+    form(&[0x90], None, None),
+    form(&[0x48, 0x8d, 0x34, 0x17], None, Some((6, 1))),
+];
+const TABLE_READ: Form = form(&[0x49, 0x8b, 0x01], Some((Table, Read, 8)), Some((0, 1)));
+const VECTOR_READ: Form =
+    form(&[0x0f, 0x28, 0x43, 0x40], Some((Object(64), Read, 16)), Some((16, 2)));
+const REP_MOVSQ: Form = form(&[0xf3, 0x48, 0xa5], Some((Strings, Read, 8)), Some((1, 1)));
+const PUSH: Form = form(&[0x53], Some((Push, Write, 8)), Some((4, 1)));
+const POP: Form = form(&[0x5b], Some((Pop, Read, 8)), Some((4, 1)));
+/// MOV EAX, imm32: code that is written over changes the constant.
+const CONSTANT: Form = form(&[0xb8, 0, 0, 0, 0], None, Some((0, 1)));
+
+/// How a piece of a function ends.
+#[derive(Clone, Debug)]
+enum End {
+    /// Runs this often in a row.
+    Loop(u64),
+    /// Jumps over the next piece on every `n`th time, or by chance.
+    If {
+        period: u64,
+    },
+    Call(Vec<usize>),
+    Syscall,
+    Return,
+    InterruptReturn,
+}
+
+/// A piece of a function: a block.
+#[derive(Clone, Debug)]
+struct Piece {
+    offset: u64,
+    forms: Vec<Form>,
+    end: End,
+    /// Where in the code its jump or call leads.
+    target: u64,
+}
+
+/// Code of one privilege: functions call only functions behind them.
+#[derive(Clone, Debug, Default)]
+struct Code {
+    functions: Vec<Vec<Piece>>,
+}
+
+const KERNEL_BASE: u64 = 0xffff_ffff_8100_0000;
+const USER_BASES: [u64; 2] = [0x0000_0000_0040_0000, 0x0000_5555_5540_0000];
+
+impl End {
+    fn encode(&self, linear: u64, target: u64) -> Vec<u8> {
+        let relative = |opcode: &[u8]| {
+            let next = linear + opcode.len() as u64 + 4;
+            [opcode, &(target.wrapping_sub(next) as u32).to_le_bytes()].concat()
+        };
+        match self {
+            Self::Loop(_) | Self::If { .. } => relative(&[0x0f, 0x85]),
+            Self::Call(targets) if targets.len() == 1 => relative(&[0xe8]),
+            Self::Call(_) => vec![0xff, 0xd0],
+            Self::Syscall => vec![0x0f, 0x05],
+            Self::Return => vec![0xc3],
+            Self::InterruptReturn => vec![0x48, 0xcf],
+        }
+    }
+
+    fn length(&self) -> u64 {
+        self.encode(0, 0).len() as u64
+    }
+}
+
+impl Code {
+    fn new(random: &mut Random, functions: usize, is_user: bool) -> Self {
+        let mut code = Self::default();
+        for number in 0..functions {
+            let pieces = 2 + random.below(8);
+            let function = (0..pieces).map(|piece| {
+                let is_last = piece + 1 == pieces;
+                let mut forms: Vec<Form> =
+                    (0..1 + random.below(6)).map(|_| FORMS[random.below(14) as usize]).collect();
+                for (rare, one_in) in
+                    [(TABLE_READ, 20), (VECTOR_READ, 12), (REP_MOVSQ, 40), (CONSTANT, 10)]
+                {
+                    if random.chance(one_in) {
+                        forms.push(rare);
+                    }
+                }
+                if piece == 0 {
+                    forms.insert(0, PUSH);
+                }
+                let left = functions - number - 1;
+                let end = match random.below(6) {
+                    _ if is_last => End::Return,
+                    0 => End::Loop(1 + random.below(24)),
+                    1..=2 if left > 0 => {
+                        let count = if random.chance(4) { 3 } else { 1 };
+                        let target = |_| number + 1 + random.below(left as u64) as usize;
+                        End::Call((0..count).map(target).collect())
+                    }
+                    3 if is_user && random.chance(4) => End::Syscall,
+                    _ => End::If { period: [0, 1, 2, 3, 8][random.below(5) as usize] },
+                };
+                if is_last {
+                    forms.push(POP);
+                }
+                Piece { offset: 0, forms, end, target: 0 }
+            });
+            code.functions.push(function.collect());
+        }
+        // Entry and exit of interrupts and system calls: function 0 calls any other.
+        let calls = End::Call((1..functions).take(3).collect());
+        let entry = Piece { offset: 0, forms: vec![PUSH, PUSH], end: calls, target: 0 };
+        let end = if is_user { End::Return } else { End::InterruptReturn };
+        let exit = Piece { offset: 0, forms: vec![POP, POP], end, target: 0 };
+        code.functions[0] = vec![entry, exit];
+        code.place();
+        code
+    }
+
+    /// Gives every piece its place and its target.
+    fn place(&mut self) {
+        let mut offset = 0xf80;
+        for piece in self.functions.iter_mut().flatten() {
+            let bytes: usize = piece.forms.iter().map(|form| form.bytes.len()).sum();
+            piece.offset = offset;
+            offset += bytes as u64 + piece.end.length();
+        }
+        let entries: Vec<u64> = self.functions.iter().map(|pieces| pieces[0].offset).collect();
+        for function in &mut self.functions {
+            let offsets: Vec<u64> = function.iter().map(|piece| piece.offset).collect();
+            for (number, piece) in function.iter_mut().enumerate() {
+                piece.target = match &piece.end {
+                    End::If { .. } => offsets[(number + 2).min(offsets.len() - 1)],
+                    End::Call(targets) => entries[targets[0]],
+                    _ => piece.offset,
+                };
+            }
+        }
+    }
+}
+
+/// What to make.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Options {
+    pub(crate) seed: u64,
+    pub(crate) contents: Contents,
+    /// Functions of each program.
+    pub(crate) functions: usize,
+    /// About every so many blocks an interrupt or a fault comes.
+    pub(crate) interrupt_period: u64,
+    /// Keep an account.
+    pub(crate) account: bool,
+}
+
+impl Options {
+    pub(crate) fn new(seed: u64) -> Self {
+        let contents = Contents::default();
+        Self { seed, contents, functions: 30, interrupt_period: 400, account: true }
+    }
+
+    pub(crate) fn with_everything(seed: u64) -> Self {
+        let contents = Contents { physical: true, values: true, registers: true };
+        Self { contents, ..Self::new(seed) }
+    }
+}
+
+/// Which piece of which code, where, how often written over, and from which instruction on.
+type BlockKey = (bool, usize, usize, u64, u64, usize);
+
+/// The machine.
+pub(crate) struct Synthetic {
+    options: Options,
+    random: Random,
+    user: Code,
+    kernel: Code,
+    ids: HashMap<BlockKey, (u32, Vec<InstructionDefinition>)>,
+    next_id: u32,
+    versions: HashMap<(bool, usize, usize), u64>,
+    /// The piece's times so far, for patterns.
+    times: HashMap<(bool, usize, usize), u64>,
+    process: usize,
+    in_kernel: bool,
+    handling: bool,
+    user_stack: u64,
+    kernel_stack: u64,
+    object: u64,
+    array: u64,
+    index: u64,
+    source: u64,
+    destination: u64,
+    pub(crate) batch: Batch,
+    pub(crate) entries: Vec<Entry>,
+    pub(crate) instructions: u64,
+    last_marker: u64,
+    target_instructions: u64,
+}
+
+impl Synthetic {
+    pub(crate) fn new(options: Options) -> Self {
+        let mut random = Random(options.seed);
+        let user = Code::new(&mut random, options.functions, true);
+        let kernel = Code::new(&mut random, options.functions, false);
+        Self {
+            options,
+            random,
+            user,
+            kernel,
+            ids: HashMap::new(),
+            next_id: 0,
+            versions: HashMap::new(),
+            times: HashMap::new(),
+            process: 0,
+            in_kernel: false,
+            handling: false,
+            user_stack: 0x7fff_ffff_e000,
+            kernel_stack: 0xffff_c900_0000_4000,
+            object: 0x1000_0000,
+            array: 0x2000_0000,
+            index: 0,
+            source: 0x3000_0000,
+            destination: 0x3100_0000,
+            batch: Batch::default(),
+            entries: Vec::new(),
+            instructions: 0,
+            last_marker: 0,
+            target_instructions: 0,
+        }
+    }
+
+    /// What tests compare with: CR3 of the process that runs.
+    pub(crate) fn cr3(&self) -> u64 {
+        0x10_0000 + 0x1000 * self.process as u64
+    }
+
+    /// Goes on until about so many more instructions have retired; the batch has them.
+    pub(crate) fn advance(&mut self, instructions: u64) -> Batch {
+        self.target_instructions = self.instructions + instructions;
+        while self.instructions < self.target_instructions {
+            if self.random.chance(8) {
+                self.process ^= 1;
+                let cr3 = self.cr3();
+                self.event(Event::AddressSpace { cr3 });
+            }
+            let function = 1 + self.random.below(self.options.functions as u64 / 4) as usize;
+            self.call(false, function);
+            if self.random.chance(16) {
+                self.restart_blocks();
+            }
+        }
+        std::mem::take(&mut self.batch)
+    }
+
+    /// A code cache that fills up is emptied, which ends a batch; here only an empty one restarts.
+    fn restart_blocks(&mut self) {
+        if self.batch.is_empty() {
+            self.batch.restart = true;
+            self.ids.clear();
+            self.next_id = 0;
+        }
+    }
+
+    fn event(&mut self, event: Event) {
+        self.batch.push_event(event);
+        if self.options.account {
+            self.entries.push(Entry::Event(event));
+        }
+    }
+
+    fn stack(&mut self) -> &mut u64 {
+        if self.in_kernel { &mut self.kernel_stack } else { &mut self.user_stack }
+    }
+
+    fn mode(&self) -> Mode {
+        if self.in_kernel { Mode::KERNEL } else { Mode::USER }
+    }
+
+    fn base(&self) -> u64 {
+        if self.in_kernel { KERNEL_BASE } else { USER_BASES[self.process] }
+    }
+
+    fn physical(&self, linear: u64) -> u64 {
+        let page = linear >> 12;
+        let frame = if linear >> 63 == 1 {
+            page & 0xf_ffff
+        } else {
+            mix(page + self.process as u64 * 77) & 0xf_ffff
+        };
+        frame << 12 | linear & 0xfff
+    }
+
+    fn call(&mut self, in_kernel: bool, function: usize) {
+        let before = std::mem::replace(&mut self.in_kernel, in_kernel);
+        self.object = 0x1000_0000 + 256 * (mix(self.random.below(1 << 10)) % (1 << 14));
+        self.array = 0x2000_0000 + 0x10_0000 * (function as u64 % 7);
+        let code = if in_kernel { &self.kernel } else { &self.user };
+        let count = code.functions[function].len();
+        let mut number = 0;
+        while number < count {
+            let code = if in_kernel { &self.kernel } else { &self.user };
+            let piece = code.functions[function][number].clone();
+            let place = (in_kernel, function, number);
+            let ended = self.instructions >= self.target_instructions;
+            match &piece.end {
+                End::Loop(times) => {
+                    for _ in 0..if ended { 1 } else { *times } {
+                        self.index += 1;
+                        self.execute(place, &piece, 0);
+                    }
+                }
+                End::If { period } => {
+                    self.execute(place, &piece, 0);
+                    let times = self.times.entry(place).or_insert(0);
+                    *times += 1;
+                    let taken = match period {
+                        0 => self.random.chance(3),
+                        period => *times % period == 0,
+                    };
+                    number += usize::from(taken && number + 2 < count);
+                }
+                End::Call(targets) => {
+                    let target = targets[self.random.below(targets.len() as u64) as usize];
+                    if !ended || function == 0 {
+                        self.execute(place, &piece, 0);
+                        self.call(in_kernel, target);
+                    } else {
+                        // Nothing deeper: skips to the end, over calls.
+                        number = count - 2;
+                    }
+                }
+                End::Syscall => {
+                    self.execute(place, &piece, 0);
+                    self.handle();
+                }
+                End::Return | End::InterruptReturn => self.execute(place, &piece, 0),
+            }
+            number += 1;
+        }
+        self.in_kernel = before;
+    }
+
+    /// Runs the kernel's handler.
+    fn handle(&mut self) {
+        let (before, object) = (std::mem::replace(&mut self.handling, true), self.object);
+        self.call(true, 0);
+        self.handling = before;
+        self.object = object;
+        let address = self.base();
+        self.event(Event::Return { address });
+    }
+
+    /// Runs a piece from one of its instructions on, with whatever comes between.
+    fn execute(&mut self, place: (bool, usize, usize), piece: &Piece, first: usize) {
+        self.maybe_marker();
+        let overwritten = piece.forms.iter().any(|form| form.bytes[0] == 0xb8);
+        if overwritten && self.random.chance(60) {
+            *self.versions.entry(place).or_insert(0) += 1;
+        }
+        let version = self.versions.get(&place).copied().unwrap_or(0);
+        let key = (place.0, place.1, place.2, self.base(), version, first);
+        if !self.ids.contains_key(&key) {
+            let definition = self.define(piece, version, first);
+            self.ids.insert(key, (self.next_id, definition.instructions.clone()));
+            self.batch.definitions.push(Definition { id: self.next_id, block: definition });
+            self.next_id += 1;
+        }
+        let (id, instructions) = self.ids[&key].clone();
+        let linear = self.base() + piece.offset;
+        let offset: usize = piece.forms[..first].iter().map(|form| form.bytes.len()).sum();
+        let interrupted = !self.handling && self.random.chance(self.options.interrupt_period);
+        // A REP takes long, so it is often what an interrupt meets.
+        let rep = instructions.iter().position(|one| one.repeated);
+        let anywhere = self.random.below(instructions.len() as u64) as usize;
+        let cut = interrupted.then(|| rep.unwrap_or(anywhere));
+        self.batch.words.push(id);
+        let mut at = linear + offset as u64;
+        for (number, instruction) in instructions.iter().enumerate() {
+            let form = piece.forms.get(first + number);
+            let repeats = form.is_some_and(|form| matches!(form.place, Some((Strings, ..))));
+            if cut == Some(number) {
+                let unfinished = if repeats { self.random.below(5) as usize } else { 0 };
+                self.instruction(at, instruction, form, Some(unfinished), 0);
+                let accesses = unfinished as u32;
+                self.batch.words.extend([CUT | number as u32, accesses]);
+                self.deliver(at, !repeats && !instruction.accesses.is_empty());
+                return self.execute(place, piece, first + number);
+            }
+            let repetitions = if repeats { self.random.below(20) as u32 } else { 1 };
+            self.instruction(at, instruction, form, None, repetitions);
+            at += instruction.bytes.len() as u64;
+        }
+    }
+
+    fn maybe_marker(&mut self) {
+        if self.instructions >= self.last_marker + 5000 {
+            self.last_marker = self.instructions;
+            let tick = self.instructions;
+            self.event(Event::Marker(Marker { tick, virtual_ns: tick * 2 }));
+        }
+    }
+
+    fn deliver(&mut self, address: u64, may_fault: bool) {
+        let is_fault = may_fault && self.random.chance(2);
+        let event = if is_fault {
+            let fault_address = Some(self.object);
+            let (kind, error_code) = (Delivery::Exception, Some(6));
+            Event::Delivery { kind, vector: 14, error_code, address, fault_address }
+        } else {
+            let (kind, error_code) = (Delivery::Interrupt, None);
+            Event::Delivery { kind, vector: 32, error_code, address, fault_address: None }
+        };
+        self.event(event);
+        self.handle();
+    }
+
+    fn define(&self, piece: &Piece, version: u64, first: usize) -> BlockDefinition {
+        let mut linear = self.base() + piece.offset;
+        linear += piece.forms[..first].iter().map(|form| form.bytes.len() as u64).sum::<u64>();
+        let mut instructions: Vec<_> =
+            piece.forms[first..].iter().map(|form| form.define(version)).collect();
+        let bytes: usize =
+            instructions.iter().map(|one: &InstructionDefinition| one.bytes.len()).sum();
+        let jump_at = linear + bytes as u64;
+        instructions.push(piece.end.define(jump_at, self.base() + piece.target));
+        let end = linear + instructions.iter().map(|one| one.bytes.len() as u64).sum::<u64>();
+        let next_page = (linear & !0xfff) + 0x1000;
+        BlockDefinition {
+            linear,
+            physical: self.physical(linear),
+            next_page: (end > next_page).then(|| self.physical(next_page)),
+            mode: self.mode(),
+            end: match piece.end {
+                End::Call(_) => BlockEnd::Call,
+                End::Return => BlockEnd::Return,
+                _ => BlockEnd::Other,
+            },
+            instructions,
+        }
+    }
+
+    /// One instruction: its accesses, or, if it does not retire, so many of them.
+    fn instruction(
+        &mut self,
+        linear: u64,
+        instruction: &InstructionDefinition,
+        form: Option<&Form>,
+        unfinished: Option<usize>,
+        repetitions: u32,
+    ) {
+        let retired = unfinished.is_none();
+        let count = unfinished.unwrap_or(instruction.accesses.len() * repetitions as usize);
+        if retired && instruction.repeated {
+            self.batch.counts.push(repetitions);
+        }
+        let mut accesses = Vec::new();
+        for (number, access) in instruction.accesses.iter().cycle().take(count).enumerate() {
+            accesses.push(self.access(linear, access, form, number));
+        }
+        let mut registers = Vec::new();
+        if retired && self.options.contents.registers {
+            let words = instruction.register_writes.iter().map(|write| u64::from(write.words));
+            registers.extend((0..words.sum()).map(|word| self.instructions * 3 + word));
+        }
+        self.batch.registers.extend(&registers);
+        self.instructions += u64::from(retired);
+        if self.options.account && (retired || count > 0) {
+            let (bytes, mode) = (instruction.bytes.clone(), self.mode());
+            let executed = Executed { linear, bytes, mode, retired, accesses, registers };
+            self.entries.push(Entry::Instruction(executed));
+        }
+    }
+
+    fn access(
+        &mut self,
+        linear: u64,
+        access: &StaticAccess,
+        form: Option<&Form>,
+        number: usize,
+    ) -> Accessed {
+        let place = form.and_then(|form| form.place).map(|(place, ..)| place);
+        let address = match place {
+            Some(Object(displacement)) => self.object + u64::from(displacement),
+            Some(Local(displacement)) => {
+                let frame = *self.stack() & !0xff;
+                frame - u64::from(displacement)
+            }
+            Some(Array) => self.array + 8 * (self.index % 4096),
+            Some(Global) => linear.wrapping_add(0x1006),
+            Some(Table) => 0x4000_0000 + 8 * self.random.below(1 << 17),
+            Some(Strings) if number % 2 == 0 => {
+                self.source = 0x3000_0000 + (self.source + 8) % 0x8000;
+                self.source
+            }
+            Some(Strings) => {
+                self.destination = 0x3100_0000 + (self.destination + 8) % 0x8000;
+                self.destination
+            }
+            Some(Push) => {
+                *self.stack() -= 8;
+                *self.stack()
+            }
+            _ if access.kind == Write => {
+                *self.stack() -= 8;
+                *self.stack()
+            }
+            // POP, RET, IRETQ.
+            _ => {
+                *self.stack() += 8;
+                *self.stack() - 8
+            }
+        };
+        let Contents { physical, values, .. } = self.options.contents;
+        let physical = physical.then(|| self.physical(address));
+        let mut words = Vec::new();
+        if values {
+            let words_each = usize::from(access.size_bytes).div_ceil(8);
+            words.extend((0..access.value_words()).map(|word| {
+                let value = mix(address + self.instructions + word as u64);
+                let bytes = usize::from(access.size_bytes) - 8 * (word % words_each);
+                if bytes >= 8 { value } else { value & ((1 << (8 * bytes)) - 1) }
+            }));
+        }
+        self.batch.addresses.push(address);
+        self.batch.physical.extend(physical);
+        self.batch.values.extend(&words);
+        let (size_bytes, kind) = (access.size_bytes, access.kind);
+        Accessed { address, size_bytes, kind, physical, values: words }
+    }
+}
+
+impl Form {
+    fn define(&self, version: u64) -> InstructionDefinition {
+        let mut bytes = self.bytes.to_vec();
+        if bytes[0] == 0xb8 {
+            bytes[1..].copy_from_slice(&(version as u32).to_le_bytes());
+        }
+        let access = |kind, size_bytes, base, displacement, step| StaticAccess {
+            kind,
+            size_bytes,
+            base,
+            displacement,
+            step,
+        };
+        let accesses = match self.place {
+            None => vec![],
+            Some((Object(displacement), kind, size)) => {
+                vec![access(kind, size, 3, i32::from(displacement), 0)]
+            }
+            Some((Local(displacement), kind, size)) => {
+                vec![access(kind, size, 5, -i32::from(displacement), 0)]
+            }
+            Some((Array, kind, size)) => vec![access(kind, size, 1, 0, 0)],
+            Some((Global, kind, size)) => vec![access(kind, size, NO_BASE, 0, 0)],
+            Some((Table, kind, size)) => vec![access(kind, size, 9, 0, 0)],
+            Some((Push, kind, size)) => vec![access(kind, size, 4, -8, -8)],
+            Some((Pop, kind, size)) => vec![access(kind, size, 4, 0, 8)],
+            Some((Strings, _, size)) => {
+                vec![access(Read, size, 6, 0, 8), access(Write, size, 7, 0, 8)]
+            }
+        };
+        let repeated = matches!(self.place, Some((Strings, ..)));
+        let writes = self.writes.iter();
+        let register_writes =
+            writes.map(|(register, words)| RegisterWrite { register: *register, words: *words });
+        InstructionDefinition {
+            bytes,
+            accesses,
+            repeated,
+            register_writes: register_writes.collect(),
+        }
+    }
+}
+
+impl End {
+    fn define(&self, linear: u64, target: u64) -> InstructionDefinition {
+        let access = |kind, displacement, step| StaticAccess {
+            kind,
+            size_bytes: 8,
+            base: 4,
+            displacement,
+            step,
+        };
+        let accesses = match self {
+            Self::Call(_) => vec![access(Write, -8, -8)],
+            Self::Return => vec![access(Read, 0, 8)],
+            Self::InterruptReturn => vec![access(Read, 0, 8); 5],
+            _ => vec![],
+        };
+        InstructionDefinition {
+            bytes: self.encode(linear, target),
+            accesses,
+            ..InstructionDefinition::default()
+        }
+    }
+}
