@@ -1,0 +1,370 @@
+//! DynamoRIO's drmemtrace, version 7, as a whole-system trace of one CPU: packed records of 12 bytes,
+//! little-endian, with encodings, branch outcomes and targets, and physical addresses where the trace
+//! has them.
+//!
+//! A file has one instruction-set mode: instructions of 16-bit and 32-bit code are left out and
+//! counted. System calls, interrupts and exceptions become hardware events, and SYSRET and IRET the
+//! returns from them. Only instructions that retired have a place; the repetitions of a REP that an
+//! interrupt suspended are shown as instructions of their own, as its rest is.
+
+use std::collections::HashMap;
+use std::io::Write;
+
+use reprise_trace::instructions::{
+    CodeWidth, Delivery, Event, Observer, Position, Run, Step, TraceError,
+};
+
+use crate::instruction::{Branch, Decoded, DecodedBlocks};
+
+/// The version of the format.
+const VERSION: u64 = 7;
+/// A whole system, x86-64, with encodings.
+const FILE_TYPE: u64 = 0x40000 | 0x40 | 0x200;
+/// The guest is shown as one thread of one process: neither number may be zero.
+const THREAD: u64 = 1;
+const PROCESS: u64 = 1;
+const CACHE_LINE_BYTES: u64 = 64;
+const PAGE_BYTES: u64 = 4096;
+/// Bytes that an encoding record holds.
+const ENCODING_BYTES: usize = 8;
+/// Microseconds from 1601 to 1970, where virtual time zero is put.
+const EPOCH_US: u64 = 11_644_473_600_000_000;
+
+/// Kinds of records: DynamoRIO's `trace_type_t`.
+mod kind {
+    pub(super) const READ: u16 = 0;
+    pub(super) const WRITE: u16 = 1;
+    pub(super) const INSTRUCTION: u16 = 10;
+    pub(super) const DIRECT_JUMP: u16 = 11;
+    pub(super) const INDIRECT_JUMP: u16 = 12;
+    pub(super) const DIRECT_CALL: u16 = 14;
+    pub(super) const INDIRECT_CALL: u16 = 15;
+    pub(super) const RETURN: u16 = 16;
+    pub(super) const THREAD: u16 = 22;
+    pub(super) const THREAD_EXIT: u16 = 23;
+    pub(super) const PROCESS: u16 = 24;
+    pub(super) const HEADER: u16 = 25;
+    pub(super) const FOOTER: u16 = 26;
+    pub(super) const MARKER: u16 = 28;
+    pub(super) const NO_FETCH: u16 = 29;
+    pub(super) const SYSENTER: u16 = 31;
+    pub(super) const ENCODING: u16 = 47;
+    pub(super) const TAKEN_JUMP: u16 = 48;
+    pub(super) const UNTAKEN_JUMP: u16 = 49;
+}
+
+/// Kinds of markers: DynamoRIO's `trace_marker_type_t`.
+mod marker {
+    pub(super) const TIMESTAMP: u16 = 2;
+    pub(super) const CPU_ID: u16 = 3;
+    pub(super) const FILE_TYPE: u16 = 9;
+    pub(super) const CACHE_LINE_SIZE: u16 = 10;
+    pub(super) const VERSION: u16 = 12;
+    pub(super) const WINDOW_ID: u16 = 14;
+    pub(super) const PHYSICAL_ADDRESS: u16 = 15;
+    pub(super) const VIRTUAL_ADDRESS: u16 = 17;
+    pub(super) const PAGE_SIZE: u16 = 18;
+    pub(super) const BRANCH_TARGET: u16 = 29;
+    pub(super) const HARDWARE_EVENT: u16 = 43;
+    pub(super) const HARDWARE_CONTEXT_RETURN: u16 = 44;
+}
+
+/// What an export did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Records written.
+    pub records: u64,
+    /// Instructions written.
+    pub instructions: u64,
+    /// Instructions of 16-bit and 32-bit code, which were left out.
+    pub instructions_left_out: u64,
+    /// Accesses of instructions that did not retire, which were left out.
+    pub accesses_left_out: u64,
+}
+
+/// A branch that waits for the address behind it.
+#[derive(Clone, Debug)]
+struct Waiting {
+    branch: Branch,
+    linear: u64,
+    length: u16,
+    /// What goes before it: physical addresses and encoding.
+    before: Vec<(u16, u16, u64)>,
+    /// Its accesses.
+    accesses: Vec<(u16, u16, u64)>,
+    /// A marker that goes behind it.
+    event: Option<(u16, u64)>,
+}
+
+/// Writes drmemtrace's format.
+#[derive(Debug)]
+pub struct DrMemTrace<W> {
+    out: W,
+    decoded: DecodedBlocks,
+    /// Encodings that were written, by address.
+    encodings: HashMap<u64, Vec<u8>>,
+    /// Physical pages that were told, by linear page.
+    pages: HashMap<u64, u64>,
+    waiting: Option<Waiting>,
+    records: Vec<(u16, u16, u64)>,
+    summary: Summary,
+    windows: u64,
+    begun: bool,
+}
+
+impl<W: Write> DrMemTrace<W> {
+    /// Writes to `out`, record by record: a buffer around it helps.
+    pub fn new(out: W) -> Self {
+        Self {
+            out,
+            decoded: DecodedBlocks::default(),
+            encodings: HashMap::new(),
+            pages: HashMap::new(),
+            waiting: None,
+            records: Vec::new(),
+            summary: Summary::default(),
+            windows: 0,
+            begun: false,
+        }
+    }
+
+    /// What was done so far.
+    pub fn summary(&self) -> Summary {
+        self.summary
+    }
+
+    /// What was written, and to where.
+    pub fn into_parts(self) -> (W, Summary) {
+        (self.out, self.summary)
+    }
+
+    fn put(&mut self, kind: u16, size: u16, address: u64) -> Result<(), TraceError> {
+        let mut bytes = [0; 12];
+        bytes[..2].copy_from_slice(&kind.to_le_bytes());
+        bytes[2..4].copy_from_slice(&size.to_le_bytes());
+        bytes[4..].copy_from_slice(&address.to_le_bytes());
+        self.summary.records += 1;
+        self.out.write_all(&bytes).map_err(TraceError::Write)
+    }
+
+    fn put_marker(&mut self, marker: u16, value: u64) -> Result<(), TraceError> {
+        self.put(kind::MARKER, marker, value)
+    }
+
+    fn put_all(&mut self, records: &[(u16, u16, u64)]) -> Result<(), TraceError> {
+        records.iter().try_for_each(|(kind, size, address)| self.put(*kind, *size, *address))
+    }
+
+    /// What every file begins with.
+    fn put_beginning(&mut self, virtual_ns: u64) -> Result<(), TraceError> {
+        if std::mem::replace(&mut self.begun, true) {
+            return Ok(());
+        }
+        self.put(kind::HEADER, 0, VERSION)?;
+        self.put_marker(marker::VERSION, VERSION)?;
+        self.put_marker(marker::FILE_TYPE, FILE_TYPE)?;
+        self.put(kind::THREAD, 4, THREAD)?;
+        self.put(kind::PROCESS, 4, PROCESS)?;
+        self.put_marker(marker::CACHE_LINE_SIZE, CACHE_LINE_BYTES)?;
+        self.put_marker(marker::PAGE_SIZE, PAGE_BYTES)?;
+        self.put_time(virtual_ns)
+    }
+
+    fn put_time(&mut self, virtual_ns: u64) -> Result<(), TraceError> {
+        self.put_marker(marker::TIMESTAMP, EPOCH_US + virtual_ns / 1000)?;
+        self.put_marker(marker::CPU_ID, 0)
+    }
+
+    /// Control is at `address` now, if that is known: the branch before it led there.
+    fn arrive(&mut self, address: Option<u64>) -> Result<(), TraceError> {
+        let Some(waiting) = self.waiting.take() else { return Ok(()) };
+        let Waiting { branch, linear, length, before, accesses, event } = waiting;
+        let next = linear.wrapping_add(u64::from(length));
+        let address = address.unwrap_or(next);
+        let kind = match branch {
+            Branch::Conditional if address == next => kind::UNTAKEN_JUMP,
+            Branch::Conditional => kind::TAKEN_JUMP,
+            Branch::DirectJump => kind::DIRECT_JUMP,
+            Branch::DirectCall => kind::DIRECT_CALL,
+            Branch::IndirectJump => kind::INDIRECT_JUMP,
+            Branch::IndirectCall => kind::INDIRECT_CALL,
+            Branch::Return | Branch::SystemReturn => kind::RETURN,
+            Branch::None | Branch::SystemCall => kind::INSTRUCTION,
+        };
+        let is_indirect = [kind::INDIRECT_JUMP, kind::INDIRECT_CALL, kind::RETURN].contains(&kind);
+        self.put_all(&before)?;
+        if is_indirect {
+            self.put_marker(marker::BRANCH_TARGET, address)?;
+        }
+        self.put(kind, length, linear)?;
+        self.put_all(&accesses)?;
+        match event {
+            Some((marker, value)) => self.put_marker(marker, value),
+            None => Ok(()),
+        }
+    }
+
+    /// Tells a page's physical address, if it is news.
+    fn tell_page(&mut self, linear: u64, physical: u64) {
+        let page = physical / PAGE_BYTES;
+        if self.pages.insert(linear / PAGE_BYTES, page) != Some(page) {
+            let pair = [(marker::PHYSICAL_ADDRESS, physical), (marker::VIRTUAL_ADDRESS, linear)];
+            self.records.extend(pair.map(|(marker, value)| (kind::MARKER, marker, value)));
+        }
+    }
+
+    fn tell_encoding(&mut self, linear: u64, bytes: &[u8]) {
+        if self.encodings.get(&linear).is_some_and(|known| known == bytes) {
+            return;
+        }
+        self.encodings.insert(linear, bytes.to_vec());
+        self.records.extend(bytes.chunks(ENCODING_BYTES).map(|part| {
+            let mut word = [0; ENCODING_BYTES];
+            word[..part.len()].copy_from_slice(part);
+            (kind::ENCODING, part.len() as u16, u64::from_le_bytes(word))
+        }));
+    }
+
+    /// Tells the physical pages of a block, whose addresses the trace always has.
+    fn tell_code(&mut self, run: &Run<'_>, step: &Step<'_>) {
+        let block = run.block();
+        let linear = step.instruction.linear();
+        let same_page = linear / PAGE_BYTES == block.linear() / PAGE_BYTES;
+        let offset = linear % PAGE_BYTES;
+        let first = block.physical() - block.physical() % PAGE_BYTES;
+        let page = if same_page { Some(first) } else { block.next_page() };
+        if let Some(page) = page {
+            self.tell_page(linear, page + offset);
+        }
+        let last = step.instruction.next_linear().wrapping_sub(1);
+        if let Some(page) = block.next_page()
+            && last / PAGE_BYTES != linear / PAGE_BYTES
+        {
+            self.tell_page(last, page + last % PAGE_BYTES);
+        }
+    }
+
+    fn step(
+        &mut self,
+        run: &Run<'_>,
+        step: &Step<'_>,
+        decoded: &Decoded,
+    ) -> Result<(), TraceError> {
+        let instruction = step.instruction;
+        if !step.retired && !instruction.is_repeated() {
+            self.summary.accesses_left_out += step.addresses.len() as u64;
+            return Ok(());
+        }
+        let linear = instruction.linear();
+        self.arrive(Some(linear))?;
+        self.summary.instructions += u64::from(step.retired);
+        self.records.clear();
+        self.tell_code(run, step);
+        for (linear, physical) in step.addresses.iter().zip(step.physical) {
+            self.tell_page(*linear, *physical);
+        }
+        self.tell_encoding(linear, instruction.bytes());
+        let before = std::mem::take(&mut self.records);
+        let length = instruction.bytes().len() as u16;
+        if decoded.branch == Branch::None {
+            self.put_all(&before)?;
+            self.put_accesses(step, linear, length)?;
+            self.records = before;
+            return Ok(());
+        }
+        let mut accesses = Vec::new();
+        for access in step.accesses() {
+            let size = access.size_bytes;
+            accesses.extend(access.kind.reads().then_some((kind::READ, size, access.address)));
+            accesses.extend(access.kind.writes().then_some((kind::WRITE, size, access.address)));
+        }
+        let event = match decoded.branch {
+            Branch::SystemCall => Some((marker::HARDWARE_EVENT, instruction.next_linear())),
+            Branch::SystemReturn => Some((marker::HARDWARE_CONTEXT_RETURN, 0)),
+            _ => None,
+        };
+        let branch = decoded.branch;
+        self.waiting = Some(Waiting { branch, linear, length, before, accesses, event });
+        Ok(())
+    }
+
+    /// An instruction that does not branch, with a record of its own for each repetition but the first.
+    fn put_accesses(
+        &mut self,
+        step: &Step<'_>,
+        linear: u64,
+        length: u16,
+    ) -> Result<(), TraceError> {
+        let list = step.instruction.accesses().len();
+        let per_repetition = if step.instruction.is_repeated() { list.max(1) } else { usize::MAX };
+        self.put(kind::INSTRUCTION, length, linear)?;
+        for (number, access) in step.accesses().enumerate() {
+            if number > 0 && number % per_repetition == 0 {
+                self.put(kind::NO_FETCH, length, linear)?;
+            }
+            if access.kind.reads() {
+                self.put(kind::READ, access.size_bytes, access.address)?;
+            }
+            if access.kind.writes() {
+                self.put(kind::WRITE, access.size_bytes, access.address)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<W: Write> Observer for DrMemTrace<W> {
+    fn begin(&mut self, position: &Position) -> Result<(), TraceError> {
+        self.put_beginning(position.marker.virtual_ns)
+    }
+
+    fn new_blocks(&mut self) {
+        self.decoded.clear();
+    }
+
+    fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
+        self.put_beginning(0)?;
+        if run.block().mode().width != CodeWidth::Bits64 {
+            self.summary.instructions_left_out += run.retired() as u64;
+            return Ok(());
+        }
+        let decoded = self.decoded.get(run.id(), run.block());
+        let mut steps = run.steps().zip(&decoded[run.first()..]);
+        steps.try_for_each(|(step, decoded)| self.step(run, &step, decoded))
+    }
+
+    fn event(&mut self, event: &Event) -> Result<(), TraceError> {
+        match *event {
+            // The instruction itself is the event.
+            Event::Delivery { kind: Delivery::Software, .. } => Ok(()),
+            Event::Delivery { address, .. } => {
+                self.put_beginning(0)?;
+                self.arrive(Some(address))?;
+                self.put_marker(marker::HARDWARE_EVENT, address)
+            }
+            Event::AddressSpace { .. } => {
+                self.pages.clear();
+                Ok(())
+            }
+            Event::Marker(time) => {
+                self.put_beginning(time.virtual_ns)?;
+                if self.waiting.is_none() { self.put_time(time.virtual_ns) } else { Ok(()) }
+            }
+            Event::Skipped { address, .. } => {
+                self.put_beginning(0)?;
+                self.arrive(address)?;
+                self.windows += 1;
+                self.put_marker(marker::WINDOW_ID, self.windows)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn end(&mut self) -> Result<(), TraceError> {
+        self.put_beginning(0)?;
+        self.arrive(None)?;
+        self.put(kind::THREAD_EXIT, 4, THREAD)?;
+        self.put(kind::FOOTER, 0, 0)?;
+        self.out.flush().map_err(TraceError::Write)
+    }
+}
