@@ -47,7 +47,6 @@ mod kind {
     pub(super) const FOOTER: u16 = 26;
     pub(super) const MARKER: u16 = 28;
     pub(super) const NO_FETCH: u16 = 29;
-    pub(super) const SYSENTER: u16 = 31;
     pub(super) const ENCODING: u16 = 47;
     pub(super) const TAKEN_JUMP: u16 = 48;
     pub(super) const UNTAKEN_JUMP: u16 = 49;
@@ -94,6 +93,8 @@ struct Waiting {
     accesses: Vec<(u16, u16, u64)>,
     /// A marker that goes behind it.
     event: Option<(u16, u64)>,
+    /// The time behind it, in virtual nanoseconds.
+    time: Option<u64>,
 }
 
 /// Writes drmemtrace's format.
@@ -178,7 +179,7 @@ impl<W: Write> DrMemTrace<W> {
     /// Control is at `address` now, if that is known: the branch before it led there.
     fn arrive(&mut self, address: Option<u64>) -> Result<(), TraceError> {
         let Some(waiting) = self.waiting.take() else { return Ok(()) };
-        let Waiting { branch, linear, length, before, accesses, event } = waiting;
+        let Waiting { branch, linear, length, before, accesses, event, time } = waiting;
         let next = linear.wrapping_add(u64::from(length));
         let address = address.unwrap_or(next);
         let kind = match branch {
@@ -198,10 +199,10 @@ impl<W: Write> DrMemTrace<W> {
         }
         self.put(kind, length, linear)?;
         self.put_all(&accesses)?;
-        match event {
-            Some((marker, value)) => self.put_marker(marker, value),
-            None => Ok(()),
+        if let Some((marker, value)) = event {
+            self.put_marker(marker, value)?;
         }
+        time.map_or(Ok(()), |virtual_ns| self.put_time(virtual_ns))
     }
 
     /// Tells a page's physical address, if it is news.
@@ -284,7 +285,8 @@ impl<W: Write> DrMemTrace<W> {
             _ => None,
         };
         let branch = decoded.branch;
-        self.waiting = Some(Waiting { branch, linear, length, before, accesses, event });
+        let time = None;
+        self.waiting = Some(Waiting { branch, linear, length, before, accesses, event, time });
         Ok(())
     }
 
@@ -348,7 +350,13 @@ impl<W: Write> Observer for DrMemTrace<W> {
             }
             Event::Marker(time) => {
                 self.put_beginning(time.virtual_ns)?;
-                if self.waiting.is_none() { self.put_time(time.virtual_ns) } else { Ok(()) }
+                match &mut self.waiting {
+                    Some(waiting) => {
+                        waiting.time = Some(time.virtual_ns);
+                        Ok(())
+                    }
+                    None => self.put_time(time.virtual_ns),
+                }
             }
             Event::Skipped { address, .. } => {
                 self.put_beginning(0)?;

@@ -35,9 +35,9 @@ impl<W: Write> Observer for PerfScript<W> {
         // Address spaces stand for processes, whose numbers the trace does not know.
         let process = self.position.cr3 >> 12 & 0x7fff_ffff;
         // A moment of its own for each instruction: markers tell only some of them.
-        let mut time_ns = self.position.marker.virtual_ns
+        let start_ns = self.position.marker.virtual_ns
             + (self.position.instruction - self.position.marker_instruction);
-        for step in run.steps().filter(|step| step.retired) {
+        for (time_ns, step) in (start_ns..).zip(run.steps().filter(|step| step.retired)) {
             let linear = step.instruction.linear();
             let (seconds, rest) = (time_ns / 1_000_000_000, time_ns % 1_000_000_000);
             writeln!(
@@ -45,7 +45,6 @@ impl<W: Write> Observer for PerfScript<W> {
                 "guest {process} [000] {seconds}.{rest:09}: 1 instructions: {linear:16x} [unknown] ({object})"
             )
             .map_err(TraceError::Write)?;
-            time_ns += 1;
         }
         self.position.pass_run(run);
         Ok(())

@@ -8,7 +8,7 @@ pub const MAX_INSTRUCTION_BYTES: usize = 15;
 pub const MAX_BLOCK_INSTRUCTIONS: usize = 4096;
 /// The most accesses that one instruction's definition lists.
 pub const MAX_STATIC_ACCESSES: usize = 64;
-/// The most accesses that the definitions of one block list.
+/// The most accesses and register writes that the definitions of one block list together.
 pub const MAX_BLOCK_ACCESSES: usize = 16_384;
 /// The most bytes of one access. The largest state that XSAVE stores today has 11 KiB.
 pub const MAX_ACCESS_BYTES: u16 = 1 << 14;
@@ -252,6 +252,7 @@ impl Blocks {
     }
 
     /// The block of this number.
+    #[inline]
     pub fn get(&self, id: u32) -> Option<BlockRef<'_>> {
         self.blocks.get(id as usize).map(|block| BlockRef { blocks: self, block })
     }
@@ -271,7 +272,7 @@ impl Blocks {
         let id = position(self.blocks.len())?;
         position(self.bytes.len() + MAX_BLOCK_INSTRUCTIONS * MAX_INSTRUCTION_BYTES)?;
         position(self.accesses.len() + MAX_BLOCK_ACCESSES)?;
-        position(self.register_writes.len() + MAX_BLOCK_INSTRUCTIONS * MAX_REGISTER_WRITES)?;
+        position(self.register_writes.len() + MAX_BLOCK_ACCESSES)?;
         let block = Block {
             linear: definition.linear,
             physical: definition.physical,
@@ -312,13 +313,17 @@ impl BlockDefinition {
         self.instructions.iter().map(|one| one.accesses.len()).sum()
     }
 
+    fn write_count(&self) -> usize {
+        self.instructions.iter().map(|one| one.register_writes.len()).sum()
+    }
+
     /// Says what of the definition no CPU could run, or no trace stores.
     fn check(&self) -> Result<(), TraceError> {
         let bytes: usize = self.instructions.iter().map(|one| one.bytes.len()).sum();
         let fault = if !(1..=MAX_BLOCK_INSTRUCTIONS).contains(&self.instructions.len()) {
             "a block has no instructions, or more than a page of them"
-        } else if self.access_count() > MAX_BLOCK_ACCESSES {
-            "a block has more accesses than a trace stores"
+        } else if self.access_count() + self.write_count() > MAX_BLOCK_ACCESSES {
+            "a block has more accesses and register writes than a trace stores"
         } else if self.mode.cpl > 3 {
             "a block's privilege level is none"
         } else if !(self.linear ^ self.physical).is_multiple_of(PAGE_BYTES) {
@@ -372,11 +377,13 @@ pub struct BlockRef<'a> {
 
 impl<'a> BlockRef<'a> {
     /// Linear address of its first byte.
+    #[inline]
     pub fn linear(&self) -> u64 {
         self.block.linear
     }
 
     /// Guest-physical address of its first byte.
+    #[inline]
     pub fn physical(&self) -> u64 {
         self.block.physical
     }
@@ -387,6 +394,7 @@ impl<'a> BlockRef<'a> {
     }
 
     /// How the CPU runs it.
+    #[inline]
     pub fn mode(&self) -> Mode {
         self.block.mode
     }
@@ -397,17 +405,20 @@ impl<'a> BlockRef<'a> {
     }
 
     /// How many instructions it has: at least one.
+    #[inline]
     pub fn instruction_count(&self) -> usize {
         self.block.instruction_count as usize
     }
 
     /// All accesses of its instructions, each once, in order.
+    #[inline]
     pub fn static_accesses(&self) -> &'a [StaticAccess] {
         let first = self.block.first_access as usize;
         &self.blocks.accesses[first..first + self.block.access_count as usize]
     }
 
     /// The instruction of this number.
+    #[inline]
     pub fn instruction(&self, index: usize) -> Option<InstructionRef<'a>> {
         self.raw_instructions().get(index).map(|instruction| self.show(instruction))
     }
@@ -419,6 +430,7 @@ impl<'a> BlockRef<'a> {
     }
 
     /// All of its bytes.
+    #[inline]
     pub fn bytes(&self) -> &'a [u8] {
         match self.raw_instructions() {
             [first, .., last] => {
@@ -467,33 +479,39 @@ pub struct InstructionRef<'a> {
 
 impl<'a> InstructionRef<'a> {
     /// Linear address of its first byte.
+    #[inline]
     pub fn linear(&self) -> u64 {
         self.linear.wrapping_add(u64::from(self.instruction.offset))
     }
 
     /// Bytes from the block's first one.
+    #[inline]
     pub fn offset(&self) -> usize {
         usize::from(self.instruction.offset)
     }
 
     /// Its encoding.
+    #[inline]
     pub fn bytes(&self) -> &'a [u8] {
         let first = self.instruction.first_byte as usize;
         &self.blocks.bytes[first..first + usize::from(self.instruction.length)]
     }
 
     /// Linear address of the byte behind it.
+    #[inline]
     pub fn next_linear(&self) -> u64 {
         self.linear().wrapping_add(u64::from(self.instruction.length))
     }
 
     /// The accesses that it makes, in order.
+    #[inline]
     pub fn accesses(&self) -> &'a [StaticAccess] {
         let first = self.instruction.first_access as usize;
         &self.blocks.accesses[first..first + usize::from(self.instruction.access_count)]
     }
 
     /// A run says how often the accesses are made.
+    #[inline]
     pub fn is_repeated(&self) -> bool {
         self.instruction.repeated
     }

@@ -299,10 +299,12 @@ impl<O: Observer> Observer for Filter<O> {
             Event::AddressSpace { .. } | Event::Marker(_) | Event::Dma { .. } => {
                 self.observer.event(event)
             }
-            Event::Skipped { .. } => {
-                self.tell_skipped()?;
-                self.observer.event(event)
+            // A gap within what is left out here is part of that.
+            Event::Skipped { instructions, .. } if self.skipped_from.is_some() => {
+                self.skipped = self.skipped.saturating_add(*instructions);
+                Ok(())
             }
+            Event::Skipped { .. } => self.observer.event(event),
             Event::Delivery { .. } | Event::Return { .. } => {
                 self.held.push(*event);
                 Ok(())

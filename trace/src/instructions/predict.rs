@@ -143,10 +143,10 @@ pub(super) struct Site {
 pub(super) struct AddressPredictor {
     pub(super) sites: Vec<Site>,
     /// What the base registers hold, as far as accesses tell.
-    bases: [u64; BASES],
+    pub(super) bases: [u64; BASES],
     /// By the site and the access before it.
     table: Vec<u64>,
-    previous: u64,
+    pub(super) previous: u64,
 }
 
 /// Which way an address that surprised is found.
@@ -191,64 +191,82 @@ impl AddressPredictor {
         }));
     }
 
-    /// The address that comes next at a site if nothing surprises, and what its other rule gives.
-    #[inline(always)]
-    pub(super) fn expected(&self, site: &Site) -> (u64, u64) {
-        let by_offset = self.bases[usize::from(site.base) % BASES]
-            .wrapping_add_signed(i64::from(site.displacement))
-            .wrapping_add(site.offset);
-        let by_stride = site.last.wrapping_add(site.stride);
-        if site.trust >= 2 << 4 { (by_offset, by_stride) } else { (by_stride, by_offset) }
-    }
-
     /// What else the address at a site may be.
     pub(super) fn surprise(&self, number: usize) -> Surprise {
         let site = &self.sites[number];
         let slot = hash(self.previous ^ (number as u64) << 40, ADDRESS_BITS);
-        Surprise { other: self.expected(site).1, followed: self.table[slot], last: site.last, slot }
+        Surprise {
+            other: site.expected(&self.bases).1,
+            followed: self.table[slot],
+            last: site.last,
+            slot,
+        }
     }
 
     /// A surprise turned out to be `address`.
     pub(super) fn settle(&mut self, surprise: Surprise, address: u64) {
         self.table[surprise.slot] = address;
     }
+}
 
-    /// `address` came at a site; gives what the site is from then on.
+/// What becomes of [`Site::trust`]: by the trust before, plus 64 if the stride was right, plus 128 if
+/// the offset was.
+const NEXT_TRUST: [u8; 256] = {
+    let mut table = [0; 256];
+    let mut index = 0;
+    while index < 256 {
+        let (stride_right, offset_right) = (index & 64 != 0, index & 128 != 0);
+        let stride = next_trust((index & 3) as u8, stride_right);
+        let offset = next_trust((index >> 2 & 3) as u8, offset_right);
+        let mut choice = (index >> 4 & 3) as u8;
+        if offset_right && !stride_right && choice < 3 {
+            choice += 1;
+        } else if stride_right && !offset_right && choice > 0 {
+            choice -= 1;
+        }
+        table[index] = stride | offset << 2 | choice << 4;
+        index += 1;
+    }
+    table
+};
+
+/// Trust grows to 2 and shrinks to 0 by steps of one.
+const fn next_trust(trust: u8, right: bool) -> u8 {
+    if !right {
+        trust.saturating_sub(1)
+    } else if trust < 2 {
+        trust + 1
+    } else {
+        2
+    }
+}
+
+impl Site {
+    /// The address that comes next if nothing surprises, and what the other rule gives.
     #[inline(always)]
-    pub(super) fn take(&mut self, mut site: Site, address: u64) -> Site {
-        let displacement = i64::from(site.displacement);
-        let base = &mut self.bases[usize::from(site.base) % BASES];
-        let origin = address.wrapping_add_signed(-displacement);
+    pub(super) fn expected(&self, bases: &[u64; BASES]) -> (u64, u64) {
+        let by_offset = bases[usize::from(self.base) % BASES]
+            .wrapping_add_signed(i64::from(self.displacement))
+            .wrapping_add(self.offset);
+        let by_stride = self.last.wrapping_add(self.stride);
+        if self.trust >= 2 << 4 { (by_offset, by_stride) } else { (by_stride, by_offset) }
+    }
+
+    /// `address` came.
+    #[inline(always)]
+    pub(super) fn take(&mut self, bases: &mut [u64; BASES], address: u64) {
+        let base = &mut bases[usize::from(self.base) % BASES];
+        let origin = address.wrapping_sub(i64::from(self.displacement) as u64);
         let offset = origin.wrapping_sub(*base);
-        *base = origin.wrapping_add_signed(i64::from(site.step));
-        let stride = address.wrapping_sub(site.last);
-        let stride_right = stride == site.stride;
-        let offset_right = offset == site.offset;
-        let (mut stride_trust, mut offset_trust, mut choice) =
-            (site.trust & 3, site.trust >> 2 & 3, site.trust >> 4);
-        if stride_right {
-            stride_trust = (stride_trust + 1).min(2);
-        } else if stride_trust == 0 {
-            site.stride = stride;
-        } else {
-            stride_trust -= 1;
-        }
-        if offset_right {
-            offset_trust = (offset_trust + 1).min(2);
-        } else if offset_trust == 0 {
-            site.offset = offset;
-        } else {
-            offset_trust -= 1;
-        }
-        if offset_right & !stride_right {
-            choice = (choice + 1).min(3);
-        } else if stride_right & !offset_right {
-            choice = choice.saturating_sub(1);
-        }
-        site.trust = stride_trust | offset_trust << 2 | choice << 4;
-        site.last = address;
-        self.previous = address;
-        site
+        *base = origin.wrapping_add_signed(i64::from(self.step));
+        let stride = address.wrapping_sub(self.last);
+        let (stride_right, offset_right) = (stride == self.stride, offset == self.offset);
+        // What was right stays the same when it is replaced.
+        self.stride = if self.trust & 3 == 0 { stride } else { self.stride };
+        self.offset = if self.trust & 12 == 0 { offset } else { self.offset };
+        let index = self.trust & 63 | u8::from(stride_right) << 6 | u8::from(offset_right) << 7;
+        self.trust = NEXT_TRUST[usize::from(index)];
+        self.last = address;
     }
 }
 

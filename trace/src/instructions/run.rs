@@ -147,17 +147,20 @@ pub struct Run<'a> {
 
 impl<'a> Run<'a> {
     /// The block's number, which stands for it until [`Observer::new_blocks`].
+    #[inline]
     pub fn id(&self) -> u32 {
         self.id
     }
 
     /// The block.
+    #[inline]
     pub fn block(&self) -> BlockRef<'a> {
         self.block
     }
 
     /// Number of the first instruction of the block that belongs to the run: 0, unless a filter
     /// left out what was before.
+    #[inline]
     pub fn first(&self) -> usize {
         self.first
     }
@@ -169,21 +172,25 @@ impl<'a> Run<'a> {
     }
 
     /// Whether control left after fewer instructions than the block has.
+    #[inline]
     pub fn is_cut(&self) -> bool {
         self.end < self.block.instruction_count()
     }
 
     /// Accesses made by an instruction that did not retire.
+    #[inline]
     pub fn unretired_accesses(&self) -> usize {
         self.unretired_accesses
     }
 
     /// Linear addresses of all accesses, in order.
+    #[inline]
     pub fn addresses(&self) -> &'a [u64] {
         self.addresses
     }
 
     /// Linear address of the run's first instruction.
+    #[inline]
     pub fn linear(&self) -> u64 {
         self.block.instruction(self.first).map_or(self.block.linear(), |first| first.linear())
     }
@@ -344,6 +351,7 @@ pub struct Access<'a> {
 
 impl<'a> Step<'a> {
     /// Its accesses, in order.
+    #[inline]
     pub fn accesses(&self) -> impl Iterator<Item = Access<'a>> + use<'a> {
         let step = *self;
         let mut values_taken = 0;

@@ -21,7 +21,7 @@ use super::{Contents, TraceError};
 use crate::varint::{Taker, put, put_difference};
 
 /// The most instructions, and accesses with register writes, in a segment's definitions.
-const MAX_SEGMENT_DEFINITIONS: usize = 1 << 21;
+const MAX_SEGMENT_DEFINITIONS: usize = 1 << 22;
 /// A writer ends a segment whose columns have this many bytes. What one run adds behind that stays far
 /// below [`super::columns::MAX_COLUMN_BYTES`].
 const FULL_COLUMN_BYTES: u64 = 32 << 20;
@@ -29,6 +29,9 @@ const FULL_COLUMN_BYTES: u64 = 32 << 20;
 const MAX_RUN_VALUES: usize = 1 << 20;
 /// Runs between looks at the size of all columns.
 const RUNS_BETWEEN_LOOKS: u64 = 32;
+/// Room for the definitions that come between looks.
+const MORE_DEFINITIONS: usize =
+    RUNS_BETWEEN_LOOKS as usize * (MAX_BLOCK_INSTRUCTIONS + MAX_BLOCK_ACCESSES);
 /// A reader gives batches of about this many words.
 const BATCH_WORDS: usize = 1 << 14;
 /// And of about this many addresses.
@@ -126,6 +129,7 @@ impl SegmentEncoder {
     }
 
     /// Takes a run; true if the segment is to be finished now.
+    #[inline]
     pub(crate) fn run(&mut self, run: &Run<'_>) -> Result<bool, TraceError> {
         if run.values.len() > MAX_RUN_VALUES {
             return Err(TraceError::Contract("a run has more values than a trace stores"));
@@ -159,9 +163,8 @@ impl SegmentEncoder {
         self.head.instructions += run.retired() as u64;
         self.position.pass_run(run);
         let look = !plain || self.contents.values || self.contents.registers;
-        Ok(self.counts_are_full()
-            || ((look || self.head.runs.is_multiple_of(RUNS_BETWEEN_LOOKS))
-                && self.columns_are_full()))
+        Ok(self.head.instructions >= self.options.instructions
+            || ((look || self.head.runs.is_multiple_of(RUNS_BETWEEN_LOOKS)) && self.is_full()))
     }
 
     /// Takes an event; true if the segment is to be finished now.
@@ -172,20 +175,17 @@ impl SegmentEncoder {
             self.head.skipped = self.head.skipped.saturating_add(*instructions);
         }
         self.position.pass_event(event);
-        self.columns_are_full()
+        self.is_full()
     }
 
-    fn counts_are_full(&self) -> bool {
-        self.head.instructions >= self.options.instructions
+    /// Whether the segment has as much of anything as it may have, instructions apart.
+    fn is_full(&self) -> bool {
+        self.columns.bytes() >= FULL_COLUMN_BYTES
             || self.head.runs >= self.options.instructions
             || self.head.accesses >= MAX_SEGMENT_ITEMS / 2
-            || self.locals.len() >= MAX_SEGMENT_BLOCKS
-            || self.definition_sizes.0 + MAX_BLOCK_INSTRUCTIONS > MAX_SEGMENT_DEFINITIONS
-            || self.definition_sizes.1 + 2 * MAX_BLOCK_ACCESSES > MAX_SEGMENT_DEFINITIONS
-    }
-
-    fn columns_are_full(&self) -> bool {
-        self.columns.bytes() >= FULL_COLUMN_BYTES
+            || self.locals.len() + RUNS_BETWEEN_LOOKS as usize > MAX_SEGMENT_BLOCKS
+            || self.definition_sizes.0 + MORE_DEFINITIONS > MAX_SEGMENT_DEFINITIONS
+            || self.definition_sizes.1 + MORE_DEFINITIONS > MAX_SEGMENT_DEFINITIONS
     }
 
     /// Ends the segment and gives its bytes; the next one begins.

@@ -163,15 +163,24 @@ impl AddressStream {
     /// Appends addresses of as many sites from `first_site` on.
     #[inline]
     pub(super) fn put(&mut self, columns: &mut Columns, first_site: usize, addresses: &[u64]) {
-        for (number, address) in (first_site..).zip(addresses) {
-            let site = self.predictor.sites[number];
-            if self.predictor.expected(&site).0 == *address {
+        let mut previous = self.predictor.previous;
+        let mut number = first_site;
+        for address in addresses {
+            let AddressPredictor { sites, bases, .. } = &mut self.predictor;
+            let site = &mut sites[number];
+            if site.expected(bases).0 == *address {
                 self.hits += 1;
+                site.take(bases, *address);
             } else {
+                self.predictor.previous = previous;
                 self.put_surprise(columns, number, *address);
+                let AddressPredictor { sites, bases, .. } = &mut self.predictor;
+                sites[number].take(bases, *address);
             }
-            self.predictor.sites[number] = self.predictor.take(site, *address);
+            previous = *address;
+            number += 1;
         }
+        self.predictor.previous = previous;
     }
 
     fn put_surprise(&mut self, columns: &mut Columns, number: usize, address: u64) {
@@ -220,14 +229,16 @@ impl AddressStream {
         out: &mut Vec<u64>,
     ) -> Result<(), Fault> {
         for number in first_site..first_site + count {
-            let site = self.predictor.sites[number];
+            let AddressPredictor { sites, bases, .. } = &mut self.predictor;
             let address = if self.hits > 0 {
                 self.hits -= 1;
-                self.predictor.expected(&site).0
+                sites[number].expected(bases).0
             } else {
                 self.take_surprise(columns, number)?
             };
-            self.predictor.sites[number] = self.predictor.take(site, address);
+            let AddressPredictor { sites, bases, .. } = &mut self.predictor;
+            sites[number].take(bases, address);
+            self.predictor.previous = address;
             out.push(address);
         }
         Ok(())

@@ -436,7 +436,9 @@ impl Synthetic {
                         self.execute(place, &piece, 0);
                         self.call(in_kernel, target);
                     } else {
-                        // Nothing deeper: skips to the end, over calls.
+                        // Nothing deeper: leaves out the rest of the function, and says so.
+                        let address = Some(self.base() + piece.offset);
+                        self.event(Event::Skipped { instructions: 0, address });
                         number = count - 2;
                     }
                 }

@@ -1,0 +1,246 @@
+//! drmemtrace's records, read back by the rules that its readers and its invariant checker have.
+
+use std::collections::HashMap;
+
+use reprise_export::drmemtrace::{DrMemTrace, Summary};
+
+use crate::account::{deliveries, retired, show, show_user, with_physical};
+use crate::synthetic::Executed;
+
+/// A record: type, size, address.
+type Record = (u16, u16, u64);
+
+const MARKER: u16 = 28;
+const NO_FETCH: u16 = 29;
+const ENCODING: u16 = 47;
+
+fn records(bytes: &[u8]) -> Vec<Record> {
+    assert_eq!(bytes.len() % 12, 0);
+    let split = bytes.chunks(12).map(|one| {
+        let half = |at: usize| u16::from_le_bytes(one[at..at + 2].try_into().expect("two bytes"));
+        (half(0), half(2), u64::from_le_bytes(one[4..].try_into().expect("eight bytes")))
+    });
+    split.collect()
+}
+
+fn export(seed: u64) -> (Vec<Record>, Summary, Vec<crate::synthetic::Entry>) {
+    let mut exporter = DrMemTrace::new(Vec::new());
+    let entries = show(with_physical(seed), 20_000, &mut exporter);
+    let (bytes, summary) = exporter.into_parts();
+    (records(&bytes), summary, entries)
+}
+
+/// An instruction as a reader would show it.
+#[derive(Debug, Default)]
+struct Fetched {
+    kind: u16,
+    address: u64,
+    bytes: Vec<u8>,
+    target: Option<u64>,
+    accesses: Vec<(u16, u16, u64)>,
+}
+
+fn is_fetch(kind: u16) -> bool {
+    (10..=16).contains(&kind) || [31, 48, 49].contains(&kind)
+}
+
+fn is_branch(kind: u16) -> bool {
+    (11..=16).contains(&kind) || [48, 49].contains(&kind)
+}
+
+/// Puts the records together, checking what a reader checks.
+#[derive(Default)]
+struct Reader {
+    encodings: HashMap<u64, Vec<u8>>,
+    pending_encoding: Vec<u8>,
+    pending_target: Option<u64>,
+    pages: HashMap<u64, u64>,
+    physical: Option<u64>,
+    fetched: Vec<Fetched>,
+    depth: i64,
+    interrupted: Vec<u64>,
+    /// Control may be anywhere: behind an event, a return or a gap.
+    anywhere: bool,
+    events: usize,
+    windows: usize,
+}
+
+impl Reader {
+    fn take(&mut self, (kind, size, address): Record) {
+        match kind {
+            ENCODING => {
+                assert!((1..=8).contains(&size));
+                self.pending_encoding.extend(&address.to_le_bytes()[..usize::from(size)]);
+            }
+            MARKER => self.marker(size, address),
+            kind if is_fetch(kind) => self.fetch(kind, size, address),
+            NO_FETCH => {
+                let last = self.fetched.last().expect("a fetch comes first");
+                assert_eq!((last.address, last.kind), (address, 10), "a repetition of the last");
+                assert_eq!(last.bytes.len(), usize::from(size));
+            }
+            0 | 1 => {
+                assert!(self.pages.contains_key(&(address >> 12)), "its page was told");
+                let last = self.fetched.last_mut().expect("a fetch comes first");
+                last.accesses.push((kind, size, address));
+            }
+            other => panic!("a record of type {other} here"),
+        }
+    }
+
+    fn marker(&mut self, marker: u16, value: u64) {
+        match marker {
+            2 | 3 => {}
+            14 => {
+                self.windows += 1;
+                self.anywhere = true;
+            }
+            15 => self.physical = Some(value),
+            17 => {
+                let physical = self.physical.take().expect("the physical address comes first");
+                assert_eq!(physical & 0xfff, value & 0xfff);
+                self.pages.insert(value >> 12, physical >> 12);
+            }
+            29 => self.pending_target = Some(value),
+            43 => {
+                self.check_flow(value);
+                self.interrupted.push(value);
+                self.depth += 1;
+                self.events += 1;
+                self.anywhere = true;
+            }
+            44 => {
+                self.depth -= 1;
+                assert!(self.depth >= 0, "a return has its event");
+                self.anywhere = true;
+            }
+            other => panic!("marker {other} here"),
+        }
+    }
+
+    /// Control is at `address`: does the instruction before lead there?
+    fn check_flow(&mut self, address: u64) {
+        let anywhere = std::mem::take(&mut self.anywhere);
+        let Some(last) = self.fetched.last().filter(|_| !anywhere) else { return };
+        let next = last.address + last.bytes.len() as u64;
+        let displacement = |at: usize| {
+            let bytes = last.bytes[at..at + 4].try_into().expect("four bytes");
+            next.wrapping_add_signed(i64::from(i32::from_le_bytes(bytes)))
+        };
+        let expected = match last.kind {
+            10 | 49 => next,
+            48 => displacement(2),
+            11 | 14 => displacement(1),
+            12 | 15 | 16 => last.target.expect("an indirect branch has its target"),
+            other => panic!("an instruction of type {other}"),
+        };
+        assert_eq!(address, expected, "behind {last:x?}");
+    }
+
+    fn fetch(&mut self, kind: u16, size: u16, address: u64) {
+        self.check_flow(address);
+        let encoding = std::mem::take(&mut self.pending_encoding);
+        if !encoding.is_empty() {
+            self.encodings.insert(address, encoding);
+        }
+        let bytes = self.encodings.get(&address).expect("the encoding was told").clone();
+        assert_eq!(bytes.len(), usize::from(size));
+        let last = address + u64::from(size) - 1;
+        assert!(
+            self.pages.contains_key(&(address >> 12)) && self.pages.contains_key(&(last >> 12))
+        );
+        let target = self.pending_target.take();
+        assert_eq!(
+            target.is_some(),
+            [12, 15, 16].contains(&kind),
+            "indirect branches have targets"
+        );
+        assert!(!is_branch(kind) || kind != 13, "conditional branches say whether they are taken");
+        self.fetched.push(Fetched { kind, address, bytes, target, accesses: Vec::new() });
+    }
+}
+
+/// The type that the bytes say.
+fn kinds(bytes: &[u8]) -> &'static [u16] {
+    match bytes {
+        [0x0f, 0x85, ..] => &[48, 49],
+        [0xe8, ..] => &[14],
+        [0xff, 0xd0] => &[15],
+        [0xc3] | [0x48, 0xcf] => &[16],
+        _ => &[10],
+    }
+}
+
+/// What a reader should show of an instruction's accesses.
+fn accesses(executed: &Executed) -> Vec<(u16, u16, u64)> {
+    let both = executed.accesses.iter().flat_map(|one| {
+        let read = one.kind.reads().then_some((0, one.size_bytes, one.address));
+        let write = one.kind.writes().then_some((1, one.size_bytes, one.address));
+        read.into_iter().chain(write)
+    });
+    both.collect()
+}
+
+#[test]
+fn a_file_begins_and_ends_as_readers_expect() {
+    let (records, summary, _) = export(1);
+    assert_eq!(records.len() as u64, summary.records);
+    let begin = [
+        (25, 0, 7),
+        (MARKER, 12, 7),
+        (MARKER, 9, 0x40000 | 0x40 | 0x200),
+        (22, 4, 1),
+        (24, 4, 1),
+        (MARKER, 10, 64),
+        (MARKER, 18, 4096),
+        (MARKER, 2, 11_644_473_600_000_000),
+        (MARKER, 3, 0),
+    ];
+    assert_eq!(records[..9], begin);
+    assert_eq!(records[records.len() - 2..], [(23, 4, 1), (26, 0, 0)]);
+    let times: Vec<u64> =
+        records.iter().filter(|one| one.0 == MARKER && one.1 == 2).map(|one| one.2).collect();
+    assert!(times.len() > 2 && times.is_sorted());
+}
+
+#[test]
+fn a_reader_sees_what_the_machine_did() {
+    for seed in 1..4 {
+        let (records, summary, entries) = export(seed);
+        let mut reader = Reader::default();
+        records[9..records.len() - 2].iter().for_each(|record| reader.take(*record));
+        // An interrupted REP is shown too, as an instruction of its own.
+        let executed: Vec<&Executed> = entries
+            .iter()
+            .filter_map(|entry| match entry {
+                crate::synthetic::Entry::Instruction(executed) => Some(executed),
+                crate::synthetic::Entry::Event(_) => None,
+            })
+            .collect();
+        assert_eq!(summary.instructions, retired(&entries).len() as u64);
+        assert_eq!(reader.fetched.len(), executed.len(), "seed {seed}");
+        for (fetched, executed) in reader.fetched.iter().zip(executed) {
+            assert_eq!(fetched.address, executed.linear, "seed {seed}");
+            assert_eq!(fetched.bytes, executed.bytes, "seed {seed}");
+            assert_eq!(fetched.accesses, accesses(executed), "seed {seed}: {executed:x?}");
+            assert!(kinds(&fetched.bytes).contains(&fetched.kind), "seed {seed}: {fetched:x?}");
+            for one in &executed.accesses {
+                let physical = one.physical.expect("physical addresses are in the trace");
+                assert_eq!(physical & 0xfff, one.address & 0xfff);
+            }
+        }
+        let system_calls = reader.fetched.iter().filter(|one| one.bytes == [0x0f, 0x05]).count();
+        assert_eq!(reader.events, deliveries(&entries) + system_calls, "seed {seed}");
+        assert_eq!(reader.depth, 0, "seed {seed}: every event has its return");
+    }
+}
+
+#[test]
+fn a_gap_is_a_new_window() {
+    let exporter = show_user(4, 20_000, DrMemTrace::new(Vec::new()));
+    let records = records(&exporter.into_parts().0);
+    let windows: Vec<u64> =
+        records.iter().filter(|one| one.0 == MARKER && one.1 == 14).map(|one| one.2).collect();
+    assert!(windows.len() > 10);
+    assert!(windows.is_sorted_by(|a, b| a < b));
+}

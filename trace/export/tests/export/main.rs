@@ -1,0 +1,13 @@
+//! Exports against independent accounts of the same synthetic trace.
+
+#[path = "../../../tests/instructions/synthetic.rs"]
+#[allow(dead_code)]
+mod synthetic;
+
+mod account;
+mod analysis;
+mod bbv;
+mod champsim;
+mod drmemtrace;
+mod files;
+mod text;
