@@ -7,7 +7,7 @@
 //! use a machine on which nothing else runs. The batches are made before the clock starts, and
 //! what is written is thrown away.
 
-#[path = "../tests/instructions/synthetic.rs"]
+#[path = "../tests/instructions/synthetic/mod.rs"]
 #[allow(dead_code)]
 mod synthetic;
 

@@ -164,8 +164,7 @@ impl AddressStream {
     #[inline]
     pub(super) fn put(&mut self, columns: &mut Columns, first_site: usize, addresses: &[u64]) {
         let mut previous = self.predictor.previous;
-        let mut number = first_site;
-        for address in addresses {
+        for (number, address) in (first_site..).zip(addresses) {
             let AddressPredictor { sites, bases, .. } = &mut self.predictor;
             let site = &mut sites[number];
             if site.expected(bases).0 == *address {
@@ -178,7 +177,6 @@ impl AddressStream {
                 sites[number].take(bases, *address);
             }
             previous = *address;
-            number += 1;
         }
         self.predictor.previous = previous;
     }

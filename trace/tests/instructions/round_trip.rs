@@ -194,3 +194,28 @@ fn two_observers_see_the_same() {
     assert_eq!(both.0.entries, entries);
     assert_eq!(both.0, both.1);
 }
+
+/// A file of format version 1, and the CRC32C of what reading it shows, as text. If this fails, the
+/// format has changed: raise its version.
+const VERSION_1: (&[u8], u32) = (include_bytes!("version-1.trace"), 0x4a58_6b59);
+
+#[test]
+fn a_file_of_version_1_still_reads() {
+    let (file, shown) = VERSION_1;
+    let (account, ending) = read(file);
+    assert_eq!(
+        ending.expect("reads"),
+        Ending::Complete { notes: vec!["left out: nothing".into()] }
+    );
+    assert_eq!(crc32c::crc32c(format!("{:?}", account.entries).as_bytes()), shown);
+}
+
+#[test]
+#[ignore = "makes the file that the test above reads"]
+fn make_a_file_of_this_version() {
+    let options = Options { functions: 8, interrupt_period: 40, ..Options::with_everything(2) };
+    let sample = Sample::new(options, 1_500, 800);
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/instructions/version-1.trace");
+    std::fs::write(path, &sample.file).expect("can be written");
+    println!("{:#x}", crc32c::crc32c(format!("{:?}", sample.entries).as_bytes()));
+}

@@ -1,6 +1,6 @@
 //! Exports against independent accounts of the same synthetic trace.
 
-#[path = "../../../tests/instructions/synthetic.rs"]
+#[path = "../../../tests/instructions/synthetic/mod.rs"]
 #[allow(dead_code)]
 mod synthetic;
 
