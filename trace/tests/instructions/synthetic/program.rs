@@ -136,7 +136,7 @@ impl Code {
                 let mut forms: Vec<Form> =
                     (0..1 + random.below(6)).map(|_| FORMS[random.below(14) as usize]).collect();
                 for (rare, one_in) in
-                    [(TABLE_READ, 20), (VECTOR_READ, 12), (REP_MOVSQ, 40), (CONSTANT, 10)]
+                    [(TABLE_READ, 20), (VECTOR_READ, 12), (REP_MOVSQ, 15), (CONSTANT, 10)]
                 {
                     if random.chance(one_in) {
                         forms.push(rare);
