@@ -93,8 +93,6 @@ impl AccessKind {
 
 /// Registers that addresses are made from: the numbers 0 to 15 are RAX to R15 in encoding order.
 pub const NO_BASE: u8 = 16;
-/// Base numbers, [`NO_BASE`] included.
-pub(crate) const BASES: usize = NO_BASE as usize + 1;
 
 /// An access that an instruction makes whenever it retires.
 ///

@@ -1,8 +1,10 @@
 //! What a segment's writer and reader both expect next, from what both have seen: only surprises are
 //! stored. `FORMAT.md` gives the rules; a change to one is a new version of the format.
 
-use super::block::{BASES, BlockEnd, PAGE_BYTES, StaticAccess};
+use super::block::{BlockEnd, PAGE_BYTES, StaticAccess};
 
+/// Places for base values: more than there are base numbers, so that finding one takes no division.
+const BASES: usize = 32;
 /// No block.
 pub(super) const NONE: u32 = u32::MAX;
 /// Bits of the successor table's index.

@@ -473,6 +473,7 @@ pub(super) fn walk(
     let mut walker = Walker {
         blocks,
         contents,
+        has_more: contents != Contents::default(),
         words: &batch.words,
         addresses: &batch.addresses,
         counts: &batch.counts,
@@ -488,7 +489,10 @@ pub(super) fn walk(
             let event = events.next();
             observer.event(event.ok_or(TraceError::Contract("an event is missing"))?)?;
         } else {
-            observer.run(&walker.run(*word)?)?;
+            match walker.plain_run(*word) {
+                Some(run) => observer.run(&run)?,
+                None => observer.run(&walker.run(*word)?)?,
+            }
         }
     }
     let at_end = walker.addresses.is_empty()
@@ -504,6 +508,8 @@ pub(super) fn walk(
 struct Walker<'a> {
     blocks: &'a Blocks,
     contents: Contents,
+    /// There is more than addresses.
+    has_more: bool,
     words: &'a [u32],
     addresses: &'a [u64],
     counts: &'a [u32],
@@ -524,23 +530,23 @@ fn take<'a, T>(column: &mut &'a [T], count: usize) -> Result<&'a [T], TraceError
 }
 
 impl<'a> Walker<'a> {
-    /// The run that `word` names.
-    #[inline]
-    fn run(&mut self, word: u32) -> Result<Run<'a>, TraceError> {
-        let block =
-            self.blocks.get(word).ok_or(TraceError::Contract("a word names no defined block"))?;
+    /// The run that `word` names, if it is whole and has nothing but addresses: nearly all are.
+    #[inline(always)]
+    fn plain_run(&mut self, word: u32) -> Option<Run<'a>> {
+        let block = self.blocks.get(word)?;
         let raw = block.raw();
-        let is_cut = self.words.first().is_some_and(|word| is_cut(*word));
-        if is_cut || raw.varies || self.contents != Contents::default() {
-            return self.run_with_more(word, block, is_cut);
+        if self.has_more || raw.varies || self.words.first().is_some_and(|word| is_cut(*word)) {
+            return None;
         }
-        Ok(Run {
+        let (addresses, rest) = self.addresses.split_at_checked(raw.access_count as usize)?;
+        self.addresses = rest;
+        Some(Run {
             id: word,
             block,
             first: 0,
             end: raw.instruction_count as usize,
             unretired_accesses: 0,
-            addresses: take(&mut self.addresses, raw.access_count as usize)?,
+            addresses,
             counts: &[],
             physical: &[],
             values: &[],
@@ -548,7 +554,15 @@ impl<'a> Walker<'a> {
         })
     }
 
-    /// A run that is not the plain case.
+    /// The run that `word` names.
+    fn run(&mut self, word: u32) -> Result<Run<'a>, TraceError> {
+        let block =
+            self.blocks.get(word).ok_or(TraceError::Contract("a word names no defined block"))?;
+        let is_cut = self.words.first().is_some_and(|word| is_cut(*word));
+        self.run_with_more(word, block, is_cut)
+    }
+
+    /// Any run.
     fn run_with_more(
         &mut self,
         id: u32,

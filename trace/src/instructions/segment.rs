@@ -54,6 +54,8 @@ struct LocalBlock {
 /// Makes segments of runs and events.
 pub(crate) struct SegmentEncoder {
     contents: Contents,
+    /// There is more than addresses.
+    has_more: bool,
     options: SegmentOptions,
     compressor: Compressor<'static>,
     columns: Columns,
@@ -87,6 +89,7 @@ impl SegmentEncoder {
         };
         Ok(Self {
             contents,
+            has_more: contents != Contents::default(),
             options,
             compressor: Compressor::new(options.level).map_err(TraceError::Write)?,
             columns: Columns::default(),
@@ -156,13 +159,13 @@ impl SegmentEncoder {
         } else {
             self.put_groups(run, first_site)?;
         }
-        if self.contents != Contents::default() {
+        if self.has_more {
             self.put_optional(run)?;
         }
         self.head.accesses += run.addresses.len() as u64;
         self.head.instructions += run.retired() as u64;
         self.position.pass_run(run);
-        let look = !plain || self.contents.values || self.contents.registers;
+        let look = !plain || self.has_more;
         Ok(self.head.instructions >= self.options.instructions
             || ((look || self.head.runs.is_multiple_of(RUNS_BETWEEN_LOOKS)) && self.is_full()))
     }

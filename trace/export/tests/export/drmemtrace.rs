@@ -103,7 +103,11 @@ impl Reader {
             }
             29 => self.pending_target = Some(value),
             43 => {
-                self.check_flow(value);
+                // A REP that an interrupt suspends begins again where it stands.
+                let suspends = |last: &Fetched| last.bytes[0] == 0xf3 && last.address == value;
+                if !self.fetched.last().is_some_and(suspends) {
+                    self.check_flow(value);
+                }
                 self.interrupted.push(value);
                 self.depth += 1;
                 self.events += 1;
