@@ -176,18 +176,20 @@ impl Write for FullDisk {
 
 #[test]
 fn a_full_disk_is_told_and_leaves_whole_segments() {
-    let sample = Sample::new(Options::new(6), 9_000, 2_000);
-    for part in 1..8 {
-        let mut disk = FullDisk { bytes: Vec::new(), room: sample.file.len() * part / 8 };
+    let mut machine = Synthetic::new(Options::new(6));
+    let batch = machine.advance(9_000);
+    let write = |out: &mut dyn Write| {
         let segments = SegmentOptions { instructions: 2_000, ..SegmentOptions::default() };
-        let mut machine = Synthetic::new(Options::new(6));
-        let batch = machine.advance(9_000);
-        let written = TraceWriter::create(&mut disk, &header(Contents::default()), segments)
-            .and_then(|mut writer| {
-                writer.begin(&Position::default())?;
-                Feed::new(Contents::default()).push(&batch, &mut writer)?;
-                writer.finish(&[]).map(drop)
-            });
+        let mut writer = TraceWriter::create(out, &header(Contents::default()), segments)?;
+        writer.begin(&Position::default())?;
+        Feed::new(Contents::default()).push(&batch, &mut writer)?;
+        writer.finish(&[]).map(drop)
+    };
+    let mut whole = Vec::new();
+    write(&mut whole).expect("memory suffices");
+    for part in 1..8 {
+        let mut disk = FullDisk { bytes: Vec::new(), room: whole.len() * part / 8 };
+        let written = write(&mut disk);
         assert!(matches!(written, Err(TraceError::Write(_))), "{written:?}");
         let (account, ending) = read(&disk.bytes);
         assert!(matches!(ending, Ok(Ending::CutShort { .. })), "{ending:?}");
