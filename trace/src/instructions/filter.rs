@@ -254,9 +254,10 @@ impl<O: Observer> Filter<O> {
             }
         }
         if let Some(Sample { period, length }) = self.selection.sample {
-            let phase = number % period.max(1);
+            let period = period.max(1);
+            let phase = number % period;
             let here = phase < length;
-            let distance = if here { length.min(period.max(1)) } else { period } - phase;
+            let distance = if here { length.min(period) } else { period } - phase;
             until = until.min(index.saturating_add(distance as usize));
             if !here {
                 return (until, Some(&mut self.left_out.between_samples));

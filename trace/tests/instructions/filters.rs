@@ -179,3 +179,15 @@ fn a_filter_knows_when_nothing_can_follow() {
     feed(Options::new(14), 3_000, 900, &mut filter);
     assert!(filter.is_past_window());
 }
+
+#[test]
+fn samples_of_nothing_and_of_everything_come_to_an_end() {
+    for (period, length, keeps_all) in [(0, 0, false), (0, 1, true), (5, 0, false), (5, 9, true)] {
+        let sample = Some(Sampling { period, length });
+        let selection = Selection { sample, ..Selection::default() };
+        let mut filter = Filter::new(selection, Account::default());
+        let entries = feed(Options::new(15), 2_000, 900, &mut filter);
+        let (kept, all) = (instructions(&filter.observer().entries), instructions(&entries));
+        assert_eq!(kept.len(), if keeps_all { all.len() } else { 0 }, "{length} of {period}");
+    }
+}
