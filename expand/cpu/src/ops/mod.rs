@@ -1,5 +1,21 @@
 //! Instructions written by hand: those that a native sequence cannot be. Each module names the
 //! instructions it handles in its `select`; what none of them takes runs natively.
+//!
+//! # To add one
+//!
+//! 1. Write it as a handler in the file of its kind (here, or in `system/`), with the [`handler!`] macro:
+//!    `handler!(name(cpu, op) { ... })`. The body ends in `Ok(())`, or in a [`crate::fault::Stop`] that
+//!    `cpu.fault(...)` gives. Nothing of the guest may have changed when it faults or leaves for the board:
+//!    check first, then change. Operands are in [`Op`]'s fields; memory goes through `cpu.load` and
+//!    `cpu.store` (then end with `cpu.stored()`), the stack through `cpu.push` and `cpu.peek`.
+//! 2. Name it in that file's `select`, fill in the fields that it reads, and say what it means for its
+//!    block: [`BlockEnd::Continue`] if the next instruction may follow in the block, `After` if it
+//!    changes how code is decoded, fetched or interrupted, `Branch` if it sets RIP.
+//! 3. Translated code calls it where it stands. Should it be worth code of its own, add that to
+//!    `translate/`, with nothing that touches the flags and a slow way that is this handler.
+//! 4. Add its opcode to the cases in `expand/cpu/tests/` (every guest there runs with and without
+//!    translation), and to `tests/differential/opcodes.rs` if it runs at privilege level 3: the real
+//!    CPU is asked then. `ops/coverage.rs` fails if two files claim it, or none.
 
 mod bcd;
 mod bits;
