@@ -47,13 +47,16 @@ impl Soft {
     pub(crate) fn run(&mut self, input: &UserInput) -> Result<UserOutcome, String> {
         self.start(input);
         let until = self.engine.tick() + MAX_INSTRUCTIONS;
-        match self.engine.run(until) {
+        let reason = match self.engine.run(until) {
             Ok(Exit::Halt) => {
-                user_oracle::outcome(&mut self.engine).map_err(|error| error.to_string())
+                return user_oracle::outcome(&mut self.engine).map_err(|error| error.to_string());
             }
-            Ok(exit) => Err(format!("{exit:?}")),
-            Err(error) => Err(error.to_string()),
-        }
+            Ok(exit) => format!("{exit:?}"),
+            Err(error) => error.to_string(),
+        };
+        // It may wait for something now that no case gives it.
+        self.begin_afresh();
+        Err(reason)
     }
 
     /// The state before each instruction that a sequence executes, the handler's HLT included.
@@ -73,8 +76,7 @@ impl Soft {
 
     fn start(&mut self, input: &UserInput) {
         if self.next_code_page >= ENGINE_RAM_MIB << 20 {
-            (self.engine, self.memory) = fresh_engine(self.translation);
-            self.next_code_page = IMAGE_BYTES;
+            self.begin_afresh();
         }
         let state = user_oracle::build_image(&self.layout, input).expect("a case fits its pages");
         if self.next_code_page == IMAGE_BYTES {
@@ -88,6 +90,11 @@ impl Soft {
         self.write(entry, &(self.next_code_page | rights).to_le_bytes());
         self.next_code_page += PAGE_BYTES;
         self.engine.set_cpu_state(&state).expect("state");
+    }
+
+    fn begin_afresh(&mut self) {
+        (self.engine, self.memory) = fresh_engine(self.translation);
+        self.next_code_page = IMAGE_BYTES;
     }
 
     /// Where the page tables of the layout have the entry of a page.

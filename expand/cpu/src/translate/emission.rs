@@ -294,7 +294,7 @@ impl<'a> Emission<'a> {
     }
 
     /// [`ADDRESS`] = the linear address of the operation's memory operand, which is
-    /// [addressable](addressable).
+    /// [`addressable`].
     pub(super) fn linear_address(&mut self, op: &Op) {
         self.effective_address(op);
         // ES, CS, SS and DS have no base in 64-bit mode.
