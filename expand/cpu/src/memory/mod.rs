@@ -9,7 +9,7 @@ pub(crate) mod walk;
 use reprise_machine::ram::GuestRam;
 
 use crate::fault::Fault;
-use physical::Physical;
+use physical::{PAGE_BYTES, Physical};
 use tlb::{Tlb, rights};
 use walk::{Accessor, Kind, Paging, Translation};
 
@@ -148,29 +148,51 @@ impl Memory {
     }
 
     fn page(&mut self, linear: u64, write: bool, accessor: Accessor) -> Result<Page, Fault> {
-        let kind = if write { Kind::Write } else { Kind::Read };
-        let Translation { page: physical, global, .. } = self.translate(linear, kind, accessor)?;
+        let rights = self.rights_of(accessor);
+        let physical = match self.tlb.known_data(rights, write, linear) {
+            Some(physical) => physical,
+            None => self.walk_data(linear, write, accessor, rights)?,
+        };
         let Some(host) = self.physical.host_page(physical) else {
             return Ok(Page::Mmio { physical });
         };
-        let rights = self.rights_of(accessor);
-        self.tlb.fill_data(rights, false, linear, host, global);
-        if write && self.physical.permit_writes(physical) {
-            self.tlb.fill_data(rights, true, linear, host, global);
+        if !write || self.physical.permit_writes(physical) {
+            self.tlb.permit(rights, write, linear, host);
         }
         Ok(Page::Ram { physical })
+    }
+
+    fn walk_data(
+        &mut self,
+        linear: u64,
+        write: bool,
+        accessor: Accessor,
+        rights: usize,
+    ) -> Result<u64, Fault> {
+        let kind = if write { Kind::Write } else { Kind::Read };
+        let found = self.translate(linear, kind, accessor)?;
+        // What may be written may be read.
+        self.tlb.learn_data(rights, false, linear, found);
+        if write {
+            self.tlb.learn_data(rights, true, linear, found);
+        }
+        Ok(found.page)
     }
 
     /// The guest-physical address of a byte to fetch.
     pub(crate) fn fetch_address(&mut self, linear: u64) -> Result<u64, Fault> {
         let accessor = Accessor { user: self.user, user_pages_forbidden: false };
         let table = self.rights_of(accessor);
-        if let Some(address) = self.tlb.hit_fetch(table, linear) {
-            return Ok(address);
-        }
-        let Translation { page, global, .. } = self.translate(linear, Kind::Fetch, accessor)?;
-        self.tlb.fill_fetch(table, linear, page, global);
-        Ok(page | linear & 0xfff)
+        let page = linear & !(PAGE_BYTES - 1);
+        let physical = match self.tlb.known_fetch(table, page) {
+            Some(physical) => physical,
+            None => {
+                let found = self.translate(linear, Kind::Fetch, accessor)?;
+                self.tlb.learn_fetch(table, page, found);
+                found.page
+            }
+        };
+        Ok(physical | linear % PAGE_BYTES)
     }
 
     /// Where the page of `linear` lies, by a walk.

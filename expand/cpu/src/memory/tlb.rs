@@ -1,11 +1,18 @@
-//! The software TLB: translations that have been walked, checked for rights, and found to be RAM.
+//! The software TLB, in two parts.
 //!
-//! Data tables are read by generated code, which finds an entry by the low 16 bits of the page number
-//! and compares without touching the flags: the last byte of an access plus the negated tag is below
-//! a page's size just when that byte lies in the tag's page.
+//! What has been walked, and checked for rights, is *known* until the guest flushes it or another page
+//! takes its place. That is the machine's TLB: it decides when page tables are walked again and their
+//! accessed and dirty bits set, so it may depend on nothing but the guest's own accesses, not on how
+//! code was cut into blocks.
+//!
+//! Of what is known, what is RAM that can be accessed without asking has a host address as well, in data
+//! tables that generated code reads. It finds an entry by the low 16 bits of the page number and compares
+//! without touching the flags: the last byte of an access plus the negated tag is below a page's size
+//! just when that byte lies in the tag's page.
 #![allow(unsafe_code)]
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::hash::{BuildHasherDefault, Hasher};
 use std::io;
 
 use super::low_memory::{AnyBytes, LowMemory};
@@ -14,11 +21,7 @@ use super::walk::Translation;
 
 /// Entries of one data table: as many as a 16-bit index tells apart.
 pub(crate) const ENTRIES: usize = 1 << 16;
-/// Entries of one fetch table; a power of two.
-const FETCH_ENTRIES: usize = 1024;
-/// A tag that no page address equals.
-const INVALID_FETCH: u64 = 1;
-/// So many fills, and forgetting them one by one is no longer quicker than forgetting everything.
+/// So many pages of one kind known, and everything is forgotten.
 const MAX_FILLS: usize = 1 << 15;
 
 /// Under which rights a table's entries were checked.
@@ -52,16 +55,14 @@ fn invalid(index: usize) -> u64 {
     ((index ^ (ENTRIES / 2)) as u64 * PAGE_BYTES).wrapping_neg()
 }
 
-/// A fetch translation.
-#[derive(Clone, Copy, Debug)]
-struct FetchEntry {
-    /// Linear page address, or [`INVALID_FETCH`].
+/// A page that has been walked.
+#[derive(Clone, Copy, Debug, Default)]
+struct Known {
+    /// The linear page's address plus one; zero for none.
     tag: u64,
     /// The guest-physical page.
     page: u64,
 }
-
-const NO_FETCH: FetchEntry = FetchEntry { tag: INVALID_FETCH, page: 0 };
 
 /// Data tables: a read and a write one for each of three rights, and one that is never filled.
 const DATA_TABLES: usize = 7;
@@ -70,29 +71,38 @@ const NEVER_FILLED: usize = 6;
 /// Read, write and fetch translations, apart by rights.
 #[derive(Debug)]
 pub(crate) struct Tlb {
+    /// Host addresses of known pages.
     data: LowMemory<Entry>,
-    fetch: Box<[[FetchEntry; FETCH_ENTRIES]; 3]>,
+    /// What is known for data, at the same places.
+    known: Box<[Known]>,
+    /// What is known for fetches, for each of two rights: pages of one address space, and of all.
+    fetch: [[HashMap<u64, u64, PageHash>; 2]; 2],
     /// Translations since the last flush of those that are not global, and of those that are.
     seen: [Seen; 2],
-    /// What was filled since it was last forgotten, some of it twice: pages of one address space.
-    local_fills: Vec<Fill>,
-    /// The same for pages that are in all address spaces.
-    global_fills: Vec<Fill>,
+    /// Places of data entries that became known since they were last forgotten, some of them twice:
+    /// pages of one address space, and of all.
+    fills: [Vec<u32>; 2],
 }
 
-/// An entry that was filled.
-#[derive(Clone, Copy, Debug)]
-struct Fill {
-    kind: FillKind,
-    rights: u8,
-    index: u16,
-}
+/// Hashes page addresses.
+type PageHash = BuildHasherDefault<PageHasher>;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum FillKind {
-    Read,
-    Write,
-    Fetch,
+/// Fibonacci hashing: 2^64 over the golden ratio.
+#[derive(Clone, Copy, Debug, Default)]
+struct PageHasher(u64);
+
+impl Hasher for PageHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|&byte| self.write_u64(byte.into()));
+    }
+
+    fn write_u64(&mut self, value: u64) {
+        self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
 }
 
 /// Which linear addresses translations came from, so that forgetting one page can be cheap.
@@ -112,10 +122,6 @@ fn index(linear: u64) -> usize {
     (linear / PAGE_BYTES) as usize % ENTRIES
 }
 
-fn fetch_index(linear: u64) -> usize {
-    (linear / PAGE_BYTES) as usize % FETCH_ENTRIES
-}
-
 /// The data table of accesses with `rights`.
 #[inline(always)]
 fn data_table(rights: usize, write: bool) -> usize {
@@ -131,11 +137,11 @@ impl Tlb {
             entry.negated_tag = invalid(number % ENTRIES);
         }
         Ok(Self {
+            known: vec![Known::default(); DATA_TABLES * ENTRIES].into_boxed_slice(),
             data,
-            fetch: Box::new([[NO_FETCH; FETCH_ENTRIES]; 3]),
+            fetch: Default::default(),
             seen: Default::default(),
-            local_fills: Vec::new(),
-            global_fills: Vec::new(),
+            fills: Default::default(),
         })
     }
 
@@ -165,87 +171,75 @@ impl Tlb {
         self.hit(data_table(rights, true), linear, size)
     }
 
-    /// The guest-physical address of a byte to fetch.
+    /// The guest-physical page of a linear one, if it is known for fetches.
     #[inline]
-    pub(crate) fn hit_fetch(&self, rights: usize, linear: u64) -> Option<u64> {
-        let entry = &self.fetch[rights][fetch_index(linear)];
-        let hit = entry.tag == linear & !(PAGE_BYTES - 1);
-        if hit { Some(entry.page + linear % PAGE_BYTES) } else { None }
+    pub(crate) fn known_fetch(&self, rights: usize, linear_page: u64) -> Option<u64> {
+        let [local, global] = &self.fetch[usize::from(rights == rights::USER)];
+        global.get(&linear_page).or_else(|| local.get(&linear_page)).copied()
     }
 
-    /// Remembers that the page of `linear` lies at `host_page` for accesses with `rights`.
-    pub(crate) fn fill_data(
+    /// Remembers a page that was walked for a fetch.
+    pub(crate) fn learn_fetch(&mut self, rights: usize, linear_page: u64, found: Translation) {
+        let tables = &mut self.fetch[usize::from(rights == rights::USER)];
+        tables[usize::from(found.global)].insert(linear_page, found.page);
+    }
+
+    /// The guest-physical page of `linear`, if it is known for accesses with `rights`.
+    pub(crate) fn known_data(&self, rights: usize, write: bool, linear: u64) -> Option<u64> {
+        let page = linear & !(PAGE_BYTES - 1);
+        let known = self.known[data_table(rights, write) * ENTRIES + index(page)];
+        (known.tag == page + 1).then_some(known.page)
+    }
+
+    /// Remembers a page that was walked for an access. What was known in its place is not any more.
+    pub(crate) fn learn_data(
         &mut self,
         rights: usize,
         write: bool,
         linear: u64,
-        host_page: *mut u8,
-        global: bool,
+        found: Translation,
     ) {
+        let page = linear & !(PAGE_BYTES - 1);
+        let place = data_table(rights, write) * ENTRIES + index(page);
+        if self.fills.iter().any(|fills| fills.len() >= MAX_FILLS) {
+            self.flush_data();
+        }
+        self.fills[usize::from(found.global)].push(place as u32);
+        self.known[place] = Known { tag: page + 1, page: found.page };
+        self.data[place].negated_tag = invalid(index(page));
+    }
+
+    /// Lets the page of `linear`, known for accesses with `rights`, be accessed at `host_page` without
+    /// asking.
+    pub(crate) fn permit(&mut self, rights: usize, write: bool, linear: u64, host_page: *mut u8) {
         let page = linear & !(PAGE_BYTES - 1);
         let addend = (host_page as u64).wrapping_sub(page);
         let place = data_table(rights, write) * ENTRIES + index(page);
+        debug_assert_eq!(self.known[place].tag, page + 1);
         self.data[place] = Entry { negated_tag: page.wrapping_neg(), addend };
-        let kind = if write { FillKind::Write } else { FillKind::Read };
-        self.note_fill(Fill { kind, rights: rights as u8, index: index(page) as u16 }, global);
     }
 
-    /// Remembers that the page of `linear` is `physical_page` for fetches with `rights`.
-    pub(crate) fn fill_fetch(
-        &mut self,
-        rights: usize,
-        linear: u64,
-        physical_page: u64,
-        global: bool,
-    ) {
-        let tag = linear & !(PAGE_BYTES - 1);
-        self.fetch[rights][fetch_index(tag)] = FetchEntry { tag, page: physical_page };
-        let index = fetch_index(tag) as u16;
-        self.note_fill(Fill { kind: FillKind::Fetch, rights: rights as u8, index }, global);
+    fn forget(&mut self, place: usize) {
+        self.known[place].tag = 0;
+        self.data[place].negated_tag = invalid(place % ENTRIES);
     }
 
-    fn note_fill(&mut self, fill: Fill, global: bool) {
-        let fills = if global { &mut self.global_fills } else { &mut self.local_fills };
-        fills.push(fill);
-        if fills.len() > MAX_FILLS {
-            // The entry just made may stay: it is not on a list twice over, but this once.
-            self.flush_but(fill);
-        }
+    fn forget_fills(&mut self, global: usize) {
+        let mut fills = std::mem::take(&mut self.fills[global]);
+        fills.drain(..).for_each(|place| self.forget(place as usize));
+        self.fills[global] = fills;
     }
 
-    /// Forgets everything but one entry.
-    fn flush_but(&mut self, kept: Fill) {
-        let place = self.data_place(kept);
-        let data = place.map(|place| self.data[place]);
-        let fetch = self.fetch[usize::from(kept.rights)][usize::from(kept.index) % FETCH_ENTRIES];
-        self.flush();
-        match place.zip(data) {
-            Some((place, entry)) => self.data[place] = entry,
-            None => self.fetch[usize::from(kept.rights)][usize::from(kept.index)] = fetch,
-        }
-        self.local_fills.push(kept);
-    }
-
-    fn data_place(&self, fill: Fill) -> Option<usize> {
-        let write = fill.kind == FillKind::Write;
-        let table = data_table(usize::from(fill.rights), write);
-        (fill.kind != FillKind::Fetch).then_some(table * ENTRIES + usize::from(fill.index))
-    }
-
-    fn forget(&mut self, fill: Fill) {
-        match self.data_place(fill) {
-            Some(place) => self.data[place].negated_tag = invalid(usize::from(fill.index)),
-            None => self.fetch[usize::from(fill.rights)][usize::from(fill.index)] = NO_FETCH,
-        }
+    fn flush_data(&mut self) {
+        self.forget_fills(0);
+        self.forget_fills(1);
     }
 
     /// Forgets everything.
     pub(crate) fn flush(&mut self) {
-        self.flush_local();
-        let mut fills = std::mem::take(&mut self.global_fills);
-        fills.drain(..).for_each(|fill| self.forget(fill));
-        self.global_fills = fills;
-        self.seen[1].large_regions.clear();
+        self.flush_data();
+        self.fetch.iter_mut().flatten().for_each(HashMap::clear);
+        self.seen.iter_mut().for_each(|seen| seen.large_regions.clear());
     }
 
     /// Forgets where code was fetched: whoever remembers it has forgotten it too.
@@ -260,10 +254,9 @@ impl Tlb {
 
     /// Forgets what is not global.
     pub(crate) fn flush_local(&mut self) {
+        self.forget_fills(0);
+        self.fetch.iter_mut().for_each(|[local, _]| local.clear());
         self.seen[0].large_regions.clear();
-        let mut fills = std::mem::take(&mut self.local_fills);
-        fills.drain(..).for_each(|fill| self.forget(fill));
-        self.local_fills = fills;
     }
 
     /// Notes where a translation came from.
@@ -285,27 +278,24 @@ impl Tlb {
             self.flush();
             return true;
         }
-        let index = index(linear);
         for table in 0..NEVER_FILLED {
-            self.data[table * ENTRIES + index].negated_tag = invalid(index);
+            self.forget(table * ENTRIES + index(linear));
         }
-        for table in self.fetch.iter_mut() {
-            table[fetch_index(linear)] = NO_FETCH;
+        let page = linear & !(PAGE_BYTES - 1);
+        for table in self.fetch.iter_mut().flatten() {
+            table.remove(&page);
         }
         self.seen.iter().any(|seen| seen.code_pages.contains(&(linear / PAGE_BYTES)))
     }
 
-    /// Forgets every permission to write to `host_page` without asking: it has just become code.
+    /// Takes back every permission to write to `host_page` without asking: it has just become code.
     pub(crate) fn forbid_writes(&mut self, host_page: *mut u8) {
-        for fills in [&self.local_fills, &self.global_fills] {
-            for &fill in fills.iter().filter(|fill| fill.kind == FillKind::Write) {
-                let index = usize::from(fill.index);
-                let entry =
-                    &mut self.data[data_table(usize::from(fill.rights), true) * ENTRIES + index];
-                let tag = entry.negated_tag.wrapping_neg();
-                if tag.wrapping_add(entry.addend) == host_page as u64 {
-                    entry.negated_tag = invalid(index);
-                }
+        for &place in self.fills.iter().flatten() {
+            let place = place as usize;
+            let write = place / ENTRIES % 2 == 1;
+            let Entry { negated_tag, addend } = self.data[place];
+            if write && negated_tag.wrapping_neg().wrapping_add(addend) == host_page as u64 {
+                self.data[place].negated_tag = invalid(place % ENTRIES);
             }
         }
     }
@@ -315,9 +305,18 @@ impl Tlb {
 mod tests {
     use super::*;
 
+    fn walked(page: u64, global: bool) -> Translation {
+        Translation { page, large: false, global }
+    }
+
+    fn fill(tlb: &mut Tlb, linear: u64, host_page: u64, global: bool) {
+        tlb.learn_data(rights::USER, true, linear, walked(0x9000, global));
+        tlb.permit(rights::USER, true, linear, host_page as *mut u8);
+    }
+
     fn filled(linear: u64, global: bool) -> Tlb {
         let mut tlb = Tlb::new().expect("the host has low memory");
-        tlb.fill_data(rights::USER, true, linear, 0x7000_0000 as *mut u8, global);
+        fill(&mut tlb, linear, 0x7000_0000, global);
         tlb
     }
 
@@ -352,7 +351,7 @@ mod tests {
     #[test]
     fn global_entries_outlive_local_ones() {
         let mut tlb = filled(0x5000, false);
-        tlb.fill_data(rights::USER, true, 0x6000, 0x7000_1000 as *mut u8, true);
+        fill(&mut tlb, 0x6000, 0x7000_1000, true);
         tlb.flush_local();
         assert!(!hits(&tlb, 0x5000, 1) && hits(&tlb, 0x6000, 1));
         tlb.flush();
@@ -362,20 +361,45 @@ mod tests {
     #[test]
     fn a_page_that_becomes_code_is_no_longer_written_without_asking() {
         let mut tlb = filled(0x5000, false);
-        tlb.fill_data(rights::USER, true, 0x6000, 0x7000_1000 as *mut u8, true);
+        fill(&mut tlb, 0x6000, 0x7000_1000, true);
         tlb.forbid_writes(0x7000_0000 as *mut u8);
         assert!(!hits(&tlb, 0x5000, 1) && hits(&tlb, 0x6000, 1));
+        assert_eq!(tlb.known_data(rights::USER, true, 0x5fff), Some(0x9000), "no new walk");
+    }
+
+    #[test]
+    fn another_page_of_the_same_index_takes_the_place() {
+        let mut tlb = filled(0x5000, false);
+        tlb.learn_data(rights::USER, true, 0x1000_5000, walked(0xa000, false));
+        assert!(!hits(&tlb, 0x5000, 1), "what is not known must not be hit");
+        assert_eq!(tlb.known_data(rights::USER, true, 0x5000), None);
+        assert_eq!(tlb.known_data(rights::USER, true, 0x1000_5000), Some(0xa000));
+    }
+
+    #[test]
+    fn fetches_are_known_until_they_are_flushed() {
+        let mut tlb = Tlb::new().expect("the host has low memory");
+        for page in 0..5000 {
+            tlb.learn_fetch(rights::SUPERVISOR, page << 12, walked(page << 13, page % 2 == 0));
+        }
+        let known = |tlb: &Tlb, page: u64| tlb.known_fetch(rights::SUPERVISOR, page << 12);
+        assert!((0..5000).all(|page| known(&tlb, page) == Some(page << 13)));
+        assert_eq!(tlb.known_fetch(rights::USER, 0), None);
+        tlb.flush_local();
+        assert!((0..5000).all(|page| known(&tlb, page).is_some() == (page % 2 == 0)));
+        tlb.flush_page(2 << 12);
+        assert_eq!((known(&tlb, 2), known(&tlb, 4)), (None, Some(4 << 13)));
+        tlb.flush();
+        assert_eq!(known(&tlb, 4), None);
     }
 
     #[test]
     fn any_number_of_fills_leaves_the_last_one() {
         let mut tlb = Tlb::new().expect("the host has low memory");
-        for number in 0..=MAX_FILLS as u64 {
+        for number in 0..3 * MAX_FILLS as u64 {
             let linear = number * PAGE_BYTES;
-            tlb.fill_data(rights::USER, true, linear, 0x7000_0000 as *mut u8, number % 2 == 0);
+            fill(&mut tlb, linear, 0x7000_0000, number % 2 == 0);
             assert!(hits(&tlb, linear, 1));
-            tlb.fill_fetch(rights::USER, linear, linear, true);
-            assert_eq!(tlb.hit_fetch(rights::USER, linear + 5), Some(linear + 5));
         }
     }
 }
