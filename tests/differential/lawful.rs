@@ -85,7 +85,9 @@ pub(crate) fn reason(
         return Some("AMD has no register form of PREFETCHW, and pagetable-based KVM emulates it");
     }
     if instructions().any(|(instruction, bytes)| {
-        instruction.mnemonic() == Mnemonic::Pause && bytes.first() != Some(&0xf3)
+        let own = &bytes[..instruction.len().min(bytes.len())];
+        let extended = own.len() >= 2 && own[own.len() - 2] & (REX | 0xf0 | REX_B) == REX | REX_B;
+        instruction.mnemonic() == Mnemonic::Pause && (extended || own.first() != Some(&0xf3))
     }) {
         return Some("PAUSE with REX.B is XCHG on AMD");
     }
@@ -123,6 +125,11 @@ fn of_pagetable_based_kvm(
         return Some(
             "pagetable-based KVM: a far pointer that is none makes an instruction too long",
         );
+    }
+    const INT: u8 = 0xcd;
+    let opcode = bytes.iter().find(|byte| !is_prefix(byte));
+    if vectors == (GP, UD) && same_place && has_prefix(bytes, LOCK) && opcode == Some(&INT) {
+        return Some("pagetable-based KVM: INT with a LOCK prefix is an INT");
     }
     let mut instructions = trace.iter().filter_map(|state| executed(case, state));
     if vectors == (SS, GP) && instructions.any(makes_stack_faults) {
@@ -227,8 +234,11 @@ const LEGACY_PREFIXES: [u8; 11] =
     [0x66, 0x67, 0xf0, 0xf2, 0xf3, 0x2e, 0x36, 0x3e, 0x26, 0x64, 0x65];
 
 const SS_PREFIX: u8 = 0x36;
+const LOCK: u8 = 0xf0;
 /// The first of the sixteen REX prefixes.
 const REX: u8 = 0x40;
+/// In a REX prefix: the operand's register is one of the upper eight.
+const REX_B: u8 = 1;
 
 fn has_prefix(bytes: &[u8], prefix: u8) -> bool {
     bytes.iter().take_while(|byte| is_prefix(byte)).any(|byte| *byte == prefix)

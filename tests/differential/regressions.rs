@@ -30,4 +30,5 @@ pub(crate) const REGRESSIONS: &[Regression] = &[
     regression(0x23af, "a masked store's page fault named its first chosen byte, not its first"),
     regression(0x323d, "a CS, DS, ES or SS prefix chose between #SS and #GP in 64-bit mode"),
     regression(0x4389, "a CS, DS, ES or SS prefix chose between #SS and #GP in 64-bit mode"),
+    regression(0xc005_d56f, "a case that asked a device left its access to the next one"),
 ];

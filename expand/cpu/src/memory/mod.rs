@@ -192,7 +192,7 @@ impl Memory {
                 found.page
             }
         };
-        Ok(physical | linear % PAGE_BYTES)
+        Ok(physical + linear % PAGE_BYTES)
     }
 
     /// Where the page of `linear` lies, by a walk.
