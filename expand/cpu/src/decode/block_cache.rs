@@ -164,7 +164,7 @@ struct PageBlocks {
 impl PageBlocks {
     /// Sees that no translation of this page's code is entered again.
     fn forget_translations(&mut self) {
-        for exit in &mut self.exits {
+        for mut exit in self.exits.drain(..) {
             // SAFETY: exits live until the translator is cleared, before which
             // `BlockCache::forget_translations` forgets them, and nobody else holds a reference.
             unsafe { exit.as_mut() }.unlink();
@@ -352,10 +352,7 @@ impl BlockCache {
 
     /// Forgets every translation: the memory of their code and exits is used again.
     pub(crate) fn forget_translations(&mut self) {
-        for page in self.pages.values_mut() {
-            page.forget_translations();
-            page.exits.clear();
-        }
+        self.pages.values_mut().for_each(PageBlocks::forget_translations);
     }
 
     /// Counts what made the linear addresses of the lower and of the upper half lead elsewhere.

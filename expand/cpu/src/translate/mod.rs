@@ -48,6 +48,8 @@ const MAX_UNIT_INSTRUCTIONS: usize = 64;
 const MAX_UNIT_EXITS: usize = MAX_UNIT_BLOCKS + 1;
 /// No unit's code is longer.
 const MAX_UNIT_CODE_BYTES: usize = 32 << 10;
+/// Modes in which code is translated: systems use a handful, and each takes a jump cache.
+const MAX_MODES: usize = 16;
 /// A block is translated when it has run so often.
 const HOT_RUNS: u32 = 16;
 /// Instructions that translated code runs, at most, before it looks whether somebody kicks.
@@ -105,8 +107,9 @@ pub(crate) struct Translator {
     /// The block cache's generations and epoch that links and jump caches belong to.
     generations: [u64; 2],
     epoch: u64,
-    /// The exit that translated code was last left by, to be linked if its target has code.
-    to_link: Option<NonNull<Exit>>,
+    /// The exit that translated code was last left by, and the instruction count then: it may be linked
+    /// to the code of its target as long as nothing else has run.
+    to_link: Option<(NonNull<Exit>, u64)>,
     /// Code was last left by a jump to an address not known before.
     jumped: bool,
     /// How often a block runs before it is translated.
@@ -181,6 +184,9 @@ impl Translator {
         if let Some(found) = self.jumps.iter().position(|(other, _)| *other == mode) {
             return Some(found);
         }
+        if self.jumps.len() == MAX_MODES {
+            return None;
+        }
         self.jumps.push((mode, JumpCache::new().ok()?));
         Some(self.jumps.len() - 1)
     }
@@ -214,6 +220,7 @@ impl Cpu {
         let generations = self.blocks.generations();
         if translator.generations != generations {
             let before = std::mem::replace(&mut translator.generations, generations);
+            translator.to_link = None;
             for half in [0, 1].into_iter().filter(|&half| before[half] != generations[half]) {
                 translator.forget_half(half);
                 if let Some(profile) = &mut self.profile {
@@ -236,10 +243,10 @@ impl Cpu {
     fn link(&mut self, linear: u64, code: *const u8) {
         let mode = self.mode;
         let Some(translator) = &mut self.translator else { return };
-        if let Some(mut exit) = translator.to_link.take() {
+        if let Some((mut exit, tick)) = translator.to_link.take() {
             // SAFETY: exits live until the translator is cleared, which forgets this one.
             let exit_data = unsafe { exit.as_mut() };
-            if exit_data.linear == linear && exit_data.mode == mode {
+            if exit_data.linear == linear && exit_data.mode == mode && tick == self.tick {
                 exit_data.target = code;
                 if !exit_data.within_page {
                     translator.linked[(linear >> 63) as usize].push(exit);
@@ -359,14 +366,15 @@ impl Cpu {
         let reason = unsafe { enter(&raw mut *self, code) };
         self.count(|profile| profile.note_leaving(reason));
         let left_at = self.registers.gpr[usize::from(LEFT_AT)];
+        let tick = self.tick_at_budget();
         let translator = self.translator.as_mut().expect("as before");
         match reason {
             LEFT_BY_EXIT => {
                 let exit = NonNull::new(left_at as *mut Exit).expect("the exit that it left by");
                 // SAFETY: exits live until the translator is cleared.
                 self.rip = unsafe { exit.as_ref() }.linear;
-                translator.to_link = Some(exit);
-                self.tick = self.tick_at_budget();
+                translator.to_link = Some((exit, tick));
+                self.tick = tick;
                 Left::ForNext
             }
             LEFT_AFTER_BLOCK => {
@@ -376,7 +384,7 @@ impl Cpu {
             LEFT_WITHOUT_BUDGET => {
                 // SAFETY: sites live until the translator is cleared.
                 self.rip = unsafe { &*(left_at as *const Site) }.block_rip;
-                self.tick = self.tick_at_budget();
+                self.tick = tick;
                 if self.budget_end == until { Left::ForLess } else { Left::ForNext }
             }
             flow => {
