@@ -11,7 +11,8 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use reprise_guest_images::{RecipeError, WORKLOAD_SMALL, linux};
+use reprise_guest_images::WORKLOAD_SMALL;
+use reprise_tests::linux_image::{cache_directory, linux_image};
 use serde_json::Value;
 
 use crate::program::{
@@ -22,15 +23,8 @@ use crate::program::{
 fn cache_home() -> Option<&'static PathBuf> {
     static HOME: OnceLock<Option<PathBuf>> = OnceLock::new();
     HOME.get_or_init(|| {
-        let cache = kept_directory().join("linux-image");
-        match linux(&cache, &mut |step| eprintln!("{step}")) {
-            Ok(_) => {}
-            Err(error @ (RecipeError::NoApt { .. } | RecipeError::Apt { .. })) => {
-                eprintln!("skipped: {error}");
-                return None;
-            }
-            Err(error) => panic!("{error}"),
-        }
+        linux_image(&kept_directory())?;
+        let cache = cache_directory(&kept_directory());
         // The product looks for `reprise` in a cache home.
         let home = kept_directory().join("cache-home");
         std::fs::create_dir_all(&home).expect("a directory among the test data");
@@ -44,12 +38,12 @@ fn cache_home() -> Option<&'static PathBuf> {
 }
 
 /// A recording of the small workload, made once for all tests.
-struct Workload {
-    workplace: Workplace,
-    report: Value,
+pub(crate) struct Workload {
+    pub(crate) workplace: Workplace,
+    pub(crate) report: Value,
 }
 
-fn workload() -> Option<&'static Workload> {
+pub(crate) fn workload() -> Option<&'static Workload> {
     static RECORDED: OnceLock<Option<Workload>> = OnceLock::new();
     RECORDED
         .get_or_init(|| {

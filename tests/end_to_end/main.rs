@@ -13,3 +13,4 @@ mod linux;
 mod misbehaviour;
 mod program;
 mod terminal;
+mod translation;
