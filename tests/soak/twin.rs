@@ -130,6 +130,8 @@ impl Twin {
         // Also before an access is answered, where the instruction has done nothing yet, or in both
         // the same part of a REP.
         self.compare_states()?;
+        let tick = self.tick();
+        assert!(tick <= cut, "seed {:#x}: at tick {tick}, asked to stop at {cut}", self.seed);
         if self.tick() >= self.ram_due {
             self.ram_due = self.tick() + self.ram_every;
             self.compare_ram();

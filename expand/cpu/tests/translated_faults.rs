@@ -7,15 +7,17 @@ mod lockstep;
 
 use std::collections::BTreeSet;
 
-use guest::{ABSENT, Guest, HANDLERS, PRESENT, USER, USER_CODE, USER_DATA, WRITABLE};
+use guest::{ABSENT, Guest, HANDLERS, PRESENT, USER, USER_CODE, USER_DATA, USER_STACK, WRITABLE};
 use lockstep::{Code, lockstep};
 use reprise_machine::engine::Exit;
-use reprise_trace::cpu_state::{RBX, RCX, RDI, RSI, RSP};
+use reprise_trace::cpu_state::{RBP, RBX, RCX, RDI, RSI, RSP};
 
 const PAGE_FAULT: u64 = 14;
 const DONE: u8 = 0x81;
 /// Where the body begins, behind what sets the bad pointer.
-const BODY_START: u64 = USER_CODE + 15;
+const BODY_START: u64 = USER_CODE + 31;
+/// In the page before the absent one.
+const NEAR: u32 = ABSENT as u32 - 0x800;
 /// Rounds of the loop, which count down; in round `FAULT_AT` a register points elsewhere.
 const ROUNDS: u64 = 40;
 const FAULT_AT: u8 = 4;
@@ -58,6 +60,10 @@ const BODY: &[(usize, &[u8])] = &[
     (NONE, &[0x48, 0x8d, 0x64, 0x24, 0x08]),      // lea rsp, [rsp+8]
     (RSI, &[0x48, 0x87, 0x06]),                   // xchg [rsi], rax
     (RDI, &[0x48, 0xf7, 0x1f]),                   // neg qword [rdi]
+    (RSP, &[0x55]),                               // push rbp
+    (NONE, &[0x48, 0x89, 0xe5]),                  // mov rbp, rsp
+    (RSP, &[0x6a, 0x7f]),                         // push 127
+    (RBP, &[0xc9]),                               // leave
 ];
 
 /// The body in a loop, begun at its instruction `first`, whose base is `bad` in one round.
@@ -66,11 +72,17 @@ fn faulting(first: usize, bad: u64) -> Guest {
     let start = Code::at(USER_CODE);
     let top = start.here();
     let mut code = start
-        // mov rbp, bad; cmp rcx, FAULT_AT; cmove base, rbp
-        .put(&[0x48, 0xc7, 0xc5])
+        // The TLB shall know the page before the absent one.
+        // mov r15, [near]; mov [near], r15
+        .put(&[0x4c, 0x8b, 0x3c, 0x25])
+        .put(&NEAR.to_le_bytes())
+        .put(&[0x4c, 0x89, 0x3c, 0x25])
+        .put(&NEAR.to_le_bytes())
+        // mov r15, bad; cmp rcx, FAULT_AT; cmove base, r15
+        .put(&[0x49, 0xc7, 0xc7])
         .put(&(bad as u32).to_le_bytes())
         .put(&[0x48, 0x83, 0xf9, FAULT_AT])
-        .put(&[0x48 | base >> 3 << 2, 0x0f, 0x44, 0xc5 | (base & 7) << 3]);
+        .put(&[0x49 | base >> 3 << 2, 0x0f, 0x44, 0xc7 | (base & 7) << 3]);
     assert_eq!(code.here(), BODY_START);
     for index in 0..BODY.len() {
         code = code.put(BODY[(index + first) % BODY.len()].1);
@@ -83,6 +95,7 @@ fn faulting(first: usize, bad: u64) -> Guest {
         for register in [RBX, RSI, RDI].into_iter().chain(8..15) {
             guest.state.gpr[register] = USER_DATA + 0x80 * register as u64;
         }
+        guest.state.gpr[RBP] = USER_STACK - 0x100;
         guest.state.gpr[RCX] = ROUNDS;
         let data: Vec<u8> = (0..0x1000u32).map(|n| (n.wrapping_mul(0x9e37) >> 7) as u8).collect();
         guest.write(USER_DATA, &data);

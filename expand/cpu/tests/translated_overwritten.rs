@@ -94,6 +94,12 @@ fn to_another_block(code: Code) -> Code {
     code.to(JMP, next)
 }
 
+/// So far that only the unit, which holds both blocks, knows of what is overwritten.
+fn far_within_the_page(code: Code) -> Code {
+    let far = code.here() + 0x200;
+    code.to(JMP, far).up_to(far)
+}
+
 /// A branch never taken, a branch always taken, and a call.
 fn through_three_blocks(code: Code) -> Code {
     let never = code.here() + 2 * 6 + 3 + 5 + 4;
@@ -105,10 +111,11 @@ fn through_three_blocks(code: Code) -> Code {
 }
 
 /// (the way from the store to what it overwrites, in words)
-const WAYS: [(&str, fn(Code) -> Code); 3] = [
+const WAYS: [(&str, fn(Code) -> Code); 4] = [
     ("the same block", straight),
     ("the next block", to_another_block),
     ("some blocks on", through_three_blocks),
+    ("elsewhere in the page", far_within_the_page),
 ];
 
 #[test]

@@ -84,8 +84,10 @@ fn follow(
     let mut alike_at = 0;
     let exit = loop {
         let step = if seed == 0 { 2 * TICKS } else { 1 + next(&mut seed) % 90 };
-        let exit = engine.run(engine.tick() + step).expect("runs");
+        let asked = engine.tick() + step;
+        let exit = engine.run(asked).expect("runs");
         let (tick, state) = (engine.tick(), engine.cpu_state().expect("state"));
+        assert!(tick <= asked, "{what}: at tick {tick}, asked to stop at {asked}");
         // A triple fault leaves the count where it was.
         let expected = match &exit {
             Exit::TickReached => states.get(tick as usize),
@@ -99,6 +101,7 @@ fn follow(
         if exit != Exit::TickReached {
             break exit;
         }
+        assert_eq!(tick, asked, "{what}: it stops where it was asked to");
         assert!(tick < TICKS, "{what}: the guest does not halt");
     };
     assert_eq!((&exit, engine.tick()), (&reference.0, reference.1), "{what}");
