@@ -289,9 +289,10 @@ impl Cpu {
 
     /// Tells the memory side which rights apply from now on.
     pub(crate) fn update_memory_mode(&mut self) {
-        let open = self.cpl != 3 && self.rflags_rest & flags::AC != 0;
-        self.mode.set(Mode::SMAP_OVERRIDDEN, open && self.system.cr4 & CR4_SMAP != 0);
-        self.memory.set_rights(self.cpl == 3, self.rflags_rest & flags::AC != 0);
+        let (user, overridden) = (self.cpl == 3, self.rflags_rest & flags::AC != 0);
+        let forbidden = !user && !overridden && self.system.cr4 & CR4_SMAP != 0;
+        self.mode.set(Mode::USER_PAGES_FORBIDDEN, forbidden);
+        self.memory.set_rights(user, overridden);
     }
 
     /// The state as stored. Only at an instruction boundary, outside [`Cpu::execute`].

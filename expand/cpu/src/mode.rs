@@ -29,16 +29,16 @@ impl Mode {
     pub const LONG: u32 = 1 << 9;
     /// Privilege level 3. Not part of what code means, but of whether it may be fetched.
     pub const USER: u32 = 1 << 10;
-    /// RFLAGS.AC lets supervisor code at user pages, which SMAP forbids. Not part of what code means,
-    /// but of how it accesses memory.
-    pub const SMAP_OVERRIDDEN: u32 = 1 << 11;
+    /// SMAP keeps supervisor code from user pages, and RFLAGS.AC does not override it. Not part of what
+    /// code means, but of how it accesses memory.
+    pub const USER_PAGES_FORBIDDEN: u32 = 1 << 11;
     /// By segment register: outside 64-bit mode it is null, so only the operations that name it
     /// check their accesses. CS and SS cannot be null there.
     pub const UNUSABLE: [u32; 8] = [1 << 12, 0, 0, 1 << 13, 1 << 14, 1 << 15, 0, 0];
 
     /// What decoding depends on: all but who may fetch the code and what it may access.
     pub fn of_decoding(self) -> Self {
-        Self(self.0 & !(Self::USER | Self::SMAP_OVERRIDDEN))
+        Self(self.0 & !(Self::USER | Self::USER_PAGES_FORBIDDEN))
     }
 
     /// Sets or clears `bit`.

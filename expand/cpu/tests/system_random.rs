@@ -275,8 +275,10 @@ fn random_code_ends_alike_at_every_stride() {
         };
         let whole = run(Translation::Never, u64::MAX);
         let stepped = run(Translation::Never, 1);
-        let translated = run(Translation::AtOnce, u64::MAX);
-        assert_eq!(whole, translated, "seed {seed:#x}, translated");
+        for translation in [Translation::AtOnce, Translation::AtOnceWithoutLoop] {
+            let translated = run(translation, u64::MAX);
+            assert_eq!(whole, translated, "seed {seed:#x}, {translation:?}");
+        }
         assert_eq!(whole, stepped, "seed {seed:#x}");
     }
 }

@@ -30,6 +30,8 @@ pub(crate) struct Block {
     pub(crate) ends_in_branch: bool,
     /// The guest-physical page of the bytes behind the first page's end.
     pub(crate) second_page: Option<u64>,
+    /// The guest-physical address of its first byte; `None` if it is decoded anew each time.
+    pub(crate) physical: Option<u64>,
     /// Where it led last: to the next address, and elsewhere.
     links: [Cell<Link>; 2],
     /// In which halves of the address space it has been found.
@@ -68,6 +70,7 @@ impl Block {
             size_bytes,
             ends_in_branch,
             second_page: None,
+            physical: None,
             links: [const { Cell::new(NO_LINK) }; 2],
             found_in: Default::default(),
             runs: Cell::new(0),
@@ -83,8 +86,10 @@ impl Block {
         self.translations.iter().map(Cell::get).find(|held| fits(*held)).map(|held| held.code)
     }
 
-    /// Remembers the block's code; the older translation goes.
+    /// Remembers the block's code; the older translation goes. Another address or mode must become
+    /// worth its code by itself, lest three that take turns fill the code buffer.
     pub(crate) fn set_translation(&self, linear: u64, mode: Mode, code: *const u8) {
+        self.runs.set(0);
         self.translations[1].set(self.translations[0].get());
         self.translations[0].set(Translation { linear, mode, code });
     }
@@ -264,7 +269,13 @@ impl BlockCache {
     }
 
     /// Keeps a block; where it lives.
-    pub(crate) fn insert(&mut self, address: u64, mode: Mode, block: Box<Block>) -> NonNull<Block> {
+    pub(crate) fn insert(
+        &mut self,
+        address: u64,
+        mode: Mode,
+        mut block: Box<Block>,
+    ) -> NonNull<Block> {
+        block.physical = Some(address);
         let offset = (address % PAGE_BYTES) as u16;
         let pointer = NonNull::from(&*block);
         if let Some(second) = block.second_page {

@@ -7,6 +7,8 @@ use crate::memory::low_memory::{AnyBytes, LowMemory};
 
 /// As many entries as a 16-bit index tells apart.
 const ENTRIES: usize = 1 << 16;
+/// Entries noted as in use, and all are forgotten: addresses of the two halves may take turns at one.
+const MAX_USED: usize = 2 * ENTRIES;
 /// Bits of the target that the index leaves out: few branch targets differ only in them.
 const INDEX_SHIFT: u8 = 1;
 
@@ -50,9 +52,17 @@ impl JumpCache {
 
     /// Remembers the code at a linear address.
     pub(super) fn insert(&mut self, linear: u64, code: *const u8) {
-        let entry = &mut self.entries[index(linear)];
-        *entry = Entry { negated_linear: linear.wrapping_neg(), code: code as u64 };
-        self.used[(linear >> 63) as usize].push(index(linear) as u16);
+        let (index, half) = (index(linear), (linear >> 63) as usize);
+        let before = self.entries[index].negated_linear;
+        // What is there already is noted; a half that is never forgotten must not be noted for ever.
+        if before == invalid(index) || (before.wrapping_neg() >> 63) as usize != half {
+            if self.used[half].len() >= MAX_USED {
+                self.forget_half(half);
+            }
+            self.used[half].push(index as u16);
+        }
+        let negated_linear = linear.wrapping_neg();
+        self.entries[index] = Entry { negated_linear, code: code as u64 };
     }
 
     /// Forgets one half of the address space, and perhaps some of the other.

@@ -63,8 +63,10 @@ pub enum Translation {
     /// When a block has run often enough to be worth it.
     #[default]
     WhenHot,
-    /// Before a block runs at all: for tests.
+    /// Before a block runs at all, by LOOP, as hosts do whose LOOP is fast: for tests.
     AtOnce,
+    /// The same without LOOP, as other hosts do: for tests.
+    AtOnceWithoutLoop,
 }
 
 impl Translation {
@@ -73,7 +75,16 @@ impl Translation {
         match self {
             Self::Never => u32::MAX,
             Self::WhenHot => HOT_RUNS,
-            Self::AtOnce => 0,
+            Self::AtOnce | Self::AtOnceWithoutLoop => 0,
+        }
+    }
+
+    /// Whether generated code uses LOOP. Either way it runs everywhere.
+    fn fast_loop(self) -> bool {
+        match self {
+            Self::Never | Self::WhenHot => host_is_amd(),
+            Self::AtOnce => true,
+            Self::AtOnceWithoutLoop => false,
         }
     }
 }
@@ -139,7 +150,7 @@ impl Translator {
         Ok(Some(Self {
             after_thunks: buffer.mark(Region::Hot),
             cold_start: buffer.mark(Region::Cold),
-            fast_loop: host_is_amd(),
+            fast_loop: Translation::default().fast_loop(),
             buffer,
             thunks,
             info: InstructionInfoFactory::new(),
@@ -158,6 +169,7 @@ impl Translator {
     /// Chooses when blocks are translated from now on.
     pub(crate) fn set_translation(&mut self, translation: Translation) {
         self.threshold = translation.threshold();
+        self.fast_loop = translation.fast_loop();
     }
 
     /// Forgets all code. Whoever keeps pointers to it forgets them too.
@@ -232,15 +244,16 @@ impl Cpu {
             translator.epoch = self.blocks.epoch();
             translator.to_link = None;
         }
-        if block.second_page.is_none() {
-            self.link(linear, code);
+        if let (None, Some(physical)) = (block.second_page, block.physical) {
+            self.link(linear, code, physical & !(PAGE_BYTES - 1));
         }
         Some(code)
     }
 
-    /// Remembers that the way by which translated code was left leads to `code`.
+    /// Remembers that the way by which translated code was left leads to `code`, whose block lies in
+    /// `physical_page`.
     #[inline]
-    fn link(&mut self, linear: u64, code: *const u8) {
+    fn link(&mut self, linear: u64, code: *const u8, physical_page: u64) {
         let mode = self.mode;
         let Some(translator) = &mut self.translator else { return };
         if let Some((mut exit, tick)) = translator.to_link.take() {
@@ -248,7 +261,9 @@ impl Cpu {
             let exit_data = unsafe { exit.as_mut() };
             if exit_data.linear == linear && exit_data.mode == mode && tick == self.tick {
                 exit_data.target = code;
-                if !exit_data.within_page {
+                // Where a page leads within itself holds as long as its code does. (Page tables may have
+                // changed since the exit was taken: then this is another page at the same address.)
+                if !exit_data.within_page || exit_data.physical_page != physical_page {
                     translator.linked[(linear >> 63) as usize].push(exit);
                 }
             }
@@ -269,14 +284,13 @@ impl Cpu {
         if runs <= translator.threshold || !self.mode_64() || block.second_page.is_some() {
             return None;
         }
+        // Not where the page tables lead now: who changes them and forgets nothing runs on what is
+        // cached, and a unit lies in one page.
+        let physical = block.physical?;
         if !translator.has_room() {
             self.blocks.forget_translations();
             self.translator.as_mut()?.clear();
             self.count(|profile| profile.code_dropped += 1);
-        }
-        let physical = self.memory.fetch_address(linear).ok()?;
-        if !self.memory.physical.is_ram(physical) {
-            return None;
         }
         let code = self.translate_block(block, linear, physical)?;
         block.set_translation(linear, self.mode, code);
@@ -316,8 +330,10 @@ impl Cpu {
         for &PlannedExit { linear, exit, stub } in &exits {
             let stub = stub as *const u8;
             let within_page = linear & !(PAGE_BYTES - 1) == page;
+            let physical_page = physical & !(PAGE_BYTES - 1);
+            let planned = Exit { target: stub, stub, linear, mode, physical_page, within_page };
             // SAFETY: the place is in the buffer's data, aligned, and nobody's yet.
-            unsafe { exit.write(Exit { target: stub, stub, linear, mode, within_page }) };
+            unsafe { exit.write(planned) };
         }
         translator.sites.push(sites);
         let exits = exits.iter().filter_map(|planned| NonNull::new(planned.exit));

@@ -38,7 +38,9 @@ pub(crate) struct Exit {
     /// Where it leads.
     pub(super) linear: u64,
     pub(super) mode: Mode,
-    /// It stays within its block's page.
+    /// The guest-physical page of its block.
+    pub(super) physical_page: u64,
+    /// It leads into its block's linear page.
     pub(super) within_page: bool,
 }
 
@@ -58,7 +60,12 @@ pub(super) extern "sysv64" fn run_operation(cpu: &mut Cpu, site: &Site) -> u32 {
     let op = unsafe { site.op.as_ref() };
     cpu.count(|profile| profile.note_operation(op.instruction.mnemonic()));
     // SAFETY: the handler is a function of this crate or a native sequence, made for this operation.
-    let flow = unsafe { (op.handler)(cpu, op) };
+    let mut flow = unsafe { (op.handler)(cpu, op) };
+    // A CALL pushed onto code, or a walk set an accessed bit in it. The block loop looks after each
+    // block; here the next one may be in this very unit.
+    if flow == Flow::NEXT && cpu.memory.physical.code_was_written() {
+        flow = Flow::END_BLOCK;
+    }
     if flow != Flow::NEXT {
         cpu.registers.gpr[usize::from(LEFT_AT)] = std::ptr::from_ref(site) as u64;
     }

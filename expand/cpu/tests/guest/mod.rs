@@ -263,12 +263,15 @@ impl Guest {
     /// Runs so many instructions, unless the guest halts before: with and without translation, which
     /// must come to the same.
     pub(crate) fn run_instructions(self, count: u64) -> Ended {
-        let twin = self.twin().run_with(Translation::Never, count);
+        let plain = self.twin().run_with(Translation::Never, count);
+        let without_loop = self.twin().run_with(Translation::AtOnceWithoutLoop, count);
         let ended = self.run_with(Translation::AtOnce, count);
-        assert_eq!(ended.exit, twin.exit, "translated, and not");
-        assert_eq!(ended.engine.tick(), twin.engine.tick(), "translated, and not");
-        assert_eq!(ended.state, twin.state, "translated, and not");
-        assert!(ended.ram() == twin.ram(), "RAM is the same, translated or not");
+        for (other, what) in [(plain, "not translated"), (without_loop, "without LOOP")] {
+            assert_eq!(ended.exit, other.exit, "{what}");
+            assert_eq!(ended.engine.tick(), other.engine.tick(), "{what}");
+            assert_eq!(ended.state, other.state, "{what}");
+            assert!(ended.ram() == other.ram(), "RAM is the same, {what}");
+        }
         ended
     }
 
