@@ -526,3 +526,30 @@ fn pae_pointers_with_reserved_bits_are_refused() {
     assert_eq!(ended.fault(), (13, Some(0)));
     assert_eq!(ended.state.cr0 >> 31, 0);
 }
+
+/// The same code at the same privilege level, before SMAP is switched on, with it overridden, and
+/// without: what it may access is not settled when it runs first.
+#[test]
+fn smap_holds_for_code_that_ran_before_it_was_on() {
+    /// MOV RAX, [RBX]; RET.
+    const F: u64 = KERNEL_CODE + 0x100;
+    let call = |from: u64| {
+        let distance = (F - from - 5) as u8;
+        [0xe8, distance, 0, 0, 0]
+    };
+    let ended = Guest::long()
+        .with(|guest| {
+            guest.write(KERNEL_CODE, &call(KERNEL_CODE));
+            // MOV RAX, CR4; OR EAX, SMAP; MOV CR4, RAX; STAC; later CLAC.
+            guest.write(KERNEL_CODE + 5, &[0x0f, 0x20, 0xe0, 0x0d, 0, 0, 0x20, 0]);
+            guest.write(KERNEL_CODE + 13, &[0x0f, 0x22, 0xe0, 0x0f, 0x01, 0xcb]);
+            guest.write(KERNEL_CODE + 19, &call(KERNEL_CODE + 19));
+            guest.write(KERNEL_CODE + 24, &[0x0f, 0x01, 0xca]);
+            guest.write(KERNEL_CODE + 27, &call(KERNEL_CODE + 27));
+            guest.write(F, &[0x48, 0x8b, 0x03, 0xc3]);
+            guest.state.gpr[RBX] = USER_DATA;
+        })
+        .run();
+    assert_eq!(ended.fault(), (PAGE_FAULT, Some(1)));
+    assert_eq!(ended.delivered().map(|delivered| delivered.rip), Some(F));
+}

@@ -470,3 +470,23 @@ fn interrupts_from_compatibility_mode_enter_64_bit_code() {
     assert_eq!(ended.state.gpr[RSP], INNER_STACK - 40);
     assert_eq!(ended.state.segments[CS].selector, KERNEL_CS);
 }
+
+/// CALL pushes its return address onto the very code that it calls.
+#[test]
+fn a_call_that_overwrites_its_target_runs_what_it_wrote() {
+    /// RET and seven NOPs, which become ADD [RAX], AL and the like; then HLT.
+    const F: u64 = KERNEL_CODE + 0x80;
+    let ended = Guest::long()
+        .code(&[0xe8, 0x7b, 0, 0, 0]) // call F
+        .code(&[0x48, 0xc7, 0xc4]) // mov rsp, F + 8
+        .code(&((F + 8) as u32).to_le_bytes())
+        .code(&[0xe8, 0x6f, 0, 0, 0]) // call F
+        .code(&[0xb9, 7, 0, 0, 0, 0xf4]) // mov ecx, 7; hlt
+        .with(|guest| {
+            guest.write(F, &[0xc3, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0xf4]);
+            guest.state.gpr[RAX] = KERNEL_DATA;
+        })
+        .run();
+    assert_eq!((ended.exit.clone(), ended.state.gpr[RCX]), (Exit::Halt, 0));
+    assert_eq!(ended.state.rip, F + 9);
+}

@@ -113,7 +113,9 @@ impl Machine {
 
     /// Puts other code where execution began.
     pub(crate) fn replace_code(&mut self, code: &[u8]) {
-        self.cpu.memory.physical.write(CODE, code);
+        for (page, bytes) in (CODE..).step_by(0x1000).zip(code.chunks(0x1000)) {
+            self.cpu.memory.physical.write(page, bytes);
+        }
         self.cpu.drop_overwritten_code();
     }
 

@@ -87,3 +87,26 @@ impl JumpCache {
 
 /// Where an entry holds the code's address.
 pub(super) const CODE_OFFSET: i32 = std::mem::offset_of!(Entry, code) as i32;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_noted_has_bounds() {
+        let mut jumps = JumpCache::new().expect("the host has low memory");
+        let code = std::ptr::dangling();
+        for _ in 0..10 {
+            jumps.insert(0xffff_8000_0000_1000, code);
+        }
+        assert_eq!(jumps.used, [vec![], vec![0x800]]);
+        for _ in 0..2 * MAX_USED {
+            jumps.insert(0x1000, code);
+            jumps.insert(0xffff_8000_0000_1000, code);
+        }
+        assert!(jumps.used.iter().all(|used| used.len() <= MAX_USED));
+        assert_eq!(jumps.entries[0x800].negated_linear, 0xffff_8000_0000_1000u64.wrapping_neg());
+        jumps.forget_half(1);
+        assert_eq!(jumps.entries[0x800].negated_linear, invalid(0x800));
+    }
+}

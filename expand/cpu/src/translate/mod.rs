@@ -16,6 +16,8 @@ mod jump_cache;
 mod registers;
 pub(crate) mod site;
 mod stack;
+#[cfg(test)]
+mod tests;
 mod thunks;
 
 use std::ptr::NonNull;
@@ -142,10 +144,15 @@ impl Translator {
     /// # Errors
     /// If the host refuses the memory.
     pub(crate) fn new() -> std::io::Result<Option<Self>> {
+        Self::with_room(HOT_BYTES, COLD_BYTES, EXIT_BYTES)
+    }
+
+    /// The same, for so many bytes of code and exits.
+    fn with_room(hot: usize, cold: usize, exits: usize) -> std::io::Result<Option<Self>> {
         if !std::arch::is_x86_feature_detected!("bmi2") {
             return Ok(None);
         }
-        let mut buffer = CodeBuffer::new(HOT_BYTES, COLD_BYTES, EXIT_BYTES)?;
+        let mut buffer = CodeBuffer::new(hot, cold, exits)?;
         let thunks = Thunks::new(&mut buffer);
         Ok(Some(Self {
             after_thunks: buffer.mark(Region::Hot),
@@ -188,7 +195,7 @@ impl Translator {
     fn has_room(&self) -> bool {
         let fits = |region| self.buffer.free_bytes(region) >= MAX_UNIT_CODE_BYTES;
         let exits = (self.used_exits + MAX_UNIT_EXITS) * size_of::<Exit>();
-        fits(Region::Hot) && fits(Region::Cold) && exits <= EXIT_BYTES
+        fits(Region::Hot) && fits(Region::Cold) && exits <= self.buffer.data().1
     }
 
     /// The jump cache of `mode`, by number.
