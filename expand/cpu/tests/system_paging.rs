@@ -531,11 +531,11 @@ fn pae_pointers_with_reserved_bits_are_refused() {
 /// without: what it may access is not settled when it runs first.
 #[test]
 fn smap_holds_for_code_that_ran_before_it_was_on() {
-    /// MOV RAX, [RBX]; RET.
-    const F: u64 = KERNEL_CODE + 0x100;
+    /// MOV RAX, [RBX]; RET. It lies in another page, so that no caller holds a translation of it.
+    const F: u64 = KERNEL_CODE + 0x1000;
     let call = |from: u64| {
-        let distance = (F - from - 5) as u8;
-        [0xe8, distance, 0, 0, 0]
+        let [low, high, ..] = (F - from - 5).to_le_bytes();
+        [0xe8, low, high, 0, 0]
     };
     let ended = Guest::long()
         .with(|guest| {
