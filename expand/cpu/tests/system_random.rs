@@ -275,9 +275,13 @@ fn random_code_ends_alike_at_every_stride() {
         };
         let whole = run(Translation::Never, u64::MAX);
         let stepped = run(Translation::Never, 1);
-        for translation in [Translation::AtOnce, Translation::AtOnceWithoutLoop] {
-            let translated = run(translation, u64::MAX);
-            assert_eq!(whole, translated, "seed {seed:#x}, {translation:?}");
+        for (translation, stride) in [
+            (Translation::AtOnce, u64::MAX),
+            (Translation::AtOnce, 7),
+            (Translation::AtOnceWithoutLoop, u64::MAX),
+        ] {
+            let translated = run(translation, stride);
+            assert_eq!(whole, translated, "seed {seed:#x}, {translation:?}, stride {stride}");
         }
         assert_eq!(whole, stepped, "seed {seed:#x}");
     }

@@ -76,6 +76,19 @@ impl Machine {
         self.cpu.current_block(linear).expect("code can be fetched")
     }
 
+    /// Bytes of the block at RIP.
+    pub(crate) fn block_bytes(&mut self) -> u64 {
+        // SAFETY: the block has just been found.
+        u64::from(unsafe { self.block().as_ref() }.size_bytes)
+    }
+
+    /// Translates the block at RIP; whether that could be done.
+    pub(crate) fn translate(&mut self) -> bool {
+        let (block, linear) = (self.block(), self.cpu.code_address());
+        // SAFETY: as above; translating drops no block.
+        self.cpu.translation(unsafe { block.as_ref() }, linear).is_some()
+    }
+
     /// Runs the first instruction of a block over and over: RIP stays.
     pub(crate) fn run(&mut self, block: NonNull<Block>) -> Flow {
         self.cpu.registers.gpr[usize::from(BLOCK_RIP)] = self.cpu.rip;

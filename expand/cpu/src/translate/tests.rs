@@ -204,18 +204,14 @@ fn any_block_can_be_translated() {
         machine.replace_code(&program);
         machine.cpu.set_state(&base);
         for _ in 0..8 {
-            // Blocks that a unit may hold. SAFETY: decoding more of them drops none.
-            let block = unsafe { machine.block().as_ref() };
-            machine.cpu.rip += u64::from(block.size_bytes);
+            // Blocks that a unit may hold.
+            machine.cpu.rip += machine.block_bytes();
         }
         for translation in [Translation::AtOnce, Translation::AtOnceWithoutLoop] {
             forget(&mut machine);
             machine.cpu.translator.as_mut().expect("BMI2").set_translation(translation);
             machine.cpu.set_state(&base);
-            let block = machine.block();
-            // SAFETY: translating drops no block.
-            let code = machine.cpu.translation(unsafe { block.as_ref() }, CODE);
-            assert!(code.is_some(), "seed {seed:#x}, {number}");
+            assert!(machine.translate(), "seed {seed:#x}, {number}");
         }
     }
 }
