@@ -409,7 +409,8 @@ mod tests {
         let large = Translation { page: 0, large: true, global: false };
         for _ in 0..=MAX_FILLS {
             tlb.note(0x4000_0000, large, false);
-            tlb.fill_data(rights::USER, true, 0x4000_0000, 0x7000_0000 as *mut u8, false);
+            tlb.learn_data(rights::USER, true, 0x4000_0000, large);
+            tlb.permit(rights::USER, true, 0x4000_0000, 0x7000_0000 as *mut u8);
         }
         tlb.flush_page(0x4000_0000 + PAGE_BYTES);
         assert!(!hits(&tlb, 0x4000_0000, 1));
