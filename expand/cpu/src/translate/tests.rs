@@ -310,33 +310,3 @@ fn a_way_within_a_page_does_not_lead_into_another_at_its_address() {
     let ended = run(&mut machine, Translation::AtOnce, &start, 9);
     assert_eq!((ended.exit, ended.state.gpr[RCX]), (Exit::Halt, 0));
 }
-
-/// Page tables that change while the guest forgets nothing: what is cached holds, but a unit lies in
-/// one page of RAM.
-#[test]
-fn a_unit_is_made_of_the_page_that_its_block_lies_in() {
-    let mut machine = Machine::long_64(&[]);
-    machine.write(TURNS, &JUMP);
-    machine.write(TURNS + 0x10, &[HALT]);
-    machine.write(OTHER + 0x10, &SET_RCX);
-    let base = machine.cpu.state();
-    let other = CpuState { rip: OTHER + 0x10, ..base.clone() };
-    run(&mut machine, Translation::Never, &other, 9);
-    let start = CpuState { rip: TURNS, ..base };
-    run(&mut machine, Translation::Never, &start, 9);
-    machine.write(TURNS_ENTRY, &(OTHER | 7).to_le_bytes());
-    let cpu = &mut machine.cpu;
-    cpu.fetch_elsewhere(TURNS);
-    cpu.translator.as_mut().expect("BMI2").set_translation(Translation::AtOnce);
-    cpu.rip = TURNS;
-    let until = cpu.tick + 9;
-    let exit = with_guest_fpu(cpu, |cpu| cpu.execute(until, &AtomicBool::new(false), false));
-    assert_eq!((exit, cpu.registers.gpr[RCX]), (Exit::Halt, 0));
-}
-
-impl crate::cpu::Cpu {
-    /// Has the fetch table forget a page by another one of its index.
-    fn fetch_elsewhere(&mut self, linear: u64) {
-        self.memory.fetch_address(linear + (4 << 20)).expect("is mapped");
-    }
-}
