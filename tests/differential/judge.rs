@@ -94,6 +94,9 @@ impl Judge {
             // Neither comes to an end.
             (Err(OracleError::TimedOut), Err(_)) => Comparison::Same,
             // A branch that leads elsewhere may make an endless loop of either.
+            (Err(_), _) | (_, Err(_)) if lawful::loops_by_prefix(case) => {
+                Comparison::SetAside(lawful::LOOP_BY_PREFIX)
+            }
             (Err(_), _) | (_, Err(_)) if lawful::branches_narrowly(case) => {
                 Comparison::SetAside("AMD cuts the target of a near branch with a 66 prefix")
             }

@@ -4,7 +4,7 @@
 use iced_x86::{Decoder, FlowControl, Instruction, Mnemonic, OpKind};
 use reprise_kvm::KvmKind;
 use reprise_kvm::user_oracle::{CODE_ADDRESS, UserOutcome};
-use reprise_trace::cpu_state::{CpuState, RSP};
+use reprise_trace::cpu_state::{CpuState, FpuState, RSP};
 
 use crate::case::{Case, DECODER};
 use crate::opcodes::{beyond_the_model, shows_the_host};
@@ -68,11 +68,8 @@ pub(crate) fn reason(
             "a masked store may fault for bytes it leaves out, and with MMX registers in use",
         );
     }
-    if instructions().any(|(instruction, bytes)| {
-        matches!(instruction.mnemonic(), Mnemonic::Loope | Mnemonic::Loopne)
-            && (has_prefix(bytes, 0xf2) || has_prefix(bytes, 0xf3))
-    }) {
-        return Some("AMD heeds REP and REPNE on LOOPE and LOOPNE, Intel and the model do not");
+    if instructions().any(|(instruction, bytes)| is_loop_by_prefix(&instruction, bytes)) {
+        return Some(LOOP_BY_PREFIX);
     }
     const MISALIGNED_MASK: u32 = 1 << 17;
     if real.fpu.mxcsr & MISALIGNED_MASK != 0 {
@@ -135,7 +132,9 @@ fn of_pagetable_based_kvm(
     if vectors == (SS, GP) && instructions.any(makes_stack_faults) {
         return Some("pagetable-based KVM: a #GP becomes #SS when the instruction is emulated");
     }
-    let enters_mmx = (real.fpu.ftw, soft.fpu.ftw == u8::MAX) == (u8::MAX, false);
+    const TOP: u16 = 7 << 11;
+    let in_mmx = |fpu: &FpuState| fpu.ftw == u8::MAX && fpu.fsw & TOP == 0;
+    let enters_mmx = in_mmx(&real.fpu) && !in_mmx(&soft.fpu);
     if vectors == (GP, GP) && enters_mmx && real.gpr == soft.gpr {
         return Some("pagetable-based KVM: MMX state is entered when a #GP is emulated");
     }
@@ -265,6 +264,24 @@ pub(crate) fn branches_narrowly(case: &Case) -> bool {
         let start = (instruction.ip() - CODE_ADDRESS) as usize;
         is_narrow_branch(instruction, &case.input.code[start..])
     })
+}
+
+/// Why a LOOPE or LOOPNE may end elsewhere.
+pub(crate) const LOOP_BY_PREFIX: &str =
+    "AMD heeds REP and REPNE on LOOPE and LOOPNE, Intel and the model do not";
+
+/// Whether a case has a LOOPE or LOOPNE whose REP or REPNE prefix AMD heeds, which may make or spare an
+/// endless loop.
+pub(crate) fn loops_by_prefix(case: &Case) -> bool {
+    case.instructions().iter().any(|instruction| {
+        let start = (instruction.ip() - CODE_ADDRESS) as usize;
+        is_loop_by_prefix(instruction, &case.input.code[start..])
+    })
+}
+
+fn is_loop_by_prefix(instruction: &Instruction, bytes: &[u8]) -> bool {
+    matches!(instruction.mnemonic(), Mnemonic::Loope | Mnemonic::Loopne)
+        && (has_prefix(bytes, 0xf2) || has_prefix(bytes, 0xf3))
 }
 
 fn is_narrow_branch(instruction: &Instruction, bytes: &[u8]) -> bool {

@@ -122,9 +122,10 @@ impl Cpu {
     fn interpret(&mut self, block: &Block, budget: usize) -> Option<Exit> {
         let before = self.tick;
         let flow = self.run_ops(block, budget);
+        let exit = if flow == Flow::NEXT { None } else { self.finish_stopped(block, flow) };
         let ran = self.tick - before;
         self.count(|profile| profile.interpreted += ran);
-        if flow == Flow::NEXT { None } else { self.finish_stopped(block, flow) }
+        exit
     }
 
     /// Whether an external interrupt would be taken now.
@@ -141,8 +142,7 @@ impl Cpu {
         let Ok(block) = self.current_block(self.code_address()) else { return self.take_fault() };
         // SAFETY: as in `execute`.
         let block = unsafe { block.as_ref() };
-        let flow = self.run_ops(block, 1);
-        let exit = if flow == Flow::NEXT { None } else { self.finish_stopped(block, flow) };
+        let exit = self.interpret(block, 1);
         if self.memory.physical.code_was_written() {
             self.drop_overwritten_code();
         }
@@ -231,6 +231,7 @@ impl Cpu {
         let faulted = flow == Flow::FAULT;
         let exit = if flow == Flow::NEXT { None } else { self.finish_stopped(block, flow) };
         let retired = self.tick != before && !faulted;
+        self.count(|profile| profile.interpreted += u64::from(retired));
         if flow == Flow::REPEATS
             && let Err(TripleFault) = self.after_repetition(trap)
         {
