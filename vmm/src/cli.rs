@@ -10,7 +10,7 @@ use crate::commands;
 use crate::defect;
 use crate::output::Output;
 use crate::session::assembly::SoftOptions;
-use crate::session::choice::{ChoiceError, ClockArg, EngineArg};
+use crate::session::choice::{ChoiceError, ClockArg, EngineArg, EngineKind};
 use crate::session::guest::GuestChoice;
 use reprise_cpu::translate::Translation;
 
@@ -119,6 +119,13 @@ pub struct SoftArgs {
 }
 
 impl SoftArgs {
+    /// What to say if the engine is one that these do not concern.
+    pub fn without_effect_on(&self, engine: EngineKind) -> Option<&'static str> {
+        let given = self.no_translate || self.profile;
+        (given && engine != EngineKind::Soft)
+            .then_some("--no-translate and --profile are for --engine soft: no effect here")
+    }
+
     /// As the session wants them.
     pub fn options(&self) -> SoftOptions {
         let translation =

@@ -32,6 +32,9 @@ pub fn run(arguments: &ReplayArgs, output: Output) -> Result<u8> {
     for note in &replayed.notes {
         output.note(note);
     }
+    if let Some(note) = arguments.soft.without_effect_on(replayed.kind) {
+        output.note(note);
+    }
     let report = replayed.report;
     output.result(&report, format_args!("{}{}", report.to_table(), verdict(&report)));
     if report.verified == Some(false) {

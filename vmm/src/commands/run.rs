@@ -42,6 +42,9 @@ pub(super) fn plan<'a>(
         let (engine, clock) = (choice.kind.engine_name(), choice.kind.clock_name());
         output.note(format_args!("engine {engine}, clock {clock}: {reason}"));
     }
+    if let Some(note) = machine.soft.without_effect_on(choice.kind) {
+        output.note(note);
+    }
     let host = host_options(machine, output)?;
     if host.input == InputSource::Terminal {
         output.note("the console is live: every key goes to the guest; Ctrl-] stops the run");

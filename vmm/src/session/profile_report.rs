@@ -62,10 +62,9 @@ impl From<&Profile> for ProfileReport {
 impl ProfileReport {
     /// The report for a person; `instructions` are those of the whole run.
     pub fn to_table(&self, instructions: u64) -> String {
-        let rate = |count: u64| {
-            let each = instructions.checked_div(count);
-            let each = each.map_or("never".to_owned(), |n| format!("once in {}", grouped(n)));
-            format!("{} ({each} instructions)", grouped(count))
+        let rate = |count: u64| match instructions.checked_div(count) {
+            Some(each) => format!("{}, once in {} instructions", grouped(count), grouped(each)),
+            None => grouped(count),
         };
         let [lower, upper] = self.links_forgotten;
         let mut rows = vec![

@@ -54,6 +54,8 @@ pub struct Replayed {
     pub report: SessionReport,
     /// What may explain a divergence.
     pub notes: Vec<String>,
+    /// What executed it.
+    pub kind: EngineKind,
 }
 
 /// Opens a recording and checks that it is one.
@@ -92,7 +94,7 @@ pub fn replay(recording: &Recording, options: ReplayOptions) -> Result<Replayed>
     )?;
     let mut report = report(recording, kind, verification, &outcome?, wall);
     report.profile = profile;
-    Ok(Replayed { report, notes: notes(header, same_engine, kind) })
+    Ok(Replayed { report, notes: notes(header, same_engine, kind), kind })
 }
 
 /// How the recording's virtual time came about.
