@@ -1,6 +1,6 @@
 //! What running, recording and replaying cost, and what the same work costs on QEMU.
 //!
-//!     cargo bench -p reprise-tests --bench workload -- [--runs N] [--small] [--json]
+//!     cargo bench -p reprise-tests --bench workload -- [--runs N] [--small] [--without-qemu] [--json]
 //!
 //! Two races, each of N rounds (5 where no number is given) in which every contender runs once; every
 //! other round goes backwards, so that a drift of the machine's speed falls on all alike. Printed are
@@ -11,7 +11,8 @@
 //! - `compute`, nearly all of it user code: the software CPU, and, where there is KVM, the processor
 //!   itself.
 //!
-//! `--small` takes less of both. Nothing here passes or fails by a time. Use a machine on which nothing
+//! `--small` takes less of both, `--without-qemu` leaves QEMU out, so that small differences can have
+//! many rounds. Nothing here passes or fails by a time. Use a machine on which nothing
 //! else runs.
 
 mod contender;
@@ -39,10 +40,11 @@ struct Options {
     runs: usize,
     small: bool,
     json: bool,
+    without_qemu: bool,
 }
 
 fn options() -> Result<Options> {
-    let mut options = Options { runs: 5, small: false, json: false };
+    let mut options = Options { runs: 5, small: false, json: false, without_qemu: false };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         match word.as_str() {
@@ -52,9 +54,12 @@ fn options() -> Result<Options> {
             }
             "--small" => options.small = true,
             "--json" => options.json = true,
+            "--without-qemu" => options.without_qemu = true,
             // Cargo adds it to what the user gives.
             "--bench" => {}
-            other => bail!("{other} is not known: give --runs N, --small or --json"),
+            other => {
+                bail!("{other} is not known: give --runs N, --small, --without-qemu or --json")
+            }
         }
     }
     if options.runs == 0 {
@@ -91,7 +96,7 @@ fn benchmark(options: &Options) -> Result<()> {
     measure("compute", compute_contenders(options));
     let with_kvm = kvm_opens();
     for (what, reason) in
-        [("qemu", qemu::installed().err()), ("kvm", with_kvm.err().map(Into::into))]
+        [("qemu", with_qemu(options).err()), ("kvm", with_kvm.err().map(Into::into))]
     {
         missing.extend(reason.map(|reason| (what.to_owned(), reason.to_string())));
     }
@@ -106,6 +111,14 @@ fn benchmark(options: &Options) -> Result<()> {
         false => print!("{}", report.to_text()),
     }
     Ok(())
+}
+
+/// Whether QEMU takes part.
+fn with_qemu(options: &Options) -> Result<()> {
+    if options.without_qemu {
+        bail!("left out, as asked for");
+    }
+    qemu::installed()
 }
 
 /// Linux with the workload, on the software CPU and on QEMU.
@@ -126,7 +139,7 @@ fn linux_contenders(options: &Options, directory: &Path) -> Result<Vec<Contender
     .concat();
     let file = text(&directory.join("linux.rr"))?.to_owned();
     let mut contenders = Vec::new();
-    if qemu::installed().is_ok() {
+    if with_qemu(options).is_ok() {
         let work = qemu::Work {
             kernel: image.kernel.path.clone(),
             initrd: image.initrd.path.clone(),
