@@ -39,19 +39,18 @@ pub(crate) struct Block {
     /// How often it has run without being translated.
     pub(crate) runs: Cell<u32>,
     /// Its translations, the newest first.
-    translations: [Cell<Translation>; 2],
+    translations: [Cell<Translated>; 2],
 }
 
 /// A block's code for one linear address and mode.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Translation {
+struct Translated {
     linear: u64,
     mode: Mode,
     code: *const u8,
 }
 
-const NO_TRANSLATION: Translation =
-    Translation { linear: 0, mode: Mode(0), code: std::ptr::null() };
+const NO_TRANSLATION: Translated = Translated { linear: 0, mode: Mode(0), code: std::ptr::null() };
 
 /// A block at a linear address, as long as the cache's key stays.
 #[derive(Clone, Copy, Debug)]
@@ -82,7 +81,7 @@ impl Block {
     #[inline(always)]
     pub(crate) fn translation(&self, linear: u64, mode: Mode) -> Option<*const u8> {
         let fits =
-            |held: Translation| held.linear == linear && held.mode == mode && !held.code.is_null();
+            |held: Translated| held.linear == linear && held.mode == mode && !held.code.is_null();
         self.translations.iter().map(Cell::get).find(|held| fits(*held)).map(|held| held.code)
     }
 
@@ -91,7 +90,7 @@ impl Block {
     pub(crate) fn set_translation(&self, linear: u64, mode: Mode, code: *const u8) {
         self.runs.set(0);
         self.translations[1].set(self.translations[0].get());
-        self.translations[0].set(Translation { linear, mode, code });
+        self.translations[0].set(Translated { linear, mode, code });
     }
 
     /// Adds the halves of the address space in which it has been found.

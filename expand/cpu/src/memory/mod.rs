@@ -74,7 +74,6 @@ impl Memory {
     pub(crate) fn set_root(&mut self, cr3: u64) -> bool {
         self.paging.cr3 = cr3;
         self.tlb.flush_local();
-        self.tlb.forget_local_code_pages();
         std::mem::take(&mut self.upper_code_moves)
     }
 

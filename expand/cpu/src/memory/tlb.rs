@@ -247,15 +247,11 @@ impl Tlb {
         self.seen.iter_mut().for_each(|seen| seen.code_pages.clear());
     }
 
-    /// The same for code that is not global.
-    pub(crate) fn forget_local_code_pages(&mut self) {
-        self.seen[0].code_pages.clear();
-    }
-
-    /// Forgets what is not global.
+    /// Forgets what is not global, and where such code was fetched: whoever remembers it forgets it too.
     pub(crate) fn flush_local(&mut self) {
         self.forget_fills(0);
         self.fetch.iter_mut().for_each(|[local, _]| local.clear());
+        self.seen[0].code_pages.clear();
         self.seen[0].large_regions.clear();
     }
 

@@ -6,7 +6,7 @@ use super::assembler::at;
 use super::emission::{Emission, addressable};
 use super::jump_cache::CODE_OFFSET;
 use super::registers::{ADDEND, ADDRESS, GUEST_RSP, SCRATCH, general_slot};
-use super::stack::{OPERAND, SLOT_BYTES, finish_push, make_room};
+use super::stack::{OPERAND, SLOT_BYTES, finish_push, make_room, push_immediate};
 use crate::cpu::TEMPORARY;
 use crate::decode::block_cache::Block;
 use crate::decode::op::Op;
@@ -71,18 +71,13 @@ pub(super) fn emit(emission: &mut Emission<'_>, op: &Op) -> Option<Next> {
 }
 
 fn push_return_address(emission: &mut Emission<'_>, next: u64) {
+    if let Ok(next) = i32::try_from(next as i64) {
+        return push_immediate(emission, next);
+    }
     make_room(emission);
     emission.settle(40);
-    match i32::try_from(next as i64) {
-        Ok(next) => {
-            emission.code.store_immediate(OPERAND, next);
-            emission.code.lea(GUEST_RSP, at(GUEST_RSP, -SLOT_BYTES));
-        }
-        Err(_) => {
-            emission.code.immediate(SCRATCH, next);
-            finish_push(emission, SCRATCH);
-        }
-    }
+    emission.code.immediate(SCRATCH, next);
+    finish_push(emission, SCRATCH);
 }
 
 /// [`ADDRESS`] = where an indirect jump or call leads.
@@ -105,9 +100,7 @@ fn target(emission: &mut Emission<'_>, op: &Op) -> Option<()> {
 fn jump_indirect(emission: &mut Emission<'_>, op: &Op) -> Option<Next> {
     target(emission, op)?;
     emission.search();
-    emission.settle(40);
-    emission.charge();
-    emission.code.jump_indirect(at(ADDEND, CODE_OFFSET));
+    emission.leave_through(at(ADDEND, CODE_OFFSET));
     Some(Next::Out)
 }
 
@@ -118,9 +111,7 @@ fn call_indirect(emission: &mut Emission<'_>, op: &Op, next: u64) -> Option<Next
     emission.code.load(SCRATCH, at(ADDEND, CODE_OFFSET));
     emission.code.store(general_slot(TEMPORARY), SCRATCH);
     push_return_address(emission, next);
-    emission.settle(40);
-    emission.charge();
-    emission.code.jump_indirect(general_slot(TEMPORARY));
+    emission.leave_through(general_slot(TEMPORARY));
     Some(Next::Out)
 }
 
@@ -132,8 +123,6 @@ fn return_near(emission: &mut Emission<'_>, op: &Op) -> Next {
     emission.code.load(ADDRESS, OPERAND);
     emission.search();
     emission.code.lea(GUEST_RSP, at(GUEST_RSP, SLOT_BYTES + released));
-    emission.settle(40);
-    emission.charge();
-    emission.code.jump_indirect(at(ADDEND, CODE_OFFSET));
+    emission.leave_through(at(ADDEND, CODE_OFFSET));
     Next::Out
 }

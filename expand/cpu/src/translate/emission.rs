@@ -95,8 +95,6 @@ pub(super) struct Emission<'a> {
     pub(super) surroundings: &'a Surroundings<'a>,
     /// The linear address of the block in hand, which in 64-bit mode is its RIP.
     pub(super) linear: u64,
-    /// Instructions of the unit up to the one in hand, which counts.
-    pub(super) executed: i32,
     /// The sites of the unit's operations, in order: they have their place already.
     sites: &'a [Site],
     /// The operation in hand.
@@ -139,7 +137,6 @@ impl<'a> Emission<'a> {
             info,
             surroundings,
             linear: 0,
-            executed: 0,
             sites,
             number: 0,
             current: None,
@@ -166,11 +163,7 @@ impl<'a> Emission<'a> {
     }
 
     /// Takes the instructions that have run from the budget: what every way out of the unit does.
-    pub(super) fn charge(&mut self) {
-        self.charge_for(self.executed);
-    }
-
-    fn charge_for(&mut self, executed: i32) {
+    fn charge(&mut self, executed: i32) {
         let budget = general_slot(BUDGET);
         self.code.load(SCRATCH, budget);
         self.code.lea(SCRATCH, at(SCRATCH, executed));
@@ -180,7 +173,11 @@ impl<'a> Emission<'a> {
     /// Begins the operation `number` of the unit.
     pub(super) fn begin(&mut self, number: usize) {
         self.number = number;
-        self.executed = number as i32 + 1;
+    }
+
+    /// Instructions of the unit up to the one in hand, which counts.
+    fn executed(&self) -> i32 {
+        self.number as i32 + 1
     }
 
     /// Runs the operation in hand in Rust, in line.
@@ -382,17 +379,24 @@ impl<'a> Emission<'a> {
     pub(super) fn exit_if(&mut self, code: u8, linear: u64) {
         self.settle(16);
         let jump = self.code.jump_forward_if(code);
-        self.side_exits.push(SideExit { jump, linear, executed: self.executed });
+        self.side_exits.push(SideExit { jump, linear, executed: self.executed() });
+    }
+
+    /// Leaves the unit for the code whose address lies at `place`.
+    pub(super) fn leave_through(&mut self, place: Place) {
+        self.settle(40);
+        self.charge(self.executed());
+        self.code.jump_indirect(place);
     }
 
     /// Leaves the unit for a known address.
     pub(super) fn exit_to(&mut self, linear: u64) {
-        self.exit_after(linear, self.executed);
+        self.exit_after(linear, self.executed());
     }
 
     fn exit_after(&mut self, linear: u64, executed: i32) {
         self.settle(32);
-        self.charge_for(executed);
+        self.charge(executed);
         let exit = self.first_exit.wrapping_add(self.exits.len());
         self.code.jump_through(exit as u64);
         self.exits.push((linear, exit));

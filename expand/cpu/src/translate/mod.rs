@@ -329,7 +329,7 @@ impl Cpu {
         let Finished { hot, cold, exits } =
             emission.finish(translator.buffer.next_address(Region::Cold));
         assert!(hot.len() <= MAX_UNIT_CODE_BYTES && cold.len() <= MAX_UNIT_CODE_BYTES);
-        assert!(exits.len() <= MAX_UNIT_EXITS, "a unit has two ways out for each of its blocks");
+        assert!(exits.len() <= MAX_UNIT_EXITS, "a unit has a way out for each block, and one more");
         translator.buffer.append(Region::Hot, &hot)?;
         translator.buffer.append(Region::Cold, &cold)?;
         translator.used_exits += exits.len();
@@ -356,24 +356,20 @@ impl Cpu {
         let mut instructions = block.ops.len();
         while unit.len() < MAX_UNIT_BLOCKS {
             let last = &unit[unit.len() - 1];
-            // SAFETY: the cache drops no block while this holds the CPU.
-            let Some(next) = branch::goes_on(unsafe { last.block.as_ref() }, last.linear) else {
-                break;
-            };
+            let Some(next) = branch::goes_on(last.block(), last.linear) else { break };
             let page = PAGE_BYTES - 1;
             let address = (physical & !page) | (next & page);
             let seen = unit.iter().any(|part| part.linear == next);
             if seen || next & !page != linear & !page {
                 break;
             }
-            let Some(next_block) = self.blocks.by_physical(address, mode) else { break };
-            // SAFETY: as above.
-            let next_ref = unsafe { next_block.as_ref() };
-            instructions += next_ref.ops.len();
-            if next_ref.second_page.is_some() || instructions > MAX_UNIT_INSTRUCTIONS {
+            let Some(block) = self.blocks.by_physical(address, mode) else { break };
+            let part = Part { block, linear: next };
+            instructions += part.block().ops.len();
+            if part.block().second_page.is_some() || instructions > MAX_UNIT_INSTRUCTIONS {
                 break;
             }
-            unit.push(Part { block: next_block, linear: next });
+            unit.push(part);
         }
         unit
     }

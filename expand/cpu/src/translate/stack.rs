@@ -27,10 +27,7 @@ pub(super) fn emit(emission: &mut Emission<'_>, op: &Op) -> Option<()> {
         }
         Code::Pushq_imm32 | Code::Pushq_imm8 => {
             let value = i32::try_from(op.immediate as i64).ok()?;
-            make_room(emission);
-            emission.settle(32);
-            emission.code.store_immediate(OPERAND, value);
-            emission.code.lea(GUEST_RSP, at(GUEST_RSP, -SLOT_BYTES));
+            push_immediate(emission, value);
         }
         Code::Pop_r64 | Code::Pop_rm64 if register && usize::from(op.a) != RSP => {
             emission.code.copy(ADDRESS, GUEST_RSP);
@@ -61,6 +58,14 @@ pub(super) fn emit(emission: &mut Emission<'_>, op: &Op) -> Option<()> {
 pub(super) fn make_room(emission: &mut Emission<'_>) {
     emission.code.lea(ADDRESS, at(GUEST_RSP, -SLOT_BYTES));
     emission.translate(true, SLOT_BYTES as u64);
+}
+
+/// Pushes a value that an instruction can hold.
+pub(super) fn push_immediate(emission: &mut Emission<'_>, value: i32) {
+    make_room(emission);
+    emission.settle(32);
+    emission.code.store_immediate(OPERAND, value);
+    emission.code.lea(GUEST_RSP, at(GUEST_RSP, -SLOT_BYTES));
 }
 
 /// Stores a value there, and moves the top. PUSH RSP pushes RSP as it was.
