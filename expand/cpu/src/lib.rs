@@ -16,6 +16,7 @@ pub mod engine;
 mod execute;
 pub mod fault;
 mod flags;
+mod integer_hash;
 pub mod memory;
 pub mod mode;
 mod native;

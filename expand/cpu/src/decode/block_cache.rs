@@ -4,10 +4,10 @@
 
 use std::cell::Cell;
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::ptr::NonNull;
 
 use super::op::Op;
+use crate::integer_hash::IntegerHash;
 use crate::memory::physical::{PAGE_BYTES, chunk_mask};
 use crate::mode::Mode;
 use crate::translate::site::Exit;
@@ -124,41 +124,12 @@ impl Block {
     }
 }
 
-/// Hashes a block's place in its page, which is only a few bits.
-#[derive(Clone, Copy, Debug, Default)]
-struct PlaceHasher(u64);
-
-impl Hasher for PlaceHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            self.write_u64(u64::from(byte));
-        }
-    }
-
-    fn write_u16(&mut self, value: u16) {
-        self.write_u64(u64::from(value));
-    }
-
-    fn write_u32(&mut self, value: u32) {
-        self.write_u64(u64::from(value));
-    }
-
-    fn write_u64(&mut self, value: u64) {
-        // Fibonacci hashing: 2^64 over the golden ratio.
-        self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    }
-}
-
 /// A block's place: its offset in the page, and the mode it was decoded in.
 type Place = (u16, Mode);
 
 #[derive(Default)]
 struct PageBlocks {
-    blocks: HashMap<Place, Box<Block>, BuildHasherDefault<PlaceHasher>>,
+    blocks: HashMap<Place, Box<Block>, IntegerHash>,
     /// Blocks of other pages whose last bytes lie at this page's start.
     reaching_in: Vec<(u64, Mode)>,
     /// Exits of this page's translated blocks.
@@ -179,7 +150,7 @@ impl PageBlocks {
 
 /// All decoded blocks.
 pub(crate) struct BlockCache {
-    pages: HashMap<u64, PageBlocks, BuildHasherDefault<PlaceHasher>>,
+    pages: HashMap<u64, PageBlocks, IntegerHash>,
     addresses: Box<[Link]>,
     /// Counts what made linear addresses lead elsewhere, for the lower and the upper half apart: a
     /// kernel's global pages stay where they are when address spaces change.

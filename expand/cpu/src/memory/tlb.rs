@@ -12,12 +12,12 @@
 #![allow(unsafe_code)]
 
 use std::collections::{HashMap, HashSet};
-use std::hash::{BuildHasherDefault, Hasher};
 use std::io;
 
 use super::low_memory::{AnyBytes, LowMemory};
 use super::physical::PAGE_BYTES;
 use super::walk::Translation;
+use crate::integer_hash::IntegerHash;
 
 /// Entries of one data table: as many as a 16-bit index tells apart.
 pub(crate) const ENTRIES: usize = 1 << 16;
@@ -76,33 +76,12 @@ pub(crate) struct Tlb {
     /// What is known for data, at the same places.
     known: Box<[Known]>,
     /// What is known for fetches, for each of two rights: pages of one address space, and of all.
-    fetch: [[HashMap<u64, u64, PageHash>; 2]; 2],
+    fetch: [[HashMap<u64, u64, IntegerHash>; 2]; 2],
     /// Translations since the last flush of those that are not global, and of those that are.
     seen: [Seen; 2],
     /// Places of data entries that became known since they were last forgotten, some of them twice:
     /// pages of one address space, and of all.
     fills: [Vec<u32>; 2],
-}
-
-/// Hashes page addresses.
-type PageHash = BuildHasherDefault<PageHasher>;
-
-/// Fibonacci hashing: 2^64 over the golden ratio.
-#[derive(Clone, Copy, Debug, Default)]
-struct PageHasher(u64);
-
-impl Hasher for PageHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|&byte| self.write_u64(byte.into()));
-    }
-
-    fn write_u64(&mut self, value: u64) {
-        self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    }
 }
 
 /// Which linear addresses translations came from, so that forgetting one page can be cheap.

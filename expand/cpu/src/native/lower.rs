@@ -336,7 +336,8 @@ fn merge(bindings: &mut Vec<Binding>, guest: Register, load: bool, store: bool) 
     }
 }
 
-fn directions(access: OpAccess) -> (bool, bool) {
+/// Whether an access reads, and whether it writes.
+pub(crate) fn directions(access: OpAccess) -> (bool, bool) {
     let reads = matches!(
         access,
         OpAccess::Read | OpAccess::CondRead | OpAccess::ReadWrite | OpAccess::ReadCondWrite
@@ -349,7 +350,7 @@ fn directions(access: OpAccess) -> (bool, bool) {
 }
 
 /// A write that may not happen leaves the old value, which must then be there to be stored back.
-fn conditional(access: OpAccess) -> bool {
+pub(crate) fn conditional(access: OpAccess) -> bool {
     matches!(access, OpAccess::CondWrite | OpAccess::ReadCondWrite)
 }
 

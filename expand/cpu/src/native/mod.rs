@@ -17,7 +17,7 @@ use std::collections::HashMap;
 use iced_x86::{Instruction, InstructionInfoFactory};
 
 use code_buffer::{CodeBuffer, Region};
-pub(crate) use lower::{MEMORY, is_high_byte, normalise, resized};
+pub(crate) use lower::{MEMORY, conditional, directions, is_high_byte, normalise, resized};
 pub(crate) use operand::{
     Form, form, load, needs_alignment, read, run_on, run_register, run_selected, select, write,
 };

@@ -1,9 +1,7 @@
 //! Computational instructions: the very instruction, its registers renamed, its memory operand
 //! translated.
 
-use iced_x86::{
-    Code, Instruction, InstructionInfoFactory, OpAccess, OpCodeOperandKind, OpKind, Register,
-};
+use iced_x86::{Code, Instruction, InstructionInfoFactory, OpCodeOperandKind, OpKind, Register};
 
 use super::assembler::{Host, Place, indexed};
 use super::emission::{Emission, addressable};
@@ -135,8 +133,7 @@ fn plan(instruction: &Instruction, info: &mut InstructionInfoFactory) -> Option<
     let mut vector: Vec<(u8, bool, bool)> = Vec::new();
     for used in info.info(&normal).used_registers() {
         let (register, access) = (used.register(), used.access());
-        let reads = reads(access);
-        let writes = writes(access);
+        let (reads, writes) = native::directions(access);
         if register.is_gpr() {
             let full = register.full_register();
             let named = explicit
@@ -146,26 +143,24 @@ fn plan(instruction: &Instruction, info: &mut InstructionInfoFactory) -> Option<
                 continue;
             }
             // What is not written whole must be there to be kept.
-            let load = reads || register.size() < 4 || conditional(access);
+            let load = reads || register.size() < 4 || native::conditional(access);
             merge(&mut general, full.number() as u8, load, writes);
         } else if register.is_xmm() {
-            merge(&mut vector, register.number() as u8, reads || conditional(access), writes);
+            merge(
+                &mut vector,
+                register.number() as u8,
+                reads || native::conditional(access),
+                writes,
+            );
         } else if register != Register::None {
             return None;
         }
     }
-    let named = |guest: u8| {
+    let named = |guest: u8, by_opcode: bool| {
         explicit.iter().any(|&(operand, register)| {
             register.is_gpr()
                 && register.full_register().number() == usize::from(guest)
-                && !fixed.contains(&operand)
-        })
-    };
-    let is_fixed = |guest: u8| {
-        explicit.iter().any(|&(operand, register)| {
-            register.is_gpr()
-                && register.full_register().number() == usize::from(guest)
-                && fixed.contains(&operand)
+                && fixed.contains(&operand) == by_opcode
         })
     };
     let mut free = vec![SCRATCH, ADDEND];
@@ -175,7 +170,7 @@ fn plan(instruction: &Instruction, info: &mut InstructionInfoFactory) -> Option<
     let mut hosts: Vec<(u8, Host)> = Vec::new();
     let mut moved = Vec::new();
     for &(guest, load, store) in &general {
-        let keeps_its_name = high_bytes || is_fixed(guest) || !named(guest);
+        let keeps_its_name = high_bytes || named(guest, true) || !named(guest, false);
         let host = match home(guest) {
             Home::Host(host) if !keeps_its_name || host.0 == guest => host,
             _ if keeps_its_name && guest == SCRATCH.0 => SCRATCH,
@@ -215,25 +210,6 @@ fn fixed_operands(instruction: &Instruction) -> Vec<u32> {
     (0..instruction.op_count())
         .filter(|&operand| matches!(kinds[operand as usize], al | ax | cl | dx | eax | rax))
         .collect()
-}
-
-fn reads(access: OpAccess) -> bool {
-    matches!(
-        access,
-        OpAccess::Read | OpAccess::CondRead | OpAccess::ReadWrite | OpAccess::ReadCondWrite
-    )
-}
-
-fn writes(access: OpAccess) -> bool {
-    matches!(
-        access,
-        OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
-    )
-}
-
-/// A write that may not happen leaves the old value, which must then be there to be kept.
-fn conditional(access: OpAccess) -> bool {
-    matches!(access, OpAccess::CondWrite | OpAccess::ReadCondWrite)
 }
 
 fn merge(used: &mut Vec<(u8, bool, bool)>, number: u8, load: bool, store: bool) {
