@@ -15,6 +15,7 @@ use crate::native::host_fpu::FpuImage;
 use crate::profile::Profile;
 use crate::system::debug::DebugState;
 use crate::system::deliver::ExceptionRun;
+use crate::tracing::Tracer;
 use crate::translate::Translator;
 
 /// Index into [`Registers::gpr`] of a register that is always zero: an absent base or index.
@@ -26,6 +27,10 @@ pub(crate) const BLOCK_RIP: u8 = 17;
 pub(crate) const BUDGET: u8 = 18;
 pub(crate) const LEFT_AT: u8 = 19;
 pub(crate) const TEMPORARY: u8 = 20;
+/// Indices into [`Registers::gpr`] of where translated code appends to a trace: block numbers, and
+/// addresses of accesses.
+pub(crate) const TRACE_WORDS: u8 = 21;
+pub(crate) const TRACE_ADDRESSES: u8 = 22;
 /// Index into [`Registers::segment_base`] of a base that is always zero.
 pub(crate) const NO_SEGMENT: u8 = 6;
 
@@ -131,6 +136,10 @@ pub struct Cpu {
     pub(crate) native: Native,
     /// None where the host cannot run translated code, or nobody wants it.
     pub(crate) translator: Option<Translator>,
+    /// The trace, if anybody wants one.
+    pub(crate) tracer: Option<Box<Tracer>>,
+    /// Counts how often a trace's block numbers began again.
+    pub(crate) trace_generation: u32,
     /// What is counted, if anybody wants to know.
     pub(crate) profile: Option<Box<Profile>>,
     /// The instruction count at which translated code's budget is used up.
@@ -180,6 +189,8 @@ impl Cpu {
             blocks: BlockCache::new(),
             native: Native::new()?,
             translator: Translator::new()?,
+            tracer: None,
+            trace_generation: 0,
             profile: None,
             budget_end: 0,
             debug: DebugState::default(),

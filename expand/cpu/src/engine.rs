@@ -7,11 +7,13 @@ use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Access, Engine, EngineError, Exit, FlagKick, Kick};
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::{CpuState, RCX};
+use reprise_trace::instructions::Position;
 use reprise_trace::moment::{Moment, TickKind};
 
 use crate::cpu::{AnsweredAccess, Cpu};
 use crate::native::host_fpu::with_guest_fpu;
 use crate::profile::Profile;
+use crate::tracing::BatchSink;
 use crate::translate::Translation;
 
 /// Executes the guest in software, counting instructions.
@@ -58,6 +60,21 @@ impl SoftEngine {
         Some(profile)
     }
 
+    /// Where a trace that starts here begins.
+    pub fn trace_position(&self) -> Position {
+        self.cpu.trace_position()
+    }
+
+    /// Traces everything that the guest executes from here on.
+    pub fn start_trace(&mut self, sink: Box<dyn BatchSink>) {
+        self.cpu.start_trace(sink);
+    }
+
+    /// Ends the trace; the sink gets what is left. Without a trace nothing happens.
+    pub fn stop_trace(&mut self) {
+        self.cpu.stop_trace();
+    }
+
     /// Chooses when blocks are translated from now on.
     pub fn set_translation(&mut self, translation: Translation) {
         if let Some(translator) = &mut self.cpu.translator {
@@ -93,6 +110,14 @@ impl Engine for SoftEngine {
         assert!(!self.halted, "a halted guest runs only after an interrupt");
         let (kick, requested) = (&self.kick, self.interrupt_requested);
         let exit = with_guest_fpu(&mut self.cpu, |cpu| cpu.execute(until, kick, requested));
+        // A kick comes when it comes, and the trace is to be the same each time.
+        if exit != Exit::Kicked {
+            self.cpu.mark_trace();
+        }
+        if self.cpu.trace_is_refused() {
+            let what = "whoever takes the trace wants no more of it".to_owned();
+            return Err(EngineError { what });
+        }
         Ok(self.hand_over(exit))
     }
 

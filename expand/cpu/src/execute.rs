@@ -39,6 +39,9 @@ impl Cpu {
             if interrupt_requested && self.interruptible() {
                 return Exit::InterruptWindow;
             }
+            if !self.keep_trace_moving() {
+                return Exit::Kicked;
+            }
             if self.careful || self.interrupt_shadow && interrupt_requested {
                 last = None;
                 if let Some(exit) = self.execute_carefully() {
@@ -153,16 +156,35 @@ impl Cpu {
     /// the count behind the last that did.
     #[inline(always)]
     fn run_ops(&mut self, block: &Block, budget: usize) -> Flow {
+        if self.tracer.is_some() {
+            self.run_ops_of::<true>(block, budget)
+        } else {
+            self.run_ops_of::<false>(block, budget)
+        }
+    }
+
+    #[inline(always)]
+    fn run_ops_of<const TRACED: bool>(&mut self, block: &Block, budget: usize) -> Flow {
         self.registers.gpr[usize::from(BLOCK_RIP)] = self.rip;
+        if TRACED {
+            self.trace_run(block);
+        }
         let ops = &block.ops[..block.ops.len().min(budget)];
         for (number, op) in ops.iter().enumerate() {
-            // SAFETY: the handler is a function of this crate or a native sequence, made for this
-            // operation by `ops::select`; the block outlives this call.
-            let flow = unsafe { (op.handler)(self, op) };
+            let flow = if TRACED {
+                self.run_traced(block, op)
+            } else {
+                // SAFETY: the handler is a function of this crate or a native sequence, made for this
+                // operation by `ops::select`; the block outlives this call.
+                unsafe { (op.handler)(self, op) }
+            };
             if flow != Flow::NEXT {
                 self.stopped_at = number;
                 return flow;
             }
+        }
+        if TRACED {
+            self.trace_part(block, ops.len());
         }
         self.tick += ops.len() as u64;
         if ops.len() < block.ops.len() {
@@ -181,6 +203,7 @@ impl Cpu {
     fn finish_stopped(&mut self, block: &Block, flow: Flow) -> Option<Exit> {
         let number = self.stopped_at;
         let op = &block.ops[number];
+        self.trace_stop(block, number, flow);
         self.tick += number as u64;
         let exit = match flow {
             Flow::FAULT => {
@@ -267,7 +290,9 @@ impl Cpu {
         self.pending_exit.take().unwrap_or(Exit::TripleFault)
     }
 
-    fn forget_answers(&mut self) {
+    /// The instruction that they were for is over.
+    pub(crate) fn forget_answers(&mut self) {
+        self.trace_answers();
         self.answered.clear();
         self.answered_used = 0;
     }

@@ -6,6 +6,8 @@ pub mod vector {
     pub const DE: u8 = 0;
     /// Debug.
     pub const DB: u8 = 1;
+    /// Non-maskable interrupt.
+    pub const NMI: u8 = 2;
     /// Breakpoint (INT3).
     pub const BP: u8 = 3;
     /// Overflow (INTO).
@@ -101,6 +103,12 @@ impl Flow {
     pub(crate) const END_BLOCK: Self = Self(3);
     pub(crate) const RETIRED_EXIT: Self = Self(4);
     pub(crate) const REPEATS: Self = Self(5);
+
+    /// Whether the instruction has retired.
+    #[inline(always)]
+    pub(crate) fn retires(self) -> bool {
+        matches!(self, Self::NEXT | Self::END_BLOCK | Self::RETIRED_EXIT)
+    }
 }
 
 impl From<Result<(), Stop>> for Flow {

@@ -23,4 +23,5 @@ mod native;
 mod ops;
 pub mod profile;
 mod system;
+pub mod tracing;
 pub mod translate;

@@ -2,7 +2,7 @@
 //! translations stay, and from the block that ran before.
 #![allow(unsafe_code)]
 
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::collections::HashMap;
 use std::ptr::NonNull;
 
@@ -10,6 +10,7 @@ use super::op::Op;
 use crate::integer_hash::IntegerHash;
 use crate::memory::physical::{PAGE_BYTES, chunk_mask};
 use crate::mode::Mode;
+use crate::tracing::{BlockTrace, TraceId};
 use crate::translate::site::Exit;
 
 /// Entries of the address cache; a power of two.
@@ -40,6 +41,9 @@ pub(crate) struct Block {
     pub(crate) runs: Cell<u32>,
     /// Its translations, the newest first.
     translations: [Cell<Translated>; 2],
+    /// What a trace knows of it, once it has run in one, and the numbers it has there.
+    pub(crate) trace: OnceCell<Box<BlockTrace>>,
+    pub(crate) trace_ids: [Cell<TraceId>; 2],
 }
 
 /// A block's code for one linear address and mode.
@@ -74,6 +78,8 @@ impl Block {
             found_in: Default::default(),
             runs: Cell::new(0),
             translations: [const { Cell::new(NO_TRANSLATION) }; 2],
+            trace: OnceCell::new(),
+            trace_ids: Default::default(),
         }
     }
 

@@ -127,8 +127,7 @@ fn repeat(
     while counter(cpu, op) != 0 {
         element(cpu, op, port)?;
         set_counter(cpu, op, counter(cpu, op).wrapping_sub(1));
-        cpu.answered.clear();
-        cpu.answered_used = 0;
+        cpu.forget_answers();
         cpu.between_elements(counter(cpu, op))?;
     }
     Ok(())

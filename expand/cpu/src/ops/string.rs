@@ -154,8 +154,7 @@ fn runs_allowed(cpu: &Cpu, op: &Op) -> bool {
 /// Ends one element of a repeated instruction that the counter no longer counts.
 #[inline(always)]
 fn next_element(cpu: &mut Cpu, op: &Op) -> Result<(), Stop> {
-    cpu.answered.clear();
-    cpu.answered_used = 0;
+    cpu.forget_answers();
     cpu.between_elements(counter(cpu, op))
 }
 

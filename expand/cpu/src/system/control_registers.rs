@@ -4,6 +4,7 @@
 use iced_x86::{Mnemonic, Register};
 use reprise_devices::cpu_model::PHYSICAL_ADDRESS_BITS;
 use reprise_trace::cpu_state::CS;
+use reprise_trace::instructions::Event;
 
 use crate::cpu::{
     CR0_AM, CR0_EM, CR0_NE, CR0_PE, CR0_PG, CR0_TS, CR0_WP, CR4_DE, CR4_OSFXSR, CR4_OSXMMEXCPT,
@@ -136,6 +137,7 @@ handler!(write_cr3(cpu, op) {
     }
     cpu.check_directory_pointers(cpu.system.cr0, value, cpu.system.cr4)?;
     cpu.system.cr3 = value;
+    cpu.trace_event(Event::AddressSpace { cr3: value });
     cpu.change_address_space();
     Ok(())
 });

@@ -4,6 +4,7 @@
 //! amid a delivery becomes the next event, or a double fault, or ends the machine.
 
 use reprise_trace::cpu_state::{CS, RSP, SS, Segment};
+use reprise_trace::instructions::Delivery;
 
 use super::segment::{Descriptor, is_null, null_stack, selector_code, within_limit};
 use crate::cpu::Cpu;
@@ -35,6 +36,18 @@ pub(super) struct Event {
     pub(super) return_rip: u64,
     /// RFLAGS as the handler finds it on its stack.
     pub(super) rflags: u64,
+}
+
+impl Event {
+    /// What a trace calls it.
+    fn kind(&self) -> Delivery {
+        match self.source {
+            Source::External if self.vector == vector::NMI => Delivery::NonMaskable,
+            Source::External => Delivery::Interrupt,
+            Source::Exception => Delivery::Exception,
+            Source::Software => Delivery::Software,
+        }
+    }
 }
 
 /// An error code's bit that says that the event was not caused by the program.
@@ -163,11 +176,15 @@ impl Cpu {
 
     /// Delivers one event, or raises the fault that this leads to and changes nothing.
     pub(super) fn deliver_event(&mut self, event: &Event) -> Result<(), Stop> {
+        let returns_to = self.linear_rip(event.return_rip);
         let delivered = if self.protected() {
             self.deliver_protected(event)
         } else {
             self.deliver_real_mode(event)
         };
+        if delivered.is_ok() {
+            self.trace_delivery(event.kind(), (event.vector, event.error_code), returns_to);
+        }
         if delivered == Err(Stop::Fault) && event.source != Source::Software {
             self.mark_external();
         }

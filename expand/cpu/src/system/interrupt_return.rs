@@ -60,6 +60,7 @@ handler!(interrupt_return(cpu, op) {
     cpu.mark_accessed(&code)?;
     cpu.finish_return(target, rip, stack, 3 * size);
     cpu.set_rflags(cpu.rflags() & !writable | image & writable);
+    cpu.trace_return();
     Ok(())
 });
 
@@ -163,6 +164,7 @@ impl Cpu {
             writable |= flags::RF | flags::AC | flags::ID;
         }
         self.set_rflags(self.rflags() & !writable | image & writable);
+        self.trace_return();
         Ok(())
     }
 }

@@ -183,6 +183,12 @@ impl Assembler {
         self.emit(&value.to_le_bytes());
     }
 
+    /// `[place] = value`, 32 bits.
+    pub(super) fn store_immediate_32(&mut self, place: Place, value: u32) {
+        self.with_place(false, 0xc7, 0, place);
+        self.emit(&value.to_le_bytes());
+    }
+
     /// `[place] = register`, the low 16 bits.
     pub(super) fn store_16(&mut self, place: Place, register: Host) {
         self.emit(&[0x66]);

@@ -11,10 +11,13 @@ use super::registers::{
 };
 use super::site::{Exit, Site};
 use super::thunks::Thunks;
-use crate::cpu::{BLOCK_RIP, BUDGET, NO_SEGMENT, Registers, ZERO};
+use crate::cpu::{
+    BLOCK_RIP, BUDGET, NO_SEGMENT, Registers, TRACE_ADDRESSES, TRACE_WORDS, ZERO,
+};
 use crate::decode::op::Op;
 use crate::memory::physical::PAGE_BYTES;
 use crate::memory::tlb::Entry;
+use crate::tracing::{Ahead, MAX_INLINE_ACCESSES};
 
 /// What units of one mode know about the CPU.
 pub(super) struct Surroundings<'a> {
@@ -24,6 +27,8 @@ pub(super) struct Surroundings<'a> {
     pub(super) write_table: i32,
     /// The host runs LOOP as fast as any other jump, as AMD's CPUs do.
     pub(super) fast_loop: bool,
+    /// Somebody traces.
+    pub(super) traced: bool,
 }
 
 /// What code out of the way does.
@@ -50,7 +55,8 @@ struct Cold {
 struct SideExit {
     jump: Jump,
     linear: u64,
-    executed: i32,
+    /// The operation that it is behind.
+    number: usize,
 }
 
 /// An exit, to be filled in.
@@ -68,6 +74,8 @@ pub(super) struct Finished {
     pub(super) exits: Vec<PlannedExit>,
 }
 
+/// Bytes of an address in a trace.
+const ADDRESS_BYTES: i32 = 8;
 /// How far a short jump reaches ahead and back.
 const NEAR_AHEAD: usize = 127;
 const NEAR_BACK: usize = 128;
@@ -106,6 +114,10 @@ pub(super) struct Emission<'a> {
     side_exits: Vec<SideExit>,
     /// Exits to known addresses, with where they lead.
     exits: Vec<(u64, *mut Exit)>,
+    /// The unit appends to a trace.
+    traced: bool,
+    /// Accesses of the operation in hand that it appends so far.
+    traced_accesses: usize,
     /// Where to put exits, in places that generated code can name: the first of them.
     first_exit: *mut Exit,
 }
@@ -144,6 +156,8 @@ impl<'a> Emission<'a> {
             islands: Islands { pending: Vec::new(), built: Vec::new(), rooms },
             side_exits: Vec::new(),
             exits: Vec::new(),
+            traced: surroundings.traced,
+            traced_accesses: 0,
             first_exit,
         }
     }
@@ -162,22 +176,81 @@ impl<'a> Emission<'a> {
         entry
     }
 
-    /// Takes the instructions that have run from the budget: what every way out of the unit does.
-    fn charge(&mut self, executed: i32) {
-        let budget = general_slot(BUDGET);
-        self.code.load(SCRATCH, budget);
-        self.code.lea(SCRATCH, at(SCRATCH, executed));
-        self.code.store(budget, SCRATCH);
+    /// Takes the instructions that have run, up to the operation `number`, from the budget, and moves the
+    /// trace's cursors past what it has of them: what every way out of the unit does.
+    fn charge(&mut self, number: usize) {
+        const WORD_BYTES: i32 = 4;
+        self.settle(64);
+        self.move_slot(BUDGET, number as i32 + 1);
+        if let Some(Ahead { words, addresses }) = self.traced_past(number) {
+            self.move_slot(TRACE_WORDS, words as i32 * WORD_BYTES);
+            if addresses != 0 {
+                self.move_slot(TRACE_ADDRESSES, addresses as i32 * ADDRESS_BYTES);
+            }
+        }
+    }
+
+    fn move_slot(&mut self, slot: u8, by: i32) {
+        let slot = general_slot(slot);
+        self.code.load(SCRATCH, slot);
+        self.code.lea(SCRATCH, at(SCRATCH, by));
+        self.code.store(slot, SCRATCH);
+    }
+
+    /// What a trace has of the unit behind an operation, if there is one.
+    fn traced_past(&self, number: usize) -> Option<Ahead> {
+        let site = &self.sites[number];
+        // SAFETY: the block is being translated, so it is in the cache.
+        let (block, op) = unsafe { (site.block.as_ref(), site.op.as_ref()) };
+        self.traced.then(|| site.traced.past(block, op))
+    }
+
+    /// Appends the number of a block, whose first operation is `number`, to the trace.
+    pub(super) fn trace_block(&mut self, number: usize, id: u32) {
+        const WORD_BYTES: i32 = 4;
+        self.settle(32);
+        let place = (self.sites[number].traced.words as i32 - 1) * WORD_BYTES;
+        self.code.load(SCRATCH, general_slot(TRACE_WORDS));
+        self.code.store_immediate_32(at(SCRATCH, place), id);
+    }
+
+    /// Appends [`ADDRESS`] to the trace as the next access of the operation in hand.
+    fn trace_access(&mut self, write: bool, size: u64) {
+        if !self.traced {
+            return;
+        }
+        let site = &self.sites[self.number];
+        // SAFETY: as in `traced_past`.
+        let (block, op) = unsafe { (site.block.as_ref(), site.op.as_ref()) };
+        let planned = block.trace_of(op).list.get(self.traced_accesses).map(|one| one.access);
+        let access = planned.expect("an operation accesses what its description says");
+        assert!(
+            access.kind.writes() == write && u64::from(access.size_bytes) == size,
+            "{}: {access:?}",
+            &**op.instruction
+        );
+        assert!(self.traced_accesses < MAX_INLINE_ACCESSES, "translated code appends so many");
+        let place = (site.traced.addresses as usize + self.traced_accesses) as i32 * ADDRESS_BYTES;
+        self.traced_accesses += 1;
+        self.code.load(SCRATCH, general_slot(TRACE_ADDRESSES));
+        self.code.store(at(SCRATCH, place), ADDRESS);
+    }
+
+    /// Sees that the operation in hand, emitted in line, appends all its accesses.
+    fn expect_traced(&self) {
+        let site = &self.sites[self.number];
+        // SAFETY: as in `traced_past`.
+        let (block, op) = unsafe { (site.block.as_ref(), site.op.as_ref()) };
+        if self.traced {
+            let expected = block.trace_of(op).list.len();
+            assert_eq!(self.traced_accesses, expected, "{}", &**op.instruction);
+        }
     }
 
     /// Begins the operation `number` of the unit.
     pub(super) fn begin(&mut self, number: usize) {
         self.number = number;
-    }
-
-    /// Instructions of the unit up to the one in hand, which counts.
-    fn executed(&self) -> i32 {
-        self.number as i32 + 1
+        self.traced_accesses = 0;
     }
 
     /// Runs the operation in hand in Rust, in line.
@@ -200,6 +273,7 @@ impl<'a> Emission<'a> {
 
     /// The operation in hand is done; its slow way comes back here.
     pub(super) fn end(&mut self) {
+        self.expect_traced();
         let resume = self.code.here();
         if let Some(cold) = self.current.take() {
             self.cold[cold].kind = ColdKind::Operation { resume };
@@ -208,6 +282,7 @@ impl<'a> Emission<'a> {
 
     /// The same for one that ends the unit: its slow way leaves.
     pub(super) fn end_last(&mut self) {
+        self.expect_traced();
         self.current = None;
     }
 
@@ -333,7 +408,8 @@ impl<'a> Emission<'a> {
     /// at [`ADDRESS`] + [`ADDEND`]. Takes the slow way if they cannot be accessed without asking.
     pub(super) fn translate(&mut self, write: bool, size: u64) {
         const { assert!(size_of::<Entry>() == 16) };
-        self.settle(64);
+        self.settle(if self.traced { 80 } else { 64 });
+        self.trace_access(write, size);
         let surroundings = self.surroundings;
         let table = if write { surroundings.write_table } else { surroundings.read_table };
         let entry = |offset: usize| Place {
@@ -379,24 +455,24 @@ impl<'a> Emission<'a> {
     pub(super) fn exit_if(&mut self, code: u8, linear: u64) {
         self.settle(16);
         let jump = self.code.jump_forward_if(code);
-        self.side_exits.push(SideExit { jump, linear, executed: self.executed() });
+        self.side_exits.push(SideExit { jump, linear, number: self.number });
     }
 
     /// Leaves the unit for the code whose address lies at `place`.
     pub(super) fn leave_through(&mut self, place: Place) {
-        self.settle(40);
-        self.charge(self.executed());
+        self.charge(self.number);
+        self.settle(16);
         self.code.jump_indirect(place);
     }
 
     /// Leaves the unit for a known address.
     pub(super) fn exit_to(&mut self, linear: u64) {
-        self.exit_after(linear, self.executed());
+        self.exit_after(linear, self.number);
     }
 
-    fn exit_after(&mut self, linear: u64, executed: i32) {
-        self.settle(32);
-        self.charge(executed);
+    fn exit_after(&mut self, linear: u64, number: usize) {
+        self.charge(number);
+        self.settle(16);
         let exit = self.first_exit.wrapping_add(self.exits.len());
         self.code.jump_through(exit as u64);
         self.exits.push((linear, exit));
@@ -404,9 +480,9 @@ impl<'a> Emission<'a> {
 
     /// Emits what is out of the way, to be executed at `cold_address`.
     pub(super) fn finish(mut self, cold_address: u64) -> Finished {
-        for SideExit { jump, linear, executed } in std::mem::take(&mut self.side_exits) {
+        for SideExit { jump, linear, number } in std::mem::take(&mut self.side_exits) {
             self.code.land(jump);
-            self.exit_after(linear, executed);
+            self.exit_after(linear, number);
         }
         self.build_pending();
         let thunks = &self.surroundings.thunks;

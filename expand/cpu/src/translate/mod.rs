@@ -32,6 +32,7 @@ use crate::memory::physical::PAGE_BYTES;
 use crate::mode::Mode;
 use crate::native::code_buffer::{CodeBuffer, Region};
 use crate::ops;
+use crate::tracing::{self, Ahead};
 use branch::Next;
 use emission::{Emission, Finished, PlannedExit, Surroundings};
 use jump_cache::JumpCache;
@@ -307,7 +308,13 @@ impl Cpu {
 
     fn translate_block(&mut self, block: &Block, linear: u64, physical: u64) -> Option<*const u8> {
         let mode = self.mode;
-        let unit = self.unit(block, linear, physical);
+        let mut unit = self.unit(block, linear, physical);
+        let traced = self.tracer.is_some();
+        if traced {
+            for part in &mut unit {
+                part.trace_id = Some(self.trace_id(part.block(), part.linear));
+            }
+        }
         let translator = self.translator.as_mut()?;
         let jumps = translator.jumps(mode)?;
         let surroundings = Surroundings {
@@ -316,8 +323,9 @@ impl Cpu {
             read_table: self.memory.table_address(false),
             write_table: self.memory.table_address(true),
             fast_loop: translator.fast_loop,
+            traced,
         };
-        let sites = sites(&unit);
+        let sites = sites(&unit, traced);
         let mut emission = Emission::new(
             translator.buffer.next_address(Region::Hot),
             &mut translator.info,
@@ -352,7 +360,7 @@ impl Cpu {
     /// they have run before.
     fn unit(&self, block: &Block, linear: u64, physical: u64) -> Vec<Part> {
         let mode = self.mode.of_decoding();
-        let mut unit = vec![Part { block: NonNull::from(block), linear }];
+        let mut unit = vec![Part { block: NonNull::from(block), linear, trace_id: None }];
         let mut instructions = block.ops.len();
         while unit.len() < MAX_UNIT_BLOCKS {
             let last = &unit[unit.len() - 1];
@@ -364,7 +372,7 @@ impl Cpu {
                 break;
             }
             let Some(block) = self.blocks.by_physical(address, mode) else { break };
-            let part = Part { block, linear: next };
+            let part = Part { block, linear: next, trace_id: None };
             instructions += part.block().ops.len();
             if part.block().second_page.is_some() || instructions > MAX_UNIT_INSTRUCTIONS {
                 break;
@@ -376,7 +384,9 @@ impl Cpu {
 
     /// Runs translated code from `code`, the block at RIP's, until it leaves, but not past `until`.
     pub(crate) fn run_translated(&mut self, code: *const u8, until: u64) -> Left {
-        self.set_budget(until.min(self.tick + SLICE));
+        let slice = if self.tracer.is_some() { tracing::SLICE } else { SLICE };
+        self.set_budget(until.min(self.tick + slice));
+        self.lend_trace(Ahead::default());
         let translator = self.translator.as_ref().expect("there is code, so there is a translator");
         // SAFETY: the thunk was made to be called so.
         let enter: unsafe extern "sysv64" fn(*mut Cpu, *const u8) -> u32 =
@@ -386,6 +396,9 @@ impl Cpu {
         self.count(|profile| profile.note_leaving(reason));
         let left_at = self.registers.gpr[usize::from(LEFT_AT)];
         let tick = self.tick_at_budget();
+        if matches!(reason, LEFT_BY_EXIT | LEFT_WITHOUT_BUDGET) {
+            self.take_trace_back(Ahead::default());
+        }
         let translator = self.translator.as_mut().expect("as before");
         match reason {
             LEFT_BY_EXIT => {
@@ -421,6 +434,8 @@ impl Cpu {
 struct Part {
     block: NonNull<Block>,
     linear: u64,
+    /// Its number in the trace, if there is one.
+    trace_id: Option<u32>,
 }
 
 impl Part {
@@ -432,17 +447,25 @@ impl Part {
 }
 
 /// The sites of a unit's operations.
-fn sites(unit: &[Part]) -> Box<[Site]> {
+fn sites(unit: &[Part], traced: bool) -> Box<[Site]> {
     let mut before_block = 0;
+    let mut ahead = Ahead::default();
     let mut sites = Vec::new();
     for part in unit {
         let ops = &part.block().ops;
-        sites.extend(ops.iter().map(|op| Site {
-            op: NonNull::from(op),
-            block: part.block,
-            block_rip: part.linear,
-            before_block,
-        }));
+        ahead.words += 1;
+        for op in ops {
+            sites.push(Site {
+                op: NonNull::from(op),
+                block: part.block,
+                block_rip: part.linear,
+                before_block,
+                traced: ahead,
+            });
+            if traced {
+                ahead = ahead.past(part.block(), op);
+            }
+        }
         before_block += ops.len() as u64;
     }
     sites.into_boxed_slice()
@@ -455,6 +478,9 @@ fn emit_unit(emission: &mut Emission<'_>, unit: &[Part]) -> u64 {
     for (index, part) in unit.iter().enumerate() {
         let block = part.block();
         emission.linear = part.linear;
+        if let Some(id) = part.trace_id {
+            emission.trace_block(number, id);
+        }
         let next = emit_block(emission, block, number);
         number += block.ops.len();
         match next {

@@ -8,6 +8,7 @@ use crate::decode::block_cache::Block;
 use crate::decode::op::Op;
 use crate::fault::Flow;
 use crate::mode::Mode;
+use crate::tracing::Ahead;
 
 /// Why translated code was left, beside the values of [`Flow`] but [`Flow::NEXT`]: by an exit.
 pub(crate) const LEFT_BY_EXIT: u32 = 8;
@@ -25,6 +26,8 @@ pub(crate) struct Site {
     pub(super) block_rip: u64,
     /// Instructions of the translated unit before the block.
     pub(super) before_block: u64,
+    /// What a trace has of the unit before the operation, its block's number included.
+    pub(super) traced: Ahead,
 }
 
 /// A way from a translated block to a known address. Generated code jumps through `target`.
@@ -51,16 +54,22 @@ impl Exit {
     }
 }
 
-/// Runs an operation in the midst of a block; the registers are stored.
-pub(super) extern "sysv64" fn run_operation(cpu: &mut Cpu, site: &Site) -> u32 {
+/// Runs an operation; the registers are stored.
+fn run(cpu: &mut Cpu, site: &Site) -> Flow {
     cpu.registers.gpr[usize::from(BLOCK_RIP)] = site.block_rip;
     cpu.tick = cpu.tick_at_budget().wrapping_add(site.before_block);
     // SAFETY: a block's code is entered only while the block is in the cache, which drops none while
     // translated code runs.
     let op = unsafe { site.op.as_ref() };
     cpu.count(|profile| profile.note_operation(op.instruction.mnemonic()));
-    // SAFETY: the handler is a function of this crate or a native sequence, made for this operation.
-    let mut flow = unsafe { (op.handler)(cpu, op) };
+    let mut flow = if cpu.tracer.is_some() {
+        cpu.take_trace_back(site.traced);
+        // SAFETY: as above.
+        cpu.run_traced(unsafe { site.block.as_ref() }, op)
+    } else {
+        // SAFETY: the handler is a function of this crate or a native sequence, made for this operation.
+        unsafe { (op.handler)(cpu, op) }
+    };
     // A CALL pushed onto code, or a walk set an accessed bit in it. The block loop looks after each
     // block; here the next one may be in this very unit.
     if flow == Flow::NEXT && cpu.memory.physical.code_was_written() {
@@ -69,16 +78,27 @@ pub(super) extern "sysv64" fn run_operation(cpu: &mut Cpu, site: &Site) -> u32 {
     if flow != Flow::NEXT {
         cpu.registers.gpr[usize::from(LEFT_AT)] = std::ptr::from_ref(site) as u64;
     }
+    flow
+}
+
+/// Runs an operation, after which the unit goes on.
+pub(super) extern "sysv64" fn run_operation(cpu: &mut Cpu, site: &Site) -> u32 {
+    let flow = run(cpu, site);
+    if flow == Flow::NEXT && cpu.tracer.is_some() {
+        // SAFETY: as in `run`.
+        let (block, op) = unsafe { (site.block.as_ref(), site.op.as_ref()) };
+        cpu.lend_trace(site.traced.past(block, op));
+    }
     flow.0
 }
 
 /// Runs a block's last operation, after which translated code is left.
 pub(super) extern "sysv64" fn run_last_operation(cpu: &mut Cpu, site: &Site) -> u32 {
-    let flow = run_operation(cpu, site);
-    if flow != Flow::NEXT.0 {
-        return flow;
+    let flow = run(cpu, site);
+    if flow != Flow::NEXT {
+        return flow.0;
     }
-    // SAFETY: as in `run_operation`.
+    // SAFETY: as in `run`.
     let (block, op) = unsafe { (site.block.as_ref(), site.op.as_ref()) };
     cpu.tick += u64::from(op.number) + 1;
     let branched = block.ends_in_branch && usize::from(op.number) + 1 == block.ops.len();

@@ -1,0 +1,448 @@
+//! What the CPU executes, as a stream of blocks and addresses (`reprise_trace::instructions::Batch`).
+//!
+//! A block gets its number when it first runs, or is translated. The block loop appends the number and
+//! then, operation by operation, the addresses that `accesses.rs` computes before each runs; what a
+//! fault or an exit leaves undone is taken back and the run cut. Translated code appends both in line
+//! (`translate/emission.rs`), through the two cursors lent to it; for an operation that it has run in
+//! Rust, the vectors are taken back for a moment. Nothing of it exists while nobody asked for a trace.
+#![allow(unsafe_code)]
+
+mod accesses;
+mod blocks;
+
+use iced_x86::InstructionInfoFactory;
+use reprise_machine::engine::Access;
+use reprise_trace::cpu_state::CS;
+use reprise_trace::instructions::{Batch, CUT, Delivery, Direction, Event, Marker, Position};
+
+use crate::cpu::{AnsweredAccess, Cpu, TRACE_ADDRESSES, TRACE_WORDS};
+use crate::decode::block_cache::Block;
+use crate::decode::op::Op;
+use crate::fault::Flow;
+use blocks::Numbers;
+pub(crate) use blocks::{BlockTrace, TraceId};
+
+/// Takes the pieces of a trace as the CPU makes them.
+pub trait BatchSink: Send {
+    /// Takes a full batch, behind which the guest stands at `tick`, and gives an empty one. `None` ends
+    /// the run at once, with an error.
+    fn exchange(&mut self, batch: Batch, tick: u64) -> Option<Batch>;
+}
+
+/// A batch is handed over when it has so many words or addresses.
+const FULL_WORDS: usize = 1 << 16;
+const FULL_ADDRESSES: usize = 1 << 17;
+/// Instructions that translated code runs between two looks at how full the batch is.
+pub(crate) const SLICE: u64 = 50_000;
+/// Accesses of one instruction in translated code, at most.
+pub(crate) const MAX_INLINE_ACCESSES: usize = 2;
+/// Room that translated code needs, at least: a word and all its accesses for each instruction.
+const SLICE_WORDS: usize = SLICE as usize;
+const SLICE_ADDRESSES: usize = SLICE as usize * MAX_INLINE_ACCESSES;
+/// A repeated instruction that made more accesses ends its run, and takes several if need be: a run may
+/// have so many accesses only (`reprise_trace::instructions::MAX_RUN_ACCESSES`).
+const LONG_REPETITION: usize = 900;
+const MAX_PIECE: usize = 60_000;
+/// Block numbers in use before they begin again.
+const MAX_NUMBERS: usize = 1 << 21;
+/// Instructions between two markers, at least.
+const MARKER_INTERVAL: u64 = 1 << 20;
+
+/// A trace in the making.
+pub(crate) struct Tracer {
+    batch: Batch,
+    sink: Box<dyn BatchSink>,
+    /// The sink wants no more.
+    refused: bool,
+    numbers: Numbers,
+    info: InstructionInfoFactory,
+    /// Accesses that the instruction which stopped the block had made without retiring.
+    unretired: u32,
+    /// The operation of the block with which the last run begins.
+    run_start: usize,
+    /// When the clocks were last told.
+    marker_tick: u64,
+}
+
+impl std::fmt::Debug for Tracer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tracer").field("batch", &self.batch).finish_non_exhaustive()
+    }
+}
+
+impl Tracer {
+    fn new(sink: Box<dyn BatchSink>, tick: u64) -> Self {
+        Self {
+            batch: Batch { restart: true, ..Batch::default() },
+            sink,
+            refused: false,
+            numbers: Numbers::default(),
+            info: InstructionInfoFactory::new(),
+            unretired: 0,
+            run_start: 0,
+            marker_tick: tick,
+        }
+    }
+
+    fn is_due(&self) -> bool {
+        self.batch.words.len() >= FULL_WORDS || self.batch.addresses.len() >= FULL_ADDRESSES
+    }
+
+    fn hand_over(&mut self, tick: u64) {
+        let full = std::mem::take(&mut self.batch);
+        if !self.refused {
+            let empty = self.sink.exchange(full, tick);
+            self.refused = empty.is_none();
+            self.batch = empty.unwrap_or_default();
+        }
+        assert!(self.batch.is_empty(), "a sink gives an empty batch");
+    }
+
+    /// Where the vectors end, less what translated code counts beyond its cursors.
+    fn cursors(&mut self, ahead: Ahead) -> [u64; 2] {
+        let batch = &mut self.batch;
+        batch.words.reserve(SLICE_WORDS);
+        batch.addresses.reserve(SLICE_ADDRESSES);
+        let words = batch.words.as_mut_ptr().wrapping_add(batch.words.len());
+        let addresses = batch.addresses.as_mut_ptr().wrapping_add(batch.addresses.len());
+        let words = words.wrapping_sub(ahead.words as usize) as u64;
+        [words, addresses.wrapping_sub(ahead.addresses as usize) as u64]
+    }
+
+    /// Takes over what translated code has appended.
+    fn take_back(&mut self, [words, addresses]: [u64; 2], ahead: Ahead) {
+        let batch = &mut self.batch;
+        let length = |end: u64, start: u64, bytes: usize| (end - start) as usize / bytes;
+        let words = length(words, batch.words.as_ptr() as u64, 4) + ahead.words as usize;
+        let addresses =
+            length(addresses, batch.addresses.as_ptr() as u64, 8) + ahead.addresses as usize;
+        assert!(words <= batch.words.capacity() && addresses <= batch.addresses.capacity());
+        // SAFETY: translated code has written everything up to its cursors and what it counts beyond
+        // them, in order, into the room reserved for a slice of instructions (`cursors`).
+        unsafe {
+            batch.words.set_len(words);
+            batch.addresses.set_len(addresses);
+        }
+    }
+
+    /// Ends the last run where only a part of its block retired. A run without anything goes.
+    fn end_run(&mut self, instructions: usize, retired: usize) {
+        let start = std::mem::take(&mut self.run_start);
+        let unretired = std::mem::take(&mut self.unretired);
+        let retired = retired - start;
+        if retired == 0 && unretired == 0 {
+            let run = self.batch.words.iter().rposition(|word| *word < CUT);
+            self.batch.words.remove(run.expect("a run that ends has begun"));
+        } else if retired < instructions - start {
+            let cut = self.batch.cut_last_run(retired as u32, unretired);
+            assert!(cut, "a run that ends has begun");
+        }
+    }
+}
+
+/// Words and addresses that translated code has written beyond its cursors: it moves them when it
+/// leaves a unit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Ahead {
+    pub(crate) words: u32,
+    pub(crate) addresses: u32,
+}
+
+impl Ahead {
+    /// The same behind an operation.
+    pub(crate) fn past(self, block: &Block, op: &Op) -> Self {
+        let accesses = block.trace_of(op);
+        let count = if accesses.repeated { 0 } else { accesses.list.len() as u32 };
+        Self { addresses: self.addresses + count, ..self }
+    }
+}
+
+impl Cpu {
+    /// What the clocks say.
+    fn trace_marker(&self) -> Marker {
+        Marker { tick: self.tick, virtual_ns: self.time_base.at(self.tick).ns }
+    }
+
+    /// Where a trace that starts here begins.
+    pub(crate) fn trace_position(&self) -> Position {
+        Position {
+            instruction: self.tick,
+            cr3: self.system.cr3,
+            marker: self.trace_marker(),
+            marker_instruction: self.tick,
+        }
+    }
+
+    /// Begins to trace: everything from here on goes to `sink`.
+    pub(crate) fn start_trace(&mut self, sink: Box<dyn BatchSink>) {
+        self.forget_translated_code();
+        // Numbers that blocks have from an earlier trace mean nothing in this one.
+        self.trace_generation += 1;
+        self.tracer = Some(Box::new(Tracer::new(sink, self.tick)));
+    }
+
+    /// Ends the trace: the sink gets what is left, and goes.
+    pub(crate) fn stop_trace(&mut self) {
+        if let Some(mut tracer) = self.tracer.take() {
+            tracer.hand_over(self.tick);
+            self.forget_translated_code();
+        }
+    }
+
+    fn forget_translated_code(&mut self) {
+        self.blocks.forget_translations();
+        if let Some(translator) = &mut self.translator {
+            translator.clear();
+        }
+    }
+
+    /// Hands over the batch if it is full. Between two blocks. False if nobody wants more.
+    #[inline(always)]
+    pub(crate) fn keep_trace_moving(&mut self) -> bool {
+        !self.tracer.as_ref().is_some_and(|tracer| tracer.is_due()) || self.hand_over_trace()
+    }
+
+    /// The sink has ended the run.
+    pub(crate) fn trace_is_refused(&self) -> bool {
+        self.tracer.as_ref().is_some_and(|tracer| tracer.refused)
+    }
+
+    #[cold]
+    fn hand_over_trace(&mut self) -> bool {
+        let Some(tracer) = &mut self.tracer else { return true };
+        tracer.hand_over(self.tick);
+        let goes_on = !tracer.refused;
+        if tracer.numbers.count() >= MAX_NUMBERS {
+            tracer.numbers.restart();
+            self.trace_generation += 1;
+            tracer.batch.restart = true;
+            self.forget_translated_code();
+        }
+        goes_on
+    }
+
+    /// Says what the clocks say, if they have not for some time.
+    pub(crate) fn mark_trace(&mut self) {
+        let marker = self.trace_marker();
+        let Some(tracer) = &mut self.tracer else { return };
+        if self.tick - tracer.marker_tick >= MARKER_INTERVAL {
+            tracer.marker_tick = self.tick;
+            tracer.batch.push_event(Event::Marker(marker));
+        }
+    }
+
+    /// Notes something that happened, if anybody wants to know.
+    #[inline]
+    pub(crate) fn trace_event(&mut self, event: Event) {
+        if let Some(tracer) = &mut self.tracer {
+            tracer.batch.push_event(event);
+        }
+    }
+
+    /// Notes that control has gone to a handler, which returns to a linear address.
+    pub(crate) fn trace_delivery(
+        &mut self,
+        kind: Delivery,
+        (vector, error_code): (u8, Option<u32>),
+        address: u64,
+    ) {
+        const PAGE_FAULT: u8 = 14;
+        if self.tracer.is_some() {
+            let is_page_fault = vector == PAGE_FAULT && kind == Delivery::Exception;
+            let fault_address = is_page_fault.then_some(self.system.cr2);
+            let event = Event::Delivery { kind, vector, error_code, address, fault_address };
+            self.trace_event(event);
+        }
+    }
+
+    /// Notes that an IRET leads to RIP.
+    pub(crate) fn trace_return(&mut self) {
+        let address = self.code_address();
+        self.trace_event(Event::Return { address });
+    }
+
+    /// The linear address of `rip` in the present code segment.
+    pub(crate) fn linear_rip(&self, rip: u64) -> u64 {
+        self.wrap(self.registers.segment_base[CS].wrapping_add(rip))
+    }
+
+    /// Begins a run of `block`, which is about to run at RIP.
+    pub(crate) fn trace_run(&mut self, block: &Block) {
+        let id = self.trace_id(block, self.code_address());
+        let tracer = self.tracer.as_mut().expect("somebody traces");
+        tracer.run_start = 0;
+        tracer.batch.words.push(id);
+    }
+
+    /// Runs an operation and notes what it accesses.
+    #[inline]
+    pub(crate) fn run_traced(&mut self, block: &Block, op: &Op) -> Flow {
+        let accesses = block.trace_of(op);
+        if accesses.repeated {
+            return self.run_repeated(block, op);
+        }
+        let before = self.tracer.as_ref().map_or(0, |tracer| tracer.batch.addresses.len());
+        for planned in &accesses.list {
+            let linear = planned.linear(self);
+            if let Some(tracer) = &mut self.tracer {
+                tracer.batch.addresses.push(linear);
+            }
+        }
+        // SAFETY: the handler is a function of this crate or a native sequence, made for this operation.
+        let flow = unsafe { (op.handler)(self, op) };
+        if !flow.retires()
+            && let Some(tracer) = &mut self.tracer
+        {
+            tracer.batch.addresses.truncate(before);
+        }
+        flow
+    }
+
+    /// The same for an instruction that repeats its accesses: the counter tells how often it has.
+    fn run_repeated(&mut self, block: &Block, op: &Op) -> Flow {
+        let accesses = block.trace_of(op);
+        let before = accesses::counter(self, accesses);
+        let starts: Vec<(u64, u64)> = accesses
+            .list
+            .iter()
+            .map(|planned| (planned.linear(self), accesses::stride(self, &planned.access)))
+            .collect();
+        // SAFETY: as in `run_traced`.
+        let flow = unsafe { (op.handler)(self, op) };
+        let done = before.wrapping_sub(accesses::counter(self, accesses));
+        let made = Repetition { starts, done: done as usize };
+        let long = made.count() > LONG_REPETITION;
+        if long {
+            self.trace_long_repetition(block, op, &made, flow.retires());
+        } else if let Some(tracer) = &mut self.tracer {
+            made.append(0..made.done, &mut tracer.batch.addresses);
+            if flow.retires() {
+                tracer.batch.counts.push(made.done as u32);
+            } else {
+                tracer.unretired = made.count() as u32;
+            }
+        }
+        // The run ends here, so that its accesses have a bound.
+        if long && flow == Flow::NEXT { Flow::END_BLOCK } else { flow }
+    }
+
+    /// Notes the accesses of a long repetition: in pieces, each of which is a run of the block's part
+    /// that begins with it.
+    fn trace_long_repetition(&mut self, block: &Block, op: &Op, made: &Repetition, retires: bool) {
+        let number = usize::from(op.number);
+        let linear = self.linear_rip(op.rip(self)).wrapping_sub(u64::from(op.offset));
+        let rest = self.trace_rest(block, linear, number);
+        let Some(tracer) = &mut self.tracer else { return };
+        if number > 0 {
+            let cut = tracer.batch.cut_last_run(number as u32, 0);
+            assert!(cut, "a run has begun");
+            tracer.batch.words.push(rest);
+        }
+        let per_piece = MAX_PIECE / made.starts.len();
+        let mut first = 0;
+        while made.done - first > per_piece {
+            made.append(first..first + per_piece, &mut tracer.batch.addresses);
+            let unretired = (per_piece * made.starts.len()) as u32;
+            tracer.batch.cut_last_run(0, unretired);
+            tracer.batch.words.push(rest);
+            first += per_piece;
+        }
+        made.append(first..made.done, &mut tracer.batch.addresses);
+        if retires {
+            tracer.batch.counts.push((made.done - first) as u32);
+        } else {
+            tracer.unretired = ((made.done - first) * made.starts.len()) as u32;
+        }
+        tracer.run_start = number;
+    }
+
+    /// Notes that a run of `block` has stopped at operation `number`.
+    pub(crate) fn trace_stop(&mut self, block: &Block, number: usize, flow: Flow) {
+        if let Some(tracer) = &mut self.tracer {
+            tracer.end_run(block.ops.len(), number + usize::from(flow.retires()));
+        }
+    }
+
+    /// Notes that only the first `retired` operations of `block` were to run.
+    pub(crate) fn trace_part(&mut self, block: &Block, retired: usize) {
+        if let Some(tracer) = &mut self.tracer {
+            tracer.end_run(block.ops.len(), retired);
+        }
+    }
+
+    /// Notes what the board answered.
+    pub(crate) fn trace_answers(&mut self) {
+        if self.tracer.is_some() {
+            for answered in self.answered.clone() {
+                self.trace_event(event_of(answered));
+            }
+        }
+    }
+
+    /// Lends translated code the ends of the vectors.
+    pub(crate) fn lend_trace(&mut self, ahead: Ahead) {
+        if let Some(tracer) = &mut self.tracer {
+            let [words, addresses] = tracer.cursors(ahead);
+            self.registers.gpr[usize::from(TRACE_WORDS)] = words;
+            self.registers.gpr[usize::from(TRACE_ADDRESSES)] = addresses;
+        }
+    }
+
+    /// Takes them back, with what translated code has written beyond them.
+    pub(crate) fn take_trace_back(&mut self, ahead: Ahead) {
+        if let Some(tracer) = &mut self.tracer {
+            let gpr = &self.registers.gpr;
+            let cursors = [gpr[usize::from(TRACE_WORDS)], gpr[usize::from(TRACE_ADDRESSES)]];
+            tracer.take_back(cursors, ahead);
+        }
+    }
+}
+
+/// What a repeated instruction did: where its accesses began and how far they moved, and how often.
+struct Repetition {
+    starts: Vec<(u64, u64)>,
+    done: usize,
+}
+
+impl Repetition {
+    fn count(&self) -> usize {
+        self.done * self.starts.len()
+    }
+
+    fn append(&self, elements: std::ops::Range<usize>, addresses: &mut Vec<u64>) {
+        for element in elements {
+            for (start, stride) in &self.starts {
+                addresses.push(start.wrapping_add(stride.wrapping_mul(element as u64)));
+            }
+        }
+    }
+}
+
+fn event_of(AnsweredAccess { access, value }: AnsweredAccess) -> Event {
+    let port = |direction, port, size_bytes, value| Event::Port {
+        direction,
+        port,
+        size_bytes,
+        value,
+    };
+    match access {
+        Access::PortRead { port: number, size } => {
+            port(Direction::In, number, size, value as u32)
+        }
+        Access::PortWrite { port: number, size, value } => {
+            port(Direction::Out, number, size, value)
+        }
+        Access::MmioRead { address, size } => Event::Mmio {
+            direction: Direction::In,
+            physical: address,
+            size_bytes: size,
+            value: value as u64,
+        },
+        Access::MmioWrite { address, size, value } => Event::Mmio {
+            direction: Direction::Out,
+            physical: address,
+            size_bytes: size,
+            value: value as u64,
+        },
+    }
+}
