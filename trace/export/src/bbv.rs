@@ -11,6 +11,8 @@ use std::io::Write;
 
 use reprise_trace::instructions::{BlockRef, Event, Observer, Run, TraceError};
 
+use crate::formats::notes;
+
 /// Instructions of an interval, where the user gives none: SimPoint's usual 100 million.
 pub const DEFAULT_INTERVAL: u64 = 100_000_000;
 
@@ -23,6 +25,16 @@ pub struct Summary {
     pub blocks: u64,
     /// Instructions behind the last line.
     pub instructions_left_over: u64,
+}
+
+impl Summary {
+    /// What a user should know of it.
+    pub(crate) fn notes(&self) -> Vec<String> {
+        notes(&[(
+            self.instructions_left_over,
+            "instructions behind the last whole interval have no line",
+        )])
+    }
 }
 
 /// Writes basic-block vectors.

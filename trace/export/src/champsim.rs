@@ -11,6 +11,7 @@ use std::io::Write;
 use iced_x86::Register;
 use reprise_trace::instructions::{Delivery, Event, Observer, Run, Step, TraceError};
 
+use crate::formats::notes;
 use crate::instruction::{Branch, Decoded, DecodedBlocks};
 
 /// Bytes of a record.
@@ -39,6 +40,16 @@ pub struct Summary {
     pub synthetic: u64,
     /// Accesses of instructions that did not retire, which have no place in the format.
     pub accesses_left_out: u64,
+}
+
+impl Summary {
+    /// What a user should know of it.
+    pub(crate) fn notes(&self) -> Vec<String> {
+        notes(&[
+            (self.synthetic, "records stand for interrupts, faults and gaps"),
+            (self.accesses_left_out, "accesses of instructions that did not retire are left out"),
+        ])
+    }
 }
 
 /// One record.

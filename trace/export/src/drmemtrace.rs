@@ -14,6 +14,7 @@ use reprise_trace::instructions::{
     CodeWidth, Delivery, Event, Observer, Position, Run, Step, TraceError,
 };
 
+use crate::formats::notes;
 use crate::instruction::{Branch, Decoded, DecodedBlocks};
 
 /// The version of the format.
@@ -79,6 +80,16 @@ pub struct Summary {
     pub instructions_left_out: u64,
     /// Accesses of instructions that did not retire, which were left out.
     pub accesses_left_out: u64,
+}
+
+impl Summary {
+    /// What a user should know of it.
+    pub(crate) fn notes(&self) -> Vec<String> {
+        notes(&[
+            (self.instructions_left_out, "instructions of 16-bit and 32-bit code are left out"),
+            (self.accesses_left_out, "accesses of instructions that did not retire are left out"),
+        ])
+    }
 }
 
 /// A branch that waits for the address behind it.

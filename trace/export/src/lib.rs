@@ -13,7 +13,10 @@ pub mod csv;
 pub mod dinero;
 pub mod drmemtrace;
 pub mod dump;
+pub mod formats;
 pub mod instruction;
 pub mod output;
 pub mod perf_script;
 pub mod stats;
+
+pub use formats::{Destination, Export, ExportError, ExportOptions, Exported, FORMATS, Format};

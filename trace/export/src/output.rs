@@ -1,8 +1,12 @@
-//! Where an export goes: a pipe, or a file that has its final name only when it is whole.
+//! Where an export goes: a pipe, or a file that has its final name only when it is whole and is
+//! compressed as that name's ending says.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
+
+use flate2::write::GzEncoder;
+use liblzma::write::XzEncoder;
 
 /// Bytes gathered before they go out.
 const BUFFER_BYTES: usize = 1 << 18;
@@ -80,5 +84,164 @@ impl Drop for PendingFile {
             // There is nobody left to tell.
             let _ = fs::remove_file(&self.temporary);
         }
+    }
+}
+
+/// How a file is compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compression {
+    /// Not at all.
+    None,
+    /// gzip.
+    Gzip,
+    /// xz.
+    Xz,
+    /// Zstandard.
+    Zstd,
+}
+
+/// Each compression, and the ending of a name that asks for it.
+pub const COMPRESSIONS: &[(Compression, &str)] =
+    &[(Compression::Gzip, "gz"), (Compression::Xz, "xz"), (Compression::Zstd, "zst")];
+
+/// Levels that a producer of a hundred million bytes a second does not wait for too long. xz's is 1 of
+/// 0 to 9: above it, it takes several times as long for some per cent.
+const GZIP_LEVEL: u32 = 6;
+const XZ_LEVEL: u32 = 1;
+const ZSTD_LEVEL: i32 = 3;
+
+impl Compression {
+    /// What the ending of this name asks for.
+    pub fn of(path: &Path) -> Self {
+        let extension = path.extension().unwrap_or_default();
+        let known = COMPRESSIONS.iter().find(|(_, ending)| extension == *ending);
+        known.map_or(Self::None, |(compression, _)| *compression)
+    }
+}
+
+/// Where the bytes go, and how many went.
+struct Raw {
+    to: RawKind,
+    bytes: u64,
+}
+
+enum RawKind {
+    Pipe(Box<dyn Write + Send>),
+    File(PendingFile),
+}
+
+impl Write for Raw {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = match &mut self.to {
+            RawKind::Pipe(pipe) => pipe.write(bytes)?,
+            RawKind::File(file) => file.write(bytes)?,
+        };
+        self.bytes += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match &mut self.to {
+            RawKind::Pipe(pipe) => pipe.flush(),
+            RawKind::File(file) => file.flush(),
+        }
+    }
+}
+
+enum Encoder {
+    Plain(Raw),
+    Gzip(GzEncoder<Raw>),
+    Xz(XzEncoder<Raw>),
+    Zstd(zstd::Encoder<'static, Raw>),
+}
+
+impl Encoder {
+    fn new(raw: Raw, compression: Compression) -> io::Result<Self> {
+        Ok(match compression {
+            Compression::None => Self::Plain(raw),
+            Compression::Gzip => {
+                Self::Gzip(GzEncoder::new(raw, flate2::Compression::new(GZIP_LEVEL)))
+            }
+            Compression::Xz => Self::Xz(XzEncoder::new(raw, XZ_LEVEL)),
+            Compression::Zstd => Self::Zstd(zstd::Encoder::new(raw, ZSTD_LEVEL)?),
+        })
+    }
+}
+
+impl Write for Encoder {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(out) => out.write(bytes),
+            Self::Gzip(out) => out.write(bytes),
+            Self::Xz(out) => out.write(bytes),
+            Self::Zstd(out) => out.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::Plain(out) => out.flush(),
+            // What compresses has more to say only when it ends.
+            Self::Gzip(_) | Self::Xz(_) | Self::Zstd(_) => Ok(()),
+        }
+    }
+}
+
+/// A pipe or a file, compressed or not. It gathers small writes. [`Output::finish`] makes it whole.
+pub struct Output {
+    out: BufWriter<Encoder>,
+}
+
+impl std::fmt::Debug for Output {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Output").finish_non_exhaustive()
+    }
+}
+
+impl Output {
+    /// Writes to a pipe, as it comes.
+    pub fn pipe(pipe: Box<dyn Write + Send>) -> Self {
+        let raw = Raw { to: RawKind::Pipe(pipe), bytes: 0 };
+        Self { out: BufWriter::with_capacity(BUFFER_BYTES, Encoder::Plain(raw)) }
+    }
+
+    /// Starts a file that is to be `path`, compressed as its name says.
+    ///
+    /// # Errors
+    /// If no file can be made there.
+    pub fn file(path: &Path) -> io::Result<Self> {
+        let raw = Raw { to: RawKind::File(PendingFile::create(path)?), bytes: 0 };
+        let encoder = Encoder::new(raw, Compression::of(path))?;
+        Ok(Self { out: BufWriter::with_capacity(BUFFER_BYTES, encoder) })
+    }
+
+    /// Writes out everything, gives a file its final name, and says how many bytes it has.
+    ///
+    /// # Errors
+    /// If that fails; a file is removed then.
+    pub fn finish(self) -> io::Result<u64> {
+        let encoder = self.out.into_inner().map_err(io::IntoInnerError::into_error)?;
+        let mut raw = match encoder {
+            Encoder::Plain(raw) => raw,
+            Encoder::Gzip(encoder) => encoder.finish()?,
+            Encoder::Xz(encoder) => encoder.finish()?,
+            Encoder::Zstd(encoder) => encoder.finish()?,
+        };
+        raw.flush()?;
+        match raw.to {
+            RawKind::Pipe(_) => {}
+            RawKind::File(file) => file.finish()?,
+        }
+        Ok(raw.bytes)
+    }
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.out.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
     }
 }

@@ -10,4 +10,5 @@ mod bbv;
 mod champsim;
 mod drmemtrace;
 mod files;
+mod formats;
 mod text;
