@@ -67,6 +67,7 @@ fn measure(name: &str, contents: Contents, millions: u64, level: i32) -> Result<
         cpu_model: CpuModelInfo { name: "synthetic".into(), version: 1 },
         recording: String::new(),
         filters: Vec::new(),
+        share: None,
     };
     let feed_all = |observer: &mut dyn Observer| {
         let mut feed = Feed::new(contents);

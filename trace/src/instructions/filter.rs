@@ -48,6 +48,9 @@ pub fn page_table_root(cr3: u64) -> u64 {
     cr3 & 0x000f_ffff_ffff_f000
 }
 
+/// How a note on what was left out starts.
+const NOTE_START: &str = "left out: ";
+
 /// Instructions left out, by the first reason that applies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LeftOut {
@@ -77,16 +80,34 @@ impl LeftOut {
 
     /// A line for each reason that applied.
     pub fn notes(&self) -> Vec<String> {
-        let reasons = [
-            (self.outside_window, "instructions outside the window"),
-            (self.other_privilege, "instructions of the other privilege"),
-            (self.other_address_space, "instructions in other address spaces"),
-            (self.outside_range, "instructions outside the address range"),
-            (self.between_samples, "instructions between samples"),
-            (self.events, "events of code that was left out"),
-        ];
-        let applied = reasons.iter().filter(|(count, _)| *count > 0);
-        applied.map(|(count, what)| format!("left out: {count} {what}")).collect()
+        let mut all = *self;
+        let reasons = all.reasons();
+        let applied = reasons.iter().filter(|(count, _)| **count > 0);
+        applied.map(|(count, what)| format!("{NOTE_START}{count} {what}")).collect()
+    }
+
+    /// Adds what a line of [`LeftOut::notes`] says; false if it is none.
+    pub fn add_note(&mut self, note: &str) -> bool {
+        let parts = note.strip_prefix(NOTE_START).and_then(|rest| rest.split_once(' '));
+        let Some((Ok(more), what)) = parts.map(|(count, what)| (count.parse::<u64>(), what)) else {
+            return false;
+        };
+        match self.reasons().into_iter().find(|(_, reason)| *reason == what) {
+            Some((count, _)) => *count = count.saturating_add(more),
+            None => return false,
+        }
+        true
+    }
+
+    fn reasons(&mut self) -> [(&mut u64, &'static str); 6] {
+        [
+            (&mut self.outside_window, "instructions outside the window"),
+            (&mut self.other_privilege, "instructions of the other privilege"),
+            (&mut self.other_address_space, "instructions in other address spaces"),
+            (&mut self.outside_range, "instructions outside the address range"),
+            (&mut self.between_samples, "instructions between samples"),
+            (&mut self.events, "events of code that was left out"),
+        ]
     }
 }
 

@@ -29,7 +29,7 @@ pub(super) const MAX_FRAME_BYTES: u64 = super::columns::MAX_COLUMN_BYTES + (1 <<
 const MAX_TEXT_BYTES: usize = 1 << 16;
 /// What the header's bytes start with: the schema's name, then its version, little-endian.
 const SCHEMA_ID: [u8; 4] = *b"rtHD";
-const SCHEMA_VERSION: u16 = 1;
+const SCHEMA_VERSION: u16 = 2;
 
 /// What a frame holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +45,19 @@ pub(super) enum FrameKind {
 const KINDS: [(FrameKind, [u8; 4]); 3] =
     [(FrameKind::Header, *b"HEAD"), (FrameKind::Segment, *b"SEGM"), (FrameKind::End, *b"DONE")];
 
+/// Which part of an expansion a trace is, where `--segment I/N` divided it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Share {
+    /// Which one: from 1 to `count`.
+    pub number: u32,
+    /// How many there are.
+    pub count: u32,
+    /// The recording's tick at which it begins.
+    pub first_tick: u64,
+    /// The tick at which the next share begins, or the expansion ends.
+    pub end_tick: u64,
+}
+
 /// What was traced, and how.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TraceHeader {
@@ -58,6 +71,9 @@ pub struct TraceHeader {
     pub recording: String,
     /// The filters that it went through, as the user gave them.
     pub filters: Vec<String>,
+    /// Which part of an expansion it is; `None` for a whole one. What stands before it in the header
+    /// is schema 1.
+    pub share: Option<Share>,
 }
 
 impl TraceHeader {
@@ -69,8 +85,15 @@ impl TraceHeader {
     }
 
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
-        let rest = bytes.strip_prefix(&SCHEMA_ID)?.strip_prefix(&SCHEMA_VERSION.to_le_bytes())?;
-        match postcard::take_from_bytes(rest) {
+        let (version, rest) = bytes.strip_prefix(&SCHEMA_ID)?.split_first_chunk()?;
+        let mut fields = rest.to_vec();
+        match u16::from_le_bytes(*version) {
+            SCHEMA_VERSION => {}
+            // It ends where an absent share stands.
+            1 => fields.push(0),
+            _ => return None,
+        }
+        match postcard::take_from_bytes(&fields) {
             Ok((header, [])) if bytes.len() <= MAX_TEXT_BYTES => Some(header),
             _ => None,
         }

@@ -11,6 +11,7 @@
 mod batch;
 mod block;
 mod columns;
+mod concat;
 mod dictionary;
 mod event;
 pub mod filter;
@@ -34,10 +35,11 @@ pub use block::{
     MAX_INSTRUCTION_BYTES, MAX_REGISTER_WRITES, MAX_STATIC_ACCESSES, Mode, NO_BASE, RegisterWrite,
     StaticAccess,
 };
+pub use concat::{Concat, joined_header};
 pub use event::{Delivery, Direction, Event, Marker, SystemAccessKind};
-pub use frames::{Totals, TraceHeader};
+pub use frames::{Share, Totals, TraceHeader};
 pub use head::{SegmentHead, SegmentOptions};
-pub use reader::{Ending, TraceIndex, TraceReader};
+pub use reader::{Ending, Outline, TraceIndex, TraceReader};
 pub use run::{Access, Feed, Observer, Position, Run, Step, Steps};
 pub use writer::TraceWriter;
 
@@ -113,5 +115,5 @@ pub enum TraceError {
     },
     /// Segments that do not go together.
     #[error("these traces do not go together: {0}")]
-    Mismatch(&'static str),
+    Mismatch(String),
 }

@@ -32,6 +32,17 @@ pub enum Ending {
     },
 }
 
+/// What a trace holds, without reading all of it where it was finished.
+#[derive(Debug)]
+pub struct Outline {
+    /// What its segments hold together.
+    pub totals: Totals,
+    /// Where they lie.
+    pub index: TraceIndex,
+    /// How it ends, or where it is damaged; damage within a finished trace shows only in reading.
+    pub ending: Result<Ending, TraceError>,
+}
+
 /// Where the segments of a trace lie.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TraceIndex {
@@ -140,8 +151,13 @@ impl<R: Read> TraceReader<R> {
         }
     }
 
-    /// Appends all segments from here on to another trace, as they are: so shares of one
-    /// expansion become one trace.
+    /// File offset of what is read next: how far reading is.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Appends all segments from here on to another trace, as they are. [`super::Concat`] makes one
+    /// trace of several so.
     ///
     /// # Errors
     /// If the input cannot be read or is damaged, the other trace cannot be written, or the two do
@@ -151,13 +167,7 @@ impl<R: Read> TraceReader<R> {
         header: &TraceHeader,
         writer: &mut TraceWriter<W>,
     ) -> Result<Ending, TraceError> {
-        let (ours, theirs) = (&self.header, header);
-        if ours.contents != theirs.contents || ours.tick != theirs.tick {
-            return Err(TraceError::Mismatch("they have different contents"));
-        }
-        if ours.recording != theirs.recording || ours.cpu_model != theirs.cpu_model {
-            return Err(TraceError::Mismatch("they are of different recordings"));
-        }
+        check_kinship(header, &self.header)?;
         loop {
             match self.next_frame()? {
                 Next::Segment(offset, bytes) => {
@@ -244,18 +254,26 @@ fn head(offset: u64, bytes: &[u8]) -> Result<SegmentHead, TraceError> {
 }
 
 impl<R: Read + Seek> TraceReader<R> {
-    /// Where the segments lie: from the end of a finished trace, else by reading all of it once.
+    /// Where the segments lie: see [`TraceReader::outline`].
     ///
     /// # Errors
-    /// If the input cannot be read. A damaged trace has an index up to the damage.
+    /// If the input cannot be read.
     pub fn index(&mut self) -> Result<TraceIndex, TraceError> {
+        self.outline().map(|outline| outline.index)
+    }
+
+    /// What the trace holds: from the end of a finished trace, else by reading all of it once.
+    ///
+    /// # Errors
+    /// If the input cannot be read. A damaged trace has an outline up to the damage.
+    pub fn outline(&mut self) -> Result<Outline, TraceError> {
         let here = self.offset;
-        let index = match self.stored_index()? {
-            Some(index) => index,
+        let outline = match self.stored_outline()? {
+            Some(outline) => outline,
             None => self.scan()?,
         };
         self.seek(here)?;
-        Ok(index)
+        Ok(outline)
     }
 
     /// Goes to the beginning of a segment.
@@ -302,8 +320,8 @@ impl<R: Read + Seek> TraceReader<R> {
         Ok(())
     }
 
-    /// The index that a finished trace ends with, if it is sound.
-    fn stored_index(&mut self) -> Result<Option<TraceIndex>, TraceError> {
+    /// What a finished trace ends with, if it is sound.
+    fn stored_outline(&mut self) -> Result<Option<Outline>, TraceError> {
         let file_bytes = self.input.seek(SeekFrom::End(0)).map_err(TraceError::Read)?;
         let Some(footer_offset) = file_bytes.checked_sub(FOOTER_BYTES as u64) else {
             return Ok(None);
@@ -318,27 +336,58 @@ impl<R: Read + Seek> TraceReader<R> {
         else {
             return Ok(None);
         };
-        let Some(End { end_instruction, entries, .. }) = End::decode(&bytes) else {
+        let Some(End { totals, end_instruction, notes, entries }) = End::decode(&bytes) else {
             return Ok(None);
         };
         let sorted = entries.is_sorted_by(|a, b| a.offset < b.offset)
             && entries.is_sorted_by(|a, b| a.instruction <= b.instruction);
-        Ok(sorted.then_some(TraceIndex { entries, end: end_instruction }))
+        let index = TraceIndex { entries, end: end_instruction };
+        let ending = Ok(Ending::Complete { notes });
+        Ok(sorted.then_some(Outline { totals, index, ending }))
     }
 
-    fn scan(&mut self) -> Result<TraceIndex, TraceError> {
-        let mut index = TraceIndex { entries: Vec::new(), end: 0 };
+    fn scan(&mut self) -> Result<Outline, TraceError> {
         self.seek(PREAMBLE_BYTES as u64)?;
-        let header = read_frame(&mut self.input).map_err(TraceError::Read)?;
-        let Found::Frame(FrameKind::Header, bytes) = header else { return Ok(index) };
-        self.offset += (FRAME_HEAD_BYTES + bytes.len()) as u64;
-        let seen = self.seen.take();
-        while let Ok(Next::Segment(offset, bytes)) = self.next_frame() {
-            let Ok(head) = head(offset, &bytes) else { break };
-            index.entries.push(IndexEntry::new(offset, &head));
-            index.end = head.end();
+        if let Found::Frame(FrameKind::Header, bytes) =
+            read_frame(&mut self.input).map_err(TraceError::Read)?
+        {
+            self.offset += (FRAME_HEAD_BYTES + bytes.len()) as u64;
         }
+        let seen = self.seen.replace(Totals::default());
+        let mut index = TraceIndex { entries: Vec::new(), end: 0 };
+        let mut totals = Totals::default();
+        let ending = loop {
+            match self.next_frame() {
+                Ok(Next::Segment(offset, bytes)) => match head(offset, &bytes) {
+                    Ok(head) => {
+                        index.entries.push(IndexEntry::new(offset, &head));
+                        index.end = head.end();
+                        totals.add(&head);
+                        self.seen = Some(totals);
+                    }
+                    Err(damage) => break Err(damage),
+                },
+                Ok(Next::End(ending)) => break Ok(ending),
+                Err(TraceError::Read(error)) => return Err(TraceError::Read(error)),
+                Err(damage) => break Err(damage),
+            }
+        };
         self.seen = seen;
-        Ok(index)
+        Ok(Outline { totals, index, ending })
+    }
+}
+
+/// Whether two traces can be parts of one.
+pub(super) fn check_kinship(one: &TraceHeader, other: &TraceHeader) -> Result<(), TraceError> {
+    let differences = [
+        (one.recording != other.recording, "they are of different recordings"),
+        (one.cpu_model != other.cpu_model, "they are of different CPU models"),
+        (one.tick != other.tick, "they count different ticks"),
+        (one.contents != other.contents, "they were made with different contents"),
+        (one.filters != other.filters, "they were made with different filters"),
+    ];
+    match differences.into_iter().find(|(differs, _)| *differs) {
+        Some((_, what)) => Err(TraceError::Mismatch(what.to_owned())),
+        None => Ok(()),
     }
 }

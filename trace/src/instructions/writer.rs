@@ -66,6 +66,11 @@ impl<W: Write> TraceWriter<W> {
         self.bytes
     }
 
+    /// The number of the next instruction.
+    pub fn next_instruction(&self) -> u64 {
+        self.encoder.position().instruction
+    }
+
     /// Ends the segment under construction, so that the next one begins here.
     ///
     /// # Errors
@@ -86,7 +91,11 @@ impl<W: Write> TraceWriter<W> {
         self.cut()?;
         let position = self.encoder.position();
         if self.begun && head.start.instruction != position.instruction {
-            return Err(TraceError::Mismatch("one does not begin where the other ends"));
+            return Err(TraceError::Mismatch(format!(
+                "it goes on at instruction {}, and what is before it ends at {}: give all shares, \
+                 in order",
+                head.start.instruction, position.instruction
+            )));
         }
         self.put_segment(head, bytes)?;
         self.encoder.restart(Position { instruction: head.end(), ..head.start });

@@ -73,6 +73,7 @@ pub(crate) fn header(contents: Contents) -> TraceHeader {
         cpu_model: CpuModelInfo { name: "x86-64-v2".into(), version: 1 },
         recording: "00ff".into(),
         filters: vec!["none".into()],
+        share: None,
     }
 }
 

@@ -2,6 +2,7 @@
 //! bytes is told.
 
 mod account;
+mod concat;
 mod contract;
 mod damage;
 mod filters;

@@ -3,7 +3,7 @@
 use std::io::{Cursor, Read};
 
 use reprise_trace::instructions::{
-    Contents, Ending, Event, Feed, Observer, Position, SegmentOptions, TraceReader, TraceWriter,
+    Contents, Ending, Event, Feed, Position, SegmentOptions, TraceReader, TraceWriter,
 };
 
 use crate::account::{Account, Sample, feed, header, read};
@@ -139,42 +139,6 @@ fn it_reads_from_a_pipe() {
     reader.drive(&mut account).expect("reads");
     assert_eq!(account.entries, sample.entries);
     assert_eq!(*reader.header(), header(sample.contents));
-}
-
-#[test]
-fn shares_become_one_trace() {
-    let options = Options::with_everything(6);
-    let segments = SegmentOptions { instructions: 4_000, ..SegmentOptions::default() };
-    let header = header(options.contents);
-    let mut whole = TraceWriter::create(Vec::new(), &header, segments).expect("writes");
-    let mut machine = Synthetic::new(options);
-    let mut feed = Feed::new(options.contents);
-    let mut shares = Vec::new();
-    for _ in 0..3 {
-        // Each share is written by itself, from where the one before ended.
-        let cr3 = machine.cr3();
-        let start = Position { instruction: machine.instructions, cr3, ..Position::default() };
-        let mut share = TraceWriter::create(Vec::new(), &header, segments).expect("writes");
-        share.begin(&start).expect("begins");
-        let batch = machine.advance(10_000);
-        feed.push(&batch, &mut (&mut share, &mut whole)).expect("keeps the contract");
-        shares.push(share.finish(&[]).expect("finishes"));
-    }
-    let whole = whole.finish(&[]).expect("finishes");
-    let joined = |shares: &[&Vec<u8>]| {
-        let mut joined = TraceWriter::create(Vec::new(), &header, segments).expect("writes");
-        for share in shares {
-            let mut reader = TraceReader::open(Cursor::new(&share[..])).expect("opens");
-            reader.append_to(&header, &mut joined)?;
-        }
-        joined.finish(&[])
-    };
-    let (first, second, third) = (&shares[0], &shares[1], &shares[2]);
-    let joined_file = joined(&[first, second, third]).expect("they go together");
-    assert_eq!(read(&joined_file).0.entries, read(&whole).0.entries);
-    assert!(matches!(read(&joined_file).1, Ok(Ending::Complete { .. })));
-    assert!(joined(&[first, third]).is_err(), "a share is missing");
-    assert!(joined(&[second, first]).is_err(), "the wrong way round");
 }
 
 #[test]
