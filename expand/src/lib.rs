@@ -5,6 +5,7 @@
 //! that two cores share the work, or on the machine's. Exporters, statistics and the native format's
 //! writer are observers, and so is whatever a user writes: see the example `cache_simulator`.
 
+mod counting;
 mod pipeline;
 
 use reprise_cpu::engine::SoftEngine;
@@ -14,6 +15,7 @@ use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{MachineError, Outcome};
 use reprise_trace::instructions::{Contents, Observer, TraceError};
 
+pub use counting::Counting;
 pub use pipeline::{Control, Threads};
 
 /// Why an expansion came to nothing.

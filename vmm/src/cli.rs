@@ -1,5 +1,7 @@
 //! The command line: what there is to say, and who does it.
 
+mod expand;
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -13,6 +15,8 @@ use crate::session::assembly::SoftOptions;
 use crate::session::choice::{ChoiceError, ClockArg, EngineArg, EngineKind};
 use crate::session::guest::GuestChoice;
 use reprise_cpu::translate::Translation;
+
+pub use expand::ExpandArgs;
 
 /// Exit status of a command that failed.
 pub(crate) const FAILED: u8 = 1;
@@ -45,6 +49,8 @@ enum Command {
     Record(RecordArgs),
     /// Replay a recording and verify it
     Replay(ReplayArgs),
+    /// Write down every instruction of a recording, or of a part of it
+    Expand(ExpandArgs),
     /// Show what a recording holds
     Info(InfoArgs),
     /// Find the first place where two recordings part
@@ -269,6 +275,7 @@ fn dispatch(command: Command, output: Output) -> anyhow::Result<u8> {
         Command::Run(arguments) => commands::run::run(&arguments, output),
         Command::Record(arguments) => commands::record::run(&arguments, output),
         Command::Replay(arguments) => commands::replay::run(&arguments, output),
+        Command::Expand(arguments) => commands::expand::run(&arguments, output),
         Command::Info(arguments) => commands::info::run(&arguments, output),
         Command::Diff(arguments) => commands::diff::run(&arguments, output),
         Command::Doctor => commands::doctor::run(output),

@@ -9,6 +9,7 @@ mod host_cpu;
 mod input;
 mod log_file;
 mod real_host;
+mod stop_requests;
 mod terminal;
 mod watcher;
 
@@ -17,6 +18,7 @@ pub use host_cpu::host_info;
 pub use input::InputSource;
 pub use log_file::{ImagesEmbedded, LogFile, LogTotals, SharedImage};
 pub use real_host::{HostOptions, Progress, ProgressObserver, RealHost};
+pub use stop_requests::StopRequests;
 pub use terminal::{end_on_panic, terminal_can_be_used};
 
 /// Why the host side cannot do its part.

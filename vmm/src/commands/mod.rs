@@ -3,6 +3,7 @@
 pub mod demo;
 pub mod diff;
 pub mod doctor;
+pub mod expand;
 pub mod images;
 pub mod info;
 pub mod record;

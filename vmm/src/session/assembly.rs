@@ -60,6 +60,20 @@ impl LoadedGuest {
         Ok(Self { ram, state, board })
     }
 
+    /// Hands the guest to the software CPU.
+    ///
+    /// # Errors
+    /// The engine cannot be had, or refuses the guest's first state.
+    pub fn with_soft_engine(self, soft: SoftOptions) -> Result<(SoftEngine, Board), AssemblyError> {
+        let mut engine = SoftEngine::new(self.ram)?;
+        engine.set_translation(soft.translation);
+        if soft.profile {
+            engine.start_profile();
+        }
+        engine.set_cpu_state(&self.state)?;
+        Ok((engine, Board::new(&self.board)))
+    }
+
     /// Hands the guest to an engine, and both to `visitor`. Gives what it comes to, and where the
     /// software CPU's time went, if it was to count that.
     ///
@@ -71,16 +85,9 @@ impl LoadedGuest {
         soft: SoftOptions,
         visitor: V,
     ) -> Result<(V::Output, Option<ProfileReport>), AssemblyError> {
-        let Self { ram, state, board } = self;
-        let board = Board::new(&board);
         match kind {
             EngineKind::Soft => {
-                let mut engine = SoftEngine::new(ram)?;
-                engine.set_translation(soft.translation);
-                if soft.profile {
-                    engine.start_profile();
-                }
-                engine.set_cpu_state(&state)?;
+                let (engine, board) = self.with_soft_engine(soft)?;
                 let (output, engine) = visitor.visit(engine, board);
                 // Its blocks are hundreds of thousands of small pieces of memory, which are given back
                 // one by one. The process's end, which is near, gives them back at once.
@@ -89,9 +96,9 @@ impl LoadedGuest {
                 Ok((output, profile))
             }
             EngineKind::Kvm(clock) => {
-                let mut engine = KvmEngine::new(ram, clock)?;
-                engine.set_cpu_state(&state)?;
-                let (output, _) = visitor.visit(engine, board);
+                let mut engine = KvmEngine::new(self.ram, clock)?;
+                engine.set_cpu_state(&self.state)?;
+                let (output, _) = visitor.visit(engine, Board::new(&self.board));
                 Ok((output, None))
             }
         }

@@ -3,6 +3,8 @@
 
 pub mod assembly;
 pub mod choice;
+pub mod expand;
+pub mod expand_report;
 pub mod file_kind;
 pub mod guest;
 pub mod profile_report;

@@ -98,14 +98,14 @@ pub fn replay(recording: &Recording, options: ReplayOptions) -> Result<Replayed>
 }
 
 /// How the recording's virtual time came about.
-fn time_source(header: &Header) -> TimeSource {
+pub(super) fn time_source(header: &Header) -> TimeSource {
     match header.ns_per_tick {
         0 => TimeSource::Host,
         ns_per_tick => TimeSource::Ticks { ns_per_tick },
     }
 }
 
-fn check_cpu_model(header: &Header) -> Result<()> {
+pub(super) fn check_cpu_model(header: &Header) -> Result<()> {
     let model = &header.cpu_model;
     if model.name != cpu_model::NAME || model.version != cpu_model::VERSION {
         bail!(
@@ -121,7 +121,7 @@ fn check_cpu_model(header: &Header) -> Result<()> {
 }
 
 /// Builds the guest from the embedded images, by the code that recorded it.
-fn load(recording: &Recording) -> Result<LoadedGuest> {
+pub(super) fn load(recording: &Recording) -> Result<LoadedGuest> {
     let header = recording.header();
     let image_of = |role| {
         let index = header.guest.images.iter().position(|image| image.role == role);

@@ -33,7 +33,10 @@ enum Address {
     /// The index is a byte register: XLAT's AL.
     ByteIndex,
     /// The bit that `register` numbers lies in another operand of `size_bytes`.
-    Bit { register: u8, size_bytes: u8 },
+    Bit {
+        register: u8,
+        size_bytes: u8,
+    },
 }
 
 /// The accesses of one instruction.
@@ -88,8 +91,8 @@ pub(crate) fn of(op: &Op, mode: Mode, info: &mut InstructionInfoFactory) -> OpAc
         return OpAccesses { list: list.collect(), repeated: false };
     }
     let step = instruction.stack_pointer_increment() as i16;
-    let has_operand = (0..instruction.op_count())
-        .any(|operand| instruction.op_kind(operand) == OpKind::Memory);
+    let has_operand =
+        (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory);
     let used = info.info(instruction);
     let mut list: Vec<Planned> = used
         .used_memory()

@@ -419,16 +419,10 @@ impl Repetition {
 }
 
 fn event_of(AnsweredAccess { access, value }: AnsweredAccess) -> Event {
-    let port = |direction, port, size_bytes, value| Event::Port {
-        direction,
-        port,
-        size_bytes,
-        value,
-    };
+    let port =
+        |direction, port, size_bytes, value| Event::Port { direction, port, size_bytes, value };
     match access {
-        Access::PortRead { port: number, size } => {
-            port(Direction::In, number, size, value as u32)
-        }
+        Access::PortRead { port: number, size } => port(Direction::In, number, size, value as u32),
         Access::PortWrite { port: number, size, value } => {
             port(Direction::Out, number, size, value)
         }

@@ -11,9 +11,7 @@ use super::registers::{
 };
 use super::site::{Exit, Site};
 use super::thunks::Thunks;
-use crate::cpu::{
-    BLOCK_RIP, BUDGET, NO_SEGMENT, Registers, TRACE_ADDRESSES, TRACE_WORDS, ZERO,
-};
+use crate::cpu::{BLOCK_RIP, BUDGET, NO_SEGMENT, Registers, TRACE_ADDRESSES, TRACE_WORDS, ZERO};
 use crate::decode::op::Op;
 use crate::memory::physical::PAGE_BYTES;
 use crate::memory::tlb::Entry;

@@ -1,0 +1,132 @@
+//! What `expand` takes.
+
+use std::ops::Range;
+use std::path::PathBuf;
+
+use clap::{ArgGroup, Args};
+use reprise_trace::instructions::filter::{Privilege, Sample, Selection};
+
+use super::{SoftArgs, parse_tick};
+
+const EXPAND_HELP: &str = "\
+Without -o nothing is kept: instructions and accesses are counted. The recording is verified on the \
+way, up to where the expansion ends. Ctrl-C ends it early; what there is by then is a whole, shorter \
+trace.";
+
+/// `expand`.
+#[derive(Debug, Args)]
+#[command(after_help = EXPAND_HELP)]
+pub struct ExpandArgs {
+    /// The recording
+    #[arg(value_name = "FILE.rr")]
+    pub(crate) file: PathBuf,
+    /// Where the trace goes; "-" for standard output
+    #[arg(short, long, value_name = "OUT")]
+    pub(crate) output: Option<PathBuf>,
+    /// The trace's format; without it the ending of OUT says, else Reprise's own ("reprise")
+    #[arg(long, value_name = "NAME")]
+    pub(crate) format: Option<String>,
+    /// Begin at this tick
+    #[arg(long, value_name = "TICK", value_parser = parse_tick, allow_negative_numbers = true)]
+    pub(crate) from: Option<u64>,
+    /// End at this tick
+    #[arg(long, value_name = "TICK", value_parser = parse_tick, allow_negative_numbers = true)]
+    pub(crate) to: Option<u64>,
+    /// Threads: with 1 the CPU and the trace's writer take turns on one
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub(crate) jobs: Option<u32>,
+    /// Instructions of an interval (format bbv)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) interval: Option<u64>,
+    #[command(flatten)]
+    pub(crate) filters: FilterArgs,
+    #[command(flatten)]
+    pub(crate) soft: SoftArgs,
+}
+
+/// What to keep of a trace.
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("privilege").args(["user", "kernel"]))]
+pub(crate) struct FilterArgs {
+    /// Only code at privilege level 3
+    #[arg(long)]
+    user: bool,
+    /// Only code at privilege levels 0 to 2
+    #[arg(long)]
+    kernel: bool,
+    /// Only the address space whose page tables begin there (CR3, in hexadecimal)
+    #[arg(long, value_name = "HEX", value_parser = parse_address)]
+    cr3: Option<u64>,
+    /// Only instructions at these linear addresses (hexadecimal, HI not included)
+    #[arg(long, value_name = "LO-HI", value_parser = parse_range)]
+    range: Option<Range<u64>>,
+    /// Only the first LENGTH of every PERIOD instructions
+    #[arg(long, value_name = "PERIOD:LENGTH", value_parser = parse_sample)]
+    sample: Option<Sample>,
+}
+
+impl FilterArgs {
+    /// As the filter wants them.
+    pub(crate) fn selection(&self) -> Selection {
+        let privilege = match (self.user, self.kernel) {
+            (true, _) => Some(Privilege::User),
+            (_, true) => Some(Privilege::Kernel),
+            _ => None,
+        };
+        Selection {
+            privilege,
+            cr3: self.cr3,
+            linear: self.range.clone(),
+            sample: self.sample,
+            ..Selection::default()
+        }
+    }
+
+    /// As the user gave them.
+    pub(crate) fn as_given(&self) -> Vec<String> {
+        let flag = |given: bool, text: &str| given.then(|| text.to_owned());
+        let all = [
+            flag(self.user, "--user"),
+            flag(self.kernel, "--kernel"),
+            self.cr3.map(|cr3| format!("--cr3 {cr3:#x}")),
+            self.range.as_ref().map(|range| format!("--range {:#x}-{:#x}", range.start, range.end)),
+            self.sample.map(|sample| format!("--sample {}:{}", sample.period, sample.length)),
+        ];
+        all.into_iter().flatten().collect()
+    }
+}
+
+fn parse_address(text: &str) -> Result<u64, String> {
+    let digits = text.trim().trim_start_matches("0x").replace('_', "");
+    u64::from_str_radix(&digits, 16).map_err(|_| "give an address in hexadecimal".to_owned())
+}
+
+fn parse_range(text: &str) -> Result<Range<u64>, String> {
+    let wanted = || "give two addresses in hexadecimal, such as 400000-401000".to_owned();
+    let (low, high) = text.split_once('-').ok_or_else(wanted)?;
+    let range = parse_address(low)?..parse_address(high)?;
+    if range.is_empty() { Err(wanted()) } else { Ok(range) }
+}
+
+fn parse_sample(text: &str) -> Result<Sample, String> {
+    let wanted =
+        || "give a period and a shorter length in instructions, such as 1000000:10000".to_owned();
+    let (period, length) = text.split_once(':').ok_or_else(wanted)?;
+    let number = |text: &str| text.replace('_', "").parse::<u64>().map_err(|_| wanted());
+    let sample = Sample { period: number(period)?, length: number(length)? };
+    if sample.length == 0 || sample.period < sample.length { Err(wanted()) } else { Ok(sample) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_are_read_as_they_are_meant() {
+        assert_eq!(parse_range("0x400000-401000"), Ok(0x40_0000..0x40_1000));
+        assert!(parse_range("5-5").is_err() && parse_range("5").is_err());
+        assert_eq!(parse_sample("1_000:10"), Ok(Sample { period: 1000, length: 10 }));
+        assert!(parse_sample("10:1000").is_err() && parse_sample("10:0").is_err());
+        assert_eq!(parse_address("0xffff_8000"), Ok(0xffff_8000));
+    }
+}

@@ -1,0 +1,86 @@
+//! `reprise expand`: every instruction of a recording, or of a window of it.
+
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use reprise_expand::{Control, Threads, Window};
+use reprise_export::{Destination, ExportOptions, Format};
+use reprise_host::StopRequests;
+
+use crate::cli::ExpandArgs;
+use crate::output::{Output, progress_shows};
+use crate::session::expand::{ExpandOptions, Target, expand_recording};
+use crate::session::replay;
+
+/// How often the bar moves.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
+
+/// Expands a recording.
+///
+/// # Errors
+/// The recording cannot be used, or the trace cannot be written.
+pub fn run(arguments: &ExpandArgs, output: Output) -> Result<u8> {
+    let recording = replay::open(&arguments.file)?;
+    let control = Control::default();
+    let _stop = StopRequests::watch(control.stop_flag())?;
+    let options = ExpandOptions {
+        target: target(arguments)?,
+        window: Window { from: arguments.from.unwrap_or(0), to: arguments.to.unwrap_or(u64::MAX) },
+        selection: arguments.filters.selection(),
+        filters: arguments.filters.as_given(),
+        threads: if arguments.jobs == Some(1) { Threads::One } else { Threads::Two },
+        soft: arguments.soft.options(),
+    };
+    let last_tick = recording.summary().last_moment.map(|moment| moment.tick);
+    let bar = output.bar("expanding", last_tick.map(|tick| tick.min(options.window.to)));
+    let watched = control.clone();
+    let (over, until_over) = std::sync::mpsc::channel::<()>();
+    let progress = progress_shows().then(|| {
+        std::thread::spawn(move || {
+            use std::sync::mpsc::RecvTimeoutError::Timeout;
+            while until_over.recv_timeout(PROGRESS_INTERVAL) == Err(Timeout) {
+                bar.set_position(watched.tick());
+            }
+            bar.finish_and_clear();
+        })
+    });
+    let report = expand_recording(&recording, options, &control);
+    drop(over);
+    if let Some(progress) = progress {
+        // It only waits for the channel's end.
+        let _ = progress.join();
+    }
+    let report = report?;
+    if arguments.output.as_deref() == Some(Path::new("-")) {
+        output.note(report.to_table());
+    } else {
+        output.result(&report, report.to_table());
+    }
+    Ok(u8::from(report.verified == Some(false)))
+}
+
+fn target(arguments: &ExpandArgs) -> Result<Target> {
+    let Some(path) = &arguments.output else {
+        if arguments.format.is_some() {
+            bail!("say where the trace goes: -o FILE, or -o - for a pipe");
+        }
+        return Ok(Target::Discard);
+    };
+    let to = if path == Path::new("-") {
+        Destination::Pipe(Box::new(io::stdout()))
+    } else {
+        Destination::Path(path.clone())
+    };
+    let format = match arguments.format.as_deref() {
+        None => Format::of(path),
+        Some("reprise") => None,
+        Some(name) => Some(Format::named(name)?),
+    };
+    let options = ExportOptions { interval_instructions: arguments.interval };
+    Ok(match format {
+        None => Target::Native(to),
+        Some(format) => Target::Export { format, options, to },
+    })
+}
