@@ -19,6 +19,7 @@ use crate::cpu::{AnsweredAccess, Cpu, TRACE_ADDRESSES, TRACE_WORDS};
 use crate::decode::block_cache::Block;
 use crate::decode::op::Op;
 use crate::fault::Flow;
+pub(crate) use accesses::Planned;
 use blocks::Numbers;
 pub(crate) use blocks::{BlockTrace, TraceId};
 

@@ -197,10 +197,7 @@ impl<'a> Emission<'a> {
 
     /// What a trace has of the unit behind an operation, if there is one.
     fn traced_past(&self, number: usize) -> Option<Ahead> {
-        let site = &self.sites[number];
-        // SAFETY: the block is being translated, so it is in the cache.
-        let (block, op) = unsafe { (site.block.as_ref(), site.op.as_ref()) };
-        self.traced.then(|| site.traced.past(block, op))
+        self.traced.then(|| self.sites[number].traced_past())
     }
 
     /// Appends the number of a block, whose first operation is `number`, to the trace.
@@ -218,15 +215,10 @@ impl<'a> Emission<'a> {
             return;
         }
         let site = &self.sites[self.number];
-        // SAFETY: as in `traced_past`.
-        let (block, op) = unsafe { (site.block.as_ref(), site.op.as_ref()) };
-        let planned = block.trace_of(op).list.get(self.traced_accesses).map(|one| one.access);
-        let access = planned.expect("an operation accesses what its description says");
-        assert!(
-            access.kind.writes() == write && u64::from(access.size_bytes) == size,
-            "{}: {access:?}",
-            &**op.instruction
-        );
+        let access = site.accesses().get(self.traced_accesses).map(|planned| planned.access);
+        let access = access.expect("an operation accesses what its description says");
+        let (kind, size_bytes) = (access.kind, u64::from(access.size_bytes));
+        assert!(kind.writes() == write && size_bytes == size, "{site:?}: {access:?}");
         assert!(self.traced_accesses < MAX_INLINE_ACCESSES, "translated code appends so many");
         let place = (site.traced.addresses as usize + self.traced_accesses) as i32 * ADDRESS_BYTES;
         self.traced_accesses += 1;
@@ -237,11 +229,8 @@ impl<'a> Emission<'a> {
     /// Sees that the operation in hand, emitted in line, appends all its accesses.
     fn expect_traced(&self) {
         let site = &self.sites[self.number];
-        // SAFETY: as in `traced_past`.
-        let (block, op) = unsafe { (site.block.as_ref(), site.op.as_ref()) };
         if self.traced {
-            let expected = block.trace_of(op).list.len();
-            assert_eq!(self.traced_accesses, expected, "{}", &**op.instruction);
+            assert_eq!(self.traced_accesses, site.accesses().len(), "{site:?}");
         }
     }
 

@@ -8,7 +8,7 @@ use crate::decode::block_cache::Block;
 use crate::decode::op::Op;
 use crate::fault::Flow;
 use crate::mode::Mode;
-use crate::tracing::Ahead;
+use crate::tracing::{Ahead, Planned};
 
 /// Why translated code was left, beside the values of [`Flow`] but [`Flow::NEXT`]: by an exit.
 pub(crate) const LEFT_BY_EXIT: u32 = 8;
@@ -28,6 +28,26 @@ pub(crate) struct Site {
     pub(super) before_block: u64,
     /// What a trace has of the unit before the operation, its block's number included.
     pub(super) traced: Ahead,
+}
+
+impl Site {
+    fn parts(&self) -> (&Block, &Op) {
+        // SAFETY: a block is translated, and its code entered, only while it is in the cache, which drops
+        // none meanwhile.
+        unsafe { (self.block.as_ref(), self.op.as_ref()) }
+    }
+
+    /// What the operation accesses; the block has a number in the trace.
+    pub(super) fn accesses(&self) -> &[Planned] {
+        let (block, op) = self.parts();
+        &block.trace_of(op).list
+    }
+
+    /// What a trace has of the unit behind the operation.
+    pub(super) fn traced_past(&self) -> Ahead {
+        let (block, op) = self.parts();
+        self.traced.past(block, op)
+    }
 }
 
 /// A way from a translated block to a known address. Generated code jumps through `target`.
@@ -58,14 +78,11 @@ impl Exit {
 fn run(cpu: &mut Cpu, site: &Site) -> Flow {
     cpu.registers.gpr[usize::from(BLOCK_RIP)] = site.block_rip;
     cpu.tick = cpu.tick_at_budget().wrapping_add(site.before_block);
-    // SAFETY: a block's code is entered only while the block is in the cache, which drops none while
-    // translated code runs.
-    let op = unsafe { site.op.as_ref() };
+    let (block, op) = site.parts();
     cpu.count(|profile| profile.note_operation(op.instruction.mnemonic()));
     let mut flow = if cpu.tracer.is_some() {
         cpu.take_trace_back(site.traced);
-        // SAFETY: as above.
-        cpu.run_traced(unsafe { site.block.as_ref() }, op)
+        cpu.run_traced(block, op)
     } else {
         // SAFETY: the handler is a function of this crate or a native sequence, made for this operation.
         unsafe { (op.handler)(cpu, op) }
@@ -85,9 +102,7 @@ fn run(cpu: &mut Cpu, site: &Site) -> Flow {
 pub(super) extern "sysv64" fn run_operation(cpu: &mut Cpu, site: &Site) -> u32 {
     let flow = run(cpu, site);
     if flow == Flow::NEXT && cpu.tracer.is_some() {
-        // SAFETY: as in `run`.
-        let (block, op) = unsafe { (site.block.as_ref(), site.op.as_ref()) };
-        cpu.lend_trace(site.traced.past(block, op));
+        cpu.lend_trace(site.traced_past());
     }
     flow.0
 }
@@ -98,8 +113,7 @@ pub(super) extern "sysv64" fn run_last_operation(cpu: &mut Cpu, site: &Site) -> 
     if flow != Flow::NEXT {
         return flow.0;
     }
-    // SAFETY: as in `run`.
-    let (block, op) = unsafe { (site.block.as_ref(), site.op.as_ref()) };
+    let (block, op) = site.parts();
     cpu.tick += u64::from(op.number) + 1;
     let branched = block.ends_in_branch && usize::from(op.number) + 1 == block.ops.len();
     if !branched {
