@@ -95,6 +95,8 @@ impl Cpu {
         bytes: &mut [u8],
     ) -> Result<(), Stop> {
         self.check_access(linear, segment, bytes.len() as u64, false)?;
+        #[cfg(test)]
+        self.memory.spy.note(linear, bytes.len() as u64, false);
         let mut done = 0;
         while done < bytes.len() {
             let address = self.wrap(linear.wrapping_add(done as u64));
@@ -122,6 +124,8 @@ impl Cpu {
         bytes: &[u8],
     ) -> Result<(), Stop> {
         self.check_store(linear, segment, bytes.len() as u64)?;
+        #[cfg(test)]
+        self.memory.spy.note(linear, bytes.len() as u64, true);
         // What the board answers first: for that the instruction starts again, and must find RAM as
         // it was.
         self.store_pieces(linear, bytes, false)?;

@@ -3,6 +3,8 @@
 pub(crate) mod access;
 pub(crate) mod low_memory;
 pub(crate) mod physical;
+#[cfg(test)]
+pub(crate) mod spy;
 pub(crate) mod tlb;
 pub(crate) mod walk;
 
@@ -41,6 +43,8 @@ pub(crate) struct Memory {
     pub(crate) check_alignment: bool,
     /// Data breakpoints are checked.
     pub(crate) check_breakpoints: bool,
+    #[cfg(test)]
+    pub(crate) spy: spy::Spy,
 }
 
 impl Memory {
@@ -58,6 +62,8 @@ impl Memory {
             page_walks: 0,
             check_alignment: false,
             check_breakpoints: false,
+            #[cfg(test)]
+            spy: spy::Spy::default(),
         })
     }
 
@@ -125,13 +131,23 @@ impl Memory {
     /// The host address of `size` bytes that may be read without asking further.
     #[inline(always)]
     pub(crate) fn hit_read(&self, linear: u64, size: u64) -> Option<*mut u8> {
-        self.tlb.hit_read(self.table, linear, size)
+        let found = self.tlb.hit_read(self.table, linear, size);
+        #[cfg(test)]
+        if found.is_some() {
+            self.spy.note(linear, size, false);
+        }
+        found
     }
 
     /// The host address of `size` bytes that may be written without asking or noting anything.
     #[inline(always)]
     pub(crate) fn hit_write(&self, linear: u64, size: u64) -> Option<*mut u8> {
-        self.tlb.hit_write(self.table, linear, size)
+        let found = self.tlb.hit_write(self.table, linear, size);
+        #[cfg(test)]
+        if found.is_some() {
+            self.spy.note(linear, size, true);
+        }
+        found
     }
 
     /// Translates one page for an explicit data access, and remembers it if it may be.

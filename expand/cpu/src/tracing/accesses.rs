@@ -93,7 +93,11 @@ pub(crate) fn of(op: &Op, mode: Mode, info: &mut InstructionInfoFactory) -> OpAc
     let step = instruction.stack_pointer_increment() as i16;
     let has_operand =
         (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory);
-    let used = info.info(instruction);
+    // Of a repeated instruction the decoder knows no sizes.
+    let mut once = *instruction;
+    once.set_has_rep_prefix(false);
+    once.set_has_repne_prefix(false);
+    let used = info.info(&once);
     let mut list: Vec<Planned> = used
         .used_memory()
         .iter()
@@ -157,7 +161,13 @@ fn planned(
     };
     let instruction: &Instruction = &op.instruction;
     let size = memory.memory_size().size() as u16;
-    let size_bytes = if explicit && op.operand_bytes != 0 { op.operand_bytes } else { size };
+    let size_bytes = if explicit && op.operand_bytes != 0 {
+        op.operand_bytes
+    } else if pushes_selector_32(instruction.code()) {
+        2
+    } else {
+        size
+    };
     if !(1..=MAX_ACCESS_BYTES).contains(&size_bytes) {
         return None;
     }
@@ -202,6 +212,12 @@ fn planned(
         index: number(memory.index()),
         scale: memory.scale().trailing_zeros() as u8,
     })
+}
+
+/// Whether a PUSH moves the stack by four bytes and writes a selector's two.
+fn pushes_selector_32(code: Code) -> bool {
+    use Code::{Pushd_CS, Pushd_DS, Pushd_ES, Pushd_FS, Pushd_GS, Pushd_SS};
+    matches!(code, Pushd_CS | Pushd_DS | Pushd_ES | Pushd_FS | Pushd_GS | Pushd_SS)
 }
 
 fn bit_address(op: &Op) -> Address {

@@ -9,6 +9,8 @@
 
 mod accesses;
 mod blocks;
+#[cfg(test)]
+mod tests;
 
 use iced_x86::InstructionInfoFactory;
 use reprise_machine::engine::Access;

@@ -1,0 +1,211 @@
+//! A trace says of every instruction what memory it accesses: here it is held against what it did.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::{Sender, channel};
+
+use iced_x86::{Code, MemoryOperand, Mnemonic, Register};
+use reprise_trace::cpu_state::{CpuState, RCX, RSP};
+use reprise_trace::instructions::{
+    AccessKind, Batch, Contents, Event, Feed, Observer, Run, TraceError,
+};
+
+use super::BatchSink;
+use crate::native::forms::{Random, build};
+use crate::native::host_fpu::with_guest_fpu;
+use crate::ops::testing::{DATA, Machine};
+use crate::translate::Translation;
+
+/// Where most operands lie.
+const MIDDLE: u64 = DATA + 0x8000;
+const HALT: u8 = 0xf4;
+
+/// Keeps the batches.
+pub(super) struct Collect(pub(super) Sender<Batch>);
+
+impl BatchSink for Collect {
+    fn exchange(&mut self, batch: Batch, _tick: u64) -> Option<Batch> {
+        self.0.send(batch).ok().map(|()| Batch::default())
+    }
+}
+
+/// Bytes read and written by instructions that retired.
+#[derive(Default, PartialEq, Eq)]
+struct Bytes {
+    read: BTreeSet<u64>,
+    written: BTreeSet<u64>,
+    retired: usize,
+}
+
+impl std::fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "reads {:x?}, writes {:x?}", ranges(&self.read), ranges(&self.written))
+    }
+}
+
+impl Bytes {
+    fn add(&mut self, linear: u64, bytes: u64, kind: AccessKind) {
+        let all = (0..bytes).map(|byte| linear.wrapping_add(byte));
+        if kind.reads() {
+            self.read.extend(all.clone());
+        }
+        if kind.writes() {
+            self.written.extend(all);
+        }
+    }
+}
+
+impl Observer for Bytes {
+    fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
+        for step in run.steps() {
+            self.retired += usize::from(step.retired);
+            for access in step.accesses() {
+                self.add(access.address, u64::from(access.size_bytes), access.kind);
+            }
+        }
+        Ok(())
+    }
+
+    fn event(&mut self, _event: &Event) -> Result<(), TraceError> {
+        Ok(())
+    }
+}
+
+/// Runs one instruction under a trace; what the trace says that it accessed, and what it did access.
+fn trace_one(machine: &mut Machine) -> (Bytes, Bytes) {
+    let cpu = &mut machine.cpu;
+    cpu.translator.as_mut().expect("BMI2").set_translation(Translation::Never);
+    cpu.answered.clear();
+    (cpu.answered_used, cpu.pending_exit) = (0, None);
+    cpu.tick = 0;
+    let (send, batches) = channel();
+    cpu.start_trace(Box::new(Collect(send)));
+    cpu.memory.spy.start();
+    let kick = AtomicBool::new(false);
+    with_guest_fpu(cpu, |cpu| cpu.execute(1, &kick, false));
+    let mut did = Bytes { retired: cpu.tick as usize, ..Bytes::default() };
+    for touched in cpu.memory.spy.stop() {
+        let kind = if touched.writes { AccessKind::Write } else { AccessKind::Read };
+        did.add(touched.linear, touched.bytes, kind);
+    }
+    cpu.stop_trace();
+    let mut said = Bytes::default();
+    let mut feed = Feed::new(Contents::default());
+    for batch in batches {
+        feed.push(&batch, &mut said).expect("the batch keeps the contract");
+    }
+    (said, did)
+}
+
+fn operand(random: &mut Random, bits: u32) -> MemoryOperand {
+    let pick = |random: &mut Random, of: &[Register]| of[random.below(of.len() as u64) as usize];
+    let (bases, indices): (&[Register], &[Register]) = if bits == 64 {
+        (
+            &[Register::RBX, Register::RBP, Register::RSP, Register::R12, Register::R13],
+            &[Register::RAX, Register::RDX, Register::R9, Register::R15],
+        )
+    } else {
+        (&[Register::EBX, Register::EBP, Register::ESP], &[Register::EAX, Register::EDX])
+    };
+    let displacement = random.below(0x80) as i64 & !15;
+    let base = pick(random, bases);
+    if random.below(2) == 0 {
+        return MemoryOperand::with_base_displ(base, displacement);
+    }
+    let (index, scale) = (pick(random, indices), 1 << random.below(4));
+    MemoryOperand::with_base_index_scale_displ_size(base, index, scale, displacement, 1)
+}
+
+fn state(random: &mut Random, base: &CpuState) -> CpuState {
+    let mut state = base.clone();
+    state.gpr = std::array::from_fn(|_| random.below(64) * 16);
+    for register in [3, 5, RSP, 6, 7, 12, 13] {
+        state.gpr[register] = MIDDLE + random.below(64) * 16;
+    }
+    state.gpr[RCX] = random.below(20);
+    if random.below(8) == 0 {
+        state.gpr[0] = random.integer();
+    }
+    state.rflags |= random.next() & (crate::flags::ARITHMETIC | crate::flags::DF);
+    state
+}
+
+/// Instructions that write less than their description says: bytes under a mask or a condition, or a
+/// state image whose reserved bytes stay.
+fn may_write_less(mnemonic: Mnemonic) -> bool {
+    use Mnemonic::{Arpl, Fxsave, Fxsave64, Maskmovdqu, Maskmovq};
+    matches!(mnemonic, Arpl | Maskmovq | Maskmovdqu | Fxsave | Fxsave64)
+}
+
+/// POPA passes over the slot of ESP; here it is read and forgotten.
+fn may_read_more(mnemonic: Mnemonic) -> bool {
+    matches!(mnemonic, Mnemonic::Popa | Mnemonic::Popad)
+}
+
+/// First and last of each run of addresses.
+fn ranges(bytes: &BTreeSet<u64>) -> Vec<(u64, u64)> {
+    let mut ranges: Vec<(u64, u64)> = Vec::new();
+    for &byte in bytes {
+        match ranges.last_mut() {
+            Some((_, last)) if *last + 1 == byte => *last = byte,
+            _ => ranges.push((byte, byte)),
+        }
+    }
+    ranges
+}
+
+fn check_forms(machine: &mut Machine, bits: u32, seed: u64) -> usize {
+    let mut random = Random(seed);
+    let base = machine.cpu.state();
+    let (mut retired, mut wrong) = (0, Vec::new());
+    for code in Code::values() {
+        let known = code.op_code();
+        let fits = if bits == 64 { known.mode64() } else { known.mode32() };
+        if !known.is_instruction() || !fits {
+            continue;
+        }
+        for number in 0..8 {
+            let operand = (number % 4 != 0).then(|| operand(&mut random, bits));
+            let built = build(code, bits, operand.as_ref(), &mut random);
+            let Some((instruction, mut bytes)) = built else { continue };
+            if number % 4 == 1 && instruction.is_string_instruction() {
+                bytes.insert(0, [0xf3, 0xf2][random.below(2) as usize]);
+            }
+            bytes.push(HALT);
+            machine.replace_code(&bytes);
+            machine.cpu.set_state(&state(&mut random, &base));
+            let (said, did) = trace_one(machine);
+            let what = format!("seed {seed:#x}, {code:?} {bytes:02x?}");
+            assert_eq!(said.retired, did.retired, "{what}");
+            if did.retired == 0 {
+                continue;
+            }
+            retired += 1;
+            // What is changed in place is one access, which writes.
+            let in_place = said.read.intersection(&said.written).copied();
+            let read: BTreeSet<u64> = did.read.iter().copied().chain(in_place).collect();
+            let writes_as_said = said.written == did.written
+                || may_write_less(code.mnemonic()) && said.written.is_superset(&did.written);
+            let reads_as_said =
+                said.read == read || may_read_more(code.mnemonic()) && said.read.is_subset(&read);
+            if !(writes_as_said && reads_as_said) {
+                wrong.push(format!("{what}: it {did:?}; the trace {said:?}"));
+            }
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "{} are wrong, such as\n{}",
+        wrong.len(),
+        wrong[..wrong.len().min(30)].join("\n")
+    );
+    retired
+}
+
+#[test]
+fn every_form_accesses_what_its_description_says() {
+    let retired = check_forms(&mut Machine::long_64(&[]), 64, 0x5eed_0201);
+    assert!(retired > 5000, "only {retired} in 64-bit code");
+    let retired = check_forms(&mut Machine::flat_32(&[]), 32, 0x5eed_0202);
+    assert!(retired > 5000, "only {retired} in 32-bit code");
+}
