@@ -2,6 +2,7 @@
 //! panic, and in the same state whether it runs at one go, tick by tick or translated.
 
 mod guest;
+mod traced;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -226,7 +227,7 @@ struct Outcome {
 }
 
 /// Runs `engine` to `ticks`, at most `stride` at once. A halted guest is woken, if it may be.
-fn outcome(mut engine: SoftEngine, stride: u64) -> Outcome {
+fn outcome(engine: &mut SoftEngine, stride: u64) -> Outcome {
     let mut accesses = Vec::new();
     let exit = loop {
         let until = engine.tick().saturating_add(stride).min(TICKS);
@@ -271,7 +272,7 @@ fn random_code_ends_alike_at_every_stride() {
         let run = |translation, stride| {
             let mut engine = guest(&mut Random(seed)).engine();
             engine.set_translation(translation);
-            outcome(engine, stride)
+            outcome(&mut engine, stride)
         };
         let whole = run(Translation::Never, u64::MAX);
         let stepped = run(Translation::Never, 1);
@@ -284,5 +285,27 @@ fn random_code_ends_alike_at_every_stride() {
             assert_eq!(whole, translated, "seed {seed:#x}, {translation:?}, stride {stride}");
         }
         assert_eq!(whole, stepped, "seed {seed:#x}");
+        assert_traced_alike(seed, &whole);
+    }
+}
+
+/// A trace changes nothing, and is the same however the code runs.
+fn assert_traced_alike(seed: u64, whole: &Outcome) {
+    let trace = |translation| {
+        let mut engine = guest(&mut Random(seed)).engine();
+        engine.set_translation(translation);
+        let pending = traced::start(&mut engine);
+        let outcome = outcome(&mut engine, u64::MAX);
+        assert_eq!(*whole, outcome, "seed {seed:#x}, {translation:?}, traced");
+        let trace = pending.finish(&mut engine);
+        assert_eq!(trace.retired, outcome.tick, "seed {seed:#x}, {translation:?}");
+        trace
+    };
+    let plain = trace(Translation::Never);
+    for translation in [Translation::AtOnce, Translation::AtOnceWithoutLoop] {
+        let translated = trace(translation);
+        let differs = plain.items.iter().zip(&translated.items).position(|(a, b)| a != b);
+        let at = differs.map(|at| (at, &plain.items[at], &translated.items[at]));
+        assert!(plain == translated, "seed {seed:#x}, {translation:?}: {at:x?}");
     }
 }
