@@ -95,7 +95,8 @@ pub(crate) struct Contents {
     damage: Option<Damage>,
     complete: bool,
     seek_index: SeekIndexState,
-    index: SeekIndex,
+    /// With each log frame's place, where a reader can begin.
+    index: SeekIndex<FrameCursor>,
     image_bytes: u64,
     log_bytes: u64,
     record_count: u64,
@@ -149,6 +150,15 @@ impl Contents {
         FrameCursor { end: self.sound_end.offset, ..start }
     }
 
+    /// A log frame at or before the one with the record of this number, and how many records stand
+    /// before that frame.
+    pub(crate) fn log_frame_before(&self, record: u64) -> (FrameCursor, u64) {
+        match self.index.before_record(record) {
+            Some((entry, place)) => (*place, entry.records_before),
+            None => (self.log_start, 0),
+        }
+    }
+
     /// What the scan tells.
     pub(crate) fn summary(&self, file_bytes: u64) -> Summary {
         let end_frames = u64::from(self.complete);
@@ -187,10 +197,9 @@ impl Contents {
             }
             FrameKind::Log if due.none_before(due.images.len()) => {
                 self.last_log_frame = Some(self.sound_end);
-                self.index.push(IndexEntry {
-                    offset: self.sound_end.offset,
-                    records_before: self.record_count,
-                });
+                let offset = self.sound_end.offset;
+                let entry = IndexEntry { offset, records_before: self.record_count };
+                self.index.push(entry, self.sound_end);
                 self.log_bytes += frame_bytes;
                 self.record_count += u64::from(head.count);
             }
@@ -231,7 +240,7 @@ impl Contents {
         let is_index = frame.head.kind == FrameKind::Index;
         let stored = frame.into_raw().ok().and_then(|bytes| SeekIndex::decode(&bytes));
         let intact = is_index
-            && stored.as_ref() == Some(&self.index)
+            && stored.is_some_and(|stored| stored.encode() == self.index.encode())
             && cursor.end - cursor.offset == FOOTER_BYTES as u64
             && read_footer(input, cursor.end)? == Some(footer(index_offset));
         Ok(if intact { SeekIndexState::Intact } else { SeekIndexState::Damaged })

@@ -1,8 +1,9 @@
-//! What Reprise stores, and nothing else: moments, the recording log, CPU state and
-//! instruction traces.
+//! What Reprise stores, and nothing else: moments, the recording log, checkpoints, CPU
+//! state and instruction traces.
 //!
 //! Reader and writer of a format live in one file; `FORMAT.md` beside this crate describes the bytes.
 
+pub mod checkpoint;
 mod contents;
 pub mod cpu_state;
 pub mod diff;

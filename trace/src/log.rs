@@ -43,6 +43,12 @@ pub enum LogError {
         /// The tick of the record refused.
         tick: u64,
     },
+    /// The log ends before a place that was asked for.
+    #[error("the log has not {records} records: take another copy of the recording")]
+    TooShort {
+        /// The records asked for.
+        records: u64,
+    },
     /// Frames were written out of order.
     #[error("{0}: report this as a bug")]
     OutOfPlace(&'static str),

@@ -108,6 +108,7 @@ pub enum RecordingError {
 pub struct RecordingWriter<W: Write> {
     out: W,
     encoder: FrameEncoder,
+    identity: [u8; 32],
     images: Vec<ImageInfo>,
     next_image: usize,
     index: SeekIndex,
@@ -144,6 +145,7 @@ impl<W: Write> RecordingWriter<W> {
         let mut writer = Self {
             out,
             encoder,
+            identity: [0; 32],
             images: header.guest.images.clone(),
             next_image: 0,
             index: SeekIndex::default(),
@@ -154,6 +156,7 @@ impl<W: Write> RecordingWriter<W> {
             closed: false,
         };
         writer.put_frame(FrameKind::Header, 0, &header_bytes)?;
+        writer.identity = writer.encoder.chain().0;
         Ok(writer)
     }
 
@@ -194,7 +197,7 @@ impl<W: Write> RecordingWriter<W> {
         let entry = IndexEntry { offset: self.total_bytes, records_before: self.record_count };
         let frame_bytes = self.put_frame(FrameKind::Log, record_count, &records)?;
         self.flush()?;
-        self.index.push(entry);
+        self.index.push(entry, ());
         self.log_bytes += frame_bytes;
         self.record_count += u64::from(record_count);
         Ok(())
@@ -222,6 +225,11 @@ impl<W: Write> RecordingWriter<W> {
         self.out.write_all(&footer).map_err(LogError::Write)?;
         self.flush()?;
         Ok(self.out)
+    }
+
+    /// As [`Recording::identity`].
+    pub fn identity(&self) -> [u8; 32] {
+        self.identity
     }
 
     /// Bytes in the file that hold images, with their framing.
@@ -312,6 +320,7 @@ impl Totals {
 pub struct Recording {
     input: SharedInput,
     header: Header,
+    identity: [u8; 32],
     contents: Contents,
     summary: Summary,
 }
@@ -334,10 +343,12 @@ impl Recording {
         let mut cursor =
             FrameCursor { offset: PREAMBLE_BYTES as u64, end: file_bytes, frame: 0, chain };
         let header = read_header(&mut input, &mut cursor)?;
+        let identity = cursor.chain.0;
         let contents =
             Contents::scan(&mut input, cursor, &header.guest.images).map_err(LogError::Read)?;
         let input: SharedInput = Arc::new(Mutex::new(input));
-        let mut recording = Self { input, header, summary: contents.summary(file_bytes), contents };
+        let summary = contents.summary(file_bytes);
+        let mut recording = Self { input, header, identity, summary, contents };
         recording.look_at_both_ends()?;
         Ok(recording)
     }
@@ -345,6 +356,12 @@ impl Recording {
     /// What was recorded, on what, and by what.
     pub fn header(&self) -> &Header {
         &self.header
+    }
+
+    /// The chain value behind the header, which stands for everything that the recording began with:
+    /// what lies beside it names it so. See [`Summary::chain`] for all of it.
+    pub fn identity(&self) -> [u8; 32] {
+        self.identity
     }
 
     /// What the recording holds, as far as it can be used.
@@ -388,6 +405,23 @@ impl Recording {
     /// it is damaged.
     pub fn log(&self) -> LogReader {
         self.log_from(self.contents.log_start)
+    }
+
+    /// The log from the record of this number on, and the record before it. Reads little of what
+    /// stands before.
+    ///
+    /// # Errors
+    /// If the log cannot be read up to there, or has not so many records.
+    pub fn log_behind(&self, records: u64) -> Result<(LogReader, Option<Record>), LogError> {
+        let wanted = records.saturating_sub(1);
+        let (frame, records_before) = self.contents.log_frame_before(wanted);
+        let mut log = self.log_from(frame);
+        let mut last = None;
+        for _ in records_before..records {
+            let record = log.next_record()?.ok_or(LogError::TooShort { records })?;
+            last = Some(record.into_inner());
+        }
+        Ok((log, last))
     }
 
     fn log_from(&self, start: FrameCursor) -> LogReader {

@@ -15,23 +15,24 @@ pub(crate) struct IndexEntry {
     pub(crate) records_before: u64,
 }
 
-/// The log frames numbered `0`, `stride`, `2 * stride` and so on.
+/// The log frames numbered `0`, `stride`, `2 * stride` and so on, each with what else its reader wants
+/// to know of it, which no file holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct SeekIndex {
+pub(crate) struct SeekIndex<P = ()> {
     stride: u64,
     frame_count: u64,
-    entries: Vec<IndexEntry>,
+    entries: Vec<(IndexEntry, P)>,
 }
 
-impl Default for SeekIndex {
+impl<P> Default for SeekIndex<P> {
     fn default() -> Self {
         Self { stride: 1, frame_count: 0, entries: Vec::new() }
     }
 }
 
-impl SeekIndex {
+impl<P> SeekIndex<P> {
     /// Takes the next log frame into account.
-    pub(crate) fn push(&mut self, entry: IndexEntry) {
+    pub(crate) fn push(&mut self, entry: IndexEntry, place: P) {
         if self.frame_count.is_multiple_of(self.stride) {
             if self.entries.len() == MAX_ENTRIES {
                 let mut number = 0;
@@ -42,7 +43,7 @@ impl SeekIndex {
                 self.stride *= 2;
             }
             // After a drop, this frame's number is a multiple of the doubled stride as well.
-            self.entries.push(entry);
+            self.entries.push((entry, place));
         }
         self.frame_count += 1;
     }
@@ -52,6 +53,12 @@ impl SeekIndex {
         self.frame_count
     }
 
+    /// The last frame here that begins at or before the record of this number.
+    pub(crate) fn before_record(&self, record: u64) -> Option<&(IndexEntry, P)> {
+        let behind = self.entries.partition_point(|(entry, _)| entry.records_before <= record);
+        self.entries.get(behind.checked_sub(1)?)
+    }
+
     /// The index's bytes.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
@@ -59,14 +66,16 @@ impl SeekIndex {
         put(&mut bytes, self.frame_count);
         put(&mut bytes, self.entries.len() as u64);
         let mut previous = IndexEntry { offset: 0, records_before: 0 };
-        for entry in &self.entries {
+        for (entry, _) in &self.entries {
             put(&mut bytes, entry.offset - previous.offset);
             put(&mut bytes, entry.records_before - previous.records_before);
             previous = *entry;
         }
         bytes
     }
+}
 
+impl SeekIndex {
     /// From an index's bytes; `None` if they are none.
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         Self::take(&mut Taker::new(bytes)).ok().flatten()
@@ -83,7 +92,7 @@ impl SeekIndex {
         for _ in 0..entry_count {
             previous.offset = previous.offset.wrapping_add(taker.varint()?);
             previous.records_before = previous.records_before.wrapping_add(taker.varint()?);
-            entries.push(previous);
+            entries.push((previous, ()));
         }
         Ok((taker.remaining() == 0).then_some(Self { stride, frame_count, entries }))
     }
@@ -96,7 +105,7 @@ mod tests {
     fn index_of(frame_count: u64) -> SeekIndex {
         let mut index = SeekIndex::default();
         for number in 0..frame_count {
-            index.push(IndexEntry { offset: 100 + number * 37, records_before: number * 3 });
+            index.push(IndexEntry { offset: 100 + number * 37, records_before: number * 3 }, ());
         }
         index
     }
@@ -108,7 +117,7 @@ mod tests {
             assert!(index.entries.len() <= MAX_ENTRIES);
             assert_eq!(index.frame_count(), frame_count);
             assert_eq!(index.entries.len() as u64, frame_count.div_ceil(index.stride));
-            for (position, entry) in index.entries.iter().enumerate() {
+            for (position, (entry, ())) in index.entries.iter().enumerate() {
                 assert_eq!(entry.records_before, position as u64 * index.stride * 3);
             }
         }
@@ -123,5 +132,20 @@ mod tests {
             assert_eq!(SeekIndex::decode(&bytes[..bytes.len() - 1]), None);
             assert_eq!(SeekIndex::decode(&[&bytes[..], &[0]].concat()), None);
         }
+    }
+
+    #[test]
+    fn a_record_is_searched_from_the_last_frame_listed_before_it() {
+        for frame_count in [1, 300, 10_000] {
+            let index = index_of(frame_count);
+            for record in [0, 1, 2, 3, 4, 500, frame_count * 3 - 1, frame_count * 3 + 9] {
+                let (entry, ()) = index.before_record(record).expect("the first frame is listed");
+                assert!(entry.records_before <= record, "record {record}");
+                let frames_away = (record - entry.records_before) / 3;
+                let behind_the_last = record >= frame_count * 3;
+                assert!(frames_away < index.stride || behind_the_last, "record {record}");
+            }
+        }
+        assert_eq!(SeekIndex::<()>::default().before_record(0), None);
     }
 }

@@ -1,7 +1,8 @@
-//! Reprise as a library: boot loaders, session assembly and the commands of the binary.
+//! Reprise as a library: session assembly and the commands of the binary.
 #![forbid(unsafe_code)]
 
-pub mod boot;
+pub use reprise_boot as boot;
+
 pub mod cli;
 pub mod commands;
 pub mod defect;

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Access, Engine, EngineError, Exit, FlagKick, Kick};
 use reprise_machine::ram::GuestRam;
+use reprise_trace::checkpoint::EngineState;
 use reprise_trace::cpu_state::{CpuState, RCX};
 use reprise_trace::instructions::Position;
 use reprise_trace::moment::{Moment, TickKind};
@@ -171,6 +172,25 @@ impl Engine for SoftEngine {
 
     fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8])) {
         self.cpu.memory.physical.ram().visit(visit);
+    }
+
+    fn visit_written_ram(&mut self, visit: &mut dyn FnMut(u64, &[u8])) {
+        self.cpu.memory.visit_written(visit);
+    }
+
+    fn save(&mut self) -> Result<Option<EngineState>, EngineError> {
+        if self.unfinished.is_some() || self.queued.is_some() {
+            return Ok(None);
+        }
+        let (tick, cpu) = (self.cpu.tick, self.cpu_state()?);
+        Ok(Some(EngineState { tick, cpu, hidden: self.cpu.hidden_state() }))
+    }
+
+    fn restore(&mut self, state: &EngineState) -> Result<(), EngineError> {
+        (self.unfinished, self.queued) = (None, None);
+        self.interrupt_requested = false;
+        self.halted = state.cpu.halted;
+        self.cpu.restore(state).map_err(|what| EngineError { what })
     }
 
     fn kicker(&self) -> Arc<dyn Kick> {

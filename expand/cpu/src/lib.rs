@@ -22,6 +22,7 @@ pub mod mode;
 mod native;
 mod ops;
 pub mod profile;
+mod saved;
 mod system;
 pub mod tracing;
 pub mod translate;

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
 use reprise_machine::ram::GuestRam;
+use reprise_trace::checkpoint::{EngineState, HiddenState};
 use reprise_trace::cpu_state::{CS, CpuState};
 use reprise_trace::moment::{Moment, TickKind};
 
@@ -331,6 +332,28 @@ impl Engine for KvmEngine {
 
     fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8])) {
         self.ram.visit(visit);
+    }
+
+    fn save(&mut self) -> Result<Option<EngineState>, EngineError> {
+        self.settle()?;
+        let amid = self.awaiting_answer
+            || self.pending.is_some()
+            || self.queued.is_some()
+            || self.injected
+            || self.stepper.is_amid_step();
+        if amid {
+            return Ok(None);
+        }
+        // What the host's TLB holds nobody can ask for: under KVM stale translations are the host's
+        // affair in a recording and in its replay alike.
+        let hidden = HiddenState { engine: "kvm".to_owned(), version: 1, bytes: Vec::new() };
+        Ok(Some(EngineState { tick: self.tick, cpu: self.cpu_state()?, hidden }))
+    }
+
+    fn restore(&mut self, state: &EngineState) -> Result<(), EngineError> {
+        self.set_cpu_state(&state.cpu)?;
+        self.tick = state.tick;
+        Ok(())
     }
 
     fn kicker(&self) -> Arc<dyn Kick> {

@@ -62,6 +62,11 @@ struct Begun {
 }
 
 impl Stepper {
+    /// Whether an instruction, or the delivery of an interrupt, is half done.
+    pub(crate) fn is_amid_step(&self) -> bool {
+        self.begun.is_some() || self.interrupt.is_some()
+    }
+
     /// Whatever is known of the guest is out of date.
     pub(crate) fn forget(&mut self) {
         self.current = false;

@@ -18,6 +18,16 @@ pub enum TimeSource {
     Host,
 }
 
+impl TimeSource {
+    /// Nanoseconds of guest time in one tick; zero where time does not follow ticks.
+    pub fn ns_per_tick(self) -> u64 {
+        match self {
+            Self::Ticks { ns_per_tick } => ns_per_tick,
+            Self::Host => 0,
+        }
+    }
+}
+
 /// The relation between ticks and virtual time since the last jump. The soft engine answers RDTSC
 /// with it (the guest's TSC counts nanoseconds: 1 GHz).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

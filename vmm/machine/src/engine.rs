@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use reprise_trace::checkpoint::EngineState;
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::moment::{Moment, TickKind};
 
@@ -156,6 +157,26 @@ pub trait Engine {
     /// RAM, as (guest-physical start, bytes) in address order, passed to `visit` in pieces of whole
     /// pages. Pages that are all zero may be left out.
     fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8]));
+
+    /// As [`Engine::visit_ram`]; from the second call on only what may have been written since the last
+    /// one, pages of zeros included. An engine that does not know shows all.
+    fn visit_written_ram(&mut self, visit: &mut dyn FnMut(u64, &[u8])) {
+        self.visit_ram(visit);
+    }
+
+    /// Everything but RAM that decides how the guest goes on. `None` amid an instruction or the
+    /// delivery of an interrupt, and always from an engine that has no checkpoints.
+    fn save(&mut self) -> Result<Option<EngineState>, EngineError> {
+        Ok(None)
+    }
+
+    /// Takes up a saved state; RAM is as it was then already. What the engine would do next differently
+    /// from the one that saved, the guest must not be able to tell.
+    fn restore(&mut self, _state: &EngineState) -> Result<(), EngineError> {
+        Err(EngineError {
+            what: "this engine starts at no checkpoint: use --engine soft".to_owned(),
+        })
+    }
 
     /// Something that kicks this engine from another thread.
     fn kicker(&self) -> Arc<dyn Kick>;

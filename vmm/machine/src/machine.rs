@@ -11,6 +11,7 @@ use reprise_devices::time::VirtualTime;
 use reprise_trace::event::Ending;
 use reprise_trace::moment::TickKind;
 
+use crate::checkpoint::Checkpointer;
 use crate::clock::{TimeBase, TimeSource};
 use crate::digest::StateDigest;
 use crate::effects::Effects;
@@ -23,26 +24,33 @@ const INTERRUPT_FLAG: u64 = 1 << 9;
 
 /// An engine and a board, with everything from outside coming through `I`.
 pub struct Machine<E: Engine, I: Inputs> {
-    engine: E,
-    board: Board,
-    inputs: I,
+    pub(crate) engine: E,
+    pub(crate) board: Board,
+    pub(crate) inputs: I,
     time: TimeSource,
-    base: TimeBase,
-    effects: Effects,
-    sleep: Option<Sleep>,
-    power_event: Option<PowerEvent>,
+    pub(crate) base: TimeBase,
+    pub(crate) effects: Effects,
+    pub(crate) sleep: Option<Sleep>,
+    pub(crate) power_event: Option<PowerEvent>,
     /// The engine was told to come back when interrupts open.
     interrupt_requested: bool,
     /// The tick at which the last interrupt was delivered. Until that tick has passed the delivery
     /// may be half done (on KVM it happens with the handler's first instruction), so nothing enters.
     delivered_at: Option<u64>,
-    accesses: u64,
-    interrupts: u64,
+    /// The tick of the last boundary at which something may have entered.
+    pub(crate) visited: Option<u64>,
+    /// Stands at a boundary that a replay finds again, and does not run.
+    pub(crate) at_rest: bool,
+    pub(crate) checkpointer: Option<Box<dyn Checkpointer>>,
+    /// Records of the log before the checkpoint that this machine comes from.
+    pub(crate) records_before: u64,
+    pub(crate) accesses: u64,
+    pub(crate) interrupts: u64,
 }
 
 /// The guest is in HLT.
 #[derive(Clone, Copy, Debug)]
-struct Sleep {
+pub(crate) struct Sleep {
     /// With RFLAGS.IF set, that is, an interrupt can end it.
     interruptible: bool,
 }
@@ -50,11 +58,7 @@ struct Sleep {
 impl<E: Engine, I: Inputs> Machine<E, I> {
     /// A machine whose engine is at its first instruction and whose board is as it is at reset.
     pub fn new(mut engine: E, board: Board, inputs: I, time: TimeSource) -> Self {
-        let ns_per_tick = match time {
-            TimeSource::Ticks { ns_per_tick } => ns_per_tick,
-            TimeSource::Host => 0,
-        };
-        let base = TimeBase { tick: engine.tick(), ns: 0, ns_per_tick };
+        let base = TimeBase { tick: engine.tick(), ns: 0, ns_per_tick: time.ns_per_tick() };
         engine.set_time_base(base);
         Self {
             engine,
@@ -67,6 +71,10 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
             power_event: None,
             interrupt_requested: false,
             delivered_at: None,
+            visited: None,
+            at_rest: true,
+            checkpointer: None,
+            records_before: 0,
             accesses: 0,
             interrupts: 0,
         }
@@ -89,7 +97,9 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     /// # Errors
     /// As [`Self::run`].
     pub fn run_until(&mut self, target: u64) -> Result<Outcome, MachineError> {
+        self.at_rest = false;
         let stop = self.run_loop(target);
+        self.at_rest = matches!(stop, Stop::TargetReached);
         self.conclude(stop)
     }
 
@@ -145,6 +155,8 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
         if tick >= target {
             return Err(Stop::TargetReached);
         }
+        self.checkpoint_if_due()?;
+        self.visited = Some(tick);
         self.settle();
         self.take_arrivals()?;
         self.deliver_interrupt()?;
@@ -154,7 +166,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
         }
     }
 
-    fn now(&self) -> VirtualTime {
+    pub(crate) fn now(&self) -> VirtualTime {
         self.base.at(self.engine.tick())
     }
 
@@ -168,7 +180,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     }
 
     /// Console output leaves the machine.
-    fn drain_console(&mut self) {
+    pub(crate) fn drain_console(&mut self) {
         if self.board.has_console_output() {
             let bytes = self.board.take_console_output();
             self.effects.console_output(&bytes);
@@ -288,7 +300,8 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
         }
         let deadline = self.board.next_deadline().and_then(|deadline| self.base.tick_of(deadline));
         let logged = self.inputs.stop_at(tick)?;
-        let limit = deadline.unwrap_or(u64::MAX).min(logged.unwrap_or(u64::MAX)).min(target);
+        let checkpoint = self.checkpointer.as_mut().and_then(|checkpointer| checkpointer.due_at());
+        let limit = [deadline, logged, checkpoint].into_iter().flatten().fold(target, u64::min);
         Ok(limit.max(next))
     }
 

@@ -75,6 +75,12 @@ impl GuestRam {
         self.memory.read_slice(bytes, GuestAddress(address)).expect("range lies in guest RAM");
     }
 
+    /// Puts a page where it lies in guest RAM; false if it does not. Only before an engine owns the RAM.
+    #[must_use]
+    pub fn place(&mut self, address: u64, page: &[u8]) -> bool {
+        self.memory.write_slice(page, GuestAddress(address)).is_ok()
+    }
+
     /// Passes RAM to `visit` as (guest-physical start, bytes), in address order, in pieces of whole
     /// pages. Pages that nobody ever touched, and that therefore are zero, are left out.
     pub fn visit(&self, visit: &mut dyn FnMut(u64, &[u8])) {

@@ -12,7 +12,7 @@ use reprise_machine::ram::GuestRam;
 
 use crate::fault::Fault;
 use physical::{PAGE_BYTES, Physical};
-use tlb::{Tlb, rights};
+use tlb::{Tlb, TlbState, rights};
 use walk::{Accessor, Kind, Paging, Translation};
 
 /// What a linear page turned out to be.
@@ -234,6 +234,26 @@ impl Memory {
         if let Some(host_page) = self.physical.mark_code(address, size_bytes) {
             self.tlb.forbid_writes(host_page);
         }
+    }
+
+    /// What is known of translations.
+    pub(crate) fn saved_translations(&self) -> TlbState {
+        self.tlb.save()
+    }
+
+    /// Knows the saved translations and no others; false if no TLB ever knows those. No block may be
+    /// remembered by its linear address.
+    pub(crate) fn load_translations(&mut self, saved: &TlbState) -> bool {
+        let loaded = self.tlb.load(saved);
+        self.upper_code_moves |= self.tlb.knows_local_upper_code();
+        loaded
+    }
+
+    /// Shows the pages of RAM that may have been written since the last call; the first call, all that
+    /// were ever touched.
+    pub(crate) fn visit_written(&mut self, visit: &mut dyn FnMut(u64, &[u8])) {
+        self.tlb.forbid_all_writes();
+        self.physical.visit_written(visit);
     }
 
     /// Where the software TLB's entries for the data rights in force begin: less than 2^31.

@@ -23,6 +23,8 @@ pub(crate) struct Physical {
     code_chunks: Vec<u64>,
     /// For each page, whether the software TLB may let it be written without asking.
     writes_permitted: Vec<bool>,
+    /// For each page, whether it may have been written since somebody last asked; `None` until then.
+    written: Option<Vec<bool>>,
     /// Pages whose decoded code was written since the block cache last looked, with the chunks.
     code_written: Vec<(u64, u64)>,
 }
@@ -49,6 +51,7 @@ impl Physical {
             ram_bytes,
             code_chunks: vec![0; pages],
             writes_permitted: vec![false; pages],
+            written: None,
             code_written: Vec::new(),
         }
     }
@@ -109,6 +112,9 @@ impl Physical {
     /// Notes that a range within one page of RAM was written behind [`Physical::write`].
     pub(crate) fn note_write(&mut self, address: u64, size_bytes: u64) {
         let page = address / PAGE_BYTES;
+        if let Some(written) = &mut self.written {
+            written[page as usize] = true;
+        }
         let code = self.code_chunks[page as usize];
         if code != 0 {
             let hit = code & chunk_mask(address % PAGE_BYTES, size_bytes);
@@ -124,7 +130,27 @@ impl Physical {
         let number = (page / PAGE_BYTES) as usize;
         let permit = self.code_chunks[number] == 0;
         self.writes_permitted[number] |= permit;
+        if let Some(written) = &mut self.written {
+            written[number] |= permit;
+        }
         permit
+    }
+
+    /// Shows the pages that may have been written since the last call; the first call, all that were
+    /// ever touched. The caller has taken back every permission to write without asking.
+    pub(crate) fn visit_written(&mut self, visit: &mut dyn FnMut(u64, &[u8])) {
+        self.writes_permitted.fill(false);
+        let Some(written) = &mut self.written else {
+            self.written = Some(vec![false; self.code_chunks.len()]);
+            return self.ram.visit(visit);
+        };
+        let mut page = [0; PAGE_BYTES as usize];
+        for (number, written) in (0..).zip(written) {
+            if std::mem::take(written) {
+                self.ram.read(number * PAGE_BYTES, &mut page);
+                visit(number * PAGE_BYTES, &page);
+            }
+        }
     }
 
     /// Marks a range within one page as decoded. Gives the page's host address if writes to it were

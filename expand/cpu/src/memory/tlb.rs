@@ -11,6 +11,8 @@
 //! just when that byte lies in the tag's page.
 #![allow(unsafe_code)]
 
+mod state;
+
 use std::collections::{HashMap, HashSet};
 use std::io;
 
@@ -18,6 +20,7 @@ use super::low_memory::{AnyBytes, LowMemory};
 use super::physical::PAGE_BYTES;
 use super::walk::Translation;
 use crate::integer_hash::IntegerHash;
+pub(crate) use state::TlbState;
 
 /// Entries of one data table: as many as a 16-bit index tells apart.
 pub(crate) const ENTRIES: usize = 1 << 16;

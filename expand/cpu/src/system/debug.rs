@@ -3,6 +3,7 @@
 
 use iced_x86::{Mnemonic, Register};
 use reprise_trace::cpu_state::CS;
+use serde::{Deserialize, Serialize};
 
 use crate::cpu::{CR4_DE, Cpu};
 use crate::decode::op::{Handler, Op};
@@ -30,7 +31,7 @@ const DR7_FIXED: u64 = 0x400;
 const DR7_GENERAL_DETECT: u64 = 1 << 13;
 
 /// What the CPU keeps about debugging besides the debug registers.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct DebugState {
     /// Data and I/O breakpoints that the instruction in progress has hit, as in DR6.
     hits: u64,

@@ -5,6 +5,7 @@
 
 use reprise_trace::cpu_state::{CS, RSP, SS, Segment};
 use reprise_trace::instructions::Delivery;
+use serde::{Deserialize, Serialize};
 
 use super::segment::{Descriptor, is_null, null_stack, selector_code, within_limit};
 use crate::cpu::Cpu;
@@ -70,7 +71,7 @@ struct Gate {
 }
 
 /// Exceptions in a row, and the tick at which they came: a fault retires nothing.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct ExceptionRun {
     tick: u64,
     count: u32,

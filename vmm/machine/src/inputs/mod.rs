@@ -11,6 +11,7 @@ mod tests;
 mod typing;
 
 use reprise_devices::time::VirtualTime;
+use reprise_trace::checkpoint::LastRecord;
 use reprise_trace::event::{EffectDigest, Ending};
 use reprise_trace::log::LogError;
 use reprise_trace::logged::Logged;
@@ -207,6 +208,9 @@ pub trait Inputs: sealed::Sealed {
 
     /// Records written or replayed so far.
     fn events(&self) -> u64;
+
+    /// The last record written or replayed, in this run or before the checkpoint that it began at.
+    fn last_record(&self) -> Option<LastRecord>;
 
     /// The last record that is safe (recording) or agreed (replaying).
     fn confirmed_until(&self) -> Option<Moment>;

@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 
 use reprise_devices::time::VirtualTime;
+use reprise_trace::checkpoint::LastRecord;
 use reprise_trace::event::{EffectDigest, Ending, Event, LoggedEvent, Record};
 use reprise_trace::log::{FrameSink, LogError, LogWriter};
 use reprise_trace::logged::Logged;
@@ -33,7 +34,7 @@ pub struct Recording<H: Host, S: FrameSink> {
     log: Option<LogWriter<S>>,
     sink: Option<S>,
     records: u64,
-    last_logged: Option<Moment>,
+    last_logged: Option<LastRecord>,
     last_flushed: Option<Moment>,
     /// What this visit to a boundary will log.
     staged: VecDeque<Event>,
@@ -103,14 +104,15 @@ impl<H: Host, S: FrameSink> Recording<H, S> {
         let record = Record { moment: stamp.moment, cpu_digest: stamp.cpu_digest, event };
         let logged = log.append(record).map_err(Stop::Unwritable)?;
         self.records += 1;
-        self.last_logged = Some(stamp.moment);
+        let Stamp { moment, cpu_digest } = stamp;
+        self.last_logged = Some(LastRecord { moment, cpu_digest });
         Ok(logged)
     }
 
     fn flush(&mut self) -> Result<(), Stop> {
         let log = self.log.as_mut().ok_or(Stop::Unwritable(LogError::Closed))?;
         log.flush().map_err(Stop::Unwritable)?;
-        self.last_flushed = self.last_logged;
+        self.last_flushed = self.last_moment();
         Ok(())
     }
 
@@ -125,7 +127,7 @@ impl<H: Host, S: FrameSink> Recording<H, S> {
         let entering = input.is_some() || self.stop.is_some();
         let forever = std::mem::take(&mut self.forever) && !entering;
         let marking = std::mem::take(&mut self.mark_due);
-        let known = self.last_logged.is_some_and(|moment| moment.tick == here.tick);
+        let known = self.last_moment().is_some_and(|moment| moment.tick == here.tick);
         let mark = marking && !known && !entering;
         self.flush_due |= marking;
         match here.time {
@@ -194,10 +196,14 @@ impl<H: Host, S: FrameSink> Recording<H, S> {
         rest
     }
 
+    fn last_moment(&self) -> Option<Moment> {
+        self.last_logged.map(|last| last.moment)
+    }
+
     /// Whether anything that has happened is not in the sink yet, or not verifiable by a record.
     fn has_unflushed(&self, tick: u64) -> bool {
-        self.last_flushed != self.last_logged
-            || self.last_logged.is_none_or(|moment| moment.tick != tick)
+        self.last_flushed != self.last_moment()
+            || self.last_moment().is_none_or(|moment| moment.tick != tick)
     }
 
     /// Sleeps until `remaining_ns` have passed or something came. Gives whether the whole time has
@@ -346,6 +352,10 @@ impl<H: Host, S: FrameSink> Inputs for Recording<H, S> {
 
     fn events(&self) -> u64 {
         self.records
+    }
+
+    fn last_record(&self) -> Option<LastRecord> {
+        self.last_logged
     }
 
     fn confirmed_until(&self) -> Option<Moment> {

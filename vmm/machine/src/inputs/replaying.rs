@@ -3,6 +3,7 @@
 use std::fmt;
 
 use reprise_devices::time::VirtualTime;
+use reprise_trace::checkpoint::LastRecord;
 use reprise_trace::event::{EffectDigest, Ending, Event, LoggedEvent, Record};
 use reprise_trace::log::LogReader;
 use reprise_trace::logged::Logged;
@@ -38,6 +39,7 @@ pub struct Replaying {
     progress: Option<ProgressObserver>,
     records: u64,
     verified_until: Option<Moment>,
+    last: Option<LastRecord>,
     /// Jumps to deadlines since the last record or the sleep's start, and the sleep's tick.
     unlogged_jumps: u64,
     sleep_tick: u64,
@@ -65,9 +67,16 @@ impl Replaying {
             progress: None,
             records: 0,
             verified_until: None,
+            last: None,
             unlogged_jumps: 0,
             sleep_tick: 0,
         }
+    }
+
+    /// The log begins behind this record.
+    pub(crate) fn behind(mut self, last: Option<LastRecord>) -> Self {
+        self.last = last;
+        self
     }
 
     /// Chooses what is compared.
@@ -102,7 +111,9 @@ impl Replaying {
         match self.log.next_record() {
             Ok(Some(record)) => {
                 self.records += 1;
-                self.verified_until = Some(record.get().moment);
+                let Record { moment, cpu_digest, .. } = *record.get();
+                self.verified_until = Some(moment);
+                self.last = Some(LastRecord { moment, cpu_digest });
                 self.unlogged_jumps = 0;
                 Ok(record.into_event())
             }
@@ -355,6 +366,10 @@ impl Inputs for Replaying {
 
     fn events(&self) -> u64 {
         self.records
+    }
+
+    fn last_record(&self) -> Option<LastRecord> {
+        self.last
     }
 
     fn confirmed_until(&self) -> Option<Moment> {

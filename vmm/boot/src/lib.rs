@@ -3,6 +3,7 @@
 //! The format is found from the image's content, never from its name: a bzImage, an ELF with a PVH
 //! note, a multiboot v1 kernel, an ELF64 vmlinux. All of them start on the machine without a
 //! firmware, so each loader writes what a boot loader would leave behind, and nothing else.
+#![forbid(unsafe_code)]
 
 mod bzimage;
 mod elf;

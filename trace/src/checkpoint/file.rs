@@ -1,0 +1,580 @@
+//! The file of checkpoints that lies beside a recording. `FORMAT.md` describes the bytes.
+//!
+//! Frames are only ever appended, each in one write: pages of RAM that no frame before has, then the
+//! checkpoint that uses them. Whatever kills the writer, the checkpoints before stay whole.
+
+use std::collections::HashMap;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex};
+
+use serde::{Deserialize, Serialize};
+use zstd::bulk::{Compressor, Decompressor};
+
+use super::frame::{self, Found, FrameKind, FramePlace};
+use super::page_table::{self, Entry};
+use super::state::{CheckpointDigest, MachineState, RamDigest, StateFault, page_digest};
+use super::{CheckpointError, PAGE_BYTES};
+use crate::contents::{SharedInput, lock};
+use crate::moment::Moment;
+use crate::varint::{Taker, put};
+
+/// The format that this crate writes, and the only one that it reads.
+pub(super) const FORMAT_VERSION: u32 = 1;
+/// How every version of the format starts. The first byte is no ASCII, so no text starts so.
+const MAGIC: [u8; 8] = *b"\xf2rrcheck";
+/// Magic, format version, CRC32C of both.
+const PREAMBLE_BYTES: usize = 16;
+/// Pages of one frame, at most: all of them are decompressed for any of them.
+const FRAME_PAGES: usize = 64;
+/// zstd's level for pages: they come in gigabytes.
+const PAGE_LEVEL: i32 = 1;
+/// zstd's level for states.
+const STATE_LEVEL: i32 = 3;
+/// What a checkpoint's frame starts with: six numbers and a digest of five parts.
+const INFO_BYTES: usize = 6 * 8 + 5 * 32;
+/// The most bytes of a state and its page table.
+const MAX_BODY_BYTES: u64 = frame::MAX_PAYLOAD_BYTES;
+/// Frames decompressed ahead of the one that is put in its place.
+const FRAMES_AHEAD: usize = 8;
+
+/// A checkpoint, without its state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointInfo {
+    /// Where the machine stands. Nothing has entered it at this tick yet.
+    pub moment: Moment,
+    /// Virtual time there, in nanoseconds since the machine started.
+    pub virtual_ns: u64,
+    /// Records of the log before it.
+    pub records: u64,
+    /// Pages of guest RAM that are not all zero.
+    pub pages: u64,
+    /// The digest of the whole machine.
+    pub digest: CheckpointDigest,
+}
+
+impl CheckpointInfo {
+    fn encode(&self) -> Vec<u8> {
+        let Moment { tick, rip, rcx } = self.moment;
+        let numbers = [tick, rip, rcx, self.virtual_ns, self.records, self.pages];
+        let mut bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+        let CheckpointDigest { cpu, devices, ram, engine, rest } = self.digest;
+        [cpu, devices, ram, engine, rest].iter().for_each(|part| bytes.extend(part));
+        bytes
+    }
+
+    fn take(taker: &mut Taker<'_>) -> Option<Self> {
+        let mut number = || taker.fixed_u64().ok();
+        let moment = Moment { tick: number()?, rip: number()?, rcx: number()? };
+        let (virtual_ns, records, pages) = (number()?, number()?, number()?);
+        let mut part = || taker.array().ok();
+        let (cpu, devices, ram, engine, rest) = (part()?, part()?, part()?, part()?, part()?);
+        let digest = CheckpointDigest { cpu, devices, ram, engine, rest };
+        Some(Self { moment, virtual_ns, records, pages, digest })
+    }
+}
+
+/// A page of RAM as the last checkpoint or the next one has it.
+#[derive(Clone, Copy)]
+struct Page {
+    id: u32,
+    digest: [u8; 32],
+}
+
+/// Writes checkpoints. Pages are kept from one to the next: what is not given again is as before.
+pub struct CheckpointWriter<W: Write> {
+    out: W,
+    compressor: Compressor<'static>,
+    /// Every page in the file by the first half of its digest.
+    known: HashMap<[u8; 16], u32>,
+    page_count: u64,
+    /// Guest RAM, by page number; pages of zeros are `None`.
+    ram: Vec<Option<Page>>,
+    /// Pages of the next frame.
+    pending: Vec<u8>,
+    bytes: u64,
+    /// A write is under way or has failed.
+    closed: bool,
+}
+
+impl<W: Write> std::fmt::Debug for CheckpointWriter<W> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CheckpointWriter")
+            .field("bytes", &self.bytes)
+            .field("page_count", &self.page_count)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<W: Write> CheckpointWriter<W> {
+    /// Starts an empty file for the recording of this identity (see
+    /// [`crate::recording::Recording::identity`]).
+    ///
+    /// # Errors
+    /// If `out` cannot be written.
+    pub fn create(mut out: W, recording: &[u8; 32]) -> Result<Self, CheckpointError> {
+        out.write_all(&preamble(FORMAT_VERSION)).map_err(CheckpointError::Write)?;
+        let header = frame::write(&mut out, FrameKind::Header, recording);
+        let bytes = PREAMBLE_BYTES as u64 + header.map_err(CheckpointError::Write)?;
+        Self::new(out, bytes)
+    }
+
+    /// Goes on behind what `written` holds; `out` stands at [`Checkpoints::sound_bytes`] and writes to
+    /// the same file, which ends there. Reads every page that is there.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn append(out: W, written: &Checkpoints) -> Result<Self, CheckpointError> {
+        let mut writer = Self::new(out, written.sound_bytes)?;
+        for frame in &written.page_frames {
+            // A damaged frame's pages are written again when they come.
+            if let Ok(pages) = written.read_pages(frame) {
+                for (id, digest) in (frame.first_id..).zip(&pages.digests) {
+                    writer.known.insert(key(digest), id as u32);
+                }
+            }
+        }
+        writer.page_count = written.page_count;
+        Ok(writer)
+    }
+
+    fn new(out: W, bytes: u64) -> Result<Self, CheckpointError> {
+        let compressor = Compressor::new(PAGE_LEVEL).map_err(CheckpointError::Write)?;
+        Ok(Self {
+            out,
+            compressor,
+            known: HashMap::new(),
+            page_count: 0,
+            ram: Vec::new(),
+            pending: Vec::with_capacity(FRAME_PAGES * PAGE_BYTES),
+            bytes,
+            closed: false,
+        })
+    }
+
+    /// What this page of guest RAM holds at the next checkpoint.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn page(&mut self, address: u64, page: &[u8]) -> Result<(), CheckpointError> {
+        let number = (address / PAGE_BYTES as u64) as usize;
+        if self.ram.len() <= number {
+            self.ram.resize(number + 1, None);
+        }
+        let Some(digest) = page_digest(page) else {
+            self.ram[number] = None;
+            return Ok(());
+        };
+        let id = match self.known.get(&key(&digest)) {
+            Some(id) => *id,
+            None => {
+                let id = u32::try_from(self.page_count).map_err(|_| full())?;
+                self.page_count += 1;
+                self.known.insert(key(&digest), id);
+                self.pending.extend_from_slice(page);
+                if self.pending.len() == FRAME_PAGES * PAGE_BYTES {
+                    self.write_pages()?;
+                }
+                id
+            }
+        };
+        self.ram[number] = Some(Page { id, digest });
+        Ok(())
+    }
+
+    /// Writes a checkpoint of `state`, with RAM as it was given.
+    ///
+    /// # Errors
+    /// If the file cannot be written; the checkpoints before it are whole then.
+    pub fn checkpoint(&mut self, state: &MachineState) -> Result<CheckpointInfo, CheckpointError> {
+        self.write_pages()?;
+        let (mut entries, mut ram) = (Vec::new(), RamDigest::default());
+        for (number, page) in (0..).zip(&self.ram) {
+            if let Some(Page { id, digest }) = page {
+                let entry = Entry { page: number, id: *id };
+                ram.page(entry.address(), digest);
+                entries.push(entry);
+            }
+        }
+        let info = CheckpointInfo {
+            moment: state.moment,
+            virtual_ns: state.virtual_ns,
+            records: state.records,
+            pages: entries.len() as u64,
+            digest: state.digest(ram.finish()),
+        };
+        let encoded = state.encode();
+        let mut body = Vec::new();
+        put(&mut body, encoded.len() as u64);
+        body.extend(encoded);
+        page_table::encode(&entries, &mut body);
+        let mut payload = info.encode();
+        put(&mut payload, body.len() as u64);
+        payload.extend(zstd::bulk::compress(&body, STATE_LEVEL).map_err(CheckpointError::Write)?);
+        self.write_frame(FrameKind::Checkpoint, &payload)?;
+        Ok(info)
+    }
+
+    /// Bytes of the whole file so far.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// What the file is written to.
+    pub fn get_ref(&self) -> &W {
+        &self.out
+    }
+
+    fn write_pages(&mut self) -> Result<(), CheckpointError> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        let mut payload = vec![(self.pending.len() / PAGE_BYTES) as u8];
+        let compressed = self.compressor.compress(&self.pending).map_err(CheckpointError::Write)?;
+        let stored =
+            if compressed.len() < self.pending.len() { &compressed } else { &self.pending };
+        payload.extend_from_slice(stored);
+        self.write_frame(FrameKind::Pages, &payload)?;
+        self.pending.clear();
+        Ok(())
+    }
+
+    fn write_frame(&mut self, kind: FrameKind, payload: &[u8]) -> Result<(), CheckpointError> {
+        if std::mem::replace(&mut self.closed, true) {
+            return Err(CheckpointError::Closed);
+        }
+        self.bytes += frame::write(&mut self.out, kind, payload).map_err(CheckpointError::Write)?;
+        self.out.flush().map_err(CheckpointError::Write)?;
+        self.closed = false;
+        Ok(())
+    }
+}
+
+fn key(digest: &[u8; 32]) -> [u8; 16] {
+    *digest.first_chunk().expect("a digest has 32 bytes")
+}
+
+fn full() -> CheckpointError {
+    CheckpointError::Write(std::io::ErrorKind::FileTooLarge.into())
+}
+
+fn preamble(version: u32) -> [u8; PREAMBLE_BYTES] {
+    let mut bytes = [0; PREAMBLE_BYTES];
+    bytes[..8].copy_from_slice(&MAGIC);
+    bytes[8..12].copy_from_slice(&version.to_le_bytes());
+    let checksum = crc32c::crc32c(&bytes[..12]);
+    bytes[12..].copy_from_slice(&checksum.to_le_bytes());
+    bytes
+}
+
+/// A frame of pages.
+#[derive(Clone, Copy, Debug)]
+struct PageFrame {
+    place: FramePlace,
+    first_id: u64,
+    count: usize,
+}
+
+/// A file of checkpoints opened for reading. Only the heads of frames and the checkpoints' short
+/// descriptions are read for that.
+pub struct Checkpoints {
+    input: SharedInput,
+    /// In the order of their ticks.
+    list: Vec<(CheckpointInfo, FramePlace)>,
+    infos: Vec<CheckpointInfo>,
+    page_frames: Vec<PageFrame>,
+    page_count: u64,
+    sound_bytes: u64,
+    file_bytes: u64,
+    damaged: usize,
+}
+
+impl std::fmt::Debug for Checkpoints {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Checkpoints")
+            .field("count", &self.infos.len())
+            .field("page_count", &self.page_count)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What [`Checkpoints::load`] gives beside RAM.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    /// Everything but RAM.
+    pub state: MachineState,
+    /// The digest, which is right.
+    pub digest: CheckpointDigest,
+}
+
+impl Checkpoints {
+    /// Opens the checkpoints of the recording of this identity.
+    ///
+    /// # Errors
+    /// If `input` cannot be read, holds no checkpoints, or those of another recording.
+    pub fn open<R: Read + Seek + Send + 'static>(
+        mut input: R,
+        recording: &[u8; 32],
+    ) -> Result<Self, CheckpointError> {
+        let file_bytes = input.seek(SeekFrom::End(0)).map_err(CheckpointError::Read)?;
+        read_preamble(&mut input, file_bytes)?;
+        let header = read_header(&mut input, file_bytes)?;
+        let mut payload = header.payload(&mut input).map_err(CheckpointError::Read)?;
+        match payload.take().as_deref() {
+            Some(found) if found == recording => {}
+            Some(found) if found.len() == recording.len() => {
+                return Err(CheckpointError::OtherRecording);
+            }
+            _ => return Err(CheckpointError::Header),
+        }
+        let mut checkpoints = Self {
+            input: Arc::new(Mutex::new(std::io::empty())),
+            list: Vec::new(),
+            infos: Vec::new(),
+            page_frames: Vec::new(),
+            page_count: 0,
+            sound_bytes: header.end(),
+            file_bytes,
+            damaged: 0,
+        };
+        checkpoints.scan(&mut input).map_err(CheckpointError::Read)?;
+        checkpoints.list.sort_by_key(|(info, _)| info.moment);
+        checkpoints.list.dedup_by_key(|(info, _)| info.moment.tick);
+        checkpoints.infos = checkpoints.list.iter().map(|(info, _)| *info).collect();
+        checkpoints.input = Arc::new(Mutex::new(input));
+        Ok(checkpoints)
+    }
+
+    /// Goes from head to head as far as frames are whole.
+    fn scan(&mut self, input: &mut (impl Read + Seek)) -> std::io::Result<()> {
+        while let Found::Frame(place) = frame::find(input, self.sound_bytes, self.file_bytes)? {
+            match place.kind {
+                FrameKind::Pages => {
+                    let mut count = [0];
+                    input.read_exact(&mut count)?;
+                    let count = usize::from(count[0]);
+                    if place.payload_bytes < 2 || !(1..=FRAME_PAGES).contains(&count) {
+                        return Ok(());
+                    }
+                    self.page_frames.push(PageFrame { place, first_id: self.page_count, count });
+                    self.page_count += count as u64;
+                }
+                FrameKind::Checkpoint => {
+                    let payload = place.payload(input)?.unwrap_or_default();
+                    match CheckpointInfo::take(&mut Taker::new(&payload)) {
+                        Some(info) => self.list.push((info, place)),
+                        None => self.damaged += 1,
+                    }
+                }
+                FrameKind::Header => return Ok(()),
+            }
+            self.sound_bytes = place.end();
+        }
+        Ok(())
+    }
+
+    /// The checkpoints, in the order of their ticks.
+    pub fn list(&self) -> &[CheckpointInfo] {
+        &self.infos
+    }
+
+    /// The last checkpoint at or before this tick.
+    pub fn nearest(&self, tick: u64) -> Option<usize> {
+        self.infos.partition_point(|info| info.moment.tick <= tick).checked_sub(1)
+    }
+
+    /// The file's length, in bytes.
+    pub fn file_bytes(&self) -> u64 {
+        self.file_bytes
+    }
+
+    /// Where the part of the file ends whose frames are whole: less than [`Self::file_bytes`] after a
+    /// writer was killed.
+    pub fn sound_bytes(&self) -> u64 {
+        self.sound_bytes
+    }
+
+    /// Checkpoints that are there and damaged.
+    pub fn damaged(&self) -> usize {
+        self.damaged
+    }
+
+    /// Loads a checkpoint: gives each page of RAM that is not all zero, with its guest-physical
+    /// address, to `place`, which says whether there is RAM, and then the state. All of it is compared
+    /// with the checkpoint's digest.
+    ///
+    /// # Errors
+    /// If the checkpoint cannot be read or is damaged; what was placed is of no use then.
+    pub fn load(
+        &self,
+        index: usize,
+        place: &mut dyn FnMut(u64, &[u8]) -> bool,
+    ) -> Result<Loaded, CheckpointError> {
+        let count = self.list.len();
+        let Some((info, frame)) = self.list.get(index) else {
+            return Err(CheckpointError::NoSuch { index, count });
+        };
+        let tick = info.moment.tick;
+        let damaged = |what| CheckpointError::Damaged { tick, what, offset: frame.offset };
+        let payload = frame.payload(&mut *lock(&self.input)).map_err(CheckpointError::Read)?;
+        let payload = payload.ok_or_else(|| damaged("its checksum does not match"))?;
+        let body = body(&payload).ok_or_else(|| damaged("its state does not decompress"))?;
+        let mut taker = Taker::new(&body);
+        let state = taker.varint().and_then(|bytes| taker.bytes(bytes));
+        let state =
+            MachineState::decode(state.unwrap_or_default()).map_err(|fault| match fault {
+                StateFault::Version(found) => CheckpointError::StateVersion { tick, found },
+                StateFault::Malformed => damaged("its state does not decode"),
+            })?;
+        // Only frames before it: the pages of one that was cut off are not there.
+        let entries = page_table::decode(&mut taker, self.page_count)
+            .ok_or_else(|| damaged("its page table does not decode"))?;
+        let ram = self.load_ram(tick, &entries, place)?;
+        let digest = state.digest(ram);
+        let described = (state.moment, state.virtual_ns, state.records, entries.len() as u64);
+        let digest_is_right = digest == info.digest
+            && described == (info.moment, info.virtual_ns, info.records, info.pages);
+        if !digest_is_right {
+            return Err(CheckpointError::Digest { tick });
+        }
+        Ok(Loaded { state, digest })
+    }
+
+    /// Reads the pages of a table on several threads, places them on this one, and gives the digest of
+    /// the RAM that they make.
+    fn load_ram(
+        &self,
+        tick: u64,
+        entries: &[Entry],
+        place: &mut dyn FnMut(u64, &[u8]) -> bool,
+    ) -> Result<[u8; 32], CheckpointError> {
+        let mut by_id: Vec<usize> = (0..entries.len()).collect();
+        by_id.sort_by_key(|&at| entries[at].id);
+        let frame_of = |at: usize| {
+            let id = u64::from(entries[at].id);
+            self.page_frames.partition_point(|frame| frame.first_id <= id) - 1
+        };
+        let jobs: Vec<&[usize]> =
+            by_id.chunk_by(|&one, &next| frame_of(one) == frame_of(next)).collect();
+        let mut digests = vec![[0; 32]; entries.len()];
+        let workers = std::thread::available_parallelism().map_or(1, usize::from).min(jobs.len());
+        let next_job = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            let (done, results) = sync_channel(FRAMES_AHEAD);
+            for _ in 0..workers {
+                let (done, next_job, jobs) = (done.clone(), &next_job, &jobs);
+                scope.spawn(move || {
+                    while let Some(&job) = jobs.get(next_job.fetch_add(1, Ordering::Relaxed)) {
+                        let frame = self.page_frames[frame_of(job[0])];
+                        let read = self.read_pages(&frame);
+                        // Nobody listens any more once something has failed.
+                        if done.send((job, frame, read)).is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+            drop(done);
+            for (job, frame, read) in results {
+                let pages = read.map_err(|fault| fault.at(tick))?;
+                for &at in job {
+                    let number = (u64::from(entries[at].id) - frame.first_id) as usize;
+                    let page = &pages.bytes[number * PAGE_BYTES..][..PAGE_BYTES];
+                    if !place(entries[at].address(), page) {
+                        return Err(CheckpointError::Digest { tick });
+                    }
+                    digests[at] = pages.digests[number];
+                }
+            }
+            Ok(())
+        })?;
+        let mut ram = RamDigest::default();
+        for (entry, digest) in entries.iter().zip(&digests) {
+            ram.page(entry.address(), digest);
+        }
+        Ok(ram.finish())
+    }
+
+    /// Reads and decompresses a frame of pages.
+    fn read_pages(&self, frame: &PageFrame) -> Result<Pages, PageFault> {
+        let offset = frame.place.offset;
+        let damaged = |what| PageFault::Damaged { what, offset };
+        let payload = frame.place.payload(&mut *lock(&self.input)).map_err(PageFault::Read)?;
+        let payload = payload.ok_or_else(|| damaged("a checksum of pages does not match"))?;
+        let (stored, raw_bytes) = (&payload[1..], frame.count * PAGE_BYTES);
+        let bytes = match stored.len() == raw_bytes {
+            true => stored.to_vec(),
+            false => decompress(stored, raw_bytes)
+                .ok_or_else(|| damaged("its pages do not decompress"))?,
+        };
+        let digests: Option<Vec<_>> = bytes.chunks(PAGE_BYTES).map(page_digest).collect();
+        let digests = digests.ok_or_else(|| damaged("a page of zeros has no place in it"))?;
+        Ok(Pages { bytes, digests })
+    }
+}
+
+/// The pages of a frame.
+struct Pages {
+    bytes: Vec<u8>,
+    digests: Vec<[u8; 32]>,
+}
+
+/// Why a frame of pages cannot be used.
+enum PageFault {
+    Read(std::io::Error),
+    Damaged { what: &'static str, offset: u64 },
+}
+
+impl PageFault {
+    /// As the error of the checkpoint that needs the pages.
+    fn at(self, tick: u64) -> CheckpointError {
+        match self {
+            Self::Read(error) => CheckpointError::Read(error),
+            Self::Damaged { what, offset } => CheckpointError::Damaged { tick, what, offset },
+        }
+    }
+}
+
+/// A checkpoint's state and page table, from its frame's payload.
+fn body(payload: &[u8]) -> Option<Vec<u8>> {
+    let mut taker = Taker::new(payload.get(INFO_BYTES..)?);
+    let raw_bytes = taker.varint().ok().filter(|bytes| *bytes <= MAX_BODY_BYTES)?;
+    let stored = taker.bytes(taker.remaining() as u64).ok()?;
+    decompress(stored, raw_bytes as usize)
+}
+
+/// Decompresses to exactly so many bytes.
+fn decompress(stored: &[u8], raw_bytes: usize) -> Option<Vec<u8>> {
+    let raw = Decompressor::new().and_then(|mut it| it.decompress(stored, raw_bytes)).ok()?;
+    (raw.len() == raw_bytes).then_some(raw)
+}
+
+/// Checks how the file starts.
+fn read_preamble(input: &mut (impl Read + Seek), file_bytes: u64) -> Result<(), CheckpointError> {
+    let mut bytes = [0; PREAMBLE_BYTES];
+    if file_bytes < PREAMBLE_BYTES as u64 {
+        return Err(CheckpointError::Foreign);
+    }
+    input.seek(SeekFrom::Start(0)).map_err(CheckpointError::Read)?;
+    input.read_exact(&mut bytes).map_err(CheckpointError::Read)?;
+    let [.., a, b, c, d, _, _, _, _] = bytes;
+    let found = u32::from_le_bytes([a, b, c, d]);
+    if bytes[..8] != MAGIC || bytes != preamble(found) {
+        return Err(CheckpointError::Foreign);
+    }
+    if found == FORMAT_VERSION { Ok(()) } else { Err(CheckpointError::Version { found }) }
+}
+
+/// Finds the frame that says which recording this is for.
+fn read_header(
+    input: &mut (impl Read + Seek),
+    file_bytes: u64,
+) -> Result<FramePlace, CheckpointError> {
+    let start = PREAMBLE_BYTES as u64;
+    match frame::find(input, start, file_bytes).map_err(CheckpointError::Read)? {
+        Found::Frame(place) if place.kind == FrameKind::Header => Ok(place),
+        Found::CutShort => Err(CheckpointError::Foreign),
+        _ => Err(CheckpointError::Header),
+    }
+}

@@ -1,0 +1,224 @@
+//! Checkpoints: taking a machine's whole state at a moment, and going on from it.
+//!
+//! A checkpoint is of a machine that stands at an instruction boundary which a replay finds again by
+//! its tick, awake, before anything enters it there. Only the machine knows that it stands so, and says
+//! it with a [`Consistent`], which nothing else can make.
+
+use reprise_devices::board::{Board, BoardState};
+use reprise_devices::state::LoadError;
+use reprise_trace::checkpoint::{
+    CheckpointDigest, EngineState, MachineState, PAGE_BYTES, RamDigest, page_digest,
+};
+
+use crate::clock::{MAX_VIRTUAL_NS, TimeBase, TimeSource};
+use crate::effects::Effects;
+use crate::engine::{Engine, EngineError};
+use crate::inputs::{Inputs, Replaying};
+use crate::machine::Machine;
+
+/// Why a machine cannot go on from a checkpoint.
+#[derive(Debug, thiserror::Error)]
+pub enum ResumeError {
+    /// The engine does not take the state.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// A device does not take its state.
+    #[error(transparent)]
+    Device(#[from] LoadError),
+    /// No machine is ever in this state.
+    #[error("the checkpoint holds a state that no machine reaches: take another one")]
+    Impossible,
+}
+
+/// The proof that a machine stands where a checkpoint can be taken, and the machine.
+pub struct Consistent<'m> {
+    machine: &'m mut dyn Whole,
+    engine: EngineState,
+}
+
+impl std::fmt::Debug for Consistent<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Consistent").field("tick", &self.tick()).finish_non_exhaustive()
+    }
+}
+
+/// A machine, whatever its engine and inputs.
+trait Whole {
+    fn state_with(&mut self, engine: EngineState) -> Result<MachineState, EngineError>;
+    fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8]));
+    fn visit_written_ram(&mut self, visit: &mut dyn FnMut(u64, &[u8]));
+}
+
+impl Consistent<'_> {
+    /// The tick at which the machine stands.
+    pub fn tick(&self) -> u64 {
+        self.engine.tick
+    }
+}
+
+/// Takes a checkpoint: gives `visit` the pages of guest RAM (guest-physical address, 4096 bytes) and
+/// returns all other state. The pages are, at this machine's first checkpoint, all that may not be zero;
+/// later, those that may have been written since the last one.
+///
+/// # Errors
+/// If the engine fails.
+pub fn checkpoint(
+    machine: Consistent<'_>,
+    visit: &mut dyn FnMut(u64, &[u8]),
+) -> Result<MachineState, EngineError> {
+    let Consistent { machine, engine } = machine;
+    machine.visit_written_ram(&mut |start, piece| {
+        for (address, page) in (start..).step_by(PAGE_BYTES).zip(piece.chunks(PAGE_BYTES)) {
+            visit(address, page);
+        }
+    });
+    machine.state_with(engine)
+}
+
+/// The digest that a checkpoint here has. Costs a pass over the guest RAM that was ever touched.
+///
+/// # Errors
+/// If the engine fails.
+pub fn digest(machine: Consistent<'_>) -> Result<CheckpointDigest, EngineError> {
+    let Consistent { machine, engine } = machine;
+    let mut ram = RamDigest::default();
+    machine.visit_ram(&mut |start, piece| {
+        for (address, page) in (start..).step_by(PAGE_BYTES).zip(piece.chunks(PAGE_BYTES)) {
+            if let Some(digest) = page_digest(page) {
+                ram.page(address, &digest);
+            }
+        }
+    });
+    Ok(machine.state_with(engine)?.digest(ram.finish()))
+}
+
+/// Takes a machine's checkpoints while it runs.
+pub trait Checkpointer {
+    /// The tick at which the machine shall stand for the next checkpoint; `None` for never. A machine
+    /// that sleeps there is asked again when it wakes.
+    fn due_at(&mut self) -> Option<u64>;
+
+    /// The machine stands at that tick or behind it.
+    ///
+    /// # Errors
+    /// If the engine fails.
+    fn take(&mut self, machine: Consistent<'_>) -> Result<(), EngineError>;
+}
+
+impl<E: Engine, I: Inputs> Machine<E, I> {
+    /// Has checkpoints taken from now on.
+    pub fn set_checkpointer(&mut self, checkpointer: Box<dyn Checkpointer>) {
+        self.checkpointer = Some(checkpointer);
+    }
+
+    /// Where a checkpoint can be taken: a machine that has not begun to run, or that has stopped at the
+    /// tick it was to run to ([`Machine::run_until`]), unless it sleeps there.
+    ///
+    /// # Errors
+    /// If the engine fails.
+    pub fn consistent(&mut self) -> Result<Option<Consistent<'_>>, EngineError> {
+        if !self.at_rest {
+            return Ok(None);
+        }
+        self.consistent_here()
+    }
+
+    /// The same at a boundary that a replay finds again.
+    pub(crate) fn consistent_here(&mut self) -> Result<Option<Consistent<'_>>, EngineError> {
+        let entered = self.visited == Some(self.engine.tick());
+        if entered || self.sleep.is_some() || self.power_event.is_some() {
+            return Ok(None);
+        }
+        let saved = self.engine.save()?.filter(|engine| !engine.cpu.halted);
+        Ok(saved.map(|engine| Consistent { machine: self, engine }))
+    }
+
+    /// Takes a checkpoint if one is due at this boundary.
+    pub(crate) fn checkpoint_if_due(&mut self) -> Result<(), EngineError> {
+        let Some(mut checkpointer) = self.checkpointer.take() else { return Ok(()) };
+        let tick = self.engine.tick();
+        let mut result = Ok(());
+        if checkpointer.due_at().is_some_and(|due| due <= tick) {
+            self.drain_console();
+            match self.consistent_here() {
+                Ok(Some(machine)) => result = checkpointer.take(machine),
+                Ok(None) => {}
+                Err(error) => result = Err(error),
+            }
+        }
+        self.checkpointer = Some(checkpointer);
+        result
+    }
+}
+
+impl<E: Engine, I: Inputs> Whole for Machine<E, I> {
+    fn state_with(&mut self, engine: EngineState) -> Result<MachineState, EngineError> {
+        let devices = postcard::to_allocvec(&self.board.save())
+            .expect("device state has no type that can fail to encode");
+        Ok(MachineState {
+            moment: self.engine.moment()?,
+            virtual_ns: self.now().ns,
+            records: self.records_before + self.inputs.events(),
+            last_record: self.inputs.last_record(),
+            engine,
+            devices,
+            base_tick: self.base.tick,
+            base_ns: self.base.ns,
+            console: self.effects.state().clone(),
+            accesses: self.accesses,
+            interrupts: self.interrupts,
+        })
+    }
+
+    fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8])) {
+        self.engine.visit_ram(visit);
+    }
+
+    fn visit_written_ram(&mut self, visit: &mut dyn FnMut(u64, &[u8])) {
+        self.engine.visit_written_ram(visit);
+    }
+}
+
+impl<E: Engine> Machine<E, Replaying> {
+    /// A machine that goes on from a checkpoint, whose RAM `engine` owns already. `board` is a new one;
+    /// `inputs` reads the log behind `state.records` records.
+    ///
+    /// # Errors
+    /// If engine or board do not take the state, or it is none that a machine reaches.
+    pub fn resume(
+        engine: E,
+        mut board: Board,
+        inputs: Replaying,
+        time: TimeSource,
+        state: &MachineState,
+    ) -> Result<Self, ResumeError> {
+        let MachineState { moment, engine: saved, base_tick, base_ns, .. } = state;
+        let ns_per_tick = time.ns_per_tick();
+        let base = TimeBase { tick: *base_tick, ns: *base_ns, ns_per_tick };
+        let effects = Effects::from_state(&state.console).ok_or(ResumeError::Impossible)?;
+        let devices: BoardState =
+            postcard::from_bytes(&state.devices).map_err(|_| ResumeError::Impossible)?;
+        let possible = moment.tick == saved.tick
+            && *base_tick <= moment.tick
+            && moment.tick < 1 << 62
+            && state.virtual_ns == base.at(moment.tick).ns
+            && state.virtual_ns <= MAX_VIRTUAL_NS;
+        if !possible {
+            return Err(ResumeError::Impossible);
+        }
+        board.load(&devices)?;
+        let inputs = inputs.behind(state.last_record);
+        let mut machine = Self::new(engine, board, inputs, time);
+        machine.engine.restore(saved)?;
+        machine.engine.set_time_base(base);
+        if machine.engine.moment()? != *moment {
+            return Err(ResumeError::Impossible);
+        }
+        machine.base = base;
+        machine.effects = effects;
+        machine.records_before = state.records;
+        machine.accesses = state.accesses;
+        machine.interrupts = state.interrupts;
+        Ok(machine)
+    }
+}

@@ -1,0 +1,161 @@
+//! A machine's parts where a replay begins, and the machine made of them.
+
+use reprise_boot::GuestSource;
+use reprise_devices::board::{Board, BoardConfig};
+use reprise_devices::cpu_model;
+use reprise_machine::checkpoint;
+use reprise_machine::clock::TimeSource;
+use reprise_machine::engine::{Engine, EngineError};
+use reprise_machine::inputs::{Replaying, Verification};
+use reprise_machine::machine::Machine;
+use reprise_machine::ram::GuestRam;
+use reprise_trace::checkpoint::{
+    CheckpointDigest, CheckpointError, CheckpointInfo, Checkpoints, LastRecord, MachineState,
+};
+use reprise_trace::cpu_state::CpuState;
+use reprise_trace::header::{Header, ImageRole};
+use reprise_trace::log::LogReader;
+use reprise_trace::recording::Recording;
+
+use crate::error::ReplayError;
+
+/// Where a replay begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// Before the guest's first instruction.
+    Run,
+    /// At the checkpoint of this number.
+    Checkpoint(usize),
+}
+
+/// What the CPU and the rest begin with.
+#[derive(Debug)]
+enum At {
+    Run(Box<CpuState>),
+    Checkpoint(Box<MachineState>),
+}
+
+/// A machine's parts before there is an engine.
+#[derive(Debug)]
+pub struct Beginning {
+    ram: GuestRam,
+    board: BoardConfig,
+    at: At,
+    log: LogReader,
+    time: TimeSource,
+}
+
+impl Beginning {
+    pub(crate) fn of_run(recording: &Recording) -> Result<Self, ReplayError> {
+        let header = recording.header();
+        let (ram, board) = ram_and_board(header)?;
+        let image_of = |role| {
+            let index = header.guest.images.iter().position(|image| image.role == role);
+            index.map(|index| recording.read_image(index)).transpose()
+        };
+        let kernel = image_of(ImageRole::Kernel)?.ok_or(ReplayError::NoKernel)?;
+        let initrd = image_of(ImageRole::Initrd)?;
+        let source = GuestSource {
+            kernel: &kernel,
+            initrd: initrd.as_deref(),
+            cmdline: &header.guest.command_line,
+        };
+        let at = At::Run(Box::new(reprise_boot::load(&source, &ram)?));
+        Ok(Self { ram, board, at, log: recording.log(), time: time_source(header) })
+    }
+
+    pub(crate) fn of_checkpoint(
+        recording: &Recording,
+        checkpoints: &Checkpoints,
+        index: usize,
+    ) -> Result<Self, ReplayError> {
+        let header = recording.header();
+        let (mut ram, board) = ram_and_board(header)?;
+        let loaded = checkpoints.load(index, &mut |address, page| ram.place(address, page))?;
+        let state = loaded.state;
+        let (log, last) = recording.log_behind(state.records)?;
+        let last =
+            last.map(|record| LastRecord { moment: record.moment, cpu_digest: record.cpu_digest });
+        if last != state.last_record {
+            return Err(CheckpointError::OtherRecording.into());
+        }
+        let at = At::Checkpoint(Box::new(state));
+        Ok(Self { ram, board, at, log, time: time_source(header) })
+    }
+
+    /// The tick at which the machine will stand.
+    pub fn tick(&self) -> u64 {
+        match &self.at {
+            At::Run(_) => 0,
+            At::Checkpoint(state) => state.moment.tick,
+        }
+    }
+
+    /// Gives the parts to the engine that `make_engine` makes, and the log to inputs that `set_up`
+    /// completes.
+    ///
+    /// # Errors
+    /// The engine cannot be had, or does not take the state.
+    pub fn into_machine<E: Engine>(
+        self,
+        make_engine: impl FnOnce(GuestRam) -> Result<E, EngineError>,
+        set_up: impl FnOnce(Replaying) -> Replaying,
+    ) -> Result<Machine<E, Replaying>, ReplayError> {
+        let Self { ram, board, at, log, time } = self;
+        let (mut engine, board) = (make_engine(ram)?, Board::new(&board));
+        let inputs = set_up(Replaying::new(log));
+        match at {
+            At::Run(state) => {
+                engine.set_cpu_state(&state)?;
+                Ok(Machine::new(engine, board, inputs, time))
+            }
+            At::Checkpoint(state) => Ok(Machine::resume(engine, board, inputs, time, &state)?),
+        }
+    }
+}
+
+fn ram_and_board(header: &Header) -> Result<(GuestRam, BoardConfig), ReplayError> {
+    let named = |name: &str, version| format!("{name} version {version}");
+    let found = named(&header.cpu_model.name, header.cpu_model.version);
+    let known = named(cpu_model::NAME, cpu_model::VERSION);
+    if found != known {
+        return Err(ReplayError::CpuModel { found, known });
+    }
+    let ram = GuestRam::new(header.machine.ram_mib)?;
+    let rtc_start_s = header.machine.rtc_start_s;
+    let board = BoardConfig { ram_bytes: ram.ram_bytes(), rtc_start_s };
+    Ok((ram, board))
+}
+
+/// How the recording's virtual time came about.
+fn time_source(header: &Header) -> TimeSource {
+    match header.ns_per_tick {
+        0 => TimeSource::Host,
+        ns_per_tick => TimeSource::Ticks { ns_per_tick },
+    }
+}
+
+/// How much of a recording a replay by this engine can compare.
+pub fn verification(header: &Header, engine: &str) -> Verification {
+    if header.engine == engine { Verification::Exact } else { Verification::AcrossEngines }
+}
+
+/// Compares a machine that stands at a checkpoint's tick with the checkpoint. Gives what differs, in
+/// words; `None` if nothing does. Costs a pass over the guest RAM that was ever touched.
+///
+/// # Errors
+/// The machine does not stand where checkpoints can be taken (see [`Machine::consistent`]), or the
+/// engine fails.
+pub fn compare<E: Engine>(
+    machine: &mut Machine<E, Replaying>,
+    checkpoint: &CheckpointInfo,
+) -> Result<Option<String>, ReplayError> {
+    Ok(checkpoint.digest.difference(&digest(machine)?))
+}
+
+/// The digest that a checkpoint of the machine has here.
+fn digest<E: Engine>(machine: &mut Machine<E, Replaying>) -> Result<CheckpointDigest, ReplayError> {
+    let tick = machine.engine().tick();
+    let consistent = machine.consistent()?.ok_or(ReplayError::NotConsistent { tick })?;
+    Ok(checkpoint::digest(consistent)?)
+}

@@ -1,0 +1,15 @@
+//! Machines made from recordings: at the start of the run, or at a checkpoint.
+//!
+//! [`Replayable`] is a recording with the checkpoints that lie beside it. [`Replayable::begin`] gives
+//! RAM, CPU, board and log at a [`Start`]; [`Beginning::into_machine`] gives them to any engine, and
+//! [`Replayable::soft_machine`] to the software CPU. A machine that was run to a checkpoint's tick is
+//! compared with it by [`compare`].
+#![forbid(unsafe_code)]
+
+mod beginning;
+mod error;
+mod replayable;
+
+pub use beginning::{Beginning, Start, compare, verification};
+pub use error::ReplayError;
+pub use replayable::{Replayable, checkpoints_path};

@@ -1,0 +1,142 @@
+//! A recording with its checkpoints.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{BufReader, ErrorKind};
+use std::path::{Path, PathBuf};
+
+use reprise_cpu::engine::SoftEngine;
+use reprise_machine::inputs::Replaying;
+use reprise_machine::machine::Machine;
+use reprise_trace::checkpoint::{CheckpointError, CheckpointInfo, Checkpoints};
+use reprise_trace::recording::Recording;
+
+use crate::beginning::{Beginning, Start, verification};
+use crate::error::ReplayError;
+
+/// Where a recording's checkpoints lie: beside it, its name with `.checkpoints` added.
+pub fn checkpoints_path(recording: &Path) -> PathBuf {
+    let mut name = OsString::from(recording);
+    name.push(".checkpoints");
+    name.into()
+}
+
+/// A recording and the checkpoints that lie beside it. Can be shared between threads that make machines
+/// of it.
+#[derive(Debug)]
+pub struct Replayable {
+    recording: Recording,
+    checkpoints: Option<Checkpoints>,
+    /// How many of them lie within what the log holds.
+    usable: usize,
+    trouble: Option<CheckpointError>,
+}
+
+impl Replayable {
+    /// Opens a recording, which is checked whole, and its checkpoints, of which little is read.
+    ///
+    /// # Errors
+    /// The recording cannot be used. What is wrong with the checkpoints is told by
+    /// [`Replayable::trouble`].
+    pub fn open(path: &Path) -> Result<Self, ReplayError> {
+        let file = File::open(path)
+            .map_err(|error| ReplayError::File { path: path.display().to_string(), error })?;
+        Ok(Self::of(Recording::open(BufReader::new(file))?, path))
+    }
+
+    /// As [`Replayable::open`], of a recording that is open already.
+    pub fn of(recording: Recording, path: &Path) -> Self {
+        let opened = match File::open(checkpoints_path(path)) {
+            Ok(file) => Checkpoints::open(file, &recording.identity()).map(Some),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(CheckpointError::Read(error)),
+        };
+        let (checkpoints, trouble) = match opened {
+            Ok(checkpoints) => (checkpoints, None),
+            Err(error) => (None, Some(error)),
+        };
+        // The log of a recorder that was killed may end before its last checkpoint.
+        let records = recording.summary().record_count;
+        let list = checkpoints.as_ref().map_or(&[][..], Checkpoints::list);
+        let usable = list.partition_point(|info| info.records < records);
+        Self { recording, checkpoints, usable, trouble }
+    }
+
+    /// The recording.
+    pub fn recording(&self) -> &Recording {
+        &self.recording
+    }
+
+    /// The checkpoints that can be started from, in the order of their ticks; [`Start::Checkpoint`]
+    /// counts them from 0. Their pages are not looked at before one is loaded.
+    pub fn checkpoints(&self) -> &[CheckpointInfo] {
+        let list = self.checkpoints.as_ref().map_or(&[][..], Checkpoints::list);
+        &list[..self.usable]
+    }
+
+    /// The file of checkpoints, if there is a usable one.
+    pub fn checkpoint_file(&self) -> Option<&Checkpoints> {
+        self.checkpoints.as_ref()
+    }
+
+    /// Why the file of checkpoints cannot be used, if it is there.
+    pub fn trouble(&self) -> Option<&CheckpointError> {
+        self.trouble.as_ref()
+    }
+
+    /// What else a person should know of the checkpoints.
+    pub fn notes(&self) -> Vec<String> {
+        let Some(file) = &self.checkpoints else { return Vec::new() };
+        let mut notes = Vec::new();
+        let torn = file.file_bytes() - file.sound_bytes();
+        if torn > 0 {
+            notes.push(format!(
+                "the checkpoints' file is cut off or damaged after {} of its bytes: what stands \
+                 before is used",
+                file.sound_bytes()
+            ));
+        }
+        if file.damaged() > 0 {
+            notes.push(format!("damaged checkpoints, which are left out: {}", file.damaged()));
+        }
+        let beyond = file.list().len() - self.usable;
+        if beyond > 0 {
+            notes.push(format!("checkpoints behind the log's end, which are left out: {beyond}"));
+        }
+        notes
+    }
+
+    /// The last checkpoint at or before this tick, or else the start of the run.
+    pub fn nearest(&self, tick: u64) -> Start {
+        let before = self.checkpoints().partition_point(|info| info.moment.tick <= tick);
+        before.checked_sub(1).map_or(Start::Run, Start::Checkpoint)
+    }
+
+    /// RAM, CPU, board and log at the start of the run or at a checkpoint.
+    ///
+    /// # Errors
+    /// The recording or the checkpoint cannot be used, or there is no RAM.
+    pub fn begin(&self, start: Start) -> Result<Beginning, ReplayError> {
+        match start {
+            Start::Run => Beginning::of_run(&self.recording),
+            Start::Checkpoint(index) => {
+                let count = self.usable;
+                let file = self.checkpoints.as_ref().filter(|_| index < count);
+                let file = file.ok_or(CheckpointError::NoSuch { index, count })?;
+                Beginning::of_checkpoint(&self.recording, file, index)
+            }
+        }
+    }
+
+    /// A machine that replays the recording on the software CPU.
+    ///
+    /// # Errors
+    /// As [`Replayable::begin`], and if the software CPU cannot be had.
+    pub fn soft_machine(
+        &self,
+        start: Start,
+    ) -> Result<Machine<SoftEngine, Replaying>, ReplayError> {
+        let verification = verification(self.recording.header(), "soft");
+        self.begin(start)?.into_machine(SoftEngine::new, |inputs| inputs.verifying(verification))
+    }
+}
