@@ -12,8 +12,10 @@ use crate::commands;
 use crate::defect;
 use crate::output::Output;
 use crate::session::assembly::SoftOptions;
+use crate::session::checkpoints::{CheckpointArg, parse_seconds};
 use crate::session::choice::{ChoiceError, ClockArg, EngineArg, EngineKind};
 use crate::session::guest::GuestChoice;
+use crate::session::replay::At;
 use reprise_cpu::translate::Translation;
 
 pub use expand::ExpandArgs;
@@ -53,6 +55,8 @@ enum Command {
     Expand(ExpandArgs),
     /// Show what a recording holds
     Info(InfoArgs),
+    /// Add checkpoints to a recording by replaying it
+    Checkpoint(CheckpointArgs),
     /// Find the first place where two recordings part
     Diff(DiffArgs),
     /// Show what this host can do, and why
@@ -164,6 +168,11 @@ pub struct RecordArgs {
     /// Overwrite the file if it exists
     #[arg(long)]
     pub(crate) force: bool,
+    /// Keep a checkpoint in FILE.rr.checkpoints after so many ticks, or seconds of guest execution
+    /// ("2s"); "never" for none [default: 1000000000 ticks on the software CPU, never on KVM]
+    #[arg(long, value_name = "EVERY", default_value = "default", hide_default_value = true)]
+    #[arg(value_parser = parse_every, allow_negative_numbers = true)]
+    pub(crate) checkpoint_every: CheckpointArg,
 }
 
 const FIRST_STEPS: &str = "\
@@ -192,12 +201,30 @@ pub struct ReplayArgs {
     /// What executes the guest
     #[arg(long, value_enum, default_value_t)]
     pub(crate) engine: EngineArg,
-    /// Stop at this moment: a tick, as `info` and divergences give it
-    #[arg(long, value_name = "MOMENT", value_parser = parse_tick, allow_negative_numbers = true)]
-    pub(crate) until: Option<u64>,
-    /// Write the console output to standard output (with --json: to standard error)
+    /// Begin at the last checkpoint before this moment, a tick or seconds of guest time ("2.5s"), and
+    /// replay from there
+    #[arg(long, value_name = "MOMENT", value_parser = parse_moment, allow_negative_numbers = true)]
+    pub(crate) from: Option<At>,
+    /// Stop at this moment: a tick, as `info` and divergences give it, or seconds of guest time
+    #[arg(long, value_name = "MOMENT", value_parser = parse_moment, allow_negative_numbers = true)]
+    pub(crate) until: Option<At>,
+    /// Write the console output, from --from on, to standard output (with --json: to standard error)
     #[arg(long)]
     pub(crate) show_console: bool,
+    #[command(flatten)]
+    pub(crate) soft: SoftArgs,
+}
+
+/// `checkpoint`.
+#[derive(Debug, Args)]
+pub struct CheckpointArgs {
+    /// The recording; its checkpoints lie in FILE.rr.checkpoints
+    #[arg(value_name = "FILE.rr")]
+    pub(crate) file: PathBuf,
+    /// Take one after so many ticks, or seconds of guest execution ("2s") [default: 1000000000 ticks]
+    #[arg(long, value_name = "EVERY", default_value = "default", hide_default_value = true)]
+    #[arg(value_parser = parse_every, allow_negative_numbers = true)]
+    pub(crate) every: CheckpointArg,
     #[command(flatten)]
     pub(crate) soft: SoftArgs,
 }
@@ -238,12 +265,27 @@ pub struct DiffArgs {
     pub(crate) b: PathBuf,
 }
 
+/// A moment: a tick, or seconds of guest time.
+fn parse_moment(text: &str) -> Result<At, String> {
+    if let Some(ns) = parse_seconds(text) {
+        return Ok(At::Time(ns));
+    }
+    parse_tick(text).map(At::Tick)
+}
+
+/// How often checkpoints are taken.
+fn parse_every(text: &str) -> Result<CheckpointArg, String> {
+    if text == "default" { Ok(CheckpointArg::Default) } else { text.parse() }
+}
+
 /// A tick count; digits may be grouped, and `tick 12 (...)`, as moments are printed, is understood.
 fn parse_tick(text: &str) -> Result<u64, String> {
     let text = text.trim().trim_start_matches("tick").trim_start();
     let end = text.find(' ').unwrap_or(text.len());
     let digits: String = text[..end].chars().filter(|c| !matches!(c, ',' | '_')).collect();
-    digits.parse().map_err(|_| "give a number of ticks, such as 1000000".to_owned())
+    digits
+        .parse()
+        .map_err(|_| "give a number of ticks, such as 1000000, or seconds, such as 2.5s".to_owned())
 }
 
 /// A size of guest memory, in MiB.
@@ -277,6 +319,7 @@ fn dispatch(command: Command, output: Output) -> anyhow::Result<u8> {
         Command::Replay(arguments) => commands::replay::run(&arguments, output),
         Command::Expand(arguments) => commands::expand::run(&arguments, output),
         Command::Info(arguments) => commands::info::run(&arguments, output),
+        Command::Checkpoint(arguments) => commands::checkpoint::run(&arguments, output),
         Command::Diff(arguments) => commands::diff::run(&arguments, output),
         Command::Doctor => commands::doctor::run(output),
     }

@@ -4,6 +4,7 @@
 //! input, signals and a timer; whatever it sees it leaves in shared flags and kicks the engine, so
 //! the order in which things become ready reaches the machine only as logged arrivals.
 
+mod checkpoint_file;
 mod console;
 mod host_cpu;
 mod input;
@@ -13,6 +14,9 @@ mod stop_requests;
 mod terminal;
 mod watcher;
 
+pub use checkpoint_file::{
+    CheckpointEvery, CheckpointThread, CheckpointTotals, OpenCheckpoints, WhenBusy,
+};
 pub use console::ConsoleSink;
 pub use host_cpu::host_info;
 pub use input::InputSource;

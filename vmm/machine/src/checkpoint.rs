@@ -94,9 +94,10 @@ pub fn digest(machine: Consistent<'_>) -> Result<CheckpointDigest, EngineError> 
 
 /// Takes a machine's checkpoints while it runs.
 pub trait Checkpointer {
-    /// The tick at which the machine shall stand for the next checkpoint; `None` for never. A machine
-    /// that sleeps there is asked again when it wakes.
-    fn due_at(&mut self) -> Option<u64>;
+    /// The tick at which the machine, which stands at `tick` and `virtual_ns`, shall stand for the next
+    /// checkpoint; `None` where that cannot be said yet. Asked again at every boundary, also by a
+    /// machine that sleeps where one is due and takes none before it wakes.
+    fn due_at(&mut self, tick: u64, virtual_ns: u64) -> Option<u64>;
 
     /// The machine stands at that tick or behind it.
     ///
@@ -136,9 +137,9 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     /// Takes a checkpoint if one is due at this boundary.
     pub(crate) fn checkpoint_if_due(&mut self) -> Result<(), EngineError> {
         let Some(mut checkpointer) = self.checkpointer.take() else { return Ok(()) };
-        let tick = self.engine.tick();
+        let (tick, now) = (self.engine.tick(), self.now());
         let mut result = Ok(());
-        if checkpointer.due_at().is_some_and(|due| due <= tick) {
+        if checkpointer.due_at(tick, now.ns).is_some_and(|due| due <= tick) {
             self.drain_console();
             match self.consistent_here() {
                 Ok(Some(machine)) => result = checkpointer.take(machine),

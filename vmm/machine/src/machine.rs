@@ -48,6 +48,14 @@ pub struct Machine<E: Engine, I: Inputs> {
     pub(crate) interrupts: u64,
 }
 
+/// Where a run stops: at whichever comes first.
+#[derive(Clone, Copy, Debug)]
+struct Target {
+    tick: u64,
+    /// Virtual time.
+    ns: u64,
+}
+
 /// The guest is in HLT.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sleep {
@@ -97,6 +105,19 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     /// # Errors
     /// As [`Self::run`].
     pub fn run_until(&mut self, target: u64) -> Result<Outcome, MachineError> {
+        self.run_to(Target { tick: target, ns: u64::MAX })
+    }
+
+    /// As [`Self::run_until`], but to the first boundary at or behind so many nanoseconds of virtual
+    /// time.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_until_time(&mut self, virtual_ns: u64) -> Result<Outcome, MachineError> {
+        self.run_to(Target { tick: u64::MAX, ns: virtual_ns })
+    }
+
+    fn run_to(&mut self, target: Target) -> Result<Outcome, MachineError> {
         self.at_rest = false;
         let stop = self.run_loop(target);
         self.at_rest = matches!(stop, Stop::TargetReached);
@@ -127,7 +148,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     }
 
     /// Runs until something stops the run.
-    fn run_loop(&mut self, target: u64) -> Stop {
+    fn run_loop(&mut self, target: Target) -> Stop {
         // Whether the machine stands at a boundary that a replay finds again.
         let mut stands = true;
         loop {
@@ -144,7 +165,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     }
 
     /// Does what is to be done at this boundary. Gives whether the guest executes next.
-    fn visit(&mut self, stands: bool, target: u64) -> Result<bool, Stop> {
+    fn visit(&mut self, stands: bool, target: Target) -> Result<bool, Stop> {
         let tick = self.engine.tick();
         if !stands || self.delivered_at == Some(tick) {
             return Ok(true);
@@ -152,7 +173,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
         if let Some(event) = self.power_event.take() {
             return Err(Stop::Ended { ending: ending_of(event), exact: true });
         }
-        if tick >= target {
+        if tick >= target.tick || self.now().ns >= target.ns {
             return Err(Stop::TargetReached);
         }
         self.checkpoint_if_due()?;
@@ -265,7 +286,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
 
     /// Lets the guest execute. Gives whether the machine stands at a boundary that a replay finds
     /// again.
-    fn execute(&mut self, target: u64) -> Result<bool, Stop> {
+    fn execute(&mut self, target: Target) -> Result<bool, Stop> {
         let tick = self.engine.tick();
         let until = self.run_limit(tick, target)?;
         match self.engine.run(until)? {
@@ -292,7 +313,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     }
 
     /// The tick up to which the guest may execute.
-    fn run_limit(&mut self, tick: u64, target: u64) -> Result<u64, Stop> {
+    fn run_limit(&mut self, tick: u64, target: Target) -> Result<u64, Stop> {
         let next = tick.saturating_add(1);
         if self.delivered_at == Some(tick) {
             // Stand again as soon as the delivery is done: nothing entered at this tick since.
@@ -300,8 +321,15 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
         }
         let deadline = self.board.next_deadline().and_then(|deadline| self.base.tick_of(deadline));
         let logged = self.inputs.stop_at(tick)?;
-        let checkpoint = self.checkpointer.as_mut().and_then(|checkpointer| checkpointer.due_at());
-        let limit = [deadline, logged, checkpoint].into_iter().flatten().fold(target, u64::min);
+        let now = self.now();
+        let checkpointer = self.checkpointer.as_mut();
+        let checkpoint = checkpointer.and_then(|checkpointer| checkpointer.due_at(tick, now.ns));
+        let target_time = match target.ns {
+            u64::MAX => None,
+            ns => self.base.tick_of(VirtualTime::from_ns(ns)),
+        };
+        let limits = [deadline, logged, checkpoint, target_time];
+        let limit = limits.into_iter().flatten().fold(target.tick, u64::min);
         Ok(limit.max(next))
     }
 

@@ -15,6 +15,7 @@ use serde::Serialize;
 use super::replay::{bar, failure, verdict};
 use crate::output::{Output, byte_size, grouped, one_line};
 use crate::session::assembly::SoftOptions;
+use crate::session::checkpoints::CheckpointArg;
 use crate::session::choice::{self, ClockArg, EngineArg};
 use crate::session::guest::{Guest, GuestChoice, GuestError, LINUX, cache_directory};
 use crate::session::record::{self, RecordTo, RunPlan};
@@ -121,21 +122,22 @@ fn play(scene: &Scene, output: Output) -> Result<SceneReport> {
             })),
         },
     };
-    let record = record::record(plan, &RecordTo { path: path.clone(), force: true })?;
+    let to = RecordTo { path: path.clone(), force: true, checkpoints: CheckpointArg::default() };
+    let record = record::record(plan, &to)?;
     output.note(format_args!(
         "recorded {name}: {} {} in {:.1} s; replaying",
         grouped(record.ticks),
         if record.instructions.is_some() { "instructions" } else { "ticks" },
         record.wall_seconds
     ));
-    let recording = replay::open(&path)?;
+    let replayable = replay::open_replayable(&path)?;
     let console = Transcript::default();
     let options = ReplayOptions {
-        progress: Some(bar(&recording, output)),
+        progress: Some(bar(replayable.recording(), output)),
         console: Some(Box::new(console.clone())),
         ..ReplayOptions::default()
     };
-    let replay = replay::replay(&recording, options)?.report;
+    let replay = replay::replay(&replayable, options)?.report;
     let file = path.display().to_string();
     Ok(SceneReport { record, replay, file, console_tail: console.tail() })
 }

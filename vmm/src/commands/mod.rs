@@ -1,5 +1,6 @@
 //! The commands, one file each. Each returns the process's exit status.
 
+pub mod checkpoint;
 pub mod demo;
 pub mod diff;
 pub mod doctor;

@@ -12,7 +12,11 @@ use crate::session::record::{self, RecordTo};
 /// # Errors
 /// Whatever kept it from running or from being recorded.
 pub fn run(arguments: &RecordArgs, output: Output) -> Result<u8> {
-    let to = RecordTo { path: arguments.output.clone(), force: arguments.force };
+    let to = RecordTo {
+        path: arguments.output.clone(),
+        force: arguments.force,
+        checkpoints: arguments.checkpoint_every,
+    };
     to.check()?;
     let guest = obtain(&arguments.guest, output)?;
     let plan = plan(&guest, &arguments.machine, output)?;
@@ -22,6 +26,10 @@ pub fn run(arguments: &RecordArgs, output: Output) -> Result<u8> {
     if report.ending != "engine-failed" {
         let shown = to.path.display();
         output.note(format_args!("recorded in {shown}; `reprise replay {shown}` runs it again"));
+    }
+    let checkpoints = report.checkpoints.as_ref();
+    if let Some(failure) = checkpoints.and_then(|checkpoints| checkpoints.failure.as_ref()) {
+        output.note(format_args!("{failure}; the recording is not concerned"));
     }
     Ok(status)
 }

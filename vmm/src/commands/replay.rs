@@ -6,8 +6,8 @@ use anyhow::Result;
 use reprise_trace::recording::Recording;
 
 use crate::cli::ReplayArgs;
-use crate::output::{Output, counted, grouped, progress_shows};
-use crate::session::replay::{self, ReplayOptions, TickObserver};
+use crate::output::{Output, counted, grouped, progress_shows, seconds};
+use crate::session::replay::{self, At, ReplayOptions, TickObserver};
 use crate::session::report::{SessionReport, damage_text};
 
 /// Replays a recording.
@@ -15,7 +15,7 @@ use crate::session::report::{SessionReport, damage_text};
 /// # Errors
 /// The recording cannot be used at all.
 pub fn run(arguments: &ReplayArgs, output: Output) -> Result<u8> {
-    let recording = replay::open(&arguments.file)?;
+    let replayable = replay::open_replayable(&arguments.file)?;
     let console: Option<Box<dyn Write>> = match (arguments.show_console, output.json) {
         (false, _) => None,
         (true, false) => Some(Box::new(io::stdout())),
@@ -24,11 +24,14 @@ pub fn run(arguments: &ReplayArgs, output: Output) -> Result<u8> {
     let options = ReplayOptions {
         engine: arguments.engine,
         soft: arguments.soft.options(),
-        until_tick: arguments.until,
-        progress: (progress_shows() && console.is_none()).then(|| bar(&recording, output)),
+        from: arguments.from,
+        until: arguments.until,
+        checkpointer: None,
+        progress: (progress_shows() && console.is_none())
+            .then(|| bar(replayable.recording(), output)),
         console,
     };
-    let replayed = replay::replay(&recording, options)?;
+    let replayed = replay::replay(&replayable, options)?;
     for note in &replayed.notes {
         output.note(note);
     }
@@ -39,9 +42,21 @@ pub fn run(arguments: &ReplayArgs, output: Output) -> Result<u8> {
     output.result(&report, format_args!("{}{}", report.to_table(), verdict(&report)));
     if report.verified == Some(false) {
         output.note(failure(&report));
-    } else if let Some(until) = arguments.until.filter(|until| report.ticks < *until) {
-        let (end, asked) = (grouped(report.ticks), grouped(until));
-        output.note(format_args!("the recording ends at tick {end}, before tick {asked}"));
+    } else if let Some(beyond) = [arguments.from, arguments.until]
+        .into_iter()
+        .flatten()
+        .find(|at| !at.is_reached(report.ticks, (report.virtual_seconds * 1e9).ceil() as u64))
+    {
+        let (end, end_s) = (grouped(report.ticks), report.virtual_seconds);
+        output.note(match beyond {
+            At::Tick(tick) => {
+                format!("the recording ends at tick {end}, before tick {}", grouped(tick))
+            }
+            At::Time(ns) => format!(
+                "the recording ends at {end_s:.3} s of guest time, before {:.3} s",
+                seconds(ns)
+            ),
+        });
     }
     Ok(report.exit_code)
 }
@@ -60,6 +75,10 @@ pub(super) fn verdict(report: &SessionReport) -> String {
         None => "the start".to_owned(),
     };
     let events = counted(report.events, "event");
+    let since = match report.from_tick {
+        Some(tick) => format!(" since the checkpoint at tick {}", grouped(tick)),
+        None => String::new(),
+    };
     match (report.verified, report.complete, report.ending) {
         (Some(false), ..) if report.events == 0 => "NOT VERIFIED: no event agrees".to_owned(),
         (Some(false), ..) => format!("NOT VERIFIED: {events} agree, up to {until}"),
@@ -68,13 +87,13 @@ pub(super) fn verdict(report: &SessionReport) -> String {
                 .to_owned()
         }
         (_, _, "target-reached") => {
-            format!("at the moment asked for; verified up to {until}, {events}")
+            format!("at the moment asked for; verified up to {until}, {events}{since}")
         }
         (_, Some(false), _) => format!(
-            "verified up to {until}, {events}; the recording was cut short there, \
+            "verified up to {until}, {events}{since}; the recording was cut short there, \
              so its end is not known"
         ),
-        _ => format!("verified to the end, every event ({})", grouped(report.events)),
+        _ => format!("verified to the end, every event{since} ({})", grouped(report.events)),
     }
 }
 

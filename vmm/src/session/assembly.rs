@@ -60,20 +60,6 @@ impl LoadedGuest {
         Ok(Self { ram, state, board })
     }
 
-    /// Hands the guest to the software CPU.
-    ///
-    /// # Errors
-    /// The engine cannot be had, or refuses the guest's first state.
-    pub fn with_soft_engine(self, soft: SoftOptions) -> Result<(SoftEngine, Board), AssemblyError> {
-        let mut engine = SoftEngine::new(self.ram)?;
-        engine.set_translation(soft.translation);
-        if soft.profile {
-            engine.start_profile();
-        }
-        engine.set_cpu_state(&self.state)?;
-        Ok((engine, Board::new(&self.board)))
-    }
-
     /// Hands the guest to an engine, and both to `visitor`. Gives what it comes to, and where the
     /// software CPU's time went, if it was to count that.
     ///
@@ -85,24 +71,45 @@ impl LoadedGuest {
         soft: SoftOptions,
         visitor: V,
     ) -> Result<(V::Output, Option<ProfileReport>), AssemblyError> {
+        let Self { ram, state, board } = self;
+        let board = Board::new(&board);
         match kind {
             EngineKind::Soft => {
-                let (engine, board) = self.with_soft_engine(soft)?;
+                let mut engine = soft_engine(ram, soft)?;
+                engine.set_cpu_state(&state)?;
                 let (output, engine) = visitor.visit(engine, board);
-                // Its blocks are hundreds of thousands of small pieces of memory, which are given back
-                // one by one. The process's end, which is near, gives them back at once.
-                let profile = engine.profile().as_ref().map(ProfileReport::from);
-                std::mem::forget(engine);
-                Ok((output, profile))
+                Ok((output, leave(engine)))
             }
             EngineKind::Kvm(clock) => {
-                let mut engine = KvmEngine::new(self.ram, clock)?;
-                engine.set_cpu_state(&self.state)?;
-                let (output, _) = visitor.visit(engine, Board::new(&self.board));
+                let mut engine = KvmEngine::new(ram, clock)?;
+                engine.set_cpu_state(&state)?;
+                let (output, _) = visitor.visit(engine, board);
                 Ok((output, None))
             }
         }
     }
+}
+
+/// The software CPU, set up as asked.
+///
+/// # Errors
+/// It cannot be had.
+pub fn soft_engine(ram: GuestRam, soft: SoftOptions) -> Result<SoftEngine, EngineError> {
+    let mut engine = SoftEngine::new(ram)?;
+    engine.set_translation(soft.translation);
+    if soft.profile {
+        engine.start_profile();
+    }
+    Ok(engine)
+}
+
+/// Gives up the software CPU at the end of a session, and says where its time went, if it was to count
+/// that. Its blocks are hundreds of thousands of small pieces of memory, which would be given back one
+/// by one. The process's end, which is near, gives them back at once.
+pub fn leave(engine: SoftEngine) -> Option<ProfileReport> {
+    let profile = engine.profile().as_ref().map(ProfileReport::from);
+    std::mem::forget(engine);
+    profile
 }
 
 /// What is done with a machine's parts, whatever the engine.

@@ -2,6 +2,7 @@
 //! replays.
 
 pub mod assembly;
+pub mod checkpoints;
 pub mod choice;
 pub mod expand;
 pub mod expand_report;

@@ -10,8 +10,10 @@ use anyhow::{Context, Result, anyhow, bail};
 use reprise_devices::board::Board;
 use reprise_devices::cpu_model;
 use reprise_host::{
-    HostError, HostOptions, ImagesEmbedded, LogFile, LogTotals, RealHost, host_info,
+    CheckpointThread, HostError, HostOptions, ImagesEmbedded, LogFile, LogTotals, RealHost,
+    host_info,
 };
+use reprise_machine::checkpoint::Checkpointer;
 use reprise_machine::clock::TimeSource;
 use reprise_machine::engine::Engine;
 use reprise_machine::inputs::Recording;
@@ -22,6 +24,7 @@ use reprise_trace::log::{DiscardSink, FrameSink, LogError, LogWriter};
 use reprise_trace::recording::{RecordingError, RecordingWriter};
 
 use super::assembly::{EngineVisitor, LoadedGuest, SoftOptions};
+use super::checkpoints::{self, CheckpointArg, CheckpointReport};
 use super::choice::{Choice, EngineKind};
 use super::guest::Guest;
 use super::profile_report::ProfileReport;
@@ -34,6 +37,8 @@ pub struct RecordTo {
     pub path: PathBuf,
     /// Overwrite what is there.
     pub force: bool,
+    /// How often a checkpoint is kept beside it.
+    pub checkpoints: CheckpointArg,
 }
 
 impl RecordTo {
@@ -60,6 +65,10 @@ impl RecordTo {
         }
         if !self.force && self.path.exists() {
             return Err(self.exists());
+        }
+        if let Some(left_over) = checkpoints::left_over(&self.path).filter(|_| !self.force) {
+            let shown = left_over.display();
+            bail!("{shown} exists: give another name, or --force to overwrite it");
         }
         Ok(())
     }
@@ -113,7 +122,7 @@ pub struct RunPlan<'a> {
 /// The guest cannot be loaded, or engine or host refuse something.
 pub fn run(plan: RunPlan<'_>) -> Result<SessionReport> {
     let (guest, choice) = (plan.guest, plan.choice.clone());
-    let finished = execute(plan, unix_time_s(), || Ok(DiscardSink))?;
+    let finished = execute(plan, unix_time_s(), || Ok((DiscardSink, None)))?;
     let mut report =
         SessionReport::new("run", &guest.name, choice.kind, &finished.outcome, finished.wall);
     report.engine_reason = choice.reason;
@@ -134,7 +143,8 @@ pub fn record(plan: RunPlan<'_>, to: &RecordTo) -> Result<SessionReport> {
     let recorded = execute(plan, now_unix_s, || {
         let file = create(to)?;
         let embedded = begun.insert(ImagesEmbedded::default());
-        start_log(&file, &header, guest, embedded)
+        let (log, identity) = start_log(&file, &header, guest, embedded)?;
+        Ok((log, checkpoints::of_recording(&to.path, identity, to.checkpoints, choice.kind)?))
     })
     .and_then(|mut finished| match finished.sink.take() {
         Some(log) => Ok((finished, log.finish()?)),
@@ -148,6 +158,7 @@ pub fn record(plan: RunPlan<'_>, to: &RecordTo) -> Result<SessionReport> {
     let mut report =
         SessionReport::new("record", &guest.name, choice.kind, &finished.outcome, finished.wall)
             .with_file(log_bytes, image_bytes, file_bytes);
+    report.checkpoints = finished.checkpoints;
     report.engine_reason = choice.reason;
     report.console_failure = finished.console_failure;
     report.profile = finished.profile;
@@ -161,19 +172,23 @@ struct Finished<S> {
     wall: Duration,
     console_failure: Option<String>,
     profile: Option<ProfileReport>,
+    checkpoints: Option<CheckpointReport>,
 }
+
+/// Where a run's log goes, and who takes its checkpoints.
+type Sinks<S> = (S, Option<(Box<dyn Checkpointer>, CheckpointThread)>);
 
 fn execute<S: FrameSink>(
     plan: RunPlan<'_>,
     now_unix_s: u64,
-    open_sink: impl FnOnce() -> Result<S>,
+    open_sinks: impl FnOnce() -> Result<Sinks<S>>,
 ) -> Result<Finished<S>> {
     let RunPlan { guest, choice, memory_mib, soft, host } = plan;
     let loaded = LoadedGuest::load(&guest.source(), memory_mib, now_unix_s)
         .with_context(|| format!("cannot start {}", guest.name))?;
     let time = choice.kind.time_source();
     let (finished, profile) =
-        loaded.with_engine(choice.kind, soft, Run { time, host, open_sink })?;
+        loaded.with_engine(choice.kind, soft, Run { time, host, open_sinks })?;
     Ok(Finished { profile, ..finished? })
 }
 
@@ -181,22 +196,26 @@ fn execute<S: FrameSink>(
 struct Run<F> {
     time: TimeSource,
     host: HostOptions,
-    open_sink: F,
+    open_sinks: F,
 }
 
-impl<S: FrameSink, F: FnOnce() -> Result<S>> EngineVisitor for Run<F> {
+impl<S: FrameSink, F: FnOnce() -> Result<Sinks<S>>> EngineVisitor for Run<F> {
     type Output = Result<Finished<S>>;
 
     fn visit<E: Engine>(self, engine: E, board: Board) -> (Self::Output, E) {
-        let Self { time, host, open_sink } = self;
+        let Self { time, host, open_sinks } = self;
         let opened =
-            open_sink().and_then(|sink| Ok((sink, RealHost::start(host, engine.kicker())?)));
-        let (sink, host) = match opened {
+            open_sinks().and_then(|sinks| Ok((sinks, RealHost::start(host, engine.kicker())?)));
+        let ((sink, checkpoints), host) = match opened {
             Ok(opened) => opened,
             Err(error) => return (Err(error), engine),
         };
         let recording = Recording::new(host, LogWriter::new(sink));
         let mut machine = Machine::new(engine, board, recording, time);
+        let checkpoint_thread = checkpoints.map(|(checkpointer, thread)| {
+            machine.set_checkpointer(checkpointer);
+            thread
+        });
         let started = Instant::now();
         let result = machine.run();
         // What follows gives back memory and threads, which is no part of the run.
@@ -206,8 +225,15 @@ impl<S: FrameSink, F: FnOnce() -> Result<S>> EngineVisitor for Run<F> {
         let console_failure = host.console_failure().map(ToString::to_string);
         // The terminal is given back before anything is reported.
         drop(host);
-        let finished =
-            result.map(|outcome| Finished { outcome, sink, wall, console_failure, profile: None });
+        let checkpoints = checkpoint_thread.map(|thread| thread.finish().into());
+        let finished = result.map(|outcome| Finished {
+            outcome,
+            sink,
+            wall,
+            console_failure,
+            profile: None,
+            checkpoints,
+        });
         (finished.map_err(Into::into), engine)
     }
 }
@@ -222,29 +248,31 @@ fn create(to: &RecordTo) -> Result<File> {
         options.create_new(true);
     }
     match options.open(&to.path) {
-        Ok(file) => Ok(file),
+        Ok(file) => {
+            checkpoints::remove_left_over(&to.path)?;
+            Ok(file)
+        }
         Err(error) if error.kind() == ErrorKind::AlreadyExists => Err(to.exists()),
         Err(error) => bail!("cannot create {shown}: {error}; check the path and its permissions"),
     }
 }
 
-/// Writes the header, and leaves the images and the log to a thread.
+/// Writes the header, and leaves the images and the log to a thread. Gives the recording's identity as
+/// well.
 fn start_log(
     file: &File,
     header: &Header,
     guest: &Guest,
     embedded: &ImagesEmbedded,
-) -> Result<LogFile> {
+) -> Result<(LogFile, [u8; 32])> {
     let writer = RecordingWriter::create(file.try_clone()?, header)?;
+    let identity = writer.identity();
     let images = guest.images().map(|(_, image)| Arc::clone(&image.bytes)).collect();
-    Ok(LogFile::start(writer, images, embedded, file.try_clone()?)?)
+    Ok((LogFile::start(writer, images, embedded, file.try_clone()?)?, identity))
 }
 
 fn header(guest: &Guest, kind: EngineKind, ram_mib: u64, now_unix_s: u64) -> Header {
-    let ns_per_tick = match kind.time_source() {
-        TimeSource::Ticks { ns_per_tick } => ns_per_tick,
-        TimeSource::Host => 0,
-    };
+    let ns_per_tick = kind.time_source().ns_per_tick();
     Header {
         machine: MachineInfo { ram_mib, rtc_start_s: now_unix_s },
         cpu_model: CpuModelInfo { name: cpu_model::NAME.to_owned(), version: cpu_model::VERSION },

@@ -1,36 +1,56 @@
 //! Replays a recording, from the images that it embeds, and verifies it.
 
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{BufReader, Write};
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use reprise_devices::board::Board;
-use reprise_devices::cpu_model;
 use reprise_host::host_info;
-use reprise_machine::clock::TimeSource;
-use reprise_machine::engine::{Engine, Kick};
+use reprise_kvm::KvmEngine;
+use reprise_machine::checkpoint::Checkpointer;
+use reprise_machine::engine::{Engine, EngineError, Kick};
 use reprise_machine::inputs::{Replaying, Verification};
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, MachineError, Outcome};
-use reprise_trace::header::{Header, ImageRole};
-use reprise_trace::log::LogReader;
+use reprise_machine::ram::GuestRam;
+use reprise_replay::{Beginning, ReplayError, Replayable, Start};
+use reprise_trace::header::Header;
 use reprise_trace::recording::Recording;
 
-use super::assembly::{EngineVisitor, LoadedGuest, SoftOptions};
+use super::assembly::{self, SoftOptions};
 use super::choice::{self, EngineArg, EngineKind};
 use super::file_kind::NoFile;
 use super::report::{SessionReport, damage_of};
-use crate::boot::GuestSource;
 
 /// How often a replay that is watched says how far it is.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Told the tick that a replay has reached.
 pub type TickObserver = Box<dyn FnMut(u64)>;
+
+/// A point of a run as a user names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum At {
+    /// A tick.
+    Tick(u64),
+    /// Nanoseconds of guest time since the machine started.
+    Time(u64),
+}
+
+impl At {
+    /// Whether a run that came to this tick and this guest time is there, or past it.
+    pub fn is_reached(self, tick: u64, virtual_ns: u64) -> bool {
+        match self {
+            Self::Tick(wanted) => tick >= wanted,
+            Self::Time(wanted_ns) => virtual_ns >= wanted_ns,
+        }
+    }
+}
 
 /// How to replay.
 #[derive(Default)]
@@ -39,8 +59,12 @@ pub struct ReplayOptions {
     pub engine: EngineArg,
     /// How the software CPU is to run, if that is the engine.
     pub soft: SoftOptions,
-    /// Stop at this tick.
-    pub until_tick: Option<u64>,
+    /// Begin at the last checkpoint before this, and show the console from here on.
+    pub from: Option<At>,
+    /// Stop here.
+    pub until: Option<At>,
+    /// Takes checkpoints on the way.
+    pub checkpointer: Option<Box<dyn Checkpointer>>,
     /// Console output is written there.
     pub console: Option<Box<dyn Write>>,
     /// Told how far the replay is, a few times a second.
@@ -75,102 +99,136 @@ pub fn open(path: &Path) -> Result<Recording> {
     Recording::open(BufReader::new(file)).with_context(|| shown.to_string())
 }
 
+/// Opens a recording with the checkpoints beside it.
+///
+/// # Errors
+/// As [`open`]. What is wrong with the checkpoints is told by [`Replayable::trouble`].
+pub fn open_replayable(path: &Path) -> Result<Replayable> {
+    Ok(Replayable::of(open(path)?, path))
+}
+
 /// Replays a recording.
 ///
 /// # Errors
 /// It cannot be used at all, or this host lacks what it needs. A divergence is a report.
-pub fn replay(recording: &Recording, options: ReplayOptions) -> Result<Replayed> {
+pub fn replay(replayable: &Replayable, options: ReplayOptions) -> Result<Replayed> {
+    let recording = replayable.recording();
     let header = recording.header();
     let kind = choice::for_replay(options.engine, header)?;
-    check_cpu_model(header)?;
-    let loaded = load(recording)?;
+    let mut notes = Vec::new();
+    let beginning = begin(replayable, options.from, &mut notes)?;
+    let from_tick = beginning.tick();
     let same_engine = choice::recorded_kind(header) == Some(kind);
     let verification = if same_engine { Verification::Exact } else { Verification::AcrossEngines };
     let soft = options.soft;
-    let ((outcome, wall), profile) = loaded.with_engine(
-        kind,
-        soft,
-        Replay { log: recording.log(), time: time_source(header), verification, options },
-    )?;
+    let drive = Drive { verification, options };
+    let (outcome, wall, profile) = match kind {
+        EngineKind::Soft => {
+            let (outcome, wall, engine) =
+                drive.run(beginning, |ram| assembly::soft_engine(ram, soft))?;
+            (outcome, wall, assembly::leave(engine))
+        }
+        EngineKind::Kvm(clock) => {
+            let (outcome, wall, _) = drive.run(beginning, |ram| KvmEngine::new(ram, clock))?;
+            (outcome, wall, None)
+        }
+    };
     let mut report = report(recording, kind, verification, &outcome?, wall);
+    if from_tick > 0 {
+        report = report.beginning_at(from_tick);
+    }
     report.profile = profile;
-    Ok(Replayed { report, notes: notes(header, same_engine, kind), kind })
+    notes.extend(self::notes(header, same_engine, kind));
+    Ok(Replayed { report, notes, kind })
 }
 
-/// How the recording's virtual time came about.
-pub(super) fn time_source(header: &Header) -> TimeSource {
-    match header.ns_per_tick {
-        0 => TimeSource::Host,
-        ns_per_tick => TimeSource::Ticks { ns_per_tick },
+/// The last usable beginning at or before the place asked for. A damaged checkpoint is no reason not to
+/// replay: the one before it serves as well, only later.
+fn begin(replayable: &Replayable, from: Option<At>, notes: &mut Vec<String>) -> Result<Beginning> {
+    let Some(from) = from else { return Ok(replayable.begin(Start::Run)?) };
+    if let Some(trouble) = replayable.trouble() {
+        bail!("--from: {trouble}");
     }
-}
-
-pub(super) fn check_cpu_model(header: &Header) -> Result<()> {
-    let model = &header.cpu_model;
-    if model.name != cpu_model::NAME || model.version != cpu_model::VERSION {
-        bail!(
-            "recorded with CPU model {} version {}, and this Reprise has {} version {}: \
-             use the Reprise that recorded it",
-            model.name,
-            model.version,
-            cpu_model::NAME,
-            cpu_model::VERSION,
-        );
+    notes.extend(replayable.notes());
+    let before = replayable.checkpoints().partition_point(|info| match from {
+        At::Tick(tick) => info.moment.tick <= tick,
+        At::Time(ns) => info.virtual_ns <= ns,
+    });
+    for index in (0..before).rev() {
+        match replayable.begin(Start::Checkpoint(index)) {
+            Err(ReplayError::Checkpoint(error)) => {
+                notes.push(format!("{error}; the one before it is used"));
+            }
+            result => return Ok(result?),
+        }
     }
-    Ok(())
+    notes.push("there is no checkpoint before that moment: replayed from the start".to_owned());
+    Ok(replayable.begin(Start::Run)?)
 }
 
-/// Builds the guest from the embedded images, by the code that recorded it.
-pub(super) fn load(recording: &Recording) -> Result<LoadedGuest> {
-    let header = recording.header();
-    let image_of = |role| {
-        let index = header.guest.images.iter().position(|image| image.role == role);
-        index.map(|index| recording.read_image(index)).transpose()
-    };
-    let Some(kernel) = image_of(ImageRole::Kernel)? else {
-        bail!("the recording embeds no kernel: take another copy");
-    };
-    let initrd = image_of(ImageRole::Initrd)?;
-    let source = GuestSource {
-        kernel: &kernel,
-        initrd: initrd.as_deref(),
-        cmdline: &header.guest.command_line,
-    };
-    LoadedGuest::load(&source, header.machine.ram_mib, header.machine.rtc_start_s)
-        .context("the recorded guest cannot be started")
-}
-
-struct Replay {
-    log: LogReader,
-    time: TimeSource,
+/// What drives a replaying machine, whatever its engine.
+struct Drive {
     verification: Verification,
     options: ReplayOptions,
 }
 
-impl EngineVisitor for Replay {
-    type Output = (Result<Outcome, MachineError>, Duration);
-
-    fn visit<E: Engine>(self, engine: E, board: Board) -> (Self::Output, E) {
-        let Self { log, time, verification, options } = self;
-        let mut inputs = Replaying::new(log).verifying(verification);
-        if let Some(mut console) = options.console {
-            // Whoever reads it may go away; the replay is worth going on with.
-            inputs = inputs.on_console(move |bytes| {
-                let _ = console.write_all(bytes);
-            });
+impl Drive {
+    /// Makes the machine and runs it. Gives what it came to, how long that took, and the engine.
+    fn run<E: Engine>(
+        self,
+        beginning: Beginning,
+        make_engine: impl FnOnce(GuestRam) -> Result<E, EngineError>,
+    ) -> Result<(Result<Outcome, MachineError>, Duration, E), ReplayError> {
+        let Self { verification, options } = self;
+        // Only from the place asked for on.
+        let shown = Rc::new(Cell::new(options.from.is_none()));
+        let mut kicks = false;
+        let mut machine = beginning.into_machine(make_engine, |inputs| {
+            let mut inputs = inputs.verifying(verification);
+            if let Some(mut console) = options.console {
+                // Whoever reads it may go away; the replay is worth going on with.
+                let shown = shown.clone();
+                inputs = inputs.on_console(move |bytes| {
+                    if shown.get() {
+                        let _ = console.write_all(bytes);
+                    }
+                });
+            }
+            if let Some(mut progress) = options.progress {
+                inputs = inputs.on_progress(move |tick, _| progress(tick));
+                kicks = true;
+            }
+            inputs
+        })?;
+        let kicks = kicks.then(|| RegularKicks::start(machine.engine().kicker()));
+        if let Some(checkpointer) = options.checkpointer {
+            machine.set_checkpointer(checkpointer);
         }
-        let mut kicks = None;
-        if let Some(mut progress) = options.progress {
-            inputs = inputs.on_progress(move |tick, _| progress(tick));
-            kicks = Some(RegularKicks::start(engine.kicker()));
-        }
-        let mut machine = Machine::new(engine, board, inputs, time);
         let started = Instant::now();
-        let outcome = machine.run_until(options.until_tick.unwrap_or(u64::MAX));
+        let mut outcome = options.from.map(|from| run_to(&mut machine, Some(from)));
+        let arrived = |outcome: &Result<Outcome, MachineError>| {
+            matches!(outcome, Ok(Outcome { conclusion: Conclusion::TargetReached, .. }))
+        };
+        if outcome.as_ref().is_none_or(arrived) {
+            shown.set(true);
+            outcome = Some(run_to(&mut machine, options.until));
+        }
+        let outcome = outcome.expect("it ran");
         let wall = started.elapsed();
         drop(kicks);
         let (engine, _, _) = machine.into_parts();
-        ((outcome, wall), engine)
+        Ok((outcome, wall, engine))
+    }
+}
+
+fn run_to<E: Engine>(
+    machine: &mut Machine<E, Replaying>,
+    to: Option<At>,
+) -> Result<Outcome, MachineError> {
+    match to {
+        None => machine.run(),
+        Some(At::Tick(tick)) => machine.run_until(tick),
+        Some(At::Time(ns)) => machine.run_until_time(ns),
     }
 }
 

@@ -9,6 +9,7 @@ use reprise_trace::log::LogError;
 use reprise_trace::moment::{Moment, TickKind};
 use serde::Serialize;
 
+use super::checkpoints::CheckpointReport;
 use super::choice::EngineKind;
 use super::profile_report::ProfileReport;
 use crate::output::{byte_size, grouped, hex, seconds, table};
@@ -69,8 +70,10 @@ pub struct SessionReport {
     pub engine_reason: Option<&'static str>,
     /// Instructions executed; null where the clock does not count them.
     pub instructions: Option<u64>,
-    /// Ticks of the clock.
+    /// Ticks of the clock since the machine started.
     pub ticks: u64,
+    /// Replay: the tick of the checkpoint that it began at, if it did.
+    pub from_tick: Option<u64>,
     /// Time on the host's clock from the guest's first instruction to the known end of its run: the
     /// final digest over CPU, devices and RAM is in it, and so is every wait for the log's writer.
     /// Loading the guest before, and giving back memory and closing the file after, are not.
@@ -116,6 +119,8 @@ pub struct SessionReport {
     pub divergence: Option<DivergenceReport>,
     /// Replay: where the recording's file is damaged.
     pub damage: Option<String>,
+    /// Record: what taking checkpoints came to, if any were wanted.
+    pub checkpoints: Option<CheckpointReport>,
     /// Accesses to the board.
     pub accesses: u64,
     /// Interrupts delivered.
@@ -145,6 +150,7 @@ impl SessionReport {
             engine_reason: None,
             instructions,
             ticks: outcome.ticks,
+            from_tick: None,
             wall_seconds: wall.as_secs_f64(),
             virtual_seconds: seconds(outcome.virtual_ns),
             mips: instructions.map(|count| count as f64 / 1e6 / wall.as_secs_f64().max(1e-9)),
@@ -166,10 +172,21 @@ impl SessionReport {
             complete: None,
             divergence: outcome.divergence().map(DivergenceReport::from),
             damage: None,
+            checkpoints: None,
             accesses: outcome.accesses,
             interrupts: outcome.interrupts,
             profile: None,
         }
+    }
+
+    /// The run began at a checkpoint at this tick, and nothing before it was executed.
+    pub fn beginning_at(mut self, tick: u64) -> Self {
+        self.from_tick = Some(tick);
+        self.instructions = self.instructions.map(|count| count.saturating_sub(tick));
+        let count = self.instructions;
+        self.mips = count.map(|count| count as f64 / 1e6 / self.wall_seconds.max(1e-9));
+        self.bytes_per_kiloinstruction = None;
+        self
     }
 
     /// Adds what the recording's file holds.
@@ -205,6 +222,9 @@ impl SessionReport {
         if let (Some(file), Some(images)) = (self.file_bytes, self.image_bytes) {
             let text = format!("{}, embedded images {} of it", byte_size(file), byte_size(images));
             rows.push(("file", text));
+        }
+        if let Some(checkpoints) = &self.checkpoints {
+            rows.push(("checkpoints", checkpoints.to_text()));
         }
         let console =
             format!("{} bytes, BLAKE3 {}", grouped(self.console_bytes), self.console_digest);
