@@ -6,6 +6,7 @@
 //! writer are observers, and so is whatever a user writes: see the example `cache_simulator`.
 
 mod counting;
+pub mod pieces;
 mod pipeline;
 
 use reprise_cpu::engine::SoftEngine;
@@ -13,6 +14,7 @@ use reprise_machine::engine::Engine;
 use reprise_machine::inputs::Inputs;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{MachineError, Outcome};
+use reprise_replay::ReplayError;
 use reprise_trace::instructions::{Contents, Observer, TraceError};
 
 pub use counting::Counting;
@@ -27,6 +29,30 @@ pub enum ExpandError {
     /// The replay failed.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// There is no machine to begin with.
+    #[error(transparent)]
+    Replay(#[from] ReplayError),
+    /// The replay is not the recorded run.
+    #[error(
+        "the replay differs from the recording at tick {tick} in {what}: `reprise replay` tells more"
+    )]
+    Diverged {
+        /// Where.
+        tick: u64,
+        /// In what.
+        what: String,
+    },
+    /// The replay does not come to a checkpoint's state.
+    #[error(
+        "at tick {tick} the replay is not as the checkpoint there says, in {what}: remove the file of \
+         checkpoints and run `reprise checkpoint`, and report this if it happens again"
+    )]
+    Checkpoint {
+        /// Where.
+        tick: u64,
+        /// In what.
+        what: String,
+    },
 }
 
 /// What an expansion came to.

@@ -86,6 +86,13 @@ impl LeftOut {
         applied.map(|(count, what)| format!("{NOTE_START}{count} {what}")).collect()
     }
 
+    /// Adds what was left out elsewhere.
+    pub fn add(&mut self, mut other: Self) {
+        for ((count, _), (more, _)) in self.reasons().into_iter().zip(other.reasons()) {
+            *count = count.saturating_add(*more);
+        }
+    }
+
     /// Adds what a line of [`LeftOut::notes`] says; false if it is none.
     pub fn add_note(&mut self, note: &str) -> bool {
         let parts = note.strip_prefix(NOTE_START).and_then(|rest| rest.split_once(' '));

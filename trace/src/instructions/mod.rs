@@ -21,6 +21,7 @@ mod predict;
 mod reader;
 mod run;
 mod segment;
+mod segment_writer;
 mod streams;
 mod writer;
 
@@ -41,6 +42,7 @@ pub use frames::{Share, Totals, TraceHeader};
 pub use head::{SegmentHead, SegmentOptions};
 pub use reader::{Ending, Outline, TraceIndex, TraceReader};
 pub use run::{Access, Feed, Observer, Position, Run, Step, Steps};
+pub use segment_writer::{EncodedSegment, SegmentWriter};
 pub use writer::TraceWriter;
 
 /// What a trace has beside instructions and the linear addresses of their accesses.

@@ -8,6 +8,7 @@ use super::frames::{
 use super::head::{SegmentHead, SegmentOptions};
 use super::run::{Observer, Position, Run};
 use super::segment::SegmentEncoder;
+use super::segment_writer::EncodedSegment;
 use super::{Event, TraceError};
 
 /// Writes a trace. Segments go out whole; a writer that is killed leaves what it had written, and that
@@ -81,6 +82,14 @@ impl<W: Write> TraceWriter<W> {
         }
         let (head, bytes) = self.encoder.finish()?;
         self.put_segment(&head, &bytes)
+    }
+
+    /// Appends a segment that was encoded elsewhere, with the same contents.
+    ///
+    /// # Errors
+    /// If it cannot be written, or does not begin where the segment before it ended.
+    pub fn append_segment(&mut self, segment: &EncodedSegment) -> Result<(), TraceError> {
+        self.append(&segment.head, &segment.bytes)
     }
 
     /// Appends a segment of another trace with the same contents, as it is.

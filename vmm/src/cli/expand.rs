@@ -32,9 +32,12 @@ pub struct ExpandArgs {
     /// End at this tick
     #[arg(long, value_name = "TICK", value_parser = parse_tick, allow_negative_numbers = true)]
     pub(crate) to: Option<u64>,
-    /// Threads: with 1 the CPU and the trace's writer take turns on one
+    /// Threads: pieces between checkpoints are expanded at the same time. The trace is the same
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
     pub(crate) jobs: Option<u32>,
+    /// Expand only share I of N, for array jobs; `reprise trace concat` joins them
+    #[arg(long, value_name = "I/N", value_parser = parse_segment)]
+    pub(crate) segment: Option<(u32, u32)>,
     /// Instructions of an interval (format bbv)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) interval: Option<u64>,
@@ -108,6 +111,14 @@ fn parse_range(text: &str) -> Result<Range<u64>, String> {
     if range.is_empty() { Err(wanted()) } else { Ok(range) }
 }
 
+fn parse_segment(text: &str) -> Result<(u32, u32), String> {
+    let wanted = || "give a share and their number, such as 1/8 to 8/8".to_owned();
+    let (number, count) = text.split_once('/').ok_or_else(wanted)?;
+    let (number, count) =
+        (number.parse().map_err(|_| wanted())?, count.parse().map_err(|_| wanted())?);
+    if (1..=count).contains(&number) { Ok((number, count)) } else { Err(wanted()) }
+}
+
 fn parse_sample(text: &str) -> Result<Sample, String> {
     let wanted =
         || "give a period and a shorter length in instructions, such as 1000000:10000".to_owned();
@@ -127,6 +138,8 @@ mod tests {
         assert!(parse_range("5-5").is_err() && parse_range("5").is_err());
         assert_eq!(parse_sample("1_000:10"), Ok(Sample { period: 1000, length: 10 }));
         assert!(parse_sample("10:1000").is_err() && parse_sample("10:0").is_err());
+        assert_eq!(parse_segment("3/8"), Ok((3, 8)));
+        assert!(["0/8", "9/8", "8", "1/0"].iter().all(|wrong| parse_segment(wrong).is_err()));
         assert_eq!(parse_address("0xffff_8000"), Ok(0xffff_8000));
     }
 }

@@ -1,17 +1,16 @@
 //! `reprise expand`: every instruction of a recording, or of a window of it.
 
-use std::io;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use reprise_expand::{Control, Threads, Window};
-use reprise_export::{Destination, ExportOptions, Format};
+use reprise_expand::{Control, Window};
+use reprise_export::{ExportOptions, Format};
 use reprise_host::StopRequests;
 
 use crate::cli::ExpandArgs;
 use crate::output::{Output, progress_shows};
-use crate::session::expand::{ExpandOptions, Target, expand_recording};
+use crate::session::expand::{ExpandOptions, Place, Target, expand_recording};
 use crate::session::replay;
 
 /// How often the bar moves.
@@ -22,7 +21,11 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 /// # Errors
 /// The recording cannot be used, or the trace cannot be written.
 pub fn run(arguments: &ExpandArgs, output: Output) -> Result<u8> {
-    let recording = replay::open(&arguments.file)?;
+    let replayable = replay::open_replayable(&arguments.file)?;
+    let recording = replayable.recording();
+    for note in replayable.notes() {
+        output.note(note);
+    }
     let control = Control::default();
     let _stop = StopRequests::watch(control.stop_flag())?;
     let options = ExpandOptions {
@@ -30,7 +33,8 @@ pub fn run(arguments: &ExpandArgs, output: Output) -> Result<u8> {
         window: Window { from: arguments.from.unwrap_or(0), to: arguments.to.unwrap_or(u64::MAX) },
         selection: arguments.filters.selection(),
         filters: arguments.filters.as_given(),
-        threads: if arguments.jobs == Some(1) { Threads::One } else { Threads::Two },
+        jobs: arguments.jobs.map_or_else(available_jobs, |jobs| jobs as usize),
+        segment: arguments.segment,
         soft: arguments.soft.options(),
     };
     let last_tick = recording.summary().last_moment.map(|moment| moment.tick);
@@ -46,7 +50,7 @@ pub fn run(arguments: &ExpandArgs, output: Output) -> Result<u8> {
             bar.finish_and_clear();
         })
     });
-    let report = expand_recording(&recording, options, &control);
+    let report = expand_recording(&replayable, options, &control);
     drop(over);
     if let Some(progress) = progress {
         // It only waits for the channel's end.
@@ -61,6 +65,10 @@ pub fn run(arguments: &ExpandArgs, output: Output) -> Result<u8> {
     Ok(u8::from(report.verified == Some(false)))
 }
 
+fn available_jobs() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 fn target(arguments: &ExpandArgs) -> Result<Target> {
     let Some(path) = &arguments.output else {
         if arguments.format.is_some() {
@@ -68,11 +76,7 @@ fn target(arguments: &ExpandArgs) -> Result<Target> {
         }
         return Ok(Target::Discard);
     };
-    let to = if path == Path::new("-") {
-        Destination::Pipe(Box::new(io::stdout()))
-    } else {
-        Destination::Path(path.clone())
-    };
+    let to = if path == Path::new("-") { Place::Pipe } else { Place::Path(path.clone()) };
     let format = match arguments.format.as_deref() {
         None => Format::of(path),
         Some("reprise") => None,

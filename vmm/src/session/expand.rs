@@ -1,30 +1,30 @@
 //! Expands a recording: a replay on the software CPU that shows an observer every instruction.
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use reprise_cpu::engine::SoftEngine;
-use reprise_expand::{CONTENTS, Control, Counting, Expanded, Threads, Window, expand};
+use reprise_expand::pieces::{self, Plan};
+use reprise_expand::{CONTENTS, Control, Counting, ExpandError, Expanded, Threads, Window, expand};
 use reprise_export::output::PendingFile;
 use reprise_export::{Destination, ExportOptions, Format};
-use reprise_machine::inputs::Replaying;
-use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, Outcome};
+use reprise_replay::Replayable;
 use reprise_trace::instructions::filter::{Filter, Selection};
-use reprise_trace::instructions::{Observer, SegmentOptions, TraceHeader, TraceWriter};
+use reprise_trace::instructions::{Observer, SegmentOptions, Share, TraceHeader, TraceWriter};
 use reprise_trace::moment::TickKind;
-use reprise_trace::recording::Recording;
 
 use super::assembly::SoftOptions;
 use super::expand_report::ExpandReport;
-use super::replay;
+use crate::output::grouped;
 
 /// What becomes of the trace.
 #[derive(Debug)]
 pub enum Target {
     /// The native format.
-    Native(Destination),
+    Native(Place),
     /// Another one.
     Export {
         /// Which.
@@ -32,7 +32,7 @@ pub enum Target {
         /// How.
         options: ExportOptions,
         /// Where to.
-        to: Destination,
+        to: Place,
     },
     /// Nothing: it is counted and forgotten.
     Discard,
@@ -49,8 +49,10 @@ pub struct ExpandOptions {
     pub selection: Selection,
     /// The filters as the user gave them: the trace says so.
     pub filters: Vec<String>,
-    /// The observer has a thread of its own.
-    pub threads: Threads,
+    /// Threads; with 1 the CPU and the trace's writer take turns.
+    pub jobs: usize,
+    /// Only this share, from 1, of so many.
+    pub segment: Option<(u32, u32)>,
     /// How the software CPU is to run.
     pub soft: SoftOptions,
 }
@@ -61,56 +63,42 @@ pub struct ExpandOptions {
 /// The recording cannot be used, the trace cannot be written, or the replay diverged: then there is no
 /// trace under the final name.
 pub fn expand_recording(
-    recording: &Recording,
+    replayable: &Replayable,
     options: ExpandOptions,
     control: &Control,
 ) -> Result<ExpandReport> {
-    let header = recording.header();
+    let header = replayable.recording().header();
     if header.tick_kind != TickKind::Instruction {
         bail!(
-            "the recording counts {:?}s, and expansion needs instructions: record with --engine soft",
-            header.tick_kind
+            "the recording's clock is `{}`, and expansion needs one that counts instructions: record \
+             with --engine soft",
+            header.clock
         );
     }
-    let last_tick = recording.summary().last_moment.map_or(0, |moment| moment.tick);
-    if options.window.from > last_tick {
+    let last = replayable.recording().summary().last_moment.map_or(0, |moment| moment.tick);
+    if options.window.from > last {
         bail!(
-            "the window begins at tick {}, and the recording ends at tick {last_tick}",
-            options.window.from
+            "the window begins at tick {}, and the recording ends at tick {}",
+            grouped(options.window.from),
+            grouped(last)
         );
     }
-    let machine = start(recording, options.soft)?;
-    let session = Session { recording, machine, control, window: options.window };
-    let kind = options.target.name();
-    let (selection, threads) = (options.selection, options.threads);
-    let mut report = match options.target {
-        Target::Discard => session.run(selection, threads, Counting::default(), |counting, _| {
+    let soft = options.soft;
+    let set_up = move |engine: &mut SoftEngine| engine.set_translation(soft.translation);
+    let session = Session { replayable, control, options: &options, set_up: &set_up };
+    match options.target {
+        Target::Discard => session.show(Counting::default(), |counting| {
             Ok(Kept { accesses: Some(counting.accesses), ..Kept::default() })
         }),
-        Target::Native(to) => {
-            let out = NativeFile::create(to).context("the trace cannot be made")?;
-            let header = session.trace_header(options.filters.clone());
-            let writer = TraceWriter::create(out, &header, SegmentOptions::default())?;
-            session.run(selection, threads, writer, |mut writer, notes| {
-                writer.cut()?;
-                let totals = writer.totals();
-                let out = writer.finish(notes)?;
-                let bytes = out.finish().context("the trace cannot be finished")?;
-                let accesses = Some(totals.accesses);
-                Ok(Kept { bytes: Some(bytes), accesses, notes: Vec::new() })
-            })
-        }
-        Target::Export { format, options, to } => {
-            let export = format.open(&options, to)?;
-            session.run(selection, threads, export, |export, _| {
+        Target::Native(ref to) => session.write(to.open()?),
+        Target::Export { format, options: ref export, ref to } => {
+            let export = format.open(export, to.destination())?;
+            session.show(export, |export| {
                 let exported = export.finish()?;
                 Ok(Kept { bytes: Some(exported.bytes), accesses: None, notes: exported.notes })
             })
         }
-    }?;
-    report.format = kind;
-    report.filters = options.filters;
-    Ok(report)
+    }
 }
 
 impl Target {
@@ -123,15 +111,6 @@ impl Target {
     }
 }
 
-/// A replaying machine before the recording's first instruction.
-fn start(recording: &Recording, soft: SoftOptions) -> Result<Machine<SoftEngine, Replaying>> {
-    let header = recording.header();
-    replay::check_cpu_model(header)?;
-    let (engine, board) = replay::load(recording)?.with_soft_engine(soft)?;
-    let inputs = Replaying::new(recording.log());
-    Ok(Machine::new(engine, board, inputs, replay::time_source(header)))
-}
-
 /// What was kept of a trace.
 #[derive(Debug, Default)]
 struct Kept {
@@ -140,76 +119,124 @@ struct Kept {
     notes: Vec<String>,
 }
 
+/// An expansion under way.
 struct Session<'a> {
-    recording: &'a Recording,
-    machine: Machine<SoftEngine, Replaying>,
+    replayable: &'a Replayable,
     control: &'a Control,
-    window: Window,
+    options: &'a ExpandOptions,
+    set_up: &'a (dyn Fn(&mut SoftEngine) + Sync),
 }
 
 impl Session<'_> {
-    fn trace_header(&self, filters: Vec<String>) -> TraceHeader {
-        let header = self.recording.header();
+    fn trace_header(&self, share: Option<Share>) -> TraceHeader {
+        let recording = self.replayable.recording();
+        let header = recording.header();
         TraceHeader {
             contents: CONTENTS,
             tick: header.tick_kind,
             cpu_model: header.cpu_model.clone(),
-            recording: self.recording.summary().chain.clone(),
-            filters,
-            share: None,
+            recording: recording.summary().chain.clone(),
+            filters: self.options.filters.clone(),
+            share,
         }
     }
 
-    /// Runs the expansion; `keep` makes the trace whole, with notes on what is not in it.
-    fn run<O: Observer + Send + 'static>(
-        mut self,
-        selection: Selection,
-        threads: Threads,
+    /// Writes the native format, in pieces.
+    fn write(&self, out: NativeFile) -> Result<ExpandReport> {
+        let started = Instant::now();
+        let all = pieces::pieces(self.replayable, self.options.window);
+        let (window, share) = match self.options.segment {
+            None => (self.options.window, None),
+            Some((number, count)) => {
+                let (window, share) = share_of(&all, number, count);
+                (window, Some(share))
+            }
+        };
+        let header = self.trace_header(share);
+        let mut writer = TraceWriter::create(out, &header, SegmentOptions::default())?;
+        let plan = Plan {
+            replayable: self.replayable,
+            window,
+            selection: self.options.selection.clone(),
+            jobs: self.options.jobs,
+            set_up: self.set_up,
+        };
+        let done = plan.write(&mut writer, self.control)?;
+        let mut notes = done.left_out.notes();
+        notes.extend(stopped_note(done.outcome.as_ref()));
+        let totals = writer.totals();
+        let bytes = writer.finish(&notes)?.finish().context("the trace cannot be finished")?;
+        let kept = Kept { bytes: Some(bytes), accesses: Some(totals.accesses), notes };
+        let ran = Ran { instructions: done.instructions, outcome: done.outcome };
+        Ok(self.report(started, &ran, kept, done.checkpoints_verified))
+    }
+
+    /// Shows everything to one observer; `keep` makes its output whole.
+    fn show<O: Observer + Send + 'static>(
+        &self,
         observer: O,
-        keep: impl FnOnce(O, &[String]) -> Result<Kept>,
+        keep: impl FnOnce(O) -> Result<Kept>,
     ) -> Result<ExpandReport> {
         let started = Instant::now();
-        let (observer, run, mut notes) = if selection == Selection::default() {
-            let run = self.expand(observer, threads)?;
-            (run.observer, Ran::new(run.outcome, run.instructions), Vec::new())
-        } else {
-            let run = self.expand(Filter::new(selection, observer), threads)?;
-            let left_out = run.observer.left_out().notes();
-            let ran = Ran::new(run.outcome, run.instructions);
-            (run.observer.into_observer(), ran, left_out)
-        };
-        if run.outcome.is_none() {
-            notes.push("the expansion was stopped before its end".to_owned());
-        }
-        let kept = keep(observer, &notes)?;
-        let wall = started.elapsed();
-        let mut report =
-            ExpandReport::new(self.recording, run.instructions, wall, run.outcome.as_ref());
-        report.set_trace(kept.bytes, kept.accesses);
-        report.notes = [notes, kept.notes].concat();
-        // Its memory goes with the process.
-        std::mem::forget(self.machine);
-        Ok(report)
-    }
-
-    fn expand<O: Observer + Send + 'static>(
-        &mut self,
-        observer: O,
-        threads: Threads,
-    ) -> Result<Expanded<O>> {
-        let expanded = expand(&mut self.machine, self.window, observer, threads, self.control);
-        let expanded = expanded?;
-        if let Some(Outcome { conclusion: Conclusion::Diverged(divergence), .. }) =
-            &expanded.outcome
-        {
+        if self.options.segment.is_some() {
             bail!(
-                "the replay differs from the recording at tick {} in {}: run `reprise replay` on it",
-                divergence.moment.tick,
-                divergence.difference
+                "only Reprise's own format is made in shares: leave --format out, then `trace convert`"
             );
         }
-        Ok(expanded)
+        let window = self.options.window;
+        let threads = if self.options.jobs == 1 { Threads::One } else { Threads::Two };
+        let start = self.replayable.nearest(window.from);
+        let mut machine = pieces::start(self.replayable, start, self.set_up)?;
+        let (observer, ran, notes) = if self.options.selection == Selection::default() {
+            let Expanded { observer, outcome, instructions } =
+                expand(&mut machine, window, observer, threads, self.control)?;
+            (observer, Ran { outcome, instructions }, Vec::new())
+        } else {
+            let filter = Filter::new(self.options.selection.clone(), observer);
+            let Expanded { observer, outcome, instructions } =
+                expand(&mut machine, window, filter, threads, self.control)?;
+            let left_out = observer.left_out().notes();
+            (observer.into_observer(), Ran { outcome, instructions }, left_out)
+        };
+        // Its memory goes with the process.
+        std::mem::forget(machine);
+        if let Some(Outcome { conclusion: Conclusion::Diverged(divergence), .. }) = &ran.outcome {
+            return Err(ExpandError::Diverged {
+                tick: divergence.moment.tick,
+                what: divergence.difference.to_string(),
+            }
+            .into());
+        }
+        let mut kept = keep(observer)?;
+        kept.notes = [notes, stopped_note(ran.outcome.as_ref()), kept.notes].concat();
+        Ok(self.report(started, &ran, kept, 0))
     }
+
+    fn report(&self, started: Instant, ran: &Ran, kept: Kept, verified: u64) -> ExpandReport {
+        let recording = self.replayable.recording();
+        let wall = started.elapsed();
+        let mut report = ExpandReport::new(recording, ran.instructions, wall, ran.outcome.as_ref());
+        report.format = self.options.target.name();
+        report.filters.clone_from(&self.options.filters);
+        report.checkpoints_verified = verified;
+        report.set_trace(kept.bytes, kept.accesses);
+        report.notes = kept.notes;
+        report
+    }
+}
+
+fn stopped_note(outcome: Option<&Outcome>) -> Vec<String> {
+    let stopped = outcome.is_none().then(|| "the expansion was stopped before its end".to_owned());
+    stopped.into_iter().collect()
+}
+
+/// The window of one share of all pieces, and what the trace's header says of it.
+fn share_of(all: &[Window], number: u32, count: u32) -> (Window, Share) {
+    let range = pieces::share(all.len(), number, count);
+    let end = all.last().map_or(0, |piece| piece.to);
+    let from = all.get(range.start).map_or(end, |piece| piece.from);
+    let to = all[range.clone()].last().map_or(from, |piece| piece.to);
+    (Window { from, to }, Share { number, count, first_tick: from, end_tick: to })
 }
 
 struct Ran {
@@ -217,26 +244,42 @@ struct Ran {
     instructions: u64,
 }
 
-impl Ran {
-    fn new(outcome: Option<Outcome>, instructions: u64) -> Self {
-        Self { outcome, instructions }
+/// Where a trace goes.
+#[derive(Clone, Debug)]
+pub enum Place {
+    /// A file.
+    Path(PathBuf),
+    /// Standard output.
+    Pipe,
+}
+
+impl Place {
+    fn destination(&self) -> Destination {
+        match self {
+            Self::Path(path) => Destination::Path(path.clone()),
+            Self::Pipe => Destination::Pipe(Box::new(io::stdout())),
+        }
+    }
+
+    fn open(&self) -> Result<NativeFile> {
+        match self {
+            Self::Path(path) => {
+                let file = PendingFile::create(path)
+                    .with_context(|| format!("{} cannot be made", path.display()))?;
+                Ok(NativeFile::File(file, 0))
+            }
+            Self::Pipe => Ok(NativeFile::Pipe(io::stdout(), 0)),
+        }
     }
 }
 
 /// Where a trace in the native format goes.
 enum NativeFile {
     File(PendingFile, u64),
-    Pipe(Box<dyn Write + Send>, u64),
+    Pipe(io::Stdout, u64),
 }
 
 impl NativeFile {
-    fn create(to: Destination) -> io::Result<Self> {
-        Ok(match to {
-            Destination::Path(path) => Self::File(PendingFile::create(&path)?, 0),
-            Destination::Pipe(pipe) => Self::Pipe(pipe, 0),
-        })
-    }
-
     /// Gives a file its name; the bytes written.
     fn finish(self) -> io::Result<u64> {
         match self {

@@ -6,7 +6,7 @@ use reprise_machine::outcome::{Conclusion, Outcome};
 use reprise_trace::recording::Recording;
 use serde::Serialize;
 
-use crate::output::{byte_size, grouped, hex, table};
+use crate::output::{byte_size, counted, grouped, hex, table};
 
 /// An expansion's report. Fields that an expansion does not have are null.
 #[derive(Clone, Debug, Serialize)]
@@ -34,6 +34,8 @@ pub struct ExpandReport {
     /// Every record on the way agreed, and at a recording's end CPU, devices and RAM did; null where
     /// the expansion was stopped.
     pub verified: Option<bool>,
+    /// Checkpoints on the way at which the whole machine was as they say.
+    pub checkpoints_verified: u64,
     /// BLAKE3 over CPU, devices and RAM at the end.
     pub final_digest: Option<String>,
     /// The filters that it went through.
@@ -66,6 +68,7 @@ impl ExpandReport {
             bits_per_instruction: None,
             end_tick: outcome.map(|outcome| outcome.ticks),
             verified,
+            checkpoints_verified: 0,
             final_digest: outcome.and_then(Outcome::final_digest).map(|digest| hex(&digest)),
             filters: Vec::new(),
             notes: Vec::new(),
@@ -94,7 +97,10 @@ impl ExpandReport {
             rows.push(("trace", format!("{} ({bits:.3} bits/instruction)", byte_size(bytes))));
         }
         let verified = match (self.verified, self.end_tick) {
-            (Some(true), Some(tick)) => format!("to tick {}", grouped(tick)),
+            (Some(true), Some(tick)) => {
+                let checkpoints = counted(self.checkpoints_verified, "checkpoint");
+                format!("to tick {}, {checkpoints} on the way", grouped(tick))
+            }
             (Some(_), _) => "the recording was cut short".to_owned(),
             (None, _) => "no: stopped before the end".to_owned(),
         };

@@ -64,12 +64,7 @@ impl Cpu {
             }
         }
         if self.blocks.is_full() {
-            for page in self.blocks.clear() {
-                self.memory.physical.set_code(page, 0);
-            }
-            if let Some(translator) = &mut self.translator {
-                translator.clear();
-            }
+            self.forget_code();
         }
         let block = Box::new(self.decode_block(linear, address)?);
         if !self.memory.physical.is_ram(address) {
@@ -87,6 +82,16 @@ impl Cpu {
         let block = self.blocks.insert(address, mode, block);
         self.blocks.remember_address(linear, self.mode, block);
         Ok(block)
+    }
+
+    /// Drops every block and every translation.
+    pub(crate) fn forget_code(&mut self) {
+        for page in self.blocks.clear() {
+            self.memory.physical.set_code(page, 0);
+        }
+        if let Some(translator) = &mut self.translator {
+            translator.clear();
+        }
     }
 
     /// The guest-physical address of the code byte at `linear`.

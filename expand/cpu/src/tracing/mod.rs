@@ -178,7 +178,9 @@ impl Cpu {
 
     /// Begins to trace: everything from here on goes to `sink`.
     pub(crate) fn start_trace(&mut self, sink: Box<dyn BatchSink>) {
-        self.forget_translated_code();
+        // A store to a place that is known to hold code ends its block, and so its run. What is known
+        // must not depend on what ran before.
+        self.forget_code();
         // Numbers that blocks have from an earlier trace mean nothing in this one.
         self.trace_generation += 1;
         self.tracer = Some(Box::new(Tracer::new(sink, self.tick)));

@@ -1,0 +1,253 @@
+//! A recording in pieces, from checkpoint to checkpoint: expanded on several threads, joined in order.
+//!
+//! Each piece is a machine's work from one checkpoint to the next, whose digest it must then have, so that
+//! every expansion verifies itself. Segments of a trace need no other, so the trace is the same however
+//! many threads there are.
+
+use std::io::Write;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
+
+use reprise_cpu::engine::SoftEngine;
+use reprise_machine::engine::Engine;
+use reprise_machine::inputs::Replaying;
+use reprise_machine::machine::Machine;
+use reprise_machine::outcome::{Conclusion, Outcome};
+use reprise_replay::{Replayable, Start, compare, verification};
+use reprise_trace::instructions::filter::{Filter, LeftOut, Selection};
+use reprise_trace::instructions::{
+    EncodedSegment, SegmentOptions, SegmentWriter, TraceError, TraceWriter,
+};
+
+use crate::{CONTENTS, Control, ExpandError, Expanded, Threads, Window, expand};
+
+/// Segments of one piece that may wait for their turn: some hundred MiB at most, and more instructions
+/// than lie between two checkpoints as `record` makes them.
+const WAITING_SEGMENTS: usize = 48;
+
+/// What to expand, and how.
+pub struct Plan<'a> {
+    /// The recording.
+    pub replayable: &'a Replayable,
+    /// Which part of it.
+    pub window: Window,
+    /// What of that to keep.
+    pub selection: Selection,
+    /// Threads that expand, at least 1.
+    pub jobs: usize,
+    /// Makes the software CPU as it is to run.
+    pub set_up: &'a (dyn Fn(&mut SoftEngine) + Sync),
+}
+
+/// What an expansion in pieces came to.
+#[derive(Debug, Default)]
+pub struct Pieces {
+    /// Instructions expanded.
+    pub instructions: u64,
+    /// What the filter left out.
+    pub left_out: LeftOut,
+    /// Where it ended; `None` if it was stopped before.
+    pub outcome: Option<Outcome>,
+    /// Checkpoints at which the machine was as they say.
+    pub checkpoints_verified: u64,
+}
+
+/// The window's pieces: each ends at a checkpoint, or with the window.
+pub fn pieces(replayable: &Replayable, window: Window) -> Vec<Window> {
+    let ticks = replayable.checkpoints().iter().map(|info| info.moment.tick);
+    let within = ticks.filter(|tick| (window.from + 1..window.to).contains(tick));
+    let bounds: Vec<u64> = [window.from].into_iter().chain(within).chain([window.to]).collect();
+    bounds.windows(2).map(|bounds| Window { from: bounds[0], to: bounds[1] }).collect()
+}
+
+/// Which of `count` pieces the share `number` (from 1) of `shares` has.
+pub fn share(count: usize, number: u32, shares: u32) -> Range<usize> {
+    let bound = |number: u32| (count as u64 * u64::from(number) / u64::from(shares)) as usize;
+    bound(number - 1)..bound(number)
+}
+
+/// What a worker tells of its piece.
+enum Message {
+    Segment(EncodedSegment),
+    Done { expanded: Box<Expanded<LeftOut>>, verified: bool },
+    Failed(ExpandError),
+}
+
+impl Plan<'_> {
+    /// Writes the native trace of the window.
+    ///
+    /// # Errors
+    /// If the recording or a checkpoint cannot be used, the replay does not come to a checkpoint's state
+    /// or diverges, or the trace cannot be written.
+    pub fn write<W: Write>(
+        &self,
+        writer: &mut TraceWriter<W>,
+        control: &Control,
+    ) -> Result<Pieces, ExpandError> {
+        let pieces = pieces(self.replayable, self.window);
+        let jobs = self.jobs.clamp(1, pieces.len());
+        // A single piece can still have its writer on a thread of its own.
+        let threads = if jobs < self.jobs { Threads::Two } else { Threads::One };
+        let (senders, receivers): (Vec<_>, Vec<_>) =
+            pieces.iter().map(|_| sync_channel(WAITING_SEGMENTS)).unzip();
+        let next = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for _ in 0..jobs {
+                scope.spawn(|| {
+                    let worker = Worker { plan: self, threads, control, machine: None };
+                    worker.work(&pieces, &senders, &next);
+                });
+            }
+            // Dropping the receivers ends workers that still have something to say.
+            let collected = collect(receivers, writer);
+            if collected.is_err() {
+                control.stop();
+            }
+            collected
+        })
+    }
+}
+
+/// Joins the pieces as they come, in order.
+fn collect<W: Write>(
+    receivers: Vec<Receiver<Message>>,
+    writer: &mut TraceWriter<W>,
+) -> Result<Pieces, ExpandError> {
+    let mut all = Pieces::default();
+    for receiver in receivers {
+        loop {
+            match receiver.recv() {
+                Ok(Message::Segment(segment)) => writer.append_segment(&segment)?,
+                Ok(Message::Failed(error)) => return Err(error),
+                Ok(Message::Done { expanded, verified }) => {
+                    all.instructions += expanded.instructions;
+                    all.left_out.add(expanded.observer);
+                    all.checkpoints_verified += u64::from(verified);
+                    all.outcome = expanded.outcome;
+                    break;
+                }
+                // The worker ended without a word: it panicked, which the scope tells.
+                Err(_) => return Ok(all),
+            }
+        }
+        let goes_on =
+            matches!(all.outcome, Some(Outcome { conclusion: Conclusion::TargetReached, .. }));
+        if !goes_on {
+            break;
+        }
+    }
+    Ok(all)
+}
+
+struct Worker<'a> {
+    plan: &'a Plan<'a>,
+    threads: Threads,
+    control: &'a Control,
+    /// The machine that stands at the end of the last piece.
+    machine: Option<Machine<SoftEngine, Replaying>>,
+}
+
+impl Worker<'_> {
+    /// Expands piece after piece, as long as there are any.
+    fn work(mut self, pieces: &[Window], senders: &[SyncSender<Message>], next: &AtomicUsize) {
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            let (Some(piece), Some(sender)) = (pieces.get(number), senders.get(number)) else {
+                break;
+            };
+            if self.control.is_stopped() {
+                let _ = sender.send(Message::Done {
+                    expanded: Box::new(Expanded {
+                        observer: LeftOut::default(),
+                        outcome: None,
+                        instructions: 0,
+                    }),
+                    verified: false,
+                });
+                break;
+            }
+            let message = self.expand(*piece, sender).unwrap_or_else(Message::Failed);
+            // If nobody listens any more, whoever did knows why.
+            if sender.send(message).is_err() {
+                break;
+            }
+        }
+        // Its memory goes with the process, which takes less time.
+        std::mem::forget(self.machine);
+    }
+
+    fn expand(
+        &mut self,
+        piece: Window,
+        sender: &SyncSender<Message>,
+    ) -> Result<Message, ExpandError> {
+        let mut machine = self.machine_at(piece.from)?;
+        let sender = sender.clone();
+        let hand_on = move |segment| {
+            let gone = TraceError::Contract("nobody joins the trace's pieces any more");
+            sender.send(Message::Segment(segment)).map_err(|_| gone)
+        };
+        let writer = SegmentWriter::new(CONTENTS, SegmentOptions::default(), hand_on)?;
+        let filter = Filter::new(self.plan.selection.clone(), writer);
+        let expanded = expand(&mut machine, piece, filter, self.threads, self.control)?;
+        if let Some(Outcome { conclusion: Conclusion::Diverged(divergence), .. }) =
+            &expanded.outcome
+        {
+            return Err(ExpandError::Diverged {
+                tick: divergence.moment.tick,
+                what: divergence.difference.to_string(),
+            });
+        }
+        let verified = self.verify(&mut machine)?;
+        self.machine = Some(machine);
+        let Expanded { observer, outcome, instructions } = expanded;
+        let observer = *observer.left_out();
+        let expanded = Box::new(Expanded { observer, outcome, instructions });
+        Ok(Message::Done { expanded, verified })
+    }
+
+    /// Compares the machine with the checkpoint that it stands at, if there is one.
+    fn verify(&self, machine: &mut Machine<SoftEngine, Replaying>) -> Result<bool, ExpandError> {
+        let tick = machine.engine().tick();
+        let checkpoints = self.plan.replayable.checkpoints();
+        let Some(info) = checkpoints.iter().find(|info| info.moment.tick == tick) else {
+            return Ok(false);
+        };
+        match compare(machine, info)? {
+            None => Ok(true),
+            Some(what) => Err(ExpandError::Checkpoint { tick, what }),
+        }
+    }
+
+    /// A machine that stands at `tick`, or at the checkpoint before it.
+    fn machine_at(&mut self, tick: u64) -> Result<Machine<SoftEngine, Replaying>, ExpandError> {
+        if let Some(machine) = self.machine.take_if(|machine| machine.engine().tick() == tick) {
+            return Ok(machine);
+        }
+        // As in `work`.
+        std::mem::forget(self.machine.take());
+        let replayable = self.plan.replayable;
+        start(replayable, replayable.nearest(tick), self.plan.set_up)
+    }
+}
+
+/// A replaying machine on the software CPU.
+///
+/// # Errors
+/// If the recording or the checkpoint cannot be used.
+pub fn start(
+    replayable: &Replayable,
+    at: Start,
+    set_up: &dyn Fn(&mut SoftEngine),
+) -> Result<Machine<SoftEngine, Replaying>, ExpandError> {
+    let verification = verification(replayable.recording().header(), "soft");
+    let make = |ram| {
+        let mut engine = SoftEngine::new(ram)?;
+        set_up(&mut engine);
+        Ok(engine)
+    };
+    let beginning = replayable.begin(at)?;
+    Ok(beginning.into_machine(make, |inputs| inputs.verifying(verification))?)
+}
