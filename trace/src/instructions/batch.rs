@@ -126,6 +126,7 @@ impl Batch {
 }
 
 /// Whether a word says that the run before it was cut.
+#[inline(always)]
 pub(crate) fn is_cut(word: u32) -> bool {
-    word >= CUT && word != EVENT
+    word.wrapping_sub(CUT) < EVENT - CUT
 }

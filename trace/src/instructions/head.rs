@@ -8,6 +8,12 @@ use crate::varint::{TakeError, Taker, put};
 pub(super) const MAX_SEGMENT_ITEMS: u64 = 1 << 28;
 /// The most blocks of one segment.
 pub(super) const MAX_SEGMENT_BLOCKS: usize = 1 << 18;
+/// The most instructions, and accesses with register writes, in a segment's definitions.
+pub(super) const MAX_SEGMENT_DEFINITIONS: usize = 1 << 22;
+/// The most words of values that a run brings.
+pub(super) const MAX_RUN_VALUES: usize = 1 << 20;
+/// Marks: the byte of a cut. The others are events.
+pub(super) const CUT_TAG: u8 = 0;
 
 /// How a segment is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,15 +12,17 @@ mod batch;
 mod block;
 mod columns;
 mod concat;
+mod decode;
 mod dictionary;
+mod encode;
 mod event;
+mod feed;
 pub mod filter;
 mod frames;
 mod head;
 mod predict;
 mod reader;
 mod run;
-mod segment;
 mod segment_writer;
 mod streams;
 mod writer;
@@ -38,10 +40,11 @@ pub use block::{
 };
 pub use concat::{Concat, joined_header};
 pub use event::{Delivery, Direction, Event, Marker, SystemAccessKind};
+pub use feed::Feed;
 pub use frames::{Share, Totals, TraceHeader};
 pub use head::{SegmentHead, SegmentOptions};
 pub use reader::{Ending, Outline, TraceIndex, TraceReader};
-pub use run::{Access, Feed, Observer, Position, Run, Step, Steps};
+pub use run::{Access, Observer, PlainRuns, Position, Run, Step, Steps};
 pub use segment_writer::{EncodedSegment, SegmentWriter};
 pub use writer::TraceWriter;
 
@@ -54,6 +57,13 @@ pub struct Contents {
     pub values: bool,
     /// Values written to registers.
     pub registers: bool,
+}
+
+impl Contents {
+    /// Whether there are addresses alone.
+    pub(crate) fn is_plain(self) -> bool {
+        !self.values && !self.registers
+    }
 }
 
 /// Why a trace cannot be written, read or shown.

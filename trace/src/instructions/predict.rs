@@ -1,16 +1,22 @@
 //! What a segment's writer and reader both expect next, from what both have seen: only surprises are
 //! stored. `FORMAT.md` gives the rules; a change to one is a new version of the format.
 
-use super::block::{BlockEnd, PAGE_BYTES, StaticAccess};
+use super::block::{BlockEnd, BlockRef, NO_BASE, PAGE_BYTES, StaticAccess};
 
-/// Places for base values: more than there are base numbers, so that finding one takes no division.
-const BASES: usize = 32;
+/// Cells of base values: as many as there are bytes, so that finding one takes no check.
+const CELLS: usize = 256;
+/// The cell that is always zero.
+const ZERO_CELL: u8 = 255;
 /// No block.
 pub(super) const NONE: u32 = u32::MAX;
-/// Bits of the successor table's index.
-const SUCCESSOR_BITS: u32 = 16;
-/// Bits of the address table's index.
-const ADDRESS_BITS: u32 = 16;
+/// Numbers of blocks have these bits; the rest of a table's entry tells contexts apart.
+const NUMBER_MASK: u32 = super::head::MAX_SEGMENT_BLOCKS as u32 - 1;
+/// Entries of the successor table.
+const SUCCESSORS: usize = 1 << 16;
+/// Entries of the table of addresses by the address before.
+const FOLLOWERS: usize = 1 << 15;
+/// The part of an address that is in it.
+const LOW: u64 = u32::MAX as u64;
 /// Bits of the page table's index.
 const PAGE_BITS: u32 = 12;
 /// Calls remembered: those deeper down are forgotten.
@@ -19,255 +25,332 @@ const CALLS: usize = 64;
 const HASH: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// The top `bits` bits of a multiplicative hash.
+#[inline(always)]
 fn hash(value: u64, bits: u32) -> usize {
     (value.wrapping_mul(HASH) >> (64 - bits)) as usize
 }
 
-/// What is known of a block's successors.
+/// A block of a segment: what its runs have, and what is known of its successors.
 #[derive(Clone, Copy, Debug)]
-struct Successors {
-    /// The last two different ones, the latest first.
-    latest: [u32; 2],
-    /// What ran last after a return to the call that ends this block.
-    after_return: u32,
+pub(super) struct KnownBlock {
+    /// The first of its accesses among all sites.
+    pub(super) first_site: u32,
+    /// Accesses of a whole run, if it does not vary.
+    pub(super) access_count: u32,
+    /// Its instructions.
+    pub(super) instruction_count: u16,
+    /// Only a run knows the number of its accesses.
+    pub(super) varies: bool,
     end: BlockEnd,
+    /// The last two different ones that surprised, the latest first.
+    latest: [u32; 2],
+    /// What surprised last after a return to the call that ends this block.
+    after_return: u32,
+}
+
+impl KnownBlock {
+    pub(super) fn new(block: BlockRef<'_>, first_site: usize) -> Self {
+        Self {
+            first_site: first_site as u32,
+            access_count: block.raw().access_count,
+            instruction_count: block.instruction_count() as u16,
+            varies: block.raw().varies,
+            end: block.end(),
+            latest: [NONE; 2],
+            after_return: NONE,
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn leads(&self) -> Leads {
+        Leads { end: self.end, latest: self.latest[0] }
+    }
+}
+
+/// Where among the blocks an execution is.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    /// The block that comes next if nothing surprises, or [`NONE`].
+    pub(super) expected: u32,
+    /// The block that came last.
+    last: u32,
+    history: u64,
+    /// Where in the table the next block belongs, and what is left of the hash.
+    slot: u16,
+    tag: u32,
+}
+
+const START: Place = Place { expected: NONE, last: NONE, history: 0, slot: 0, tag: 0 };
+
+/// What of a block decides what comes behind it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Leads {
+    end: BlockEnd,
+    latest: u32,
 }
 
 /// Expects blocks.
 #[derive(Debug)]
 pub(super) struct BlockPredictor {
-    blocks: Vec<Successors>,
-    /// By the three blocks before.
-    table: Vec<u32>,
-    history: u64,
-    last: u32,
+    pub(super) blocks: Vec<KnownBlock>,
+    pub(super) place: Place,
+    /// By the three blocks before: the number of the block that followed, and what is left of the hash.
+    table: Box<[u32; SUCCESSORS]>,
     calls: [u32; CALLS],
     depth: usize,
-    /// The block whose call the last block returned to.
+    /// The block whose call the last return belonged to.
     returned_to: u32,
-    index: usize,
 }
 
 impl BlockPredictor {
     pub(super) fn new() -> Self {
         Self {
             blocks: Vec::new(),
-            table: vec![NONE; 1 << SUCCESSOR_BITS],
-            history: 0,
-            last: NONE,
+            place: START,
+            table: Box::new([NONE; SUCCESSORS]),
             calls: [NONE; CALLS],
             depth: 0,
             returned_to: NONE,
-            index: 0,
         }
     }
 
     pub(super) fn clear(&mut self) {
         self.blocks.clear();
+        self.place = START;
         self.table.fill(NONE);
-        self.history = 0;
-        self.last = NONE;
         self.calls = [NONE; CALLS];
         self.depth = 0;
         self.returned_to = NONE;
-        self.index = 0;
     }
 
-    /// A block gets the next number.
-    pub(super) fn add(&mut self, end: BlockEnd) {
-        self.blocks.push(Successors { latest: [NONE; 2], after_return: NONE, end });
+    /// What else may come than what is expected, the likeliest first.
+    pub(super) fn alternatives(&self, place: Place) -> impl Iterator<Item = u32> + use<> {
+        let latest = self.blocks.get(place.last as usize).map_or([NONE; 2], |last| last.latest);
+        let followed = self.table[usize::from(place.slot)] & NUMBER_MASK;
+        let expected = place.expected;
+        [latest[0], latest[1], followed].into_iter().filter(move |one| *one != expected)
     }
 
-    /// The block that comes next if nothing surprises.
-    #[inline]
-    pub(super) fn expected(&self) -> u32 {
-        match self.blocks.get(self.returned_to as usize) {
-            Some(caller) if caller.after_return != NONE => caller.after_return,
-            _ => self.table[self.index],
-        }
-    }
-
-    /// What else may come, the likeliest first.
-    pub(super) fn alternatives(&self) -> [u32; 3] {
-        let latest = self.blocks.get(self.last as usize).map_or([NONE; 2], |last| last.latest);
-        [self.table[self.index], latest[0], latest[1]]
-    }
-
-    /// Block `id` came. It must have been added.
-    #[inline]
-    pub(super) fn take(&mut self, id: u32) {
-        if let Some(caller) = self.blocks.get_mut(self.returned_to as usize) {
-            caller.after_return = id;
-        }
-        if let Some(last) = self.blocks.get_mut(self.last as usize)
-            && last.latest[0] != id
-        {
+    /// Block `id` is about to come, and was not expected. It must have been added, and where it leads
+    /// is known only now.
+    pub(super) fn settle(&mut self, place: Place, id: u32) {
+        let Some(last) = self.blocks.get_mut(place.last as usize) else { return };
+        if last.latest[0] != id {
             last.latest = [id, last.latest[0]];
         }
-        self.table[self.index] = id;
-        self.history = self.history << 20 ^ u64::from(id);
-        self.index = hash(self.history << 4, SUCCESSOR_BITS);
-        self.last = id;
-        self.returned_to = NONE;
-        match self.blocks[id as usize].end {
-            BlockEnd::Other => {}
-            BlockEnd::Call => {
-                self.calls[self.depth % CALLS] = id;
-                self.depth = self.depth.wrapping_add(1);
-            }
-            BlockEnd::Return => {
-                self.depth = self.depth.wrapping_sub(1);
-                self.returned_to = std::mem::replace(&mut self.calls[self.depth % CALLS], NONE);
-            }
+        if last.end == BlockEnd::Return
+            && let Some(caller) = self.blocks.get_mut(self.returned_to as usize)
+        {
+            caller.after_return = id;
+        }
+    }
+
+    /// Block `id` came, which is `block`: where it leads.
+    #[inline(always)]
+    pub(super) fn next(&mut self, place: &mut Place, id: u32, block: Leads) {
+        self.table[usize::from(place.slot)] = place.tag | id;
+        place.history = place.history << 20 ^ u64::from(id);
+        let hash = (place.history << 4).wrapping_mul(HASH);
+        place.slot = (hash >> 48) as u16;
+        place.tag = (hash >> 16) as u32 & !NUMBER_MASK;
+        let followed = self.table[usize::from(place.slot)] ^ place.tag;
+        place.expected = if followed <= NUMBER_MASK { followed } else { block.latest };
+        place.last = id;
+        if block.end != BlockEnd::Other {
+            self.follow(place, block.end);
+        }
+    }
+
+    /// Goes down and up with calls and returns.
+    #[inline(always)]
+    fn follow(&mut self, place: &mut Place, end: BlockEnd) {
+        if end == BlockEnd::Call {
+            self.calls[self.depth % CALLS] = place.last;
+            self.depth = self.depth.wrapping_add(1);
+            return;
+        }
+        self.depth = self.depth.wrapping_sub(1);
+        self.returned_to = std::mem::replace(&mut self.calls[self.depth % CALLS], NONE);
+        if let Some(caller) = self.blocks.get(self.returned_to as usize)
+            && caller.after_return != NONE
+        {
+            place.expected = caller.after_return;
         }
     }
 }
 
-/// What is known of one access of one instruction.
+/// One access of one instruction. The address that it expects is its cell + `difference`. What is
+/// right most of the time is either a distance from the base register, whose value is the cell, or
+/// a stride from the last address; then the cell is zero.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Site {
+    difference: u64,
     /// Its last address.
     last: u64,
-    /// The step that it repeats.
-    stride: u64,
-    /// How far from `base + displacement` it is.
-    offset: u64,
+    /// What an address as expected adds to the cell.
+    advance: i32,
+    /// What an address as expected adds to `difference`.
+    stride: i32,
     displacement: i32,
     step: i16,
+    cell: u8,
     base: u8,
-    /// Bits 0-1: trust in the stride. Bits 2-3: trust in the offset. Bits 4-5: 2 and more mean that
-    /// the offset did better than the stride of late.
-    trust: u8,
+}
+
+/// What surprises have told of a site.
+#[derive(Clone, Copy, Debug, Default)]
+struct Surprises {
+    /// How far the last one was from the address before.
+    stride: u64,
+    /// How far the last one was from base + displacement.
+    offset: u64,
 }
 
 /// Expects addresses.
 #[derive(Debug)]
 pub(super) struct AddressPredictor {
     pub(super) sites: Vec<Site>,
+    surprises: Vec<Surprises>,
     /// What the base registers hold, as far as accesses tell.
-    pub(super) bases: [u64; BASES],
-    /// By the site and the access before it.
-    table: Vec<u64>,
-    pub(super) previous: u64,
+    pub(super) cells: [u64; CELLS],
+    /// By the site and the surprise before it.
+    followers: Box<[u32; FOLLOWERS]>,
+    /// The last address that surprised.
+    previous: u64,
 }
 
-/// Which way an address that surprised is found.
+/// How many ways there are to name an address that surprised, differences apart.
+pub(super) const CANDIDATES: usize = 5;
+
+/// What an address that surprised may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Surprise {
-    /// What the site's other rule gives.
-    pub(super) other: u64,
-    /// What followed the access before it last time.
-    pub(super) followed: u64,
-    /// Its last address.
-    pub(super) last: u64,
+    /// By what the last surprise would have made of it: a stride, an offset; then base +
+    /// displacement, what followed the access before it last time, the last address.
+    pub(super) candidates: [u64; CANDIDATES],
     slot: usize,
+}
+
+impl Surprise {
+    /// The address that differences lead from: the last one, and base + displacement.
+    pub(super) fn origins(&self) -> [u64; 2] {
+        [self.candidates[4], self.candidates[2]]
+    }
 }
 
 impl AddressPredictor {
     pub(super) fn new() -> Self {
         Self {
             sites: Vec::new(),
-            bases: [0; BASES],
-            table: vec![0; 1 << ADDRESS_BITS],
+            surprises: Vec::new(),
+            cells: [0; CELLS],
+            followers: Box::new([0; FOLLOWERS]),
             previous: 0,
         }
     }
 
     pub(super) fn clear(&mut self) {
         self.sites.clear();
-        self.bases = [0; BASES];
-        self.table.fill(0);
+        self.surprises.clear();
+        self.cells = [0; CELLS];
+        self.followers.fill(0);
         self.previous = 0;
     }
 
     /// Adds the sites of a block, in order.
-    pub(super) fn add(&mut self, accesses: &[StaticAccess]) {
-        self.sites.extend(accesses.iter().map(|access| Site {
-            last: 0,
-            stride: 0,
-            offset: 0,
-            displacement: access.displacement,
-            step: access.step,
-            base: access.base,
-            trust: 2 << 4,
-        }));
+    pub(super) fn add(&mut self, block: BlockRef<'_>) {
+        let accesses = block.static_accesses();
+        self.sites.extend(accesses.iter().map(|access| Site::new(access, block.linear())));
+        self.surprises.resize(self.sites.len(), Surprises::default());
     }
 
-    /// What else the address at a site may be.
+    /// What the address at a site may be if it is not the one expected.
+    #[inline]
     pub(super) fn surprise(&self, number: usize) -> Surprise {
-        let site = &self.sites[number];
-        let slot = hash(self.previous ^ (number as u64) << 40, ADDRESS_BITS);
-        Surprise {
-            other: site.expected(&self.bases).1,
-            followed: self.table[slot],
-            last: site.last,
-            slot,
+        let (site, before) = (&self.sites[number], &self.surprises[number]);
+        let key = self.previous ^ (number as u64) << 40;
+        let slot = (key.wrapping_mul(HASH) >> 49) as usize;
+        let origin =
+            self.cells[usize::from(site.base)].wrapping_add_signed(i64::from(site.displacement));
+        let candidates = [
+            site.last.wrapping_add(before.stride),
+            origin.wrapping_add(before.offset),
+            origin,
+            (site.last & !LOW) | u64::from(self.followers[slot]),
+            site.last,
+        ];
+        Surprise { candidates, slot }
+    }
+
+    /// The surprise turned out to be `address`. What holds twice in a row is expected from then on.
+    #[inline]
+    pub(super) fn settle(&mut self, number: usize, surprise: &Surprise, address: u64) {
+        self.followers[surprise.slot] = address as u32;
+        self.previous = address;
+        let (site, before) = (&mut self.sites[number], &mut self.surprises[number]);
+        let [_, _, origin, _, last] = surprise.candidates;
+        let (stride, offset) = (address.wrapping_sub(last), address.wrapping_sub(origin));
+        if site.base != NO_BASE && offset == before.offset {
+            site.expect_offset(offset);
+        } else if stride == before.stride {
+            site.expect_stride(stride);
         }
-    }
-
-    /// A surprise turned out to be `address`.
-    pub(super) fn settle(&mut self, surprise: Surprise, address: u64) {
-        self.table[surprise.slot] = address;
-    }
-}
-
-/// What becomes of [`Site::trust`]: by the trust before, plus 64 if the stride was right, plus 128 if
-/// the offset was.
-const NEXT_TRUST: [u8; 256] = {
-    let mut table = [0; 256];
-    let mut index = 0;
-    while index < 256 {
-        let (stride_right, offset_right) = (index & 64 != 0, index & 128 != 0);
-        let stride = next_trust((index & 3) as u8, stride_right);
-        let offset = next_trust((index >> 2 & 3) as u8, offset_right);
-        let mut choice = (index >> 4 & 3) as u8;
-        if offset_right && !stride_right && choice < 3 {
-            choice += 1;
-        } else if stride_right && !offset_right && choice > 0 {
-            choice -= 1;
+        (before.stride, before.offset) = (stride, offset);
+        let base = address.wrapping_sub(i64::from(site.displacement) as u64);
+        self.cells[usize::from(site.base)] = base.wrapping_add_signed(i64::from(site.step));
+        if site.cell == ZERO_CELL {
+            site.difference = address.wrapping_add_signed(i64::from(site.stride));
         }
-        table[index] = stride | offset << 2 | choice << 4;
-        index += 1;
-    }
-    table
-};
-
-/// Trust grows to 2 and shrinks to 0 by steps of one.
-const fn next_trust(trust: u8, right: bool) -> u8 {
-    if !right {
-        trust.saturating_sub(1)
-    } else if trust < 2 {
-        trust + 1
-    } else {
-        2
+        site.last = address;
     }
 }
 
 impl Site {
-    /// The address that comes next if nothing surprises, and what the other rule gives.
-    #[inline(always)]
-    pub(super) fn expected(&self, bases: &[u64; BASES]) -> (u64, u64) {
-        let by_offset = bases[usize::from(self.base) % BASES]
-            .wrapping_add_signed(i64::from(self.displacement))
-            .wrapping_add(self.offset);
-        let by_stride = self.last.wrapping_add(self.stride);
-        if self.trust >= 2 << 4 { (by_offset, by_stride) } else { (by_stride, by_offset) }
+    fn new(access: &StaticAccess, linear: u64) -> Self {
+        let mut site = Self {
+            difference: linear,
+            last: linear,
+            advance: 0,
+            stride: 0,
+            displacement: access.displacement,
+            step: access.step,
+            cell: ZERO_CELL,
+            base: access.base,
+        };
+        if access.base != NO_BASE {
+            site.expect_offset(0);
+        }
+        site
     }
 
-    /// `address` came.
+    fn expect_offset(&mut self, offset: u64) {
+        // An offset that no loop makes is none to expect.
+        let advance = i32::try_from(offset as i64).ok();
+        let Some(advance) = advance.and_then(|one| one.checked_add(i32::from(self.step))) else {
+            return;
+        };
+        self.difference = offset.wrapping_add_signed(i64::from(self.displacement));
+        (self.cell, self.advance, self.stride) = (self.base, advance, 0);
+    }
+
+    fn expect_stride(&mut self, stride: u64) {
+        if let Ok(stride) = i32::try_from(stride as i64) {
+            (self.cell, self.advance, self.stride) = (ZERO_CELL, 0, stride);
+        }
+    }
+
+    /// The address that comes next if nothing surprises.
     #[inline(always)]
-    pub(super) fn take(&mut self, bases: &mut [u64; BASES], address: u64) {
-        let base = &mut bases[usize::from(self.base) % BASES];
-        let origin = address.wrapping_sub(i64::from(self.displacement) as u64);
-        let offset = origin.wrapping_sub(*base);
-        *base = origin.wrapping_add_signed(i64::from(self.step));
-        let stride = address.wrapping_sub(self.last);
-        let (stride_right, offset_right) = (stride == self.stride, offset == self.offset);
-        // What was right stays the same when it is replaced.
-        self.stride = if self.trust & 3 == 0 { stride } else { self.stride };
-        self.offset = if self.trust & 12 == 0 { offset } else { self.offset };
-        let index = self.trust & 63 | u8::from(stride_right) << 6 | u8::from(offset_right) << 7;
-        self.trust = NEXT_TRUST[usize::from(index)];
+    pub(super) fn expected(&self, cells: &[u64; CELLS]) -> u64 {
+        cells[usize::from(self.cell)].wrapping_add(self.difference)
+    }
+
+    /// The address that was expected came.
+    #[inline(always)]
+    pub(super) fn pass(&mut self, cells: &mut [u64; CELLS], address: u64) {
+        let cell = &mut cells[usize::from(self.cell)];
+        *cell = cell.wrapping_add_signed(i64::from(self.advance));
+        self.difference = self.difference.wrapping_add_signed(i64::from(self.stride));
         self.last = address;
     }
 }
@@ -276,14 +359,14 @@ impl Site {
 #[derive(Debug)]
 pub(super) struct PagePredictor {
     /// Linear page and guest-physical page, by the linear one.
-    table: Vec<(u64, u64)>,
+    table: Box<[(u64, u64); 1 << PAGE_BITS]>,
     /// What the last surprise added to its linear page.
     distance: u64,
 }
 
 impl PagePredictor {
     pub(super) fn new() -> Self {
-        Self { table: vec![(u64::MAX, 0); 1 << PAGE_BITS], distance: 0 }
+        Self { table: Box::new([(u64::MAX, 0); 1 << PAGE_BITS]), distance: 0 }
     }
 
     pub(super) fn clear(&mut self) {
@@ -291,11 +374,18 @@ impl PagePredictor {
         self.distance = 0;
     }
 
-    /// The page behind `linear`, an address.
-    pub(super) fn expected(&self, linear: u64) -> u64 {
+    /// The page behind `linear`, an address, if that was met.
+    #[inline(always)]
+    pub(super) fn known(&self, linear: u64) -> Option<u64> {
         let page = linear / PAGE_BYTES;
         let (known, physical) = self.table[hash(page, PAGE_BITS)];
-        if known == page { physical } else { page.wrapping_add(self.distance) }
+        (known == page).then_some(physical)
+    }
+
+    /// The page that is expected behind `linear`, an address.
+    pub(super) fn expected(&self, linear: u64) -> u64 {
+        let met = self.known(linear);
+        met.unwrap_or_else(|| (linear / PAGE_BYTES).wrapping_add(self.distance))
     }
 
     /// `physical` is the page behind `linear`, an address.

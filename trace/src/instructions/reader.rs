@@ -5,13 +5,14 @@
 use std::io::{Read, Seek, SeekFrom, Write};
 
 use super::batch::Batch;
+use super::decode::SegmentDecoder;
+use super::feed::walk;
 use super::frames::{
     End, FOOTER_BYTES, FRAME_HEAD_BYTES, Found, FrameKind, IndexEntry, PREAMBLE_BYTES, Totals,
     TraceHeader, end_offset, read_frame, read_preamble,
 };
 use super::head::{Fault, SegmentHead};
-use super::run::{Observer, walk};
-use super::segment::SegmentDecoder;
+use super::run::Observer;
 use super::writer::TraceWriter;
 use super::{Event, TraceError};
 use crate::varint::Taker;

@@ -1,10 +1,9 @@
-//! Runs of blocks with their accesses, as consumers see them, and the walk that makes them from
-//! batches.
+//! Runs of blocks with their accesses, as consumers see them.
 
-use super::batch::{Batch, CUT, Definition, EVENT, MAX_RUN_ACCESSES, is_cut};
+use super::TraceError;
+use super::batch::is_cut;
 use super::block::{AccessKind, BlockRef, Blocks, InstructionRef, PAGE_BYTES, StaticAccess};
 use super::event::{Event, Marker};
-use super::{Contents, TraceError};
 
 /// Where in an execution a trace, or a piece of one, begins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -63,6 +62,19 @@ pub trait Observer {
     /// If the observer cannot go on; it is not called again then.
     fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError>;
 
+    /// Blocks ran, one after the other. An observer that has nothing better to do with many at once
+    /// leaves this as it is: then each of them comes to [`Observer::run`].
+    ///
+    /// # Errors
+    /// If the observer cannot go on; it is not called again then.
+    #[inline]
+    fn runs(&mut self, runs: &mut PlainRuns<'_>) -> Result<(), TraceError> {
+        for run in runs.by_ref() {
+            self.run(&run)?;
+        }
+        Ok(())
+    }
+
     /// Something happened, behind or within the run before.
     ///
     /// # Errors
@@ -89,6 +101,10 @@ impl<O: Observer + ?Sized> Observer for &mut O {
 
     fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
         (**self).run(run)
+    }
+
+    fn runs(&mut self, runs: &mut PlainRuns<'_>) -> Result<(), TraceError> {
+        (**self).runs(runs)
     }
 
     fn event(&mut self, event: &Event) -> Result<(), TraceError> {
@@ -372,251 +388,58 @@ impl<'a> Step<'a> {
     }
 }
 
-/// Accesses of a run that come from one stretch of the block's list of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Group {
-    /// The first of the stretch.
-    pub(super) first: usize,
-    /// How long the stretch is.
-    pub(super) length: usize,
-    /// How many accesses were made, going round.
-    pub(super) total: usize,
+/// Whether each physical address is at the same place in its page as the linear one.
+#[inline]
+pub(super) fn are_in_place(linear: &[u64], physical: &[u64]) -> bool {
+    let apart = linear.iter().zip(physical).fold(0, |apart, (a, b)| apart | (a ^ b));
+    linear.len() == physical.len() && apart % PAGE_BYTES == 0
 }
 
-/// Which accesses a run of the instructions from `first` to `end` made, counted from those of the
-/// instruction `first`. `next_count` tells how often the next repeated instruction made its own.
-pub(super) fn groups(
-    block: BlockRef<'_>,
-    (first, end): (usize, usize),
-    unretired_accesses: usize,
-    mut next_count: impl FnMut() -> Result<u32, TraceError>,
-    groups: &mut Vec<Group>,
-) -> Result<(), TraceError> {
-    let (mut position, mut sum) = (0, 0);
-    groups.clear();
-    for (index, instruction) in block.instructions().enumerate().take(end + 1).skip(first) {
-        let length = instruction.accesses().len();
-        let total = if index == end {
-            let most = if instruction.is_repeated() { MAX_RUN_ACCESSES } else { length };
-            if unretired_accesses > most || (length == 0 && unretired_accesses > 0) {
-                return Err(TraceError::Contract(
-                    "an instruction made accesses that it cannot make",
-                ));
-            }
-            unretired_accesses
-        } else if instruction.is_repeated() {
-            length * next_count()? as usize
-        } else {
-            length
-        };
-        sum += total;
-        if sum > MAX_RUN_ACCESSES {
-            return Err(TraceError::Contract("a run has more accesses than MAX_RUN_ACCESSES"));
-        }
-        if total > 0 {
-            groups.push(Group { first: position, length, total });
-        }
-        position += length;
-    }
-    Ok(())
+/// Whole runs with nothing but addresses, as far as nothing else comes between. Whoever is given them
+/// takes all of them.
+#[derive(Clone, Copy, Debug)]
+pub struct PlainRuns<'a> {
+    pub(super) blocks: &'a Blocks,
+    pub(super) words: &'a [u32],
+    pub(super) addresses: &'a [u64],
+    pub(super) physical: &'a [u64],
+    pub(super) has_physical: bool,
 }
 
-/// Takes batches from a producer, keeps the blocks that they define, and shows observers the runs.
-#[derive(Debug, Default)]
-pub struct Feed {
-    contents: Contents,
-    blocks: Blocks,
-}
+impl<'a> Iterator for PlainRuns<'a> {
+    type Item = Run<'a>;
 
-impl Feed {
-    /// For batches that have these contents.
-    pub fn new(contents: Contents) -> Self {
-        Self { contents, blocks: Blocks::default() }
-    }
-
-    /// The blocks defined so far.
-    pub fn blocks(&self) -> &Blocks {
-        &self.blocks
-    }
-
-    /// Shows `observer` what is in `batch`.
-    ///
-    /// # Errors
-    /// If the batch does not keep the contract (then nothing behind the fault was shown), or the
-    /// observer fails.
-    pub fn push(
-        &mut self,
-        batch: &Batch,
-        observer: &mut (impl Observer + ?Sized),
-    ) -> Result<(), TraceError> {
-        if batch.restart {
-            self.blocks.clear();
-            observer.new_blocks();
-        }
-        for Definition { id, block } in &batch.definitions {
-            if *id as usize != self.blocks.len() {
-                return Err(TraceError::Contract("blocks are numbered in the order of definition"));
-            }
-            self.blocks.define(block)?;
-        }
-        walk(&self.blocks, self.contents, batch, observer)
-    }
-}
-
-/// Shows `observer` the runs and events of a batch, whose definitions are in `blocks` already.
-pub(super) fn walk(
-    blocks: &Blocks,
-    contents: Contents,
-    batch: &Batch,
-    observer: &mut (impl Observer + ?Sized),
-) -> Result<(), TraceError> {
-    let mut walker = Walker {
-        blocks,
-        contents,
-        has_more: contents != Contents::default(),
-        words: &batch.words,
-        addresses: &batch.addresses,
-        counts: &batch.counts,
-        physical: &batch.physical,
-        values: &batch.values,
-        registers: &batch.registers,
-        groups: Vec::new(),
-    };
-    let mut events = batch.events.iter();
-    while let Some((word, rest)) = walker.words.split_first() {
-        walker.words = rest;
-        if *word == EVENT {
-            let event = events.next();
-            observer.event(event.ok_or(TraceError::Contract("an event is missing"))?)?;
-        } else {
-            match walker.plain_run(*word) {
-                Some(run) => observer.run(&run)?,
-                None => observer.run(&walker.run(*word)?)?,
-            }
-        }
-    }
-    let at_end = walker.addresses.is_empty()
-        && walker.counts.is_empty()
-        && walker.physical.is_empty()
-        && walker.values.is_empty()
-        && walker.registers.is_empty()
-        && events.as_slice().is_empty();
-    if at_end { Ok(()) } else { Err(TraceError::Contract("a batch has more than its words say")) }
-}
-
-/// What of a batch is yet to come.
-struct Walker<'a> {
-    blocks: &'a Blocks,
-    contents: Contents,
-    /// There is more than addresses.
-    has_more: bool,
-    words: &'a [u32],
-    addresses: &'a [u64],
-    counts: &'a [u32],
-    physical: &'a [u64],
-    values: &'a [u64],
-    registers: &'a [u64],
-    groups: Vec<Group>,
-}
-
-/// The next `count` of a column.
-#[inline(always)]
-fn take<'a, T>(column: &mut &'a [T], count: usize) -> Result<&'a [T], TraceError> {
-    let (taken, rest) = column
-        .split_at_checked(count)
-        .ok_or(TraceError::Contract("a batch has less than its words say"))?;
-    *column = rest;
-    Ok(taken)
-}
-
-impl<'a> Walker<'a> {
-    /// The run that `word` names, if it is whole and has nothing but addresses: nearly all are.
     #[inline(always)]
-    fn plain_run(&mut self, word: u32) -> Option<Run<'a>> {
-        let block = self.blocks.get(word)?;
+    fn next(&mut self) -> Option<Run<'a>> {
+        let (id, words) = self.words.split_first()?;
+        let block = self.blocks.get(*id)?;
         let raw = block.raw();
-        if self.has_more || raw.varies || self.words.first().is_some_and(|word| is_cut(*word)) {
+        if raw.varies || words.first().is_some_and(|word| is_cut(*word)) {
             return None;
         }
-        let (addresses, rest) = self.addresses.split_at_checked(raw.access_count as usize)?;
-        self.addresses = rest;
+        let count = raw.access_count as usize;
+        let (addresses, rest) = self.addresses.split_at_checked(count)?;
+        let mut physical: &[u64] = &[];
+        if self.has_physical {
+            let rest;
+            (physical, rest) = self.physical.split_at_checked(count)?;
+            if !are_in_place(addresses, physical) {
+                return None;
+            }
+            self.physical = rest;
+        }
+        (self.words, self.addresses) = (words, rest);
         Some(Run {
-            id: word,
+            id: *id,
             block,
             first: 0,
             end: raw.instruction_count as usize,
             unretired_accesses: 0,
             addresses,
             counts: &[],
-            physical: &[],
+            physical,
             values: &[],
             registers: &[],
         })
-    }
-
-    /// The run that `word` names.
-    fn run(&mut self, word: u32) -> Result<Run<'a>, TraceError> {
-        let block =
-            self.blocks.get(word).ok_or(TraceError::Contract("a word names no defined block"))?;
-        let is_cut = self.words.first().is_some_and(|word| is_cut(*word));
-        self.run_with_more(word, block, is_cut)
-    }
-
-    /// Any run.
-    fn run_with_more(
-        &mut self,
-        id: u32,
-        block: BlockRef<'a>,
-        is_cut: bool,
-    ) -> Result<Run<'a>, TraceError> {
-        let (mut end, mut unretired_accesses) = (block.instruction_count(), 0);
-        if is_cut {
-            let words = take(&mut self.words, 2)?;
-            let retired = (words[0] & !CUT) as usize;
-            if retired >= end || words[1] as usize > MAX_RUN_ACCESSES {
-                return Err(TraceError::Contract("a cut run retires less than its block"));
-            }
-            (end, unretired_accesses) = (retired, words[1] as usize);
-        }
-        let counts = self.counts;
-        let next = || Ok(take(&mut self.counts, 1)?[0]);
-        groups(block, (0, end), unretired_accesses, next, &mut self.groups)?;
-        let count = self.groups.iter().map(|group| group.total).sum();
-        let addresses = take(&mut self.addresses, count)?;
-        let mut run = Run {
-            id,
-            block,
-            first: 0,
-            end,
-            unretired_accesses,
-            addresses,
-            counts: &counts[..counts.len() - self.counts.len()],
-            physical: &[],
-            values: &[],
-            registers: &[],
-        };
-        if self.contents.physical {
-            run.physical = take(&mut self.physical, count)?;
-            let same_place = |(a, b): (&u64, &u64)| (a ^ b) % PAGE_BYTES == 0;
-            if !run.physical.iter().zip(addresses).all(same_place) {
-                return Err(TraceError::Contract(
-                    "linear and physical address differ in their page",
-                ));
-            }
-        }
-        if self.contents.values {
-            let list = block.static_accesses();
-            let words = |group: &Group| {
-                value_words(&list[group.first..group.first + group.length], group.total)
-            };
-            run.values = take(&mut self.values, self.groups.iter().map(words).sum())?;
-        }
-        if self.contents.registers {
-            let retired = block.instructions().take(end);
-            let writes = retired.flat_map(|instruction| instruction.register_writes());
-            let words = writes.map(|write| usize::from(write.words)).sum();
-            run.registers = take(&mut self.registers, words)?;
-        }
-        Ok(run)
     }
 }

@@ -1,10 +1,10 @@
 //! Encodes segments and hands each on as it is whole: for whoever makes a trace of several pieces at
 //! once and joins them in order ([`super::TraceWriter::append_segment`]).
 
+use super::encode::SegmentEncoder;
 use super::event::Event;
 use super::head::{SegmentHead, SegmentOptions};
-use super::run::{Observer, Position, Run};
-use super::segment::SegmentEncoder;
+use super::run::{Observer, PlainRuns, Position, Run};
 use super::{Contents, TraceError};
 
 /// A segment of a trace, encoded. It needs no other to be read.
@@ -57,6 +57,13 @@ impl<S: FnMut(EncodedSegment) -> Result<(), TraceError>> Observer for SegmentWri
 
     fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
         if self.encoder.run(run)? { self.cut() } else { Ok(()) }
+    }
+
+    fn runs(&mut self, runs: &mut PlainRuns<'_>) -> Result<(), TraceError> {
+        while self.encoder.runs(runs)? {
+            self.cut()?;
+        }
+        Ok(())
     }
 
     fn event(&mut self, event: &Event) -> Result<(), TraceError> {

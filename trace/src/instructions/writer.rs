@@ -2,12 +2,12 @@
 
 use std::io::Write;
 
+use super::encode::SegmentEncoder;
 use super::frames::{
     End, FORMAT_VERSION, FrameKind, IndexEntry, Totals, TraceHeader, footer, preamble, write_frame,
 };
 use super::head::{SegmentHead, SegmentOptions};
-use super::run::{Observer, Position, Run};
-use super::segment::SegmentEncoder;
+use super::run::{Observer, PlainRuns, Position, Run};
 use super::segment_writer::EncodedSegment;
 use super::{Event, TraceError};
 
@@ -161,6 +161,14 @@ impl<W: Write> Observer for TraceWriter<W> {
     fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
         self.begun = true;
         if self.encoder.run(run)? { self.cut() } else { Ok(()) }
+    }
+
+    fn runs(&mut self, runs: &mut PlainRuns<'_>) -> Result<(), TraceError> {
+        self.begun |= !runs.words.is_empty();
+        while self.encoder.runs(runs)? {
+            self.cut()?;
+        }
+        Ok(())
     }
 
     fn event(&mut self, event: &Event) -> Result<(), TraceError> {
