@@ -4,7 +4,7 @@
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use reprise_trace::instructions::{Event, Observer, Position, Run, TraceError};
+use reprise_trace::instructions::{Event, Observer, PlainRuns, Position, Run, TraceError};
 
 use crate::bbv::{self, BasicBlockVectors};
 use crate::champsim::ChampSim;
@@ -335,6 +335,10 @@ impl Observer for Export {
         self.exporter.run(run)
     }
 
+    fn runs(&mut self, runs: &mut PlainRuns<'_>) -> Result<(), TraceError> {
+        self.exporter.runs(runs)
+    }
+
     fn event(&mut self, event: &Event) -> Result<(), TraceError> {
         self.exporter.event(event)
     }
@@ -374,6 +378,10 @@ impl<O: Observer> Observer for Stream<O> {
 
     fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
         self.observer.run(run)
+    }
+
+    fn runs(&mut self, runs: &mut PlainRuns<'_>) -> Result<(), TraceError> {
+        self.observer.runs(runs)
     }
 
     fn event(&mut self, event: &Event) -> Result<(), TraceError> {

@@ -244,7 +244,9 @@ impl SegmentEncoder {
             put(out, run.retired() as u64);
             put(out, run.unretired_accesses as u64);
         }
-        if !is_cut && !block.varies && run.addresses.len() == block.access_count as usize {
+        let is_whole =
+            !is_cut && !block.varies && run.addresses.len() == block.access_count as usize;
+        if is_whole {
             let before = self.head.accesses;
             self.addresses.put(&mut self.columns, first_site, run.addresses, before);
         } else {
@@ -258,7 +260,9 @@ impl SegmentEncoder {
         }
         self.head.accesses += run.addresses.len() as u64;
         self.head.instructions += run.retired() as u64;
-        Ok(self.head.instructions >= self.options.instructions || self.is_full())
+        let look = !(is_whole && self.contents.is_plain())
+            || self.head.runs.is_multiple_of(RUNS_BETWEEN_LOOKS);
+        Ok(self.head.instructions >= self.options.instructions || (look && self.is_full()))
     }
 
     /// Takes an event; true if the segment is to be finished now.

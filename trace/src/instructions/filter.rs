@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::TraceError;
 use super::event::Event;
-use super::run::{Observer, Position, Run};
+use super::run::{Observer, PlainRuns, Position, Run};
 
 /// Code of which privilege to keep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,6 +122,8 @@ impl LeftOut {
 #[derive(Debug)]
 pub struct Filter<O> {
     selection: Selection,
+    /// The selection leaves nothing out.
+    keeps_all: bool,
     left_out: LeftOut,
     position: Position,
     observer: O,
@@ -138,6 +140,7 @@ impl<O: Observer> Filter<O> {
     /// Before `observer`.
     pub fn new(selection: Selection, observer: O) -> Self {
         Self {
+            keeps_all: selection == Selection::default(),
             selection,
             left_out: LeftOut::default(),
             position: Position::default(),
@@ -306,6 +309,9 @@ impl<O: Observer> Observer for Filter<O> {
     }
 
     fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
+        if self.keeps_all {
+            return self.observer.run(run);
+        }
         let retired = run.retired() as u64;
         if let Some(counter) = self.reason_for_run(run) {
             *counter += retired;
@@ -322,7 +328,17 @@ impl<O: Observer> Observer for Filter<O> {
         Ok(())
     }
 
+    fn runs(&mut self, runs: &mut PlainRuns<'_>) -> Result<(), TraceError> {
+        if self.keeps_all {
+            return self.observer.runs(runs);
+        }
+        runs.try_for_each(|run| self.run(&run))
+    }
+
     fn event(&mut self, event: &Event) -> Result<(), TraceError> {
+        if self.keeps_all {
+            return self.observer.event(event);
+        }
         self.position.pass_event(event);
         match event {
             Event::AddressSpace { .. } | Event::Marker(_) | Event::Dma { .. } => {

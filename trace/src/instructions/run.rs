@@ -69,10 +69,7 @@ pub trait Observer {
     /// If the observer cannot go on; it is not called again then.
     #[inline]
     fn runs(&mut self, runs: &mut PlainRuns<'_>) -> Result<(), TraceError> {
-        for run in runs.by_ref() {
-            self.run(&run)?;
-        }
-        Ok(())
+        runs.try_for_each(|run| self.run(&run))
     }
 
     /// Something happened, behind or within the run before.

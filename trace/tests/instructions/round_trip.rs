@@ -3,7 +3,8 @@
 use std::io::{Cursor, Read};
 
 use reprise_trace::instructions::{
-    Contents, Ending, Event, Feed, Position, SegmentOptions, TraceReader, TraceWriter,
+    Contents, Ending, Event, Feed, Observer, Position, Run, SegmentOptions, TraceError,
+    TraceReader, TraceWriter,
 };
 
 use crate::account::{Account, Sample, feed, header, read};
@@ -75,6 +76,34 @@ fn the_bytes_do_not_depend_on_how_the_trace_came_in_batches() {
     let one = write(usize::MAX);
     assert_eq!(one, write(1000));
     assert_eq!(one, write(1));
+}
+
+/// Hands on runs one by one, whoever gives it many at once.
+struct OneByOne<O>(O);
+
+impl<O: Observer> Observer for OneByOne<O> {
+    fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
+        self.0.run(run)
+    }
+
+    fn event(&mut self, event: &Event) -> Result<(), TraceError> {
+        self.0.event(event)
+    }
+}
+
+#[test]
+fn the_bytes_do_not_depend_on_whether_runs_come_one_by_one() {
+    for contents in contents() {
+        let options = Options { contents, ..Options::new(9) };
+        let segments = SegmentOptions { instructions: 4_001, ..SegmentOptions::default() };
+        let create = || TraceWriter::create(Vec::new(), &header(contents), segments);
+        let mut whole = create().expect("writes");
+        let mut single = OneByOne(create().expect("writes"));
+        feed(options, 20_000, 5_000, &mut whole);
+        feed(options, 20_000, 5_000, &mut single);
+        let (whole, single) = (whole.finish(&[]), single.0.finish(&[]));
+        assert_eq!(whole.expect("finishes"), single.expect("finishes"), "{contents:?}");
+    }
 }
 
 #[test]
@@ -161,7 +190,7 @@ fn two_observers_see_the_same() {
 
 /// A file of format version 2, and the CRC32C of what reading it shows, as text. If this fails, the
 /// format has changed: raise its version.
-const VERSION_2: (&[u8], u32) = (include_bytes!("version-2.trace"), 0x9d654f76);
+const VERSION_2: (&[u8], u32) = (include_bytes!("version-2.trace"), 0x9d65_4f76);
 
 #[test]
 fn a_file_of_version_2_still_reads() {
