@@ -92,6 +92,7 @@ pub fn expand<O, I>(
     machine: &mut Machine<SoftEngine, I>,
     window: Window,
     mut observer: O,
+    contents: Contents,
     threads: Threads,
     control: &Control,
 ) -> Result<Expanded<O>, ExpandError>
@@ -109,8 +110,8 @@ where
     }
     let first = machine.engine().tick();
     observer.begin(&machine.engine().trace_position())?;
-    let (sink, receiver) = pipeline::lay(observer, threads, control)?;
-    machine.engine().start_trace(sink);
+    let (sink, receiver) = pipeline::lay(observer, contents, threads, control)?;
+    machine.engine().start_trace(sink, contents);
     let outcome = machine.run_until(window.to);
     machine.engine().stop_trace();
     let observer = receiver.finish()?;
@@ -122,6 +123,3 @@ where
     };
     Ok(Expanded { observer, outcome, instructions })
 }
-
-/// What a trace made here has beside instructions and linear addresses.
-pub const CONTENTS: Contents = Contents { physical: false, values: false, registers: false };

@@ -18,10 +18,10 @@ use reprise_machine::outcome::{Conclusion, Outcome};
 use reprise_replay::{Replayable, Start, compare, verification};
 use reprise_trace::instructions::filter::{Filter, LeftOut, Selection};
 use reprise_trace::instructions::{
-    EncodedSegment, SegmentOptions, SegmentWriter, TraceError, TraceWriter,
+    Contents, EncodedSegment, SegmentOptions, SegmentWriter, TraceError, TraceWriter,
 };
 
-use crate::{CONTENTS, Control, ExpandError, Expanded, Threads, Window, expand};
+use crate::{Control, ExpandError, Expanded, Threads, Window, expand};
 
 /// Segments of one piece that may wait for their turn: some hundred MiB at most, and more instructions
 /// than lie between two checkpoints as `record` makes them.
@@ -33,6 +33,8 @@ pub struct Plan<'a> {
     pub replayable: &'a Replayable,
     /// Which part of it.
     pub window: Window,
+    /// What the trace has beside instructions and linear addresses.
+    pub contents: Contents,
     /// What of that to keep.
     pub selection: Selection,
     /// Threads that expand, at least 1.
@@ -189,9 +191,10 @@ impl Worker<'_> {
             let gone = TraceError::Contract("nobody joins the trace's pieces any more");
             sender.send(Message::Segment(segment)).map_err(|_| gone)
         };
-        let writer = SegmentWriter::new(CONTENTS, SegmentOptions::default(), hand_on)?;
+        let writer = SegmentWriter::new(self.plan.contents, SegmentOptions::default(), hand_on)?;
         let filter = Filter::new(self.plan.selection.clone(), writer);
-        let expanded = expand(&mut machine, piece, filter, self.threads, self.control)?;
+        let expanded =
+            expand(&mut machine, piece, filter, self.plan.contents, self.threads, self.control)?;
         if let Some(Outcome { conclusion: Conclusion::Diverged(divergence), .. }) =
             &expanded.outcome
         {

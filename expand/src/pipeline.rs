@@ -5,9 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use reprise_cpu::tracing::BatchSink;
 use reprise_export::background::Background;
-use reprise_trace::instructions::{Batch, Feed, Observer, TraceError};
-
-use crate::CONTENTS;
+use reprise_trace::instructions::{Batch, Contents, Feed, Observer, TraceError};
 
 /// How many threads an expansion takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,12 +70,13 @@ pub(crate) struct Receiver<O> {
 /// Lays a pipeline to `observer`, which has begun.
 pub(crate) fn lay<O: Observer + Send + 'static>(
     observer: O,
+    contents: Contents,
     threads: Threads,
     control: &Control,
 ) -> Result<(Box<dyn BatchSink>, Receiver<O>), TraceError> {
     let way = match threads {
-        Threads::One => Way::InLine { feed: Feed::new(CONTENTS), observer },
-        Threads::Two => Way::OnThread(Background::start(CONTENTS, observer)?),
+        Threads::One => Way::InLine { feed: Feed::new(contents), observer },
+        Threads::Two => Way::OnThread(Background::start(contents, observer)?),
     };
     let pipeline = Arc::new(Mutex::new(Pipeline { way, failure: None }));
     let sink = Sink { pipeline: pipeline.clone(), control: control.clone() };

@@ -27,10 +27,11 @@ pub(crate) const BLOCK_RIP: u8 = 17;
 pub(crate) const BUDGET: u8 = 18;
 pub(crate) const LEFT_AT: u8 = 19;
 pub(crate) const TEMPORARY: u8 = 20;
-/// Indices into [`Registers::gpr`] of where translated code appends to a trace: block numbers, and
-/// addresses of accesses.
+/// Indices into [`Registers::gpr`] of where translated code appends to a trace: block numbers, linear and
+/// host addresses of accesses.
 pub(crate) const TRACE_WORDS: u8 = 21;
 pub(crate) const TRACE_ADDRESSES: u8 = 22;
+pub(crate) const TRACE_PHYSICAL: u8 = 23;
 /// Index into [`Registers::segment_base`] of a base that is always zero.
 pub(crate) const NO_SEGMENT: u8 = 6;
 

@@ -8,7 +8,7 @@ use reprise_machine::engine::{Access, Engine, EngineError, Exit, FlagKick, Kick}
 use reprise_machine::ram::GuestRam;
 use reprise_trace::checkpoint::EngineState;
 use reprise_trace::cpu_state::{CpuState, RCX};
-use reprise_trace::instructions::Position;
+use reprise_trace::instructions::{Contents, Position};
 use reprise_trace::moment::{Moment, TickKind};
 
 use crate::cpu::{AnsweredAccess, Cpu};
@@ -67,8 +67,11 @@ impl SoftEngine {
     }
 
     /// Traces everything that the guest executes from here on.
-    pub fn start_trace(&mut self, sink: Box<dyn BatchSink>) {
-        self.cpu.start_trace(sink);
+    ///
+    /// # Panics
+    /// If values are asked for, which no trace has yet.
+    pub fn start_trace(&mut self, sink: Box<dyn BatchSink>, contents: Contents) {
+        self.cpu.start_trace(sink, contents);
     }
 
     /// Ends the trace; the sink gets what is left. Without a trace nothing happens.

@@ -38,6 +38,9 @@ pub struct ExpandArgs {
     /// Expand only share I of N, for array jobs; `reprise trace concat` joins them
     #[arg(long, value_name = "I/N", value_parser = parse_segment)]
     pub(crate) segment: Option<(u32, u32)>,
+    /// Leave out the guest-physical addresses of accesses
+    #[arg(long)]
+    pub(crate) no_physical: bool,
     /// Instructions of an interval (format bbv)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) interval: Option<u64>,

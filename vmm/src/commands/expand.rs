@@ -8,6 +8,8 @@ use reprise_expand::{Control, Window};
 use reprise_export::{ExportOptions, Format};
 use reprise_host::StopRequests;
 
+use reprise_trace::instructions::Contents;
+
 use crate::cli::ExpandArgs;
 use crate::output::{Output, progress_shows};
 use crate::session::expand::{ExpandOptions, Place, Target, expand_recording};
@@ -31,6 +33,7 @@ pub fn run(arguments: &ExpandArgs, output: Output) -> Result<u8> {
     let options = ExpandOptions {
         target: target(arguments)?,
         window: Window { from: arguments.from.unwrap_or(0), to: arguments.to.unwrap_or(u64::MAX) },
+        contents: Contents { physical: !arguments.no_physical, values: false, registers: false },
         selection: arguments.filters.selection(),
         filters: arguments.filters.as_given(),
         jobs: arguments.jobs.map_or_else(available_jobs, |jobs| jobs as usize),

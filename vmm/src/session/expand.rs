@@ -7,13 +7,15 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use reprise_cpu::engine::SoftEngine;
 use reprise_expand::pieces::{self, Plan};
-use reprise_expand::{CONTENTS, Control, Counting, ExpandError, Expanded, Threads, Window, expand};
+use reprise_expand::{Control, Counting, ExpandError, Expanded, Threads, Window, expand};
 use reprise_export::output::PendingFile;
 use reprise_export::{Destination, ExportOptions, Format};
 use reprise_machine::outcome::{Conclusion, Outcome};
 use reprise_replay::Replayable;
 use reprise_trace::instructions::filter::{Filter, Selection};
-use reprise_trace::instructions::{Observer, SegmentOptions, Share, TraceHeader, TraceWriter};
+use reprise_trace::instructions::{
+    Contents, Observer, SegmentOptions, Share, TraceHeader, TraceWriter,
+};
 use reprise_trace::moment::TickKind;
 
 use super::assembly::SoftOptions;
@@ -45,6 +47,8 @@ pub struct ExpandOptions {
     pub target: Target,
     /// Which part of the recording, in ticks.
     pub window: Window,
+    /// What the trace has beside instructions and linear addresses.
+    pub contents: Contents,
     /// What of that to keep.
     pub selection: Selection,
     /// The filters as the user gave them: the trace says so.
@@ -132,7 +136,7 @@ impl Session<'_> {
         let recording = self.replayable.recording();
         let header = recording.header();
         TraceHeader {
-            contents: CONTENTS,
+            contents: self.options.contents,
             tick: header.tick_kind,
             cpu_model: header.cpu_model.clone(),
             recording: recording.summary().chain.clone(),
@@ -157,6 +161,7 @@ impl Session<'_> {
         let plan = Plan {
             replayable: self.replayable,
             window,
+            contents: self.options.contents,
             selection: self.options.selection.clone(),
             jobs: self.options.jobs,
             set_up: self.set_up,
@@ -183,18 +188,18 @@ impl Session<'_> {
                 "only Reprise's own format is made in shares: leave --format out, then `trace convert`"
             );
         }
-        let window = self.options.window;
+        let (window, contents) = (self.options.window, self.options.contents);
         let threads = if self.options.jobs == 1 { Threads::One } else { Threads::Two };
         let start = self.replayable.nearest(window.from);
         let mut machine = pieces::start(self.replayable, start, self.set_up)?;
         let (observer, ran, notes) = if self.options.selection == Selection::default() {
             let Expanded { observer, outcome, instructions } =
-                expand(&mut machine, window, observer, threads, self.control)?;
+                expand(&mut machine, window, observer, contents, threads, self.control)?;
             (observer, Ran { outcome, instructions }, Vec::new())
         } else {
             let filter = Filter::new(self.options.selection.clone(), observer);
             let Expanded { observer, outcome, instructions } =
-                expand(&mut machine, window, filter, threads, self.control)?;
+                expand(&mut machine, window, filter, contents, threads, self.control)?;
             let left_out = observer.left_out().notes();
             (observer.into_observer(), Ran { outcome, instructions }, left_out)
         };

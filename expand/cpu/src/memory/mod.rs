@@ -194,6 +194,18 @@ impl Memory {
         Ok(found.page)
     }
 
+    /// Under which rights the instruction in hand accesses memory: see [`Memory::seen_address`].
+    pub(crate) fn present_rights(&self) -> usize {
+        self.rights_of(self.accessor())
+    }
+
+    /// The guest-physical address that an access by an instruction has just had, under these rights.
+    pub(crate) fn seen_address(&self, rights: usize, write: bool, linear: u64) -> u64 {
+        let known = self.tlb.known_data(rights, write, linear);
+        let page = known.or_else(|| self.paging.look(&self.physical, linear));
+        page.unwrap_or(0) + linear % PAGE_BYTES
+    }
+
     /// The guest-physical address of a byte to fetch.
     pub(crate) fn fetch_address(&mut self, linear: u64) -> Result<u64, Fault> {
         let accessor = Accessor { user: self.user, user_pages_forbidden: false };

@@ -73,6 +73,18 @@ impl Physical {
         }
     }
 
+    /// Makes guest-physical addresses of host addresses of RAM; what is none stays.
+    pub(crate) fn to_guest(&self, addresses: &mut [u64]) {
+        let (low, high) = (self.low as u64, self.high as u64);
+        let high_bytes = self.ram_bytes - HOLE_END;
+        for address in addresses {
+            let in_high = address.wrapping_sub(high.wrapping_add(HOLE_END)) < high_bytes;
+            let in_low = address.wrapping_sub(low) < HOLE_START;
+            let base = if in_high { high } else { low };
+            *address = if in_high || in_low { address.wrapping_sub(base) } else { *address };
+        }
+    }
+
     /// Whether there is RAM at an address.
     pub(crate) fn is_ram(&self, address: u64) -> bool {
         self.host_page(address & !(PAGE_BYTES - 1)).is_some()

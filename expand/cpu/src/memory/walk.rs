@@ -123,6 +123,15 @@ impl Paging {
         Ok(Translation { page: leaf.physical_page, large, global })
     }
 
+    /// The guest-physical page of `linear` as the tables have it now, whatever the rights, without a trace
+    /// in them.
+    pub(crate) fn look(&self, memory: &Physical, linear: u64) -> Option<u64> {
+        if self.cr0 & CR0_PG == 0 {
+            return Some(linear & 0xffff_f000);
+        }
+        self.walk(memory, linear).ok().map(|leaf| leaf.physical_page)
+    }
+
     fn walk(&self, memory: &Physical, linear: u64) -> Result<Leaf, u32> {
         const RESERVED_CODE: u32 = 1 << 3 | PRESENT as u32;
         let shape = self.shape();

@@ -12,15 +12,21 @@ mod blocks;
 #[cfg(test)]
 mod tests;
 
+use std::ops::Range;
+
 use iced_x86::InstructionInfoFactory;
 use reprise_machine::engine::Access;
 use reprise_trace::cpu_state::CS;
-use reprise_trace::instructions::{Batch, CUT, Delivery, Direction, Event, Marker, Position};
+use reprise_trace::instructions::{
+    AccessKind, Batch, CUT, Contents, Delivery, Direction, Event, Marker, Position,
+};
 
-use crate::cpu::{AnsweredAccess, Cpu, TRACE_ADDRESSES, TRACE_WORDS};
+use crate::cpu::{AnsweredAccess, Cpu, TRACE_ADDRESSES, TRACE_PHYSICAL, TRACE_WORDS};
 use crate::decode::block_cache::Block;
 use crate::decode::op::Op;
 use crate::fault::Flow;
+use crate::memory::Memory;
+use crate::memory::physical::Physical;
 pub(crate) use accesses::Planned;
 use blocks::Numbers;
 pub(crate) use blocks::{BlockTrace, TraceId};
@@ -53,7 +59,9 @@ const MARKER_INTERVAL: u64 = 1 << 20;
 
 /// A trace in the making.
 pub(crate) struct Tracer {
+    /// Its physical addresses are host addresses where they lie in RAM, until it is handed over.
     batch: Batch,
+    physical: bool,
     sink: Box<dyn BatchSink>,
     /// The sink wants no more.
     refused: bool,
@@ -74,9 +82,10 @@ impl std::fmt::Debug for Tracer {
 }
 
 impl Tracer {
-    fn new(sink: Box<dyn BatchSink>, tick: u64) -> Self {
+    fn new(sink: Box<dyn BatchSink>, physical: bool, tick: u64) -> Self {
         Self {
             batch: Batch { restart: true, ..Batch::default() },
+            physical,
             sink,
             refused: false,
             numbers: Numbers::default(),
@@ -91,7 +100,8 @@ impl Tracer {
         self.batch.words.len() >= FULL_WORDS || self.batch.addresses.len() >= FULL_ADDRESSES
     }
 
-    fn hand_over(&mut self, tick: u64) {
+    fn hand_over(&mut self, memory: &Physical, tick: u64) {
+        memory.to_guest(&mut self.batch.physical);
         let full = std::mem::take(&mut self.batch);
         if !self.refused {
             let empty = self.sink.exchange(full, tick);
@@ -102,29 +112,41 @@ impl Tracer {
     }
 
     /// Where the vectors end, less what translated code counts beyond its cursors.
-    fn cursors(&mut self, ahead: Ahead) -> [u64; 2] {
+    fn cursors(&mut self, ahead: Ahead) -> [u64; 3] {
         let batch = &mut self.batch;
         batch.words.reserve(SLICE_WORDS);
         batch.addresses.reserve(SLICE_ADDRESSES);
         let words = batch.words.as_mut_ptr().wrapping_add(batch.words.len());
         let addresses = batch.addresses.as_mut_ptr().wrapping_add(batch.addresses.len());
         let words = words.wrapping_sub(ahead.words as usize) as u64;
-        [words, addresses.wrapping_sub(ahead.addresses as usize) as u64]
+        if self.physical {
+            batch.physical.reserve(SLICE_ADDRESSES);
+        }
+        let physical = batch.physical.as_mut_ptr().wrapping_add(batch.physical.len());
+        let before = |end: *mut u64| end.wrapping_sub(ahead.addresses as usize) as u64;
+        [words, before(addresses), before(physical)]
     }
 
     /// Takes over what translated code has appended.
-    fn take_back(&mut self, [words, addresses]: [u64; 2], ahead: Ahead) {
+    fn take_back(&mut self, [words, addresses, physical]: [u64; 3], ahead: Ahead) {
         let batch = &mut self.batch;
         let length = |end: u64, start: u64, bytes: usize| (end - start) as usize / bytes;
         let words = length(words, batch.words.as_ptr() as u64, 4) + ahead.words as usize;
         let addresses =
             length(addresses, batch.addresses.as_ptr() as u64, 8) + ahead.addresses as usize;
         assert!(words <= batch.words.capacity() && addresses <= batch.addresses.capacity());
+        let physical = if self.physical {
+            length(physical, batch.physical.as_ptr() as u64, 8) + ahead.addresses as usize
+        } else {
+            0
+        };
+        assert!(physical <= batch.physical.capacity());
         // SAFETY: translated code has written everything up to its cursors and what it counts beyond
         // them, in order, into the room reserved for a slice of instructions (`cursors`).
         unsafe {
             batch.words.set_len(words);
             batch.addresses.set_len(addresses);
+            batch.physical.set_len(physical);
         }
     }
 
@@ -161,6 +183,11 @@ impl Ahead {
 }
 
 impl Cpu {
+    /// Whether translated code appends host addresses, beside linear ones.
+    pub(crate) fn traces_physical(&self) -> bool {
+        self.tracer.as_ref().is_some_and(|tracer| tracer.physical)
+    }
+
     /// What the clocks say.
     fn trace_marker(&self) -> Marker {
         Marker { tick: self.tick, virtual_ns: self.time_base.at(self.tick).ns }
@@ -177,19 +204,21 @@ impl Cpu {
     }
 
     /// Begins to trace: everything from here on goes to `sink`.
-    pub(crate) fn start_trace(&mut self, sink: Box<dyn BatchSink>) {
+    pub(crate) fn start_trace(&mut self, sink: Box<dyn BatchSink>, contents: Contents) {
+        let Contents { physical, values, registers } = contents;
+        assert!(!values && !registers, "no values are traced");
         // A store to a place that is known to hold code ends its block, and so its run. What is known
         // must not depend on what ran before.
         self.forget_code();
         // Numbers that blocks have from an earlier trace mean nothing in this one.
         self.trace_generation += 1;
-        self.tracer = Some(Box::new(Tracer::new(sink, self.tick)));
+        self.tracer = Some(Box::new(Tracer::new(sink, physical, self.tick)));
     }
 
     /// Ends the trace: the sink gets what is left, and goes.
     pub(crate) fn stop_trace(&mut self) {
         if let Some(mut tracer) = self.tracer.take() {
-            tracer.hand_over(self.tick);
+            tracer.hand_over(&self.memory.physical, self.tick);
             self.forget_translated_code();
         }
     }
@@ -215,7 +244,7 @@ impl Cpu {
     #[cold]
     fn hand_over_trace(&mut self) -> bool {
         let Some(tracer) = &mut self.tracer else { return true };
-        tracer.hand_over(self.tick);
+        tracer.hand_over(&self.memory.physical, self.tick);
         let goes_on = !tracer.refused;
         if tracer.numbers.count() >= MAX_NUMBERS {
             tracer.numbers.restart();
@@ -293,12 +322,21 @@ impl Cpu {
                 tracer.batch.addresses.push(linear);
             }
         }
+        let rights = self.memory.present_rights();
         // SAFETY: the handler is a function of this crate or a native sequence, made for this operation.
         let flow = unsafe { (op.handler)(self, op) };
-        if !flow.retires()
-            && let Some(tracer) = &mut self.tracer
-        {
-            tracer.batch.addresses.truncate(before);
+        if let Some(tracer) = &mut self.tracer {
+            if !flow.retires() {
+                tracer.batch.addresses.truncate(before);
+            } else if tracer.physical {
+                let batch = &mut tracer.batch;
+                let kinds = accesses.list.iter().map(|planned| planned.access.kind);
+                let seen = batch.addresses[before..].iter().zip(kinds);
+                let place = |(linear, kind): (&u64, AccessKind)| {
+                    self.memory.seen_address(rights, kind.writes(), *linear)
+                };
+                batch.physical.extend(seen.map(place));
+            }
         }
         flow
     }
@@ -307,20 +345,22 @@ impl Cpu {
     fn run_repeated(&mut self, block: &Block, op: &Op) -> Flow {
         let accesses = block.trace_of(op);
         let before = accesses::counter(self, accesses);
-        let starts: Vec<(u64, u64)> = accesses
-            .list
-            .iter()
-            .map(|planned| (planned.linear(self), accesses::stride(self, &planned.access)))
-            .collect();
+        let starts = accesses.list.iter().map(|planned| Repeated {
+            first: planned.linear(self),
+            stride: accesses::stride(self, &planned.access),
+            writes: planned.access.kind.writes(),
+        });
+        let starts: Vec<Repeated> = starts.collect();
+        let rights = self.memory.present_rights();
         // SAFETY: as in `run_traced`.
         let flow = unsafe { (op.handler)(self, op) };
         let done = before.wrapping_sub(accesses::counter(self, accesses));
-        let made = Repetition { starts, done: done as usize };
+        let made = Repetition { starts, rights, done: done as usize };
         let long = made.count() > LONG_REPETITION;
         if long {
             self.trace_long_repetition(block, op, &made, flow.retires());
         } else if let Some(tracer) = &mut self.tracer {
-            made.append(0..made.done, &mut tracer.batch.addresses);
+            made.append(0..made.done, tracer, &self.memory);
             if flow.retires() {
                 tracer.batch.counts.push(made.done as u32);
             } else {
@@ -346,13 +386,13 @@ impl Cpu {
         let per_piece = MAX_PIECE / made.starts.len();
         let mut first = 0;
         while made.done - first > per_piece {
-            made.append(first..first + per_piece, &mut tracer.batch.addresses);
+            made.append(first..first + per_piece, tracer, &self.memory);
             let unretired = (per_piece * made.starts.len()) as u32;
             tracer.batch.cut_last_run(0, unretired);
             tracer.batch.words.push(rest);
             first += per_piece;
         }
-        made.append(first..made.done, &mut tracer.batch.addresses);
+        made.append(first..made.done, tracer, &self.memory);
         if retires {
             tracer.batch.counts.push((made.done - first) as u32);
         } else {
@@ -387,9 +427,10 @@ impl Cpu {
     /// Lends translated code the ends of the vectors.
     pub(crate) fn lend_trace(&mut self, ahead: Ahead) {
         if let Some(tracer) = &mut self.tracer {
-            let [words, addresses] = tracer.cursors(ahead);
+            let [words, addresses, physical] = tracer.cursors(ahead);
             self.registers.gpr[usize::from(TRACE_WORDS)] = words;
             self.registers.gpr[usize::from(TRACE_ADDRESSES)] = addresses;
+            self.registers.gpr[usize::from(TRACE_PHYSICAL)] = physical;
         }
     }
 
@@ -397,15 +438,23 @@ impl Cpu {
     pub(crate) fn take_trace_back(&mut self, ahead: Ahead) {
         if let Some(tracer) = &mut self.tracer {
             let gpr = &self.registers.gpr;
-            let cursors = [gpr[usize::from(TRACE_WORDS)], gpr[usize::from(TRACE_ADDRESSES)]];
-            tracer.take_back(cursors, ahead);
+            let slots = [TRACE_WORDS, TRACE_ADDRESSES, TRACE_PHYSICAL];
+            tracer.take_back(slots.map(|slot| gpr[usize::from(slot)]), ahead);
         }
     }
 }
 
-/// What a repeated instruction did: where its accesses began and how far they moved, and how often.
+/// An access of a repeated instruction: where it began, and how far it moved from element to element.
+struct Repeated {
+    first: u64,
+    stride: u64,
+    writes: bool,
+}
+
+/// What a repeated instruction did, under which rights, and how often.
 struct Repetition {
-    starts: Vec<(u64, u64)>,
+    starts: Vec<Repeated>,
+    rights: usize,
     done: usize,
 }
 
@@ -414,10 +463,15 @@ impl Repetition {
         self.done * self.starts.len()
     }
 
-    fn append(&self, elements: std::ops::Range<usize>, addresses: &mut Vec<u64>) {
+    fn append(&self, elements: Range<usize>, tracer: &mut Tracer, memory: &Memory) {
         for element in elements {
-            for (start, stride) in &self.starts {
-                addresses.push(start.wrapping_add(stride.wrapping_mul(element as u64)));
+            for Repeated { first, stride, writes } in &self.starts {
+                let linear = first.wrapping_add(stride.wrapping_mul(element as u64));
+                tracer.batch.addresses.push(linear);
+                if tracer.physical {
+                    let physical = memory.seen_address(self.rights, *writes, linear);
+                    tracer.batch.physical.push(physical);
+                }
             }
         }
     }

@@ -16,6 +16,8 @@ use crate::native::host_fpu::with_guest_fpu;
 use crate::ops::testing::{DATA, Machine};
 use crate::translate::Translation;
 
+/// What is traced.
+const CONTENTS: Contents = Contents { physical: true, values: false, registers: false };
 /// Where most operands lie.
 const MIDDLE: u64 = DATA + 0x8000;
 const HALT: u8 = 0xf4;
@@ -60,6 +62,8 @@ impl Observer for Bytes {
         for step in run.steps() {
             self.retired += usize::from(step.retired);
             for access in step.accesses() {
+                // Memory is mapped to itself.
+                assert_eq!(access.physical, Some(access.address));
                 self.add(access.address, u64::from(access.size_bytes), access.kind);
             }
         }
@@ -79,7 +83,7 @@ fn trace_one(machine: &mut Machine) -> (Bytes, Bytes) {
     (cpu.answered_used, cpu.pending_exit) = (0, None);
     cpu.tick = 0;
     let (send, batches) = channel();
-    cpu.start_trace(Box::new(Collect(send)));
+    cpu.start_trace(Box::new(Collect(send)), CONTENTS);
     cpu.memory.spy.start();
     let kick = AtomicBool::new(false);
     with_guest_fpu(cpu, |cpu| cpu.execute(1, &kick, false));
@@ -90,7 +94,7 @@ fn trace_one(machine: &mut Machine) -> (Bytes, Bytes) {
     }
     cpu.stop_trace();
     let mut said = Bytes::default();
-    let mut feed = Feed::new(Contents::default());
+    let mut feed = Feed::new(CONTENTS);
     for batch in batches {
         feed.push(&batch, &mut said).expect("the batch keeps the contract");
     }

@@ -11,7 +11,9 @@ use super::registers::{
 };
 use super::site::{Exit, Site};
 use super::thunks::Thunks;
-use crate::cpu::{BLOCK_RIP, BUDGET, NO_SEGMENT, Registers, TRACE_ADDRESSES, TRACE_WORDS, ZERO};
+use crate::cpu::{
+    BLOCK_RIP, BUDGET, NO_SEGMENT, Registers, TRACE_ADDRESSES, TRACE_PHYSICAL, TRACE_WORDS, ZERO,
+};
 use crate::decode::op::Op;
 use crate::memory::physical::PAGE_BYTES;
 use crate::memory::tlb::Entry;
@@ -27,6 +29,8 @@ pub(super) struct Surroundings<'a> {
     pub(super) fast_loop: bool,
     /// Somebody traces.
     pub(super) traced: bool,
+    /// And wants to know where accesses lie.
+    pub(super) traced_physical: bool,
 }
 
 /// What code out of the way does.
@@ -178,12 +182,15 @@ impl<'a> Emission<'a> {
     /// trace's cursors past what it has of them: what every way out of the unit does.
     fn charge(&mut self, number: usize) {
         const WORD_BYTES: i32 = 4;
-        self.settle(64);
+        self.settle(80);
         self.move_slot(BUDGET, number as i32 + 1);
         if let Some(Ahead { words, addresses }) = self.traced_past(number) {
             self.move_slot(TRACE_WORDS, words as i32 * WORD_BYTES);
             if addresses != 0 {
                 self.move_slot(TRACE_ADDRESSES, addresses as i32 * ADDRESS_BYTES);
+                if self.surroundings.traced_physical {
+                    self.move_slot(TRACE_PHYSICAL, addresses as i32 * ADDRESS_BYTES);
+                }
             }
         }
     }
@@ -221,9 +228,23 @@ impl<'a> Emission<'a> {
         assert!(kind.writes() == write && size_bytes == size, "{site:?}: {access:?}");
         assert!(self.traced_accesses < MAX_INLINE_ACCESSES, "translated code appends so many");
         let place = (site.traced.addresses as usize + self.traced_accesses) as i32 * ADDRESS_BYTES;
-        self.traced_accesses += 1;
         self.code.load(SCRATCH, general_slot(TRACE_ADDRESSES));
         self.code.store(at(SCRATCH, place), ADDRESS);
+    }
+
+    /// Appends the host address of the access that [`Emission::trace_access`] has just noted.
+    fn trace_place(&mut self) {
+        if !self.traced {
+            return;
+        }
+        if self.surroundings.traced_physical {
+            let number = self.sites[self.number].traced.addresses as usize + self.traced_accesses;
+            self.code.lea(ADDRESS, indexed(ADDRESS, ADDEND, 0, 0));
+            self.code.immediate(ADDEND, 0);
+            self.code.load(SCRATCH, general_slot(TRACE_PHYSICAL));
+            self.code.store(at(SCRATCH, number as i32 * ADDRESS_BYTES), ADDRESS);
+        }
+        self.traced_accesses += 1;
     }
 
     /// Sees that the operation in hand, emitted in line, appends all its accesses.
@@ -395,7 +416,7 @@ impl<'a> Emission<'a> {
     /// at [`ADDRESS`] + [`ADDEND`]. Takes the slow way if they cannot be accessed without asking.
     pub(super) fn translate(&mut self, write: bool, size: u64) {
         const { assert!(size_of::<Entry>() == 16) };
-        self.settle(if self.traced { 80 } else { 64 });
+        self.settle(if self.traced { 112 } else { 64 });
         self.trace_access(write, size);
         let surroundings = self.surroundings;
         let table = if write { surroundings.write_table } else { surroundings.read_table };
@@ -414,6 +435,7 @@ impl<'a> Emission<'a> {
         self.code.shift_right(SCRATCH, SCRATCH, SHIFT);
         self.slow_unless_found();
         self.code.load(ADDEND, entry(offset_of!(Entry, addend)));
+        self.trace_place();
     }
 
     /// Takes the slow way unless [`ADDRESS`] is a multiple of 16.

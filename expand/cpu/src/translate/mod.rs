@@ -309,7 +309,7 @@ impl Cpu {
     fn translate_block(&mut self, block: &Block, linear: u64, physical: u64) -> Option<*const u8> {
         let mode = self.mode;
         let mut unit = self.unit(block, linear, physical);
-        let traced = self.tracer.is_some();
+        let (traced, traced_physical) = (self.tracer.is_some(), self.traces_physical());
         if traced {
             for part in &mut unit {
                 part.trace_id = Some(self.trace_id(part.block(), part.linear));
@@ -324,6 +324,7 @@ impl Cpu {
             write_table: self.memory.table_address(true),
             fast_loop: translator.fast_loop,
             traced,
+            traced_physical,
         };
         let sites = sites(&unit, traced);
         let mut emission = Emission::new(

@@ -7,6 +7,9 @@ use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::tracing::BatchSink;
 use reprise_trace::instructions::{Batch, Contents, Event, Feed, Observer, Run, TraceError};
 
+/// What is traced.
+const CONTENTS: Contents = Contents { physical: true, values: false, registers: false };
+
 struct Collect(Sender<Batch>);
 
 impl BatchSink for Collect {
@@ -26,6 +29,7 @@ pub(crate) enum Item {
         bytes: Vec<u8>,
         retired: usize,
         addresses: Vec<u64>,
+        physical: Vec<u64>,
         unretired: usize,
     },
     Event(Event),
@@ -48,6 +52,7 @@ impl Observer for Trace {
             bytes: block.instructions().flat_map(|one| one.bytes().to_vec()).collect(),
             retired: run.retired(),
             addresses: run.addresses().to_vec(),
+            physical: run.steps().flat_map(|step| step.physical.to_vec()).collect(),
             unretired: run.unretired_accesses(),
         });
         Ok(())
@@ -65,7 +70,7 @@ pub(crate) struct Pending(Receiver<Batch>);
 /// Traces what `engine` does from here on.
 pub(crate) fn start(engine: &mut SoftEngine) -> Pending {
     let (send, receive) = channel();
-    engine.start_trace(Box::new(Collect(send)));
+    engine.start_trace(Box::new(Collect(send)), CONTENTS);
     Pending(receive)
 }
 
@@ -74,7 +79,7 @@ impl Pending {
     pub(crate) fn finish(self, engine: &mut SoftEngine) -> Trace {
         engine.stop_trace();
         let mut trace = Trace::default();
-        let mut feed = Feed::new(Contents::default());
+        let mut feed = Feed::new(CONTENTS);
         for batch in self.0 {
             feed.push(&batch, &mut trace).expect("the batch keeps the contract");
         }
