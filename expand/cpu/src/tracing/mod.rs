@@ -26,7 +26,7 @@ use crate::decode::block_cache::Block;
 use crate::decode::op::Op;
 use crate::fault::Flow;
 use crate::memory::Memory;
-use crate::memory::physical::Physical;
+use crate::memory::physical::{PAGE_BYTES, Physical};
 pub(crate) use accesses::Planned;
 use blocks::Numbers;
 pub(crate) use blocks::{BlockTrace, TraceId};
@@ -464,16 +464,34 @@ impl Repetition {
     }
 
     fn append(&self, elements: Range<usize>, tracer: &mut Tracer, memory: &Memory) {
-        for element in elements {
-            for Repeated { first, stride, writes } in &self.starts {
-                let linear = first.wrapping_add(stride.wrapping_mul(element as u64));
-                tracer.batch.addresses.push(linear);
-                if tracer.physical {
-                    let physical = memory.seen_address(self.rights, *writes, linear);
-                    tracer.batch.physical.push(physical);
-                }
+        let Batch { addresses, physical, .. } = &mut tracer.batch;
+        addresses.reserve(elements.len() * self.starts.len());
+        for element in elements.clone() {
+            for repeated in &self.starts {
+                addresses.push(repeated.linear(element));
             }
         }
+        if !tracer.physical {
+            return;
+        }
+        // Neighbours lie in one page mostly.
+        let mut pages = vec![(u64::MAX, 0); self.starts.len()];
+        for element in elements {
+            for (repeated, (page, distance)) in self.starts.iter().zip(&mut pages) {
+                let linear = repeated.linear(element);
+                if linear / PAGE_BYTES != *page {
+                    let seen = memory.seen_address(self.rights, repeated.writes, linear);
+                    (*page, *distance) = (linear / PAGE_BYTES, seen.wrapping_sub(linear));
+                }
+                physical.push(linear.wrapping_add(*distance));
+            }
+        }
+    }
+}
+
+impl Repeated {
+    fn linear(&self, element: usize) -> u64 {
+        self.first.wrapping_add(self.stride.wrapping_mul(element as u64))
     }
 }
 
