@@ -29,7 +29,9 @@ fn cache_home() -> Option<&'static PathBuf> {
         let home = kept_directory().join("cache-home");
         std::fs::create_dir_all(&home).expect("a directory among the test data");
         let link = home.join("reprise");
-        if !link.exists() {
+        if !std::fs::read_link(&link).is_ok_and(|leads_to| leads_to == cache) {
+            // It led to where the tests lay before they were moved.
+            let _ = std::fs::remove_file(&link);
             symlink(&cache, &link).expect("a link among the test data");
         }
         Some(home)

@@ -1,0 +1,155 @@
+//! `reprise expand`: every instruction, the same however it was come by, and nothing half done.
+
+use std::fs;
+use std::time::Duration;
+
+use reprise_expand::Counting;
+use reprise_trace::instructions::{Ending, TraceReader};
+use serde_json::Value;
+
+use crate::linux::workload;
+use crate::program::{Workplace, record, reprise, run};
+
+/// A guest with timer interrupts, and so many checkpoints that a few threads have work.
+const TICKS: &[&str] = &["--engine", "soft", "--image", "ticks", "--checkpoint-every", "3000000"];
+
+fn expand(file: &str, arguments: &[&str]) -> Value {
+    run(&[&["--json", "expand", file], arguments].concat()).expect_code(0).json()
+}
+
+fn count(report: &Value, name: &str) -> u64 {
+    report[name].as_u64().unwrap_or_else(|| panic!("no {name}: {report:#}"))
+}
+
+/// A recording of [`TICKS`] in a workplace of its own.
+fn ticks() -> (Workplace, String, Value) {
+    let workplace = Workplace::new();
+    let file = workplace.path("ticks.rr");
+    let recorded = record(TICKS, &file, 0);
+    (workplace, file, recorded)
+}
+
+#[test]
+fn all_instructions_are_there_and_the_end_is_the_recorded_one() {
+    let (_workplace, file, recorded) = ticks();
+    let report = expand(&file, &[]);
+    assert_eq!(report["instructions"], recorded["instructions"], "{report:#}");
+    assert_eq!(report["final_digest"], recorded["final_digest"], "{report:#}");
+    assert_eq!(report["verified"], true, "{report:#}");
+    assert!(count(&report, "accesses") > 1_000_000, "{report:#}");
+    assert!(report["trace_bytes"].is_null(), "{report:#}");
+}
+
+#[test]
+fn the_trace_is_the_same_on_any_number_of_threads_and_without_translation() {
+    let (workplace, file, recorded) = ticks();
+    let ways: [&[&str]; 4] =
+        [&["--jobs", "1"], &["--jobs", "2"], &["--jobs", "5"], &["--no-translate"]];
+    let mut traces = Vec::new();
+    for (number, way) in ways.iter().enumerate() {
+        let out = workplace.path(&format!("{number}.trace"));
+        let report = expand(&file, &[way, &["-o", &out][..]].concat());
+        assert_eq!(report["instructions"], recorded["instructions"], "{way:?}: {report:#}");
+        assert!(count(&report, "checkpoints_verified") >= 3, "{way:?}: {report:#}");
+        let trace = fs::read(&out).expect("the trace is there");
+        assert_eq!(trace.len() as u64, count(&report, "trace_bytes"), "{way:?}");
+        traces.push(trace);
+    }
+    for (way, trace) in ways.iter().zip(&traces) {
+        assert!(*trace == traces[0], "{way:?} gives another trace");
+    }
+    let piped = run(&["expand", &file, "-o", "-"]).expect_code(0);
+    assert!(piped.stdout == traces[0], "a pipe gets another trace");
+}
+
+#[test]
+fn linux_leaves_the_same_trace_translated_and_not_and_in_pieces() {
+    let Some(workload) = workload() else { return };
+    let workplace = Workplace::new();
+    let file = workload.workplace.path("linux.rr");
+    let window = ["--to", "60000000"];
+    let mut traces = Vec::new();
+    for (number, way) in
+        [&["--jobs", "1"][..], &["--jobs", "2", "--no-translate"]].iter().enumerate()
+    {
+        let out = workplace.path(&format!("{number}.trace"));
+        let report = expand(&file, &[way, &window[..], &["-o", &out]].concat());
+        assert_eq!(count(&report, "instructions"), 60_000_000, "{report:#}");
+        traces.push(fs::read(&out).expect("the trace is there"));
+    }
+    assert!(traces[0] == traces[1], "translated code leaves another trace");
+}
+
+#[test]
+fn a_window_has_just_the_instructions_asked_for() {
+    let (workplace, file, _) = ticks();
+    let out = workplace.path("window.trace");
+    for (from, to) in [(0, 1), (1_234_567, 7_654_321), (3_000_001, 3_000_002)] {
+        let (first, end) = (format!("{from}"), format!("{to}"));
+        let report = expand(&file, &["--from", &first, "--to", &end, "-o", &out]);
+        assert_eq!(count(&report, "instructions"), to - from, "{report:#}");
+        assert_eq!(instructions_of(&out), to - from);
+    }
+}
+
+#[test]
+fn filters_say_what_they_left_out() {
+    let (workplace, file, recorded) = ticks();
+    let out = workplace.path("filtered.trace");
+    let report = expand(&file, &["--user", "-o", &out]);
+    assert_eq!(report["filters"], serde_json::json!(["--user"]), "{report:#}");
+    let all = count(&recorded, "instructions");
+    let note = format!("left out: {all} instructions of the other privilege");
+    let notes = report["notes"].as_array().expect("notes");
+    assert!(notes.iter().any(|one| one == &Value::from(note.clone())), "{report:#}");
+}
+
+#[test]
+fn an_interrupted_expansion_leaves_a_whole_shorter_trace() {
+    let workplace = Workplace::new();
+    let (file, out) = (workplace.path("compute.rr"), workplace.path("compute.trace"));
+    let compute = ["--engine", "soft", "--image", "compute", "--checkpoint-every", "never"];
+    let recorded = record(&compute, &file, 0);
+    let words = ["--json", "expand", &file, "-o", &out];
+    let running = reprise(&words).start();
+    std::thread::sleep(Duration::from_millis(700));
+    running.signal("INT");
+    let report = running.finish().expect_code(0).json();
+    assert!(report["verified"].is_null(), "{report:#}");
+    let instructions = count(&report, "instructions");
+    assert!(instructions < count(&recorded, "instructions"), "{report:#}");
+    assert_eq!(instructions_of(&out), instructions);
+}
+
+#[test]
+fn wrong_use_and_bad_input_leave_one_line_and_no_file() {
+    let (workplace, file, _) = ticks();
+    let out = workplace.path("out.trace");
+    let absent = workplace.path("absent/out.trace");
+    let cases: [(&[&str], i32, &str); 6] = [
+        (&["-o", &out, "--from", "99999999999"], 1, "the recording ends at tick"),
+        (&["-o", &out, "--format", "vcd"], 1, "there is no format `vcd`"),
+        (&["--format", "csv"], 1, "say where the trace goes"),
+        (&["-o", &absent], 1, "cannot be made"),
+        (&["-o", "/dev/full"], 1, ""),
+        (&["-o", &out, "--segment", "9/8"], 2, "1/8 to 8/8"),
+    ];
+    for (arguments, code, said) in cases {
+        let finished = run(&[&["expand", &file], arguments].concat()).expect_code(code);
+        assert!(finished.stderr.contains(said), "{arguments:?}: {}", finished.stderr);
+        assert!(fs::metadata(&out).is_err(), "{arguments:?} left a file");
+    }
+    let foreign = workplace.file("foreign", "no recording at all");
+    run(&["expand", &foreign, "-o", &out]).expect_code(1).expect_reason();
+    let left = fs::read_dir(workplace.directory()).expect("readable").count();
+    assert_eq!(left, 3, "the recording, its checkpoints and the foreign file are left");
+}
+
+/// Instructions of a whole trace, by reading all of it.
+fn instructions_of(path: &str) -> u64 {
+    let bytes = fs::read(path).expect("the trace is there");
+    let mut counting = Counting::default();
+    let ending = TraceReader::open(&bytes[..]).and_then(|mut reader| reader.drive(&mut counting));
+    assert!(matches!(ending, Ok(Ending::Complete { .. })), "{ending:?}");
+    counting.instructions
+}
