@@ -13,6 +13,7 @@ pub(crate) struct Sample {
     pub(crate) cpu_seconds: Option<f64>,
     pub(crate) instructions: Option<f64>,
     pub(crate) log_bytes: Option<f64>,
+    pub(crate) trace_bytes: Option<f64>,
 }
 
 /// One way to run one workload.

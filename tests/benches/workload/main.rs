@@ -1,6 +1,7 @@
 //! What running, recording and replaying cost, and what the same work costs on QEMU.
 //!
-//!     cargo bench -p reprise-tests --bench workload -- [--runs N] [--small] [--without-qemu] [--json]
+//!     cargo bench -p reprise-tests --bench workload -- [--runs N] [--small] [--traces] [--without-qemu]
+//!         [--json]
 //!
 //! Two races, each of N rounds (5 where no number is given) in which every contender runs once; every
 //! other round goes backwards, so that a drift of the machine's speed falls on all alike. Printed are
@@ -11,7 +12,10 @@
 //! - `compute`, nearly all of it user code: the software CPU, and, where there is KVM, the processor
 //!   itself.
 //!
-//! `--small` takes less of both, `--without-qemu` leaves QEMU out, so that small differences can have
+//! `--traces` runs another race instead: the recording of W expanded into nothing and into a file, and
+//! QEMU with a plugin that traces blocks and accesses and forgets them, which takes it minutes.
+//!
+//! `--small` takes less of all, `--without-qemu` leaves QEMU out, so that small differences can have
 //! many rounds. Nothing here passes or fails by a time. Use a machine on which nothing
 //! else runs.
 
@@ -41,10 +45,12 @@ struct Options {
     small: bool,
     json: bool,
     without_qemu: bool,
+    traces: bool,
 }
 
 fn options() -> Result<Options> {
-    let mut options = Options { runs: 5, small: false, json: false, without_qemu: false };
+    let mut options =
+        Options { runs: 5, small: false, json: false, without_qemu: false, traces: false };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         match word.as_str() {
@@ -55,10 +61,13 @@ fn options() -> Result<Options> {
             "--small" => options.small = true,
             "--json" => options.json = true,
             "--without-qemu" => options.without_qemu = true,
+            "--traces" => options.traces = true,
             // Cargo adds it to what the user gives.
             "--bench" => {}
             other => {
-                bail!("{other} is not known: give --runs N, --small, --without-qemu or --json")
+                bail!(
+                    "{other} is not known: give --runs N, --small, --traces, --without-qemu or --json"
+                )
             }
         }
     }
@@ -93,7 +102,9 @@ fn benchmark(options: &Options) -> Result<()> {
         }
     };
     measure("linux", linux_contenders(options, directory.path()));
-    measure("compute", compute_contenders(options));
+    if !options.traces {
+        measure("compute", compute_contenders(options));
+    }
     let with_kvm = kvm_opens();
     for (what, reason) in
         [("qemu", with_qemu(options).err()), ("kvm", with_kvm.err().map(Into::into))]
@@ -148,8 +159,22 @@ fn linux_contenders(options: &Options, directory: &Path) -> Result<Vec<Contender
             typed: workload,
         };
         let log = directory.join("qemu.rr");
-        contenders.push(qemu::plain(work.clone()));
-        contenders.push(qemu::record(work, log));
+        if options.traces {
+            contenders.push(qemu::traced(work, directory)?);
+        } else {
+            contenders.push(qemu::plain(work.clone()));
+            contenders.push(qemu::record(work, log));
+        }
+    }
+    if options.traces {
+        let mut recording = reprise::record("linux_record", "linux: reprise record", &guest, &file);
+        race(std::slice::from_mut(&mut recording), 1)?;
+        let trace = directory.join("linux.trace");
+        let (label, to_file) = ("linux: reprise expand", "linux: expand to a file");
+        contenders.push(reprise::replay("linux_replay", "linux: reprise replay", &file));
+        contenders.push(reprise::expand("linux_expand", label, &file, None));
+        contenders.push(reprise::expand("linux_expand_file", to_file, &file, Some(text(&trace)?)));
+        return Ok(contenders);
     }
     contenders.push(reprise::run("linux_run", "linux: reprise run", &guest));
     contenders.push(reprise::record("linux_record", "linux: reprise record", &guest, &file));

@@ -4,7 +4,7 @@
 mod machine;
 
 use std::io::{Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
@@ -43,19 +43,41 @@ pub(crate) fn installed() -> Result<()> {
 
 /// As fast as it goes.
 pub(crate) fn plain(work: Work) -> Contender {
-    Contender::new("qemu_plain", "linux: QEMU TCG", move || once(&work, None))
+    Contender::new("qemu_plain", "linux: QEMU TCG", move || once(&work, None, &[]))
+}
+
+/// With a plugin that traces blocks and accesses and forgets them, compiled into `directory`.
+///
+/// # Errors
+/// If there is no C compiler.
+pub(crate) fn traced(work: Work, directory: &Path) -> Result<Contender> {
+    let plugin = directory.join("tracer.so");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/workload/qemu_tracer.c");
+    let compiled = Command::new("cc")
+        .args(["-O2", "-fPIC", "-shared", "-o"])
+        .args([&plugin, &source])
+        .status()
+        .context("cc does not start")?;
+    if !compiled.success() {
+        bail!("the plugin for QEMU does not compile");
+    }
+    let plugin = plugin.to_string_lossy().into_owned();
+    Ok(Contender::new("qemu_traced", "linux: QEMU TCG traced", move || {
+        once(&work, None, &["-plugin", &plugin])
+    }))
 }
 
 /// Recording into `log`.
 pub(crate) fn record(work: Work, log: PathBuf) -> Contender {
-    Contender::new("qemu_record", "linux: QEMU TCG record", move || once(&work, Some(&log)))
+    Contender::new("qemu_record", "linux: QEMU TCG record", move || once(&work, Some(&log), &[]))
 }
 
-fn once(work: &Work, log: Option<&PathBuf>) -> Result<Sample> {
+fn once(work: &Work, log: Option<&PathBuf>, more: &[&str]) -> Result<Sample> {
     let recording = log.map(|log| format!("{RECORDING}{}", log.display()));
     let started = Instant::now();
     let mut child = Command::new(QEMU)
         .args(MACHINE)
+        .args(more)
         .args(["-m", work.memory_mib, "-append", &work.command_line])
         .arg("-kernel")
         .arg(&work.kernel)

@@ -72,6 +72,20 @@ const RATIOS: &[Ratio] = &[
         value: guest_seconds,
     },
     Ratio {
+        key: "qemu_traced_by_expand",
+        label: "QEMU traced / Reprise expand, process",
+        dividend: "qemu_traced",
+        divisor: "linux_expand",
+        value: process_seconds,
+    },
+    Ratio {
+        key: "expand_by_replay",
+        label: "expand / replay, guest",
+        dividend: "linux_expand",
+        divisor: "linux_replay",
+        value: guest_seconds,
+    },
+    Ratio {
         key: "compute_soft_by_kvm",
         label: "compute: soft / kvm sync, guest",
         dividend: "compute_soft",
@@ -96,6 +110,7 @@ struct Row {
     mips: Option<f64>,
     log_bytes: Option<f64>,
     bytes_per_kiloinstruction: Option<f64>,
+    bits_per_instruction: Option<f64>,
 }
 
 impl<'a> Report<'a> {
@@ -134,6 +149,8 @@ impl<'a> Report<'a> {
             mips: per_instruction(guest_seconds.or(process_seconds)).map(|seconds| 1e-6 / seconds),
             log_bytes,
             bytes_per_kiloinstruction: per_instruction(log_bytes).map(|bytes| bytes * 1e3),
+            bits_per_instruction: per_instruction(contender.median(|sample| sample.trace_bytes))
+                .map(|bytes| bytes * 8.0),
         }
     }
 
@@ -152,6 +169,7 @@ impl<'a> Report<'a> {
                 "mips": row.mips,
                 "log_bytes": row.log_bytes,
                 "bytes_per_kiloinstruction": row.bytes_per_kiloinstruction,
+                "bits_per_instruction": row.bits_per_instruction,
             });
             (contender.key.to_owned(), value)
         });
@@ -172,14 +190,21 @@ impl<'a> Report<'a> {
         // Writing to a string cannot fail.
         let _ = writeln!(
             text,
-            "{:24} {:>9} {:>9} {:>9} {:>8} {:>11} {:>12}",
-            "medians", "guest s", "process s", "CPU s", "MIPS", "log bytes", "bytes/kinstr"
+            "{:24} {:>9} {:>9} {:>9} {:>8} {:>11} {:>12} {:>10}",
+            "medians",
+            "guest s",
+            "process s",
+            "CPU s",
+            "MIPS",
+            "log bytes",
+            "bytes/kinstr",
+            "bits/instr"
         );
         for contender in self.contenders {
             let row = self.row(contender);
             let _ = writeln!(
                 text,
-                "{:24} {:>9} {:>9} {:>9} {:>8} {:>11} {:>12}",
+                "{:24} {:>9} {:>9} {:>9} {:>8} {:>11} {:>12} {:>10}",
                 contender.label,
                 or_dash(row.guest_seconds, 3),
                 or_dash(row.process_seconds, 3),
@@ -187,6 +212,7 @@ impl<'a> Report<'a> {
                 or_dash(row.mips, 1),
                 or_dash(row.log_bytes, 0),
                 or_dash(row.bytes_per_kiloinstruction, 5),
+                or_dash(row.bits_per_instruction, 3),
             );
         }
         text.push('\n');

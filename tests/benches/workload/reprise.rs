@@ -31,6 +31,17 @@ pub(crate) fn replay(key: &'static str, label: &'static str, file: &str) -> Cont
     contender(key, label, vec!["replay", file])
 }
 
+/// `reprise expand` of what was recorded there: into `trace`, or into nothing.
+pub(crate) fn expand(
+    key: &'static str,
+    label: &'static str,
+    file: &str,
+    trace: Option<&str>,
+) -> Contender {
+    let out = trace.iter().flat_map(|trace| ["-o", trace]);
+    contender(key, label, ["expand", file].into_iter().chain(out).collect())
+}
+
 fn contender(key: &'static str, label: &'static str, words: Vec<&str>) -> Contender {
     let words: Vec<String> = words.into_iter().map(str::to_owned).collect();
     Contender::new(key, label, move || timed(&words))
@@ -62,6 +73,7 @@ fn timed(words: &[String]) -> Result<Sample> {
         cpu_seconds,
         instructions: report["instructions"].as_f64(),
         log_bytes: report["log_bytes"].as_f64(),
+        trace_bytes: report["trace_bytes"].as_f64(),
     })
 }
 
