@@ -110,7 +110,7 @@ where
     }
     let first = machine.engine().tick();
     observer.begin(&machine.engine().trace_position())?;
-    let (sink, receiver) = pipeline::lay(observer, contents, threads, control)?;
+    let (sink, receiver) = pipeline::lay(observer, contents, threads, control, first)?;
     machine.engine().start_trace(sink, contents);
     let outcome = machine.run_until(window.to);
     machine.engine().stop_trace();

@@ -20,7 +20,7 @@ pub enum Threads {
 #[derive(Clone, Debug, Default)]
 pub struct Control {
     stop: Arc<AtomicBool>,
-    tick: Arc<AtomicU64>,
+    instructions: Arc<AtomicU64>,
 }
 
 impl Control {
@@ -39,9 +39,9 @@ impl Control {
         self.stop.clone()
     }
 
-    /// The tick that the machine has reached.
-    pub fn tick(&self) -> u64 {
-        self.tick.load(Ordering::Relaxed)
+    /// Instructions expanded so far, on all threads.
+    pub fn instructions(&self) -> u64 {
+        self.instructions.load(Ordering::Relaxed)
     }
 }
 
@@ -60,6 +60,8 @@ struct Pipeline<O> {
 struct Sink<O> {
     pipeline: Arc<Mutex<Pipeline<O>>>,
     control: Control,
+    /// Where the machine was at the last exchange.
+    tick: u64,
 }
 
 /// The other end, which gets the observer back.
@@ -67,25 +69,27 @@ pub(crate) struct Receiver<O> {
     pipeline: Arc<Mutex<Pipeline<O>>>,
 }
 
-/// Lays a pipeline to `observer`, which has begun.
+/// Lays a pipeline from a machine that stands at `tick` to `observer`, which has begun.
 pub(crate) fn lay<O: Observer + Send + 'static>(
     observer: O,
     contents: Contents,
     threads: Threads,
     control: &Control,
+    tick: u64,
 ) -> Result<(Box<dyn BatchSink>, Receiver<O>), TraceError> {
     let way = match threads {
         Threads::One => Way::InLine { feed: Feed::new(contents), observer },
         Threads::Two => Way::OnThread(Background::start(contents, observer)?),
     };
     let pipeline = Arc::new(Mutex::new(Pipeline { way, failure: None }));
-    let sink = Sink { pipeline: pipeline.clone(), control: control.clone() };
+    let sink = Sink { pipeline: pipeline.clone(), control: control.clone(), tick };
     Ok((Box::new(sink), Receiver { pipeline }))
 }
 
 impl<O: Observer + Send + 'static> BatchSink for Sink<O> {
     fn exchange(&mut self, mut batch: Batch, tick: u64) -> Option<Batch> {
-        self.control.tick.store(tick, Ordering::Relaxed);
+        self.control.instructions.fetch_add(tick - self.tick, Ordering::Relaxed);
+        self.tick = tick;
         let mut pipeline = self.pipeline.lock().unwrap_or_else(PoisonError::into_inner);
         let Pipeline { way, failure } = &mut *pipeline;
         let goes_on = match way {

@@ -5,7 +5,7 @@ use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressState, ProgressStyle};
 use serde::Serialize;
 
 /// How a command reports.
@@ -52,8 +52,26 @@ impl Output {
             Some(_) => "{msg} [{bar:32}] {percent}% {elapsed}",
             None => "{msg} {spinner} {elapsed}",
         };
+        self.bar_of(what, total, template)
+    }
+
+    /// The same over instructions: how many million go by in a second, and how long it will take.
+    pub fn instruction_bar(&self, what: &str, total: Option<u64>) -> ProgressBar {
+        let template = match total {
+            Some(_) => "{msg} [{bar:32}] {percent}% {mips}, {eta} left",
+            None => "{msg} {spinner} {mips}, {elapsed}",
+        };
+        self.bar_of(what, total, template)
+    }
+
+    fn bar_of(&self, what: &str, total: Option<u64>, template: &str) -> ProgressBar {
+        let mips = |state: &ProgressState, text: &mut dyn std::fmt::Write| {
+            // Writing to a bar's text does not fail.
+            let _ = write!(text, "{:.0} MIPS", state.per_sec() / 1e6);
+        };
         let style = ProgressStyle::with_template(template)
             .unwrap_or_else(|_| ProgressStyle::default_spinner())
+            .with_key("mips", mips)
             .progress_chars("=> ");
         let target = ProgressDrawTarget::stderr_with_hz(5);
         // What it showed last is in the report that follows.

@@ -41,14 +41,16 @@ pub fn run(arguments: &ExpandArgs, output: Output) -> Result<u8> {
         soft: arguments.soft.options(),
     };
     let last_tick = recording.summary().last_moment.map(|moment| moment.tick);
-    let bar = output.bar("expanding", last_tick.map(|tick| tick.min(options.window.to)));
+    let Window { from, to } = options.window;
+    let bar = output
+        .instruction_bar("expanding", last_tick.map(|tick| tick.min(to).saturating_sub(from)));
     let watched = control.clone();
     let (over, until_over) = std::sync::mpsc::channel::<()>();
     let progress = progress_shows().then(|| {
         std::thread::spawn(move || {
             use std::sync::mpsc::RecvTimeoutError::Timeout;
             while until_over.recv_timeout(PROGRESS_INTERVAL) == Err(Timeout) {
-                bar.set_position(watched.tick());
+                bar.set_position(watched.instructions());
             }
             bar.finish_and_clear();
         })
