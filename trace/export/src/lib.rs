@@ -18,5 +18,6 @@ pub mod instruction;
 pub mod output;
 pub mod perf_script;
 pub mod stats;
+pub mod symbols;
 
 pub use formats::{Destination, Export, ExportError, ExportOptions, Exported, FORMATS, Format};
