@@ -1,78 +1,267 @@
 //! A listing of a trace for people: an instruction a line, with what it accessed, and events between.
+//! What is shown is also there as data, for JSON.
 
-use std::fmt::Write as _;
-use std::io::Write;
+use std::fmt::{self, Display, Formatter, Write as _};
+use std::io;
+use std::sync::Arc;
 
-use iced_x86::{Formatter, GasFormatter};
-use reprise_trace::instructions::{AccessKind, Event, Observer, Position, Run, Step, TraceError};
+use iced_x86::{Formatter as _, GasFormatter, Instruction, SymbolResolver, SymbolResult};
+use reprise_trace::instructions::{
+    AccessKind, Delivery, Direction, Event, Observer, Position, Run, Step, SystemAccessKind,
+    TraceError,
+};
+use serde::Serialize;
 
 use crate::instruction::decode;
+use crate::stats::exception;
+use crate::symbols::Symbols;
 
-/// Writes the listing.
-pub struct Dump<W> {
-    out: W,
-    formatter: GasFormatter,
-    position: Position,
-    /// Instructions yet to be shown.
-    left: u64,
+/// Bytes of an instruction that a line has room for; most have fewer.
+const BYTES_COLUMNS: usize = 20;
+
+/// A line of the listing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Shown {
+    /// An instruction.
+    Instruction(ShownInstruction),
+    /// Something between instructions.
+    Event(ShownEvent),
 }
 
-impl<W> std::fmt::Debug for Dump<W> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+/// An instruction that ran.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ShownInstruction {
+    /// Instructions retired before it, since the machine started.
+    pub number: u64,
+    /// The privilege level.
+    pub cpl: u8,
+    /// Linear address.
+    pub address: u64,
+    /// The symbol there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub symbol: Option<String>,
+    /// The encoding, in hexadecimal.
+    pub bytes: String,
+    /// The disassembly.
+    pub text: String,
+    /// Whether it retired. One that did not is shown if it accessed something.
+    pub retired: bool,
+    /// What it accessed.
+    pub accesses: Vec<ShownAccess>,
+}
+
+/// An access.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ShownAccess {
+    /// `r`, `w`, or `rw`.
+    pub kind: &'static str,
+    /// Bytes.
+    pub size: u16,
+    /// Linear address.
+    pub address: u64,
+    /// Guest-physical address, if the trace has it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub physical: Option<u64>,
+    /// Value in words of eight bytes, if the trace has it: what was read, then what was written.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub values: Vec<u64>,
+}
+
+/// An event.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ShownEvent {
+    /// Instructions retired before it.
+    pub number: u64,
+    /// In words.
+    pub event: String,
+}
+
+impl Display for Shown {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Instruction(one) => one.fmt(f),
+            Self::Event(one) => write!(f, "{:>12}   -- {}", one.number, one.event),
+        }
+    }
+}
+
+impl Display for ShownInstruction {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(f, "{:>12} {} {:016x} ", self.number, self.cpl, self.address)?;
+        if let Some(symbol) = &self.symbol {
+            write!(f, "<{symbol}> ")?;
+        }
+        write!(f, " {:<BYTES_COLUMNS$}  {}", self.bytes, self.text)?;
+        if !self.retired {
+            f.write_str("  (not retired)")?;
+        }
+        self.accesses.iter().try_for_each(|access| access.fmt(f))
+    }
+}
+
+impl Display for ShownAccess {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(f, "  {}{} {:#x}", self.kind, self.size, self.address)?;
+        if let Some(physical) = self.physical {
+            write!(f, " @{physical:#x}")?;
+        }
+        self.values.iter().try_for_each(|value| write!(f, " ={value:#x}"))
+    }
+}
+
+/// Names operands.
+struct Names(Arc<Symbols>);
+
+impl SymbolResolver for Names {
+    fn symbol(
+        &mut self,
+        _: &Instruction,
+        _: u32,
+        _: Option<u32>,
+        address: u64,
+        _: u32,
+    ) -> Option<SymbolResult<'_>> {
+        let name = self.0.describe(address)?;
+        Some(SymbolResult::with_string(address, format!("{address:#x} <{name}>")))
+    }
+}
+
+/// Shows a trace, an entry at a time, to `show`.
+pub struct Dump<F> {
+    show: F,
+    formatter: GasFormatter,
+    symbols: Arc<Symbols>,
+    position: Position,
+    /// Instructions yet to be shown; `None` for all.
+    left: Option<u64>,
+}
+
+impl<F> fmt::Debug for Dump<F> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         f.debug_struct("Dump").field("left", &self.left).finish_non_exhaustive()
     }
 }
 
-impl<W: Write> Dump<W> {
-    /// Lists at most so many instructions.
-    pub fn new(out: W, instructions: u64) -> Self {
-        let (formatter, position) = (GasFormatter::new(), Position::default());
-        Self { out, formatter, position, left: instructions }
+impl<F: FnMut(&Shown) -> io::Result<()>> Dump<F> {
+    /// Shows at most so many instructions, and what is between them.
+    pub fn new(symbols: Symbols, instructions: Option<u64>, show: F) -> Self {
+        let symbols = Arc::new(symbols);
+        let names: Option<Box<dyn SymbolResolver>> =
+            if symbols.is_empty() { None } else { Some(Box::new(Names(Arc::clone(&symbols)))) };
+        let formatter = GasFormatter::with_options(names, None);
+        Self { show, formatter, symbols, position: Position::default(), left: instructions }
     }
 
     /// Whether all was shown that was asked for: reading on shows nothing.
     pub fn is_full(&self) -> bool {
-        self.left == 0
+        self.left == Some(0)
     }
 
-    /// Where it was written.
-    pub fn into_inner(self) -> W {
-        self.out
-    }
-
-    fn line(&mut self, run: &Run<'_>, step: &Step<'_>, number: u64) -> String {
-        let mode = run.block().mode();
+    fn instruction(&mut self, run: &Run<'_>, step: &Step<'_>, number: u64) -> ShownInstruction {
+        let (mode, address) = (run.block().mode(), step.instruction.linear());
         let mut text = String::new();
         self.formatter.format(&decode(step.instruction, mode.width), &mut text);
-        let bytes: String = step.instruction.bytes().iter().map(|b| format!("{b:02x}")).collect();
-        let mut line = format!(
-            "{number:>12} {} {:016x}  {bytes:<22} {text}",
-            mode.cpl,
-            step.instruction.linear()
-        );
-        if !step.retired {
-            line.push_str("  (not retired)");
-        }
-        for access in step.accesses() {
-            let what = match access.kind {
+        let accesses = step.accesses().map(|access| ShownAccess {
+            kind: match access.kind {
                 AccessKind::Read => "r",
                 AccessKind::Write => "w",
                 AccessKind::ReadWrite => "rw",
-            };
-            // Writing to a string does not fail.
-            let _ = write!(line, "  {what}{} {:#x}", access.size_bytes, access.address);
-            if let Some(physical) = access.physical {
-                let _ = write!(line, " @{physical:#x}");
+            },
+            size: access.size_bytes,
+            address: access.address,
+            physical: access.physical,
+            values: access.values.to_vec(),
+        });
+        ShownInstruction {
+            number,
+            cpl: mode.cpl,
+            address,
+            symbol: self.symbols.describe(address),
+            bytes: step.instruction.bytes().iter().map(|byte| format!("{byte:02x}")).collect(),
+            text,
+            retired: step.retired,
+            accesses: accesses.collect(),
+        }
+    }
+
+    /// An address with its symbol.
+    fn place(&self, address: u64) -> String {
+        match self.symbols.describe(address) {
+            Some(name) => format!("{address:#x} <{name}>"),
+            None => format!("{address:#x}"),
+        }
+    }
+
+    fn describe(&self, event: &Event) -> String {
+        match *event {
+            Event::Delivery { kind, vector, error_code, address, fault_address } => {
+                let what = match kind {
+                    Delivery::Exception => format!("exception {vector}, {}", exception(vector)),
+                    Delivery::Interrupt => format!("interrupt {vector}"),
+                    Delivery::NonMaskable => "non-maskable interrupt".to_owned(),
+                    Delivery::Software => format!("software interrupt {vector}"),
+                };
+                let mut text = format!("{what}, at {}", self.place(address));
+                // Writing to a string does not fail.
+                if let Some(fault) = fault_address {
+                    let _ = write!(text, ", of {fault:#x}");
+                }
+                if let Some(code) = error_code {
+                    let _ = write!(text, ", error code {code:#x}");
+                }
+                text
             }
-            for value in access.values {
-                let _ = write!(line, " ={value:#x}");
+            Event::Return { address } => format!("return to {}", self.place(address)),
+            Event::AddressSpace { cr3 } => format!("CR3 is {cr3:#x}"),
+            Event::Port { direction, port, size_bytes, value } => {
+                let verb = transfer(direction, "in", "out");
+                format!("{verb} port {port:#x}: {value:#x}, {size_bytes} bytes")
+            }
+            Event::Mmio { direction, physical, size_bytes, value } => {
+                let verb = transfer(direction, "read", "write");
+                format!("device memory {verb} @{physical:#x}: {value:#x}, {size_bytes} bytes")
+            }
+            Event::Dma { direction, physical, bytes } => {
+                let verb = transfer(direction, "writes", "reads");
+                format!("a device {verb} {bytes} bytes @{physical:#x}")
+            }
+            Event::SystemAccess { kind, linear, physical, size_bytes } => {
+                let what = match kind {
+                    SystemAccessKind::WalkRead => "page walk reads",
+                    SystemAccessKind::WalkWrite => "page walk writes",
+                    SystemAccessKind::DescriptorRead => "descriptor is read:",
+                    SystemAccessKind::DescriptorWrite => "descriptor is written:",
+                    SystemAccessKind::FrameWrite => "frame is pushed:",
+                };
+                let linear = linear.map(|linear| format!(" {linear:#x}")).unwrap_or_default();
+                format!("{what}{linear} @{physical:#x}, {size_bytes} bytes")
+            }
+            Event::Marker(marker) => {
+                let (seconds, rest) =
+                    (marker.virtual_ns / 1_000_000_000, marker.virtual_ns % 1_000_000_000);
+                format!("tick {}, guest time {seconds}.{rest:09} s", marker.tick)
+            }
+            Event::Skipped { instructions, address } => {
+                let from = address.map(|address| format!(", from {}", self.place(address)));
+                format!("{instructions} instructions left out{}", from.unwrap_or_default())
             }
         }
-        line
+    }
+
+    fn put(&mut self, entry: &Shown) -> Result<(), TraceError> {
+        (self.show)(entry).map_err(TraceError::Write)
     }
 }
 
-impl<W: Write> Observer for Dump<W> {
+fn transfer(direction: Direction, into: &'static str, out: &'static str) -> &'static str {
+    match direction {
+        Direction::In => into,
+        Direction::Out => out,
+    }
+}
+
+impl<F: FnMut(&Shown) -> io::Result<()>> Observer for Dump<F> {
     fn begin(&mut self, position: &Position) -> Result<(), TraceError> {
         self.position = *position;
         Ok(())
@@ -82,26 +271,26 @@ impl<W: Write> Observer for Dump<W> {
         let mut number = self.position.instruction;
         self.position.pass_run(run);
         for step in run.steps() {
-            if self.left == 0 {
+            if self.is_full() {
                 break;
             }
-            let line = self.line(run, &step, number);
-            writeln!(self.out, "{line}").map_err(TraceError::Write)?;
+            let one = self.instruction(run, &step, number);
+            self.put(&Shown::Instruction(one))?;
             number += u64::from(step.retired);
-            self.left -= u64::from(step.retired);
+            if let Some(left) = &mut self.left {
+                *left -= u64::from(step.retired);
+            }
         }
         Ok(())
     }
 
     fn event(&mut self, event: &Event) -> Result<(), TraceError> {
+        let number = self.position.instruction;
         self.position.pass_event(event);
-        if self.left == 0 {
+        if self.is_full() {
             return Ok(());
         }
-        writeln!(self.out, "{:>12} {event:x?}", "").map_err(TraceError::Write)
-    }
-
-    fn end(&mut self) -> Result<(), TraceError> {
-        self.out.flush().map_err(TraceError::Write)
+        let event = self.describe(event);
+        self.put(&Shown::Event(ShownEvent { number, event }))
     }
 }

@@ -9,6 +9,8 @@ use iced_x86::{
 };
 use reprise_trace::instructions::{BlockRef, CodeWidth, InstructionRef};
 
+use crate::kind::Kind;
+
 /// How an instruction moves control.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Branch {
@@ -39,6 +41,8 @@ pub struct Decoded {
     pub branch: Branch,
     /// Its name.
     pub mnemonic: Mnemonic,
+    /// What kind of work it does.
+    pub kind: Kind,
     /// Where it leads, if it is a direct branch.
     pub target: Option<u64>,
     /// Registers that it reads, in full width, none twice.
@@ -146,6 +150,7 @@ impl Decoded {
         Self {
             branch,
             mnemonic: decoded.mnemonic(),
+            kind: Kind::of(&decoded, branch),
             target,
             reads,
             writes,

@@ -15,6 +15,7 @@ pub mod drmemtrace;
 pub mod dump;
 pub mod formats;
 pub mod instruction;
+pub mod kind;
 pub mod output;
 pub mod perf_script;
 pub mod stats;

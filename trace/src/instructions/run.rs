@@ -202,6 +202,12 @@ impl<'a> Run<'a> {
         self.addresses
     }
 
+    /// Guest-physical addresses of all accesses, in order, or nothing.
+    #[inline]
+    pub fn physical(&self) -> &'a [u64] {
+        self.physical
+    }
+
     /// Linear address of the run's first instruction.
     #[inline]
     pub fn linear(&self) -> u64 {
