@@ -17,6 +17,7 @@ pub mod formats;
 pub mod instruction;
 pub mod kind;
 pub mod output;
+pub mod page;
 pub mod perf_script;
 pub mod stats;
 pub mod symbols;
