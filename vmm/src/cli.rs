@@ -1,6 +1,7 @@
 //! The command line: what there is to say, and who does it.
 
 mod expand;
+mod trace;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -19,6 +20,10 @@ use crate::session::replay::At;
 use reprise_cpu::translate::Translation;
 
 pub use expand::ExpandArgs;
+pub(crate) use trace::TraceAction;
+pub use trace::{
+    CheckArgs, ConcatArgs, ConvertArgs, DumpArgs, StatsArgs, SymbolFile, TraceArgs, WindowArgs,
+};
 
 /// Exit status of a command that failed.
 pub(crate) const FAILED: u8 = 1;
@@ -53,7 +58,9 @@ enum Command {
     Replay(ReplayArgs),
     /// Write down every instruction of a recording, or of a part of it
     Expand(ExpandArgs),
-    /// Show what a recording holds
+    /// Look at traces, check them, join them, and convert them
+    Trace(TraceArgs),
+    /// Show what a recording or a trace holds
     Info(InfoArgs),
     /// Add checkpoints to a recording by replaying it
     Checkpoint(CheckpointArgs),
@@ -249,8 +256,8 @@ pub enum ImagesAction {
 /// `info`.
 #[derive(Debug, Args)]
 pub struct InfoArgs {
-    /// The recording
-    #[arg(value_name = "FILE.rr")]
+    /// The recording, or the trace
+    #[arg(value_name = "FILE")]
     pub(crate) file: PathBuf,
 }
 
@@ -318,6 +325,7 @@ fn dispatch(command: Command, output: Output) -> anyhow::Result<u8> {
         Command::Record(arguments) => commands::record::run(&arguments, output),
         Command::Replay(arguments) => commands::replay::run(&arguments, output),
         Command::Expand(arguments) => commands::expand::run(&arguments, output),
+        Command::Trace(arguments) => commands::trace::run(&arguments, output),
         Command::Info(arguments) => commands::info::run(&arguments, output),
         Command::Checkpoint(arguments) => commands::checkpoint::run(&arguments, output),
         Command::Diff(arguments) => commands::diff::run(&arguments, output),

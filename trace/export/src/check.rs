@@ -5,10 +5,7 @@ use reprise_trace::instructions::{Event, Observer, Position, Run, TraceError};
 
 use crate::instruction::{Branch, Decoded, DecodedBlocks};
 
-/// Findings kept; all are counted.
-const KEPT_FINDINGS: usize = 20;
-
-/// Something that no CPU does.
+/// Something that no CPU does, where it was found first.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
     /// The number of the instruction at which it was found.
@@ -17,6 +14,8 @@ pub struct Finding {
     pub address: u64,
     /// What it is.
     pub what: &'static str,
+    /// How often it was found.
+    pub count: u64,
 }
 
 /// Where control may be next.
@@ -33,8 +32,9 @@ pub struct Check {
     decoded: DecodedBlocks,
     position: Position,
     expected: Expected,
+    /// One of each kind.
     findings: Vec<Finding>,
-    finding_count: u64,
+    instructions: u64,
 }
 
 impl Default for Check {
@@ -44,27 +44,34 @@ impl Default for Check {
             position: Position::default(),
             expected: Expected::Anywhere,
             findings: Vec::new(),
-            finding_count: 0,
+            instructions: 0,
         }
     }
 }
 
 impl Check {
-    /// The first findings.
+    /// The first finding of each kind.
     pub fn findings(&self) -> &[Finding] {
         &self.findings
     }
 
     /// How many there are.
     pub fn finding_count(&self) -> u64 {
-        self.finding_count
+        self.findings.iter().map(|found| found.count).sum()
+    }
+
+    /// Instructions that were looked at.
+    pub fn instructions(&self) -> u64 {
+        self.instructions
     }
 
     fn find(&mut self, address: u64, what: &'static str) {
-        self.finding_count += 1;
-        if self.findings.len() < KEPT_FINDINGS {
-            let instruction = self.position.instruction;
-            self.findings.push(Finding { instruction, address, what });
+        match self.findings.iter_mut().find(|found| found.what == what) {
+            Some(found) => found.count += 1,
+            None => {
+                let instruction = self.position.instruction;
+                self.findings.push(Finding { instruction, address, what, count: 1 });
+            }
         }
     }
 
@@ -109,6 +116,7 @@ impl Observer for Check {
             }
             self.expected = expected(decoded, step.instruction.next_linear());
             self.position.instruction += 1;
+            self.instructions += 1;
         }
         Ok(())
     }
@@ -119,6 +127,7 @@ impl Observer for Check {
                 self.arrive(address, "an interrupt or exception came where control was not");
                 self.expected = Expected::Anywhere;
             }
+            Event::Return { address } => self.expected = Expected::Either(address, address),
             Event::Skipped { address, .. } => {
                 if let Some(address) = address {
                     self.arrive(address, "something was left out where control was not");

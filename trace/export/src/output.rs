@@ -13,7 +13,7 @@ const BUFFER_BYTES: usize = 1 << 18;
 
 /// A file under a temporary name beside its final one. [`PendingFile::finish`] gives it the final
 /// name; dropped before that, it is removed. A process that is killed leaves it under the temporary
-/// name.
+/// name. What is no regular file, such as a device or a named pipe, is written to as it is.
 #[derive(Debug)]
 pub struct PendingFile {
     file: Option<BufWriter<File>>,
@@ -31,10 +31,15 @@ impl PendingFile {
         if path.is_dir() {
             return Err(io::ErrorKind::IsADirectory.into());
         }
-        let mut temporary_name = name.to_owned();
-        // Two processes that write the same file do not write into each other's.
-        temporary_name.push(format!(".partial-{}", std::process::id()));
-        let temporary = path.with_file_name(temporary_name);
+        let is_special = fs::metadata(path).is_ok_and(|metadata| !metadata.is_file());
+        let temporary = if is_special {
+            path.to_owned()
+        } else {
+            let mut temporary_name = name.to_owned();
+            // Two processes that write the same file do not write into each other's.
+            temporary_name.push(format!(".partial-{}", std::process::id()));
+            path.with_file_name(temporary_name)
+        };
         let file = File::create(&temporary)?;
         let file = Some(BufWriter::with_capacity(BUFFER_BYTES, file));
         Ok(Self { file, temporary, path: path.to_owned() })
@@ -52,6 +57,9 @@ impl PendingFile {
     pub fn finish(mut self) -> io::Result<()> {
         if let Some(file) = self.file.take() {
             let closed = file.into_inner().map_err(io::IntoInnerError::into_error);
+            if self.is_special() {
+                return closed.map(|_| ());
+            }
             let renamed = closed
                 .and_then(|file| file.sync_all())
                 .and_then(|()| fs::rename(&self.temporary, &self.path));
@@ -61,6 +69,11 @@ impl PendingFile {
             }
         }
         Ok(())
+    }
+
+    /// Whether it is written to under its own name.
+    fn is_special(&self) -> bool {
+        self.temporary == self.path
     }
 
     fn open(&mut self) -> io::Result<&mut BufWriter<File>> {
@@ -80,7 +93,7 @@ impl Write for PendingFile {
 
 impl Drop for PendingFile {
     fn drop(&mut self) {
-        if self.file.take().is_some() {
+        if self.file.take().is_some() && !self.is_special() {
             // There is nobody left to tell.
             let _ = fs::remove_file(&self.temporary);
         }

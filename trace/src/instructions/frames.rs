@@ -12,7 +12,7 @@ use crate::moment::TickKind;
 use crate::varint::{Taker, put};
 
 /// The format that this crate writes, and the only one that it reads.
-pub(super) const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 2;
 /// How every version of the format starts. The first byte is no ASCII, so no text starts so.
 const MAGIC: [u8; 8] = *b"\xf2rrtrace";
 /// Magic, format version, CRC32C of both.

@@ -41,7 +41,7 @@ pub use block::{
 pub use concat::{Concat, joined_header};
 pub use event::{Delivery, Direction, Event, Marker, SystemAccessKind};
 pub use feed::Feed;
-pub use frames::{Share, Totals, TraceHeader};
+pub use frames::{FORMAT_VERSION, Share, Totals, TraceHeader};
 pub use head::{SegmentHead, SegmentOptions};
 pub use reader::{Ending, Outline, TraceIndex, TraceReader};
 pub use run::{Access, Observer, PlainRuns, Position, Run, Step, Steps};

@@ -157,6 +157,11 @@ impl<R: Read> TraceReader<R> {
         self.offset
     }
 
+    /// Segments read so far; 0 after going to another place.
+    pub fn segments_read(&self) -> u64 {
+        self.seen.map_or(0, |seen| seen.segments)
+    }
+
     /// Appends all segments from here on to another trace, as they are. [`super::Concat`] makes one
     /// trace of several so.
     ///

@@ -1,4 +1,4 @@
-//! `reprise info`: what a recording holds.
+//! `reprise info`: what a recording or a trace holds.
 
 use anyhow::Result;
 use reprise_trace::event::{EffectDigest, Event};
@@ -13,6 +13,7 @@ use crate::session::replay::open;
 use crate::session::report::{
     MomentReport, bytes_per_kiloinstruction, damage_text, describe_ending, log_text,
 };
+use crate::session::trace_file::is_trace;
 
 /// Everything about a recording.
 #[derive(Debug, Serialize)]
@@ -75,11 +76,14 @@ impl From<&ImageInfo> for ImageReport {
     }
 }
 
-/// Shows a recording.
+/// Shows a recording or a trace.
 ///
 /// # Errors
-/// The recording cannot be used at all.
+/// The file cannot be used at all.
 pub fn run(arguments: &InfoArgs, output: Output) -> Result<u8> {
+    if is_trace(&arguments.file) {
+        return super::trace::show_info(&arguments.file, output);
+    }
     let recording = open(&arguments.file)?;
     let report = InfoReport::of(&recording);
     output.result(&report, report.to_table());

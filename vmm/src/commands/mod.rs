@@ -10,3 +10,4 @@ pub mod info;
 pub mod record;
 pub mod replay;
 pub mod run;
+pub mod trace;

@@ -259,14 +259,14 @@ pub enum Place {
 }
 
 impl Place {
-    fn destination(&self) -> Destination {
+    pub(crate) fn destination(&self) -> Destination {
         match self {
             Self::Path(path) => Destination::Path(path.clone()),
             Self::Pipe => Destination::Pipe(Box::new(io::stdout())),
         }
     }
 
-    fn open(&self) -> Result<NativeFile> {
+    pub(crate) fn open(&self) -> Result<NativeFile> {
         match self {
             Self::Path(path) => {
                 let file = PendingFile::create(path)
@@ -279,14 +279,14 @@ impl Place {
 }
 
 /// Where a trace in the native format goes.
-enum NativeFile {
+pub(crate) enum NativeFile {
     File(PendingFile, u64),
     Pipe(io::Stdout, u64),
 }
 
 impl NativeFile {
     /// Gives a file its name; the bytes written.
-    fn finish(self) -> io::Result<u64> {
+    pub(crate) fn finish(self) -> io::Result<u64> {
         match self {
             Self::File(file, bytes) => file.finish().map(|()| bytes),
             Self::Pipe(_, bytes) => Ok(bytes),

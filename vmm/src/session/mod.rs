@@ -12,3 +12,4 @@ pub mod profile_report;
 pub mod record;
 pub mod replay;
 pub mod report;
+pub mod trace_file;

@@ -1,0 +1,258 @@
+//! Reads a trace for a command: from the place where its window begins, with a progress bar, to its
+//! end or to where something is wrong.
+
+use std::fs::{self, File};
+use std::io::{self, BufReader};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use reprise_export::Destination;
+use reprise_trace::instructions::filter::Selection;
+use reprise_trace::instructions::{
+    Ending, Event, Observer, Outline, Position, Run, TraceError, TraceReader,
+};
+use reprise_trace::recording::{Recording, RecordingError};
+
+use super::file_kind::NoFile;
+use crate::output::Output;
+
+/// Bytes read at once.
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// A trace that is being read.
+#[derive(Debug)]
+pub struct TraceFile {
+    /// Its name.
+    pub path: PathBuf,
+    /// Reads it.
+    pub reader: TraceReader<BufReader<File>>,
+    /// What it holds.
+    pub outline: Outline,
+    /// Its length.
+    pub file_bytes: u64,
+}
+
+/// Where reading came to.
+#[derive(Debug)]
+pub enum Reached {
+    /// The end.
+    End,
+    /// The end of what is whole, with so many bytes behind it.
+    CutShort {
+        /// Bytes of no use.
+        unused_bytes: u64,
+    },
+    /// Whoever looks has seen enough.
+    Enough,
+    /// What is behind is damaged.
+    Damaged(TraceError),
+}
+
+/// Opens a file that a command reads.
+///
+/// # Errors
+/// If there is none, or it is a directory, a device or a pipe.
+fn open_file(path: &Path) -> Result<File> {
+    let shown = path.display();
+    let unreadable =
+        |error| anyhow!("cannot read {shown}: {error}; check the path and its permissions");
+    // Before it is opened: a pipe that nobody writes to would not come back.
+    let kind = fs::metadata(path).map_err(unreadable)?.file_type();
+    if let Some(kind) = NoFile::of(kind) {
+        bail!("{shown} is {kind}: give the file that `reprise expand` wrote");
+    }
+    File::open(path).map_err(unreadable)
+}
+
+/// Opens a trace's header and leaves the rest.
+///
+/// # Errors
+/// If the file cannot be read or is no trace.
+pub fn open_reader(path: &Path) -> Result<TraceReader<BufReader<File>>> {
+    let file = BufReader::with_capacity(BUFFER_BYTES, open_file(path)?);
+    TraceReader::open(file).map_err(|error| match error {
+        TraceError::Foreign if is_recording(path) => {
+            anyhow!(
+                "{0} is a recording: `reprise expand {0} -o TRACE` makes a trace of it",
+                path.display()
+            )
+        }
+        error => anyhow!(error).context(path.display().to_string()),
+    })
+}
+
+/// Whether a file starts as traces do.
+pub fn is_trace(path: &Path) -> bool {
+    let is_file = fs::metadata(path).is_ok_and(|metadata| metadata.is_file());
+    let opened = is_file.then(|| File::open(path).ok()).flatten();
+    opened.is_some_and(|file| {
+        !matches!(
+            TraceReader::open(file),
+            Err(TraceError::Foreign | TraceError::Empty | TraceError::Read(_))
+        )
+    })
+}
+
+fn is_recording(path: &Path) -> bool {
+    let opened = File::open(path).ok().map(|file| Recording::open(BufReader::new(file)));
+    opened.is_some_and(|opened| !matches!(opened, Err(RecordingError::Foreign)))
+}
+
+/// Refuses to write over a file without being told to.
+///
+/// # Errors
+/// If there is a file and `force` is not given.
+pub fn may_write(path: &Path, force: bool) -> Result<()> {
+    if !force && fs::metadata(path).is_ok_and(|metadata| metadata.is_file()) {
+        bail!("{} exists: give --force to overwrite it", path.display());
+    }
+    Ok(())
+}
+
+/// Where `-o` says.
+///
+/// # Errors
+/// As [`may_write`].
+pub fn destination(path: &Path, force: bool) -> Result<Destination> {
+    if path == Path::new("-") {
+        return Ok(Destination::Pipe(Box::new(io::stdout())));
+    }
+    may_write(path, force)?;
+    Ok(Destination::Path(path.to_owned()))
+}
+
+impl TraceFile {
+    /// Opens a trace.
+    ///
+    /// # Errors
+    /// If the file cannot be read or is no trace.
+    pub fn open(path: &Path) -> Result<Self> {
+        let mut reader = open_reader(path)?;
+        let shown = || path.display().to_string();
+        let outline = reader.outline().with_context(shown)?;
+        let file_bytes = fs::metadata(path).map_or(0, |metadata| metadata.len());
+        Ok(Self { path: path.to_owned(), reader, outline, file_bytes })
+    }
+
+    /// The instructions by number that a selection may keep.
+    ///
+    /// # Errors
+    /// If it lies outside the trace.
+    pub fn span(&self, selection: &Selection) -> Result<std::ops::Range<u64>> {
+        let index = &self.outline.index;
+        let (first, end) = (index.first_instruction(), index.end_instruction());
+        let Some(asked) = &selection.instructions else { return Ok(first..end) };
+        if asked.start >= end || asked.end <= first {
+            let (asked, shown) = (asked.start, self.path.display());
+            let error = TraceError::NoSuchInstruction { asked, first, end };
+            return Err(anyhow!(error).context(shown.to_string()));
+        }
+        Ok(asked.start.max(first)..asked.end.min(end))
+    }
+
+    /// Goes to the segment in which a selection begins.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn go_to(&mut self, selection: &Selection) -> Result<()> {
+        let index = &self.outline.index;
+        let by_number = selection.instructions.as_ref().filter(|window| window.start > 0);
+        let by_number = by_number.and_then(|window| index.segment_of_instruction(window.start));
+        let by_time = selection.virtual_ns.as_ref().filter(|window| window.start > 0);
+        let by_time = by_time.map(|window| index.segment_at_virtual_ns(window.start));
+        match by_number.max(by_time) {
+            Some(segment) if segment > 0 => {
+                Ok(self.reader.seek_to_segment(&self.outline.index, segment)?)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Shows `observer` the trace from where the reader stands, until it has seen `enough`. It is told
+    /// of the end in any case.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or the observer fails.
+    pub fn drive<O: Observer>(
+        &mut self,
+        observer: &mut O,
+        (output, doing): (Output, &str),
+        enough: impl Fn(&O) -> bool,
+    ) -> Result<Reached, TraceError> {
+        let bar = output.bar(doing, Some(self.file_bytes));
+        let reached = loop {
+            bar.set_position(self.reader.offset());
+            if enough(observer) {
+                break Reached::Enough;
+            }
+            let mut watched = Watched { observer: &mut *observer, enough: &enough };
+            match self.reader.drive_segment(&mut watched) {
+                Ok(None) => {}
+                Ok(Some(Ending::Complete { .. })) => break Reached::End,
+                Ok(Some(Ending::CutShort { unused_bytes })) => {
+                    break Reached::CutShort { unused_bytes };
+                }
+                Err(TraceError::Write(error)) if error.kind() == ENOUGH => break Reached::Enough,
+                Err(damage @ TraceError::Damaged { .. }) => break Reached::Damaged(damage),
+                Err(error) => return Err(error),
+            }
+        };
+        bar.finish_and_clear();
+        observer.end()?;
+        Ok(reached)
+    }
+
+    /// Says what a person must know of where reading came to; the command's exit status.
+    pub fn tell(&self, reached: &Reached, output: Output) -> u8 {
+        let shown = self.path.display();
+        match reached {
+            Reached::End | Reached::Enough => 0,
+            Reached::CutShort { unused_bytes } => {
+                output.note(format_args!(
+                    "{shown} is cut short: its whole segments were used, and {unused_bytes} bytes \
+                     behind them were not"
+                ));
+                0
+            }
+            Reached::Damaged(damage) => {
+                output.note(format_args!("{shown}: {damage}; what is before it was used"));
+                1
+            }
+        }
+    }
+}
+
+/// What an observer's error is when nothing is wrong.
+const ENOUGH: io::ErrorKind = io::ErrorKind::Interrupted;
+
+/// Stops in the middle of a segment.
+struct Watched<'a, O, F> {
+    observer: &'a mut O,
+    enough: &'a F,
+}
+
+impl<O: Observer, F: Fn(&O) -> bool> Watched<'_, O, F> {
+    fn look(&self) -> Result<(), TraceError> {
+        if (self.enough)(self.observer) { Err(TraceError::Write(ENOUGH.into())) } else { Ok(()) }
+    }
+}
+
+impl<O: Observer, F: Fn(&O) -> bool> Observer for Watched<'_, O, F> {
+    fn begin(&mut self, position: &Position) -> Result<(), TraceError> {
+        self.observer.begin(position)
+    }
+
+    fn new_blocks(&mut self) {
+        self.observer.new_blocks();
+    }
+
+    fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
+        self.observer.run(run)?;
+        self.look()
+    }
+
+    fn event(&mut self, event: &Event) -> Result<(), TraceError> {
+        self.observer.event(event)?;
+        self.look()
+    }
+}
