@@ -1,7 +1,7 @@
 //! Whether a trace can be what a CPU did: each instruction is one, control goes where the
 //! instruction before it leads, and clocks only go forward.
 
-use reprise_trace::instructions::{Event, Observer, Position, Run, TraceError};
+use reprise_trace::instructions::{BlockRef, Event, Observer, Position, Run, TraceError};
 
 use crate::instruction::{Branch, Decoded, DecodedBlocks};
 
@@ -19,34 +19,47 @@ pub struct Finding {
 }
 
 /// Where control may be next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Expected {
+    #[default]
     Anywhere,
     /// At one of these.
     Either(u64, u64),
 }
 
-/// Checks a trace.
+impl Expected {
+    fn includes(self, address: u64) -> bool {
+        match self {
+            Self::Anywhere => true,
+            Self::Either(one, other) => address == one || address == other,
+        }
+    }
+}
+
+/// What is known of a block's instructions.
 #[derive(Debug)]
+struct KnownBlock {
+    /// Where control may be behind each.
+    behind: Vec<Expected>,
+    /// Those that are none.
+    invalid: Vec<usize>,
+    /// All are instructions, and each but the last may lead to the next.
+    is_sound: bool,
+}
+
+const FROM_ELSEWHERE: &str = "control does not come from the instruction before";
+
+/// Checks a trace.
+#[derive(Debug, Default)]
 pub struct Check {
     decoded: DecodedBlocks,
+    /// By number.
+    blocks: Vec<Option<KnownBlock>>,
     position: Position,
     expected: Expected,
     /// One of each kind.
     findings: Vec<Finding>,
     instructions: u64,
-}
-
-impl Default for Check {
-    fn default() -> Self {
-        Self {
-            decoded: DecodedBlocks::default(),
-            position: Position::default(),
-            expected: Expected::Anywhere,
-            findings: Vec::new(),
-            instructions: 0,
-        }
-    }
 }
 
 impl Check {
@@ -76,12 +89,27 @@ impl Check {
     }
 
     fn arrive(&mut self, address: u64, what: &'static str) {
-        if let Expected::Either(one, other) = self.expected
-            && address != one
-            && address != other
-        {
+        if !self.expected.includes(address) {
             self.find(address, what);
         }
+    }
+
+    /// Meets a block of a number that has no meaning yet.
+    fn meet(&mut self, id: u32, block: BlockRef<'_>) {
+        let decoded = self.decoded.get(id, block);
+        let pairs = || block.instructions().zip(decoded.iter());
+        let behind: Vec<Expected> =
+            pairs().map(|(one, decoded)| expected(decoded, one.next_linear())).collect();
+        let invalid: Vec<usize> =
+            (0..).zip(decoded.iter()).filter(|(_, one)| !one.is_valid).map(|(at, _)| at).collect();
+        let goes_on = behind.iter().zip(block.instructions().skip(1));
+        let is_sound =
+            invalid.is_empty() && goes_on.into_iter().all(|(to, next)| to.includes(next.linear()));
+        let index = id as usize;
+        if index >= self.blocks.len() {
+            self.blocks.resize_with(index + 1, || None);
+        }
+        self.blocks[index] = Some(KnownBlock { behind, invalid, is_sound });
     }
 }
 
@@ -103,21 +131,34 @@ impl Observer for Check {
 
     fn new_blocks(&mut self) {
         self.decoded.clear();
+        self.blocks.clear();
     }
 
     fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
-        let decoded = self.decoded.get(run.id(), run.block());
-        let retired = &decoded[run.first()..run.first() + run.retired()];
-        for (step, decoded) in run.steps().zip(retired) {
-            let linear = step.instruction.linear();
-            self.arrive(linear, "control does not come from the instruction before");
-            if !decoded.is_valid {
-                self.find(linear, "the bytes are no instruction of this length");
-            }
-            self.expected = expected(decoded, step.instruction.next_linear());
-            self.position.instruction += 1;
-            self.instructions += 1;
+        let (index, retired) = (run.id() as usize, run.retired());
+        if !matches!(self.blocks.get(index), Some(Some(_))) {
+            self.meet(run.id(), run.block());
         }
+        let Some(known) = self.blocks[index].take() else { return Ok(()) };
+        if known.is_sound && retired > 0 {
+            // Within it control goes where it must: only its ends are to be looked at.
+            self.arrive(run.linear(), FROM_ELSEWHERE);
+            self.expected = known.behind[run.first() + retired - 1];
+        } else {
+            for step in run.steps().filter(|step| step.retired) {
+                let linear = step.instruction.linear();
+                self.arrive(linear, FROM_ELSEWHERE);
+                if known.invalid.contains(&step.index) {
+                    self.find(linear, "the bytes are no instruction of this length");
+                }
+                self.expected = known.behind[step.index];
+                self.position.instruction += 1;
+            }
+            self.position.instruction -= retired as u64;
+        }
+        self.blocks[index] = Some(known);
+        self.instructions += retired as u64;
+        self.position.pass_run(run);
         Ok(())
     }
 

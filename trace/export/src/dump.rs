@@ -133,6 +133,9 @@ pub struct Dump<F> {
     formatter: GasFormatter,
     symbols: Arc<Symbols>,
     position: Position,
+    /// What the clocks and CR3 said last, until something happens: of many in a row only the last
+    /// of each kind is of interest.
+    pending: Vec<Event>,
     /// Instructions yet to be shown; `None` for all.
     left: Option<u64>,
 }
@@ -150,7 +153,8 @@ impl<F: FnMut(&Shown) -> io::Result<()>> Dump<F> {
         let names: Option<Box<dyn SymbolResolver>> =
             if symbols.is_empty() { None } else { Some(Box::new(Names(Arc::clone(&symbols)))) };
         let formatter = GasFormatter::with_options(names, None);
-        Self { show, formatter, symbols, position: Position::default(), left: instructions }
+        let (position, pending) = (Position::default(), Vec::new());
+        Self { show, formatter, symbols, position, pending, left: instructions }
     }
 
     /// Whether all was shown that was asked for: reading on shows nothing.
@@ -249,6 +253,17 @@ impl<F: FnMut(&Shown) -> io::Result<()>> Dump<F> {
         }
     }
 
+    fn put_event(&mut self, number: u64, event: &Event) -> Result<(), TraceError> {
+        let event = self.describe(event);
+        self.put(&Shown::Event(ShownEvent { number, event }))
+    }
+
+    fn put_pending(&mut self) -> Result<(), TraceError> {
+        let number = self.position.instruction;
+        let pending = std::mem::take(&mut self.pending);
+        pending.iter().try_for_each(|event| self.put_event(number, event))
+    }
+
     fn put(&mut self, entry: &Shown) -> Result<(), TraceError> {
         (self.show)(entry).map_err(TraceError::Write)
     }
@@ -268,6 +283,9 @@ impl<F: FnMut(&Shown) -> io::Result<()>> Observer for Dump<F> {
     }
 
     fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
+        if !self.is_full() {
+            self.put_pending()?;
+        }
         let mut number = self.position.instruction;
         self.position.pass_run(run);
         for step in run.steps() {
@@ -287,10 +305,24 @@ impl<F: FnMut(&Shown) -> io::Result<()>> Observer for Dump<F> {
     fn event(&mut self, event: &Event) -> Result<(), TraceError> {
         let number = self.position.instruction;
         self.position.pass_event(event);
-        if self.is_full() {
-            return Ok(());
+        match event {
+            _ if self.is_full() => Ok(()),
+            Event::Marker(_) | Event::AddressSpace { .. } => {
+                let kind = std::mem::discriminant(event);
+                self.pending.retain(|other| std::mem::discriminant(other) != kind);
+                self.pending.push(*event);
+                Ok(())
+            }
+            // What a filter left out is no reason to tell what happened in it.
+            Event::Skipped { .. } => self.put_event(number, event),
+            _ => {
+                self.put_pending()?;
+                self.put_event(number, event)
+            }
         }
-        let event = self.describe(event);
-        self.put(&Shown::Event(ShownEvent { number, event }))
+    }
+
+    fn end(&mut self) -> Result<(), TraceError> {
+        if self.is_full() { Ok(()) } else { self.put_pending() }
     }
 }

@@ -144,9 +144,12 @@ impl Decoded {
             }
         }
         let branch = branch_of(&decoded);
-        let target =
-            matches!(branch, Branch::DirectJump | Branch::DirectCall | Branch::Conditional)
-                .then(|| decoded.near_branch_target());
+        // Where a far branch leads depends on its segment's base.
+        let is_near = matches!(
+            decoded.op0_kind(),
+            OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64
+        );
+        let target = is_near.then(|| decoded.near_branch_target());
         Self {
             branch,
             mnemonic: decoded.mnemonic(),

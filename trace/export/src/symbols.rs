@@ -183,7 +183,7 @@ fn from_list(mut list: impl BufRead) -> io::Result<Vec<Symbol>> {
         if list.by_ref().take(MAX_LINE_BYTES).read_until(b'\n', &mut line)? == 0 {
             break;
         }
-        let Ok(text) = std::str::from_utf8(&line) else { break };
+        let Ok(text) = std::str::from_utf8(&line) else { continue };
         let mut fields = text.split_ascii_whitespace();
         let (Some(address), Some(kind), Some(name)) = (fields.next(), fields.next(), fields.next())
         else {

@@ -6,12 +6,11 @@ use std::fmt::Write as _;
 
 use crate::stats::text::per_cent;
 use crate::stats::{BranchRow, Counted, Interval, Report};
-use plot::{Plot, Series, Shape, short};
+use plot::{Plot, Series, Shape, Unit, bytes, short};
 
 const STYLE: &str = include_str!("style.css");
 /// Rows of a table beside another.
 const ROWS: usize = 20;
-const KIB: f64 = 1024.0;
 /// Pages and cache lines, in bytes.
 const PAGE_BYTES: f64 = 4096.0;
 const LINE_BYTES: f64 = 64.0;
@@ -51,15 +50,6 @@ fn grouped(count: u64) -> String {
     let groups = digits.as_bytes().rchunks(3).rev();
     let groups: Vec<&str> = groups.filter_map(|group| std::str::from_utf8(group).ok()).collect();
     groups.join("\u{202f}")
-}
-
-fn bytes(count: f64) -> String {
-    let units = [("GiB", KIB * KIB * KIB), ("MiB", KIB * KIB), ("KiB", KIB)];
-    match units.into_iter().find(|(_, factor)| count >= *factor) {
-        Some((unit, factor)) if count / factor >= 100.0 => format!("{:.0} {unit}", count / factor),
-        Some((unit, factor)) => format!("{:.1} {unit}", count / factor),
-        None => format!("{count:.0} B"),
-    }
 }
 
 fn ratio(part: u64, whole: u64) -> f64 {
@@ -106,7 +96,10 @@ fn tiles(out: &mut String, report: &Report) {
     let tiles = [
         (short(whole as f64), "instructions".to_owned()),
         (format!("{:.1}%", per_cent(user, whole)), "of them user code".to_owned()),
-        (format!("{:.2}", reads + writes), format!("accesses each: {reads:.2} r, {writes:.2} w")),
+        (
+            format!("{:.2}", reads + writes),
+            format!("accesses an instruction: {reads:.2} reads, {writes:.2} writes"),
+        ),
         (
             format!("{:.1}%", per_cent(branches, whole)),
             format!("branches; {taken:.1}% of conditional ones taken"),
@@ -159,17 +152,16 @@ fn over_time(out: &mut String, report: &Report) {
         let _ = writeln!(out, "<h3>{title}</h3>");
         out.push_str(&Plot { edges: edges.clone(), series, shape, top, unit }.draw());
     };
-    let percent: fn(f64) -> String = |value| format!("{value:.0}%");
     let shares = vec![
         series("user", "user", &|one| per_cent(one.user, one.instructions())),
         series("kernel", "kernel", &|one| per_cent(one.kernel, one.instructions())),
     ];
-    draw("Who runs", shares, Shape::Stacked, Some(100.0), percent);
+    draw("Who runs", shares, Shape::Stacked, Some(100.0), Unit::Percent);
     let touched = vec![
         series("data", "data", &|one| one.working_set.data_lines as f64 * LINE_BYTES),
         series("code", "code", &|one| one.working_set.code_lines as f64 * LINE_BYTES),
     ];
-    draw("Working set of each interval, in cache lines", touched, Shape::Lines, None, bytes);
+    draw("Working set of each interval, in cache lines", touched, Shape::Lines, None, Unit::Bytes);
     let pages = vec![
         series("data", "data", &|one| one.working_set.data_pages as f64 * PAGE_BYTES),
         series("code", "code", &|one| one.working_set.code_pages as f64 * PAGE_BYTES),
@@ -180,12 +172,12 @@ fn over_time(out: &mut String, report: &Report) {
         pages,
         Shape::Lines,
         None,
-        bytes,
+        Unit::Bytes,
     );
     let per_million = |count: u64, one: &Interval| ratio(count, one.instructions()) * 1e6;
     let interrupts =
         vec![series("in a million", "kernel", &|one| per_million(one.deliveries, one))];
-    draw("Exceptions and interrupts", interrupts, Shape::Lines, None, short);
+    draw("Exceptions and interrupts", interrupts, Shape::Lines, None, Unit::Count);
 }
 
 /// A table's row: cells with their class.
@@ -303,7 +295,7 @@ fn places(out: &mut String, report: &Report) {
     );
     table(out, "Busiest symbols", &report.top_symbols, whole, 2 * ROWS);
     out.push_str(
-        "<h3>Busiest blocks</h3>\n<table>\n<tr><th>address</th><th>CPL</th><th>symbol</th>\
+        "<h3>Busiest blocks</h3>\n<table class=\"wide\">\n<tr><th>address</th><th>CPL</th><th>symbol</th>\
          <th class=\"n\">runs</th><th class=\"n\">instructions</th><th class=\"n\">share</th>\
          <th></th></tr>\n",
     );
@@ -405,6 +397,5 @@ mod tests {
     #[test]
     fn numbers_read_well() {
         assert_eq!(grouped(6_123_456), "6\u{202f}123\u{202f}456");
-        assert_eq!((bytes(12.0), bytes(1536.0)), ("12 B".into(), "1.5 KiB".into()));
     }
 }

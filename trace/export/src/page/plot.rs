@@ -12,7 +12,7 @@ const RIGHT: f64 = 14.0;
 const TOP: f64 = 12.0;
 const BOTTOM: f64 = 30.0;
 /// Lines across a plot, about.
-const TICKS: f64 = 4.0;
+const TICKS: f64 = 5.0;
 
 /// A line or an area of a plot.
 pub(super) struct Series<'a> {
@@ -43,8 +43,56 @@ pub(super) struct Plot<'a> {
     pub(super) shape: Shape,
     /// The top of the vertical axis; `None` for what the values need.
     pub(super) top: Option<f64>,
-    /// How values are written.
-    pub(super) unit: fn(f64) -> String,
+    /// What values are in.
+    pub(super) unit: Unit,
+}
+
+/// What a plot's values are in.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unit {
+    /// Counts.
+    Count,
+    /// Per cent.
+    Percent,
+    /// Bytes, with binary prefixes.
+    Bytes,
+}
+
+impl Unit {
+    /// A value for a person.
+    pub(super) fn show(self, value: f64) -> String {
+        match self {
+            Self::Count => short(value),
+            Self::Percent => format!("{value:.0}%"),
+            Self::Bytes => bytes(value),
+        }
+    }
+
+    /// A distance between lines that reads well.
+    fn step(self, range: f64) -> f64 {
+        let prefix = match self {
+            Self::Bytes => PREFIXES.iter().find(|(_, factor)| range >= *factor),
+            _ => None,
+        };
+        let factor = prefix.map_or(1.0, |(_, factor)| *factor);
+        factor * step(range / factor)
+    }
+}
+
+/// Binary prefixes, the largest first.
+const PREFIXES: [(&str, f64); 3] =
+    [("GiB", 1_073_741_824.0), ("MiB", 1_048_576.0), ("KiB", 1024.0)];
+
+/// Bytes in the unit that suits.
+pub(super) fn bytes(count: f64) -> String {
+    match PREFIXES.into_iter().find(|(_, factor)| count >= *factor) {
+        Some((unit, factor)) if count / factor >= 99.95 => format!("{:.0} {unit}", count / factor),
+        Some((unit, factor)) => {
+            let text = format!("{:.1}", count / factor);
+            format!("{} {unit}", text.strip_suffix(".0").unwrap_or(&text))
+        }
+        None => format!("{count:.0} B"),
+    }
 }
 
 /// A number in three digits or so, with the letter of its thousands.
@@ -61,6 +109,17 @@ pub(super) fn short(number: f64) -> String {
     };
     let space = if unit.is_empty() { "" } else { "\u{202f}" };
     format!("{text}{space}{unit}")
+}
+
+/// A number at a line, which needs no zeros at its end.
+fn round(short: &str) -> String {
+    match short.split_once('\u{202f}') {
+        Some((number, unit)) if number.contains('.') => {
+            let number = number.trim_end_matches('0').trim_end_matches('.');
+            format!("{number}\u{202f}{unit}")
+        }
+        _ => short.to_owned(),
+    }
 }
 
 /// A distance between lines that reads well: 1, 2 or 5 times a power of ten.
@@ -109,7 +168,7 @@ impl Plot<'_> {
             }
         };
         let highest = if highest > 0.0 { highest } else { 1.0 };
-        let step = step(highest);
+        let step = self.unit.step(highest);
         (highest / step).ceil() * step
     }
 
@@ -121,10 +180,10 @@ impl Plot<'_> {
     fn draw_grid(&self, out: &mut String, top: f64) {
         let (first, last) = (self.edges[0], self.edges[self.edges.len() - 1]);
         let right = WIDTH - RIGHT;
-        let down = step(top);
+        let down = self.unit.step(top);
         let mut value = 0.0;
         while value <= top * 1.001 {
-            let (y, label) = (y(value, top), (self.unit)(value));
+            let (y, label) = (y(value, top), self.unit.show(value));
             let _ = writeln!(
                 out,
                 "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{right}\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>\
@@ -137,7 +196,7 @@ impl Plot<'_> {
         let across = step((last - first) / 2.0);
         let mut value = (first / across).ceil() * across;
         while value <= last {
-            let (x, label) = (self.x(value), short(value));
+            let (x, label) = (self.x(value), round(&short(value)));
             // A label at the very edge would be cut off.
             let anchor = if x > right - 30.0 { "end" } else { "middle" };
             let _ = writeln!(
@@ -188,7 +247,7 @@ impl Plot<'_> {
             let values = self
                 .series
                 .iter()
-                .map(|series| format!("{} {}", series.name, (self.unit)(series.values[index])));
+                .map(|series| format!("{} {}", series.name, self.unit.show(series.values[index])));
             let title = values.collect::<Vec<_>>().join("\n");
             let _ = writeln!(
                 out,
@@ -221,6 +280,12 @@ mod tests {
     use super::*;
 
     #[test]
+    fn bytes_have_binary_prefixes() {
+        let texts = [12.0, 1536.0, 1_048_576.0, 2e8].map(bytes);
+        assert_eq!(texts, ["12 B", "1.5 KiB", "1 MiB", "191 MiB"]);
+    }
+
+    #[test]
     fn numbers_are_short() {
         for (number, text) in [
             (0.0, "0"),
@@ -238,16 +303,24 @@ mod tests {
 
     #[test]
     fn lines_across_stand_at_round_numbers() {
-        for (range, expected) in [(100.0, 50.0), (1.0, 0.5), (37.0, 10.0), (8e9, 2e9)] {
-            assert!((step(range) / expected - 1.0).abs() < 1e-9, "{range}: {}", step(range));
+        for (unit, range, expected) in [
+            (Unit::Percent, 100.0, 20.0),
+            (Unit::Count, 1.0, 0.2),
+            (Unit::Count, 37.0, 10.0),
+            (Unit::Bytes, 9.0 * 1_048_576.0, 2.0 * 1_048_576.0),
+            (Unit::Bytes, 900.0, 200.0),
+        ] {
+            let step = unit.step(range);
+            assert!((step / expected - 1.0).abs() < 1e-9, "{range}: {step}");
         }
+        assert_eq!((round("1.20\u{202f}G"), round("200")), ("1.2\u{202f}G".into(), "200".into()));
     }
 
     #[test]
     fn a_plot_of_nothing_and_of_one_value_is_drawn() {
         for value in [0.0, 5.0] {
             let series = vec![Series { name: "all", class: "user", values: vec![value] }];
-            let (edges, unit) = (vec![10.0, 10.0], short as fn(f64) -> String);
+            let (edges, unit) = (vec![10.0, 10.0], Unit::Count);
             let plot = Plot { edges, series, shape: Shape::Stacked, top: None, unit };
             let drawn = plot.draw();
             assert!(drawn.ends_with("</svg>\n") && !drawn.contains("NaN"), "{drawn}");

@@ -59,7 +59,14 @@ fn what_no_machine_does_is_found() {
         batch.words.push(1);
         batch
     };
-    let cases: [(Batch, u64); 9] = [
+    let back = |address| Event::Return { address };
+    let iret = |id| block(id, 0x1000, &[0x48, 0xcf]);
+    let mut through_a_jump = jump(0);
+    through_a_jump.block.instructions.extend(nop(0, 0x1002).block.instructions);
+    let cases: [(Batch, u64); 12] = [
+        (runs(iret(0), nop(1, 0x9000), Some(back(0x9000))), 0),
+        (runs(iret(0), nop(1, 0x9000), Some(back(0x9001))), 1),
+        (runs(through_a_jump, nop(1, 0x1003), None), 1),
         (runs(nop(0, 0x1000), nop(1, 0x1001), None), 0),
         (runs(nop(0, 0x1000), nop(1, 0x1002), None), 1),
         (runs(nop(0, 0x1000), nop(1, 0x5000), Some(delivery(0x1001))), 0),

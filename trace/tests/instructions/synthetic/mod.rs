@@ -260,7 +260,8 @@ impl Synthetic {
                 }
                 End::Syscall => {
                     self.execute(place, &piece, 0);
-                    self.handle();
+                    let bytes: usize = piece.forms.iter().map(|form| form.bytes.len()).sum();
+                    self.handle(self.base() + piece.offset + bytes as u64 + piece.end.length());
                 }
                 End::Return | End::InterruptReturn => self.execute(place, &piece, 0),
             }
@@ -269,13 +270,12 @@ impl Synthetic {
         self.in_kernel = before;
     }
 
-    /// Runs the kernel's handler.
-    fn handle(&mut self) {
+    /// Runs the kernel's handler, which returns to `address`.
+    fn handle(&mut self, address: u64) {
         let (before, object) = (std::mem::replace(&mut self.handling, true), self.object);
         self.call(true, 0);
         self.handling = before;
         self.object = object;
-        let address = self.base();
         self.event(Event::Return { address });
     }
 
@@ -342,7 +342,7 @@ impl Synthetic {
             Event::Delivery { kind, vector: 32, error_code, address, fault_address: None }
         };
         self.event(event);
-        self.handle();
+        self.handle(address);
     }
 
     fn define(&self, piece: &Piece, version: u64, first: usize) -> BlockDefinition {
