@@ -6,13 +6,13 @@ use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
-use reprise_export::Destination;
 use reprise_trace::instructions::filter::Selection;
 use reprise_trace::instructions::{
     Ending, Event, Observer, Outline, Position, Run, TraceError, TraceReader,
 };
 use reprise_trace::recording::{Recording, RecordingError};
 
+use super::expand::Place;
 use super::file_kind::NoFile;
 use crate::output::Output;
 
@@ -113,12 +113,12 @@ pub fn may_write(path: &Path, force: bool) -> Result<()> {
 ///
 /// # Errors
 /// As [`may_write`].
-pub fn destination(path: &Path, force: bool) -> Result<Destination> {
+pub fn place(path: &Path, force: bool) -> Result<Place> {
     if path == Path::new("-") {
-        return Ok(Destination::Pipe(Box::new(io::stdout())));
+        return Ok(Place::Pipe);
     }
     may_write(path, force)?;
-    Ok(Destination::Path(path.to_owned()))
+    Ok(Place::Path(path.to_owned()))
 }
 
 impl TraceFile {

@@ -10,8 +10,7 @@ use serde::Serialize;
 
 use crate::cli::ConcatArgs;
 use crate::output::{Output, byte_size, counted};
-use crate::session::expand::NativeFile;
-use crate::session::trace_file::{destination, open_reader};
+use crate::session::trace_file::{open_reader, place};
 
 /// What came of it.
 #[derive(Debug, Serialize)]
@@ -37,12 +36,11 @@ pub(super) fn run(arguments: &ConcatArgs, output: Output) -> Result<u8> {
     // All of them fit before any of them is copied.
     let header =
         joined_header(&headers).map_err(|(index, error)| anyhow!(error).context(shown(index)))?;
-    let to = destination(&arguments.output, arguments.force)?;
+    let to = place(&arguments.output, arguments.force)?;
     let stop = Arc::new(AtomicBool::new(false));
     let _stop = StopRequests::watch(stop.clone())?;
     let out_name = arguments.output.display();
-    let out = NativeFile::create(to).with_context(|| format!("cannot write {out_name}"))?;
-    let mut joined = Concat::create(out, header)?;
+    let mut joined = Concat::create(to.open()?, header)?;
     let bar = output.bar("joining", Some(headers.len() as u64));
     for (index, path) in arguments.shares.iter().enumerate() {
         if stop.load(Ordering::SeqCst) {

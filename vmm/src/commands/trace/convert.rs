@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
-use reprise_export::{Destination, ExportOptions, Format};
+use reprise_export::{ExportOptions, Format};
 use reprise_host::StopRequests;
 use reprise_trace::instructions::filter::{Filter, LeftOut, Selection};
 use reprise_trace::instructions::{
@@ -15,8 +15,8 @@ use serde::Serialize;
 
 use crate::cli::ConvertArgs;
 use crate::output::{Output, byte_size, counted};
-use crate::session::expand::NativeFile;
-use crate::session::trace_file::{Reached, TraceFile, destination};
+use crate::session::expand::Place;
+use crate::session::trace_file::{Reached, TraceFile, place};
 
 /// What came of it.
 #[derive(Debug, Serialize)]
@@ -48,17 +48,14 @@ pub(super) fn run(arguments: &ConvertArgs, output: Output) -> Result<u8> {
     if same(&arguments.output).is_some_and(|out| Some(out) == same(&arguments.file)) {
         bail!("{} is the trace itself: give another name to -o", arguments.output.display());
     }
-    let to = destination(&arguments.output, arguments.force)?;
+    let to = place(&arguments.output, arguments.force)?;
     let mut job = Job { trace, selection, output };
     let (report, reached) = match format {
         Some(format) => {
-            let options = ExportOptions {
-                interval_instructions: arguments.interval,
-                ..ExportOptions::default()
-            };
-            job.export(format, &options, to)?
+            let options = ExportOptions { interval_instructions: arguments.interval };
+            job.export(format, &options, &to)?
         }
-        None => job.rewrite(to, arguments.window.as_given())?,
+        None => job.rewrite(&to, arguments.window.as_given())?,
     };
     let notes = report.notes.iter().map(|note| format!("\n{note}")).collect::<String>();
     let instructions = counted(report.instructions, "instruction");
@@ -78,9 +75,10 @@ impl Job {
         &mut self,
         format: &'static Format,
         options: &ExportOptions,
-        to: Destination,
+        to: &Place,
     ) -> Result<(ConvertReport, Reached)> {
-        let (export, left_out, instructions, reached) = self.show(format.open(options, to)?)?;
+        let (export, left_out, instructions, reached) =
+            self.show(format.open(options, to.destination())?)?;
         let exported = export.finish()?;
         let notes = [left_out.notes(), exported.notes].concat();
         Ok((
@@ -90,16 +88,11 @@ impl Job {
     }
 
     /// Writes the trace's own format.
-    fn rewrite(
-        &mut self,
-        to: Destination,
-        filters: Vec<String>,
-    ) -> Result<(ConvertReport, Reached)> {
+    fn rewrite(&mut self, to: &Place, filters: Vec<String>) -> Result<(ConvertReport, Reached)> {
         let header = self.trace.reader.header().clone();
         let filters = [header.filters.clone(), filters].concat();
         let header = TraceHeader { filters, share: None, ..header };
-        let out = NativeFile::create(to).context("the output cannot be made")?;
-        let writer = TraceWriter::create(out, &header, SegmentOptions::default())?;
+        let writer = TraceWriter::create(to.open()?, &header, SegmentOptions::default())?;
         let (writer, mut left_out, instructions, reached) = self.show(writer)?;
         let mut others = Vec::new();
         if let Ok(Ending::Complete { notes }) = &self.trace.outline.ending {
