@@ -152,7 +152,9 @@ impl Session<'_> {
         let (window, share) = match self.options.segment {
             None => (self.options.window, None),
             Some((number, count)) => {
-                let (window, share) = share_of(&all, number, count);
+                let last = self.replayable.recording().summary().last_moment;
+                let last_tick = last.map_or(0, |moment| moment.tick);
+                let (window, share) = share_of(&all, last_tick, number, count);
                 (window, Some(share))
             }
         };
@@ -235,13 +237,15 @@ fn stopped_note(outcome: Option<&Outcome>) -> Vec<String> {
     stopped.into_iter().collect()
 }
 
-/// The window of one share of all pieces, and what the trace's header says of it.
-fn share_of(all: &[Window], number: u32, count: u32) -> (Window, Share) {
+/// The window of one share of all pieces of a recording that ends at `last_tick`, and what the trace's
+/// header says of it.
+fn share_of(all: &[Window], last_tick: u64, number: u32, count: u32) -> (Window, Share) {
     let range = pieces::share(all.len(), number, count);
     let end = all.last().map_or(0, |piece| piece.to);
     let from = all.get(range.start).map_or(end, |piece| piece.from);
     let to = all[range.clone()].last().map_or(from, |piece| piece.to);
-    (Window { from, to }, Share { number, count, first_tick: from, end_tick: to })
+    let (first_tick, end_tick) = (from.min(last_tick), to.min(last_tick));
+    (Window { from, to }, Share { number, count, first_tick, end_tick })
 }
 
 struct Ran {
