@@ -12,6 +12,8 @@ pub(super) const PAGE_BYTES: u64 = 4096;
 pub(super) const LINE_BYTES: u64 = 64;
 /// Bits of a line's number within all linear addresses, at most 57 bits wide.
 const LINE_BITS: u32 = 51;
+/// All bits of such an address.
+const LINEAR_MASK: u64 = (LINE_BYTES << LINE_BITS) - 1;
 /// Lines that a small table remembers, so that most accesses need no search.
 const RECENT_LINES: usize = 1 << 12;
 
@@ -147,11 +149,11 @@ impl Spaces {
     pub(super) fn place(&self, linear: u64, physical: Option<u64>) -> u64 {
         match physical {
             Some(physical) => physical,
-            None if linear >> 63 == 1 => linear & (LINE_BYTES << LINE_BITS) - 1,
+            None if linear >> 63 == 1 => linear & LINEAR_MASK,
             None => {
                 // Seven bits: what is beyond 128 address spaces shares numbers with those before.
                 let space = self.current % 128;
-                (linear & (LINE_BYTES << LINE_BITS) - 1) ^ space << (LINE_BITS + 6)
+                (linear & LINEAR_MASK) ^ (space << (LINE_BITS + 6))
             }
         }
     }
