@@ -21,8 +21,8 @@ use crate::instruction::{Branch, Decoded, DecodedBlocks};
 const VERSION: u64 = 7;
 /// A whole system, x86-64, with encodings.
 const FILE_TYPE: u64 = 0x40000 | 0x40 | 0x200;
-/// The guest is shown as one thread of one process: neither number may be zero.
-const THREAD: u64 = 1;
+/// The guest is shown as one process with a thread for each CPU: neither number may be zero.
+const FIRST_THREAD: u64 = 1;
 const PROCESS: u64 = 1;
 const CACHE_LINE_BYTES: u64 = 64;
 const PAGE_BYTES: u64 = 4096;
@@ -112,6 +112,7 @@ struct Waiting {
 #[derive(Debug)]
 pub struct DrMemTrace<W> {
     out: W,
+    cpu: u32,
     decoded: DecodedBlocks,
     /// Encodings that were written, by address.
     encodings: HashMap<u64, Vec<u8>>,
@@ -125,10 +126,12 @@ pub struct DrMemTrace<W> {
 }
 
 impl<W: Write> DrMemTrace<W> {
-    /// Writes to `out`, record by record: a buffer around it helps.
-    pub fn new(out: W) -> Self {
+    /// Writes to `out`, record by record: a buffer around it helps. The trace is shown as that of the
+    /// CPU of this number, and as a thread of its own for each.
+    pub fn new(out: W, cpu: u32) -> Self {
         Self {
             out,
+            cpu,
             decoded: DecodedBlocks::default(),
             encodings: HashMap::new(),
             pages: HashMap::new(),
@@ -175,16 +178,20 @@ impl<W: Write> DrMemTrace<W> {
         self.put(kind::HEADER, 0, VERSION)?;
         self.put_marker(marker::VERSION, VERSION)?;
         self.put_marker(marker::FILE_TYPE, FILE_TYPE)?;
-        self.put(kind::THREAD, 4, THREAD)?;
+        self.put(kind::THREAD, 4, self.thread())?;
         self.put(kind::PROCESS, 4, PROCESS)?;
         self.put_marker(marker::CACHE_LINE_SIZE, CACHE_LINE_BYTES)?;
         self.put_marker(marker::PAGE_SIZE, PAGE_BYTES)?;
         self.put_time(virtual_ns)
     }
 
+    fn thread(&self) -> u64 {
+        FIRST_THREAD + u64::from(self.cpu)
+    }
+
     fn put_time(&mut self, virtual_ns: u64) -> Result<(), TraceError> {
         self.put_marker(marker::TIMESTAMP, EPOCH_US + virtual_ns / 1000)?;
-        self.put_marker(marker::CPU_ID, 0)
+        self.put_marker(marker::CPU_ID, u64::from(self.cpu))
     }
 
     /// Control is at `address` now, if that is known: the branch before it led there.
@@ -382,7 +389,7 @@ impl<W: Write> Observer for DrMemTrace<W> {
     fn end(&mut self) -> Result<(), TraceError> {
         self.put_beginning(0)?;
         self.arrive(None)?;
-        self.put(kind::THREAD_EXIT, 4, THREAD)?;
+        self.put(kind::THREAD_EXIT, 4, self.thread())?;
         self.put(kind::FOOTER, 0, 0)?;
         self.out.flush().map_err(TraceError::Write)
     }

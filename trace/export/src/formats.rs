@@ -11,6 +11,7 @@ use crate::champsim::ChampSim;
 use crate::csv::Csv;
 use crate::dinero::Dinero;
 use crate::drmemtrace::DrMemTrace;
+use crate::gem5::Gem5;
 use crate::output::{COMPRESSIONS, Compression, Output};
 use crate::perf_script::PerfScript;
 
@@ -20,6 +21,8 @@ use crate::perf_script::PerfScript;
 pub struct ExportOptions {
     /// [`Setting::Interval`].
     pub interval_instructions: Option<u64>,
+    /// [`Setting::Cpu`].
+    pub cpu: Option<u32>,
 }
 
 /// An option that some formats have.
@@ -27,6 +30,8 @@ pub struct ExportOptions {
 pub enum Setting {
     /// Instructions that a line counts.
     Interval,
+    /// The number of the CPU that the trace is shown as.
+    Cpu,
 }
 
 /// A row for each [`Setting`].
@@ -42,12 +47,20 @@ pub struct SettingRow {
 }
 
 /// All settings.
-pub const SETTINGS: &[SettingRow] = &[SettingRow {
-    setting: Setting::Interval,
-    flag: "--interval",
-    summary: "instructions of each interval; 100000000 if not set",
-    is_set: |options| options.interval_instructions.is_some(),
-}];
+pub const SETTINGS: &[SettingRow] = &[
+    SettingRow {
+        setting: Setting::Interval,
+        flag: "--interval",
+        summary: "instructions of each interval; 100000000 if not set",
+        is_set: |options| options.interval_instructions.is_some(),
+    },
+    SettingRow {
+        setting: Setting::Cpu,
+        flag: "--cpu",
+        summary: "number of the CPU that the trace is shown as; 0 if not set",
+        is_set: |options| options.cpu.is_some(),
+    },
+];
 
 /// What an export is on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,12 +114,17 @@ pub const FORMATS: &[Format] = &[
         summary: "DynamoRIO's offline memory trace, version 7, of a whole system",
         shape: Shape::Stream,
         compressions: &[Compression::Gzip],
-        settings: &[],
-        start: |to, _| {
-            stream(to, DrMemTrace::new, |exporter| {
-                let (out, summary) = exporter.into_parts();
-                (out, summary.notes())
-            })
+        settings: &[Setting::Cpu],
+        start: |to, options| {
+            let cpu = options.cpu.unwrap_or(0);
+            stream(
+                to,
+                |out| DrMemTrace::new(out, cpu),
+                |exporter| {
+                    let (out, summary) = exporter.into_parts();
+                    (out, summary.notes())
+                },
+            )
         },
     },
     Format {
@@ -138,6 +156,25 @@ pub const FORMATS: &[Format] = &[
         },
     },
     Format {
+        name: "gem5",
+        extension: "gem5",
+        summary: "gem5's instruction trace (inst.proto)",
+        shape: Shape::Stream,
+        compressions: &[Compression::Gzip],
+        settings: &[Setting::Cpu],
+        start: |to, options| {
+            let cpu = options.cpu.unwrap_or(0);
+            stream(
+                to,
+                |out| Gem5::new(out, cpu),
+                |exporter| {
+                    let (out, summary) = exporter.into_parts();
+                    (out, summary.notes())
+                },
+            )
+        },
+    },
+    Format {
         name: "csv",
         extension: "csv",
         summary: "comma-separated values, a row for each instruction, access and event",
@@ -152,8 +189,15 @@ pub const FORMATS: &[Format] = &[
         summary: "text as `perf script` prints it, a sample for each instruction",
         shape: Shape::Stream,
         compressions: ANY,
-        settings: &[],
-        start: |to, _| stream(to, PerfScript::new, |exporter| (exporter.into_inner(), Vec::new())),
+        settings: &[Setting::Cpu],
+        start: |to, options| {
+            let cpu = options.cpu.unwrap_or(0);
+            stream(
+                to,
+                |out| PerfScript::new(out, cpu),
+                |exporter| (exporter.into_inner(), Vec::new()),
+            )
+        },
     },
 ];
 

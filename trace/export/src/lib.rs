@@ -14,6 +14,7 @@ pub mod dinero;
 pub mod drmemtrace;
 pub mod dump;
 pub mod formats;
+pub mod gem5;
 pub mod instruction;
 pub mod kind;
 pub mod output;

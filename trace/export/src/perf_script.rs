@@ -9,13 +9,15 @@ use reprise_trace::instructions::{Event, Observer, Position, Run, TraceError};
 #[derive(Debug)]
 pub struct PerfScript<W> {
     out: W,
+    cpu: u32,
     position: Position,
 }
 
 impl<W: Write> PerfScript<W> {
-    /// Writes to `out`, line by line: a buffer around it helps.
-    pub fn new(out: W) -> Self {
-        Self { out, position: Position::default() }
+    /// Writes to `out`, line by line: a buffer around it helps. The samples are shown as taken on the
+    /// CPU of this number.
+    pub fn new(out: W, cpu: u32) -> Self {
+        Self { out, cpu, position: Position::default() }
     }
 
     /// Where it was written.
@@ -34,15 +36,16 @@ impl<W: Write> Observer for PerfScript<W> {
         let object = if run.block().mode().cpl == 3 { "[guest.user]" } else { "[guest.kernel]" };
         // Address spaces stand for processes, whose numbers the trace does not know.
         let process = self.position.cr3 >> 12 & 0x7fff_ffff;
+        let cpu = self.cpu;
         // A moment of its own for each instruction: markers tell only some of them.
-        let start_ns = self.position.marker.virtual_ns
-            + (self.position.instruction - self.position.marker_instruction);
-        for (time_ns, step) in (start_ns..).zip(run.steps().filter(|step| step.retired)) {
+        for (time_ns, step) in
+            (self.position.virtual_ns()..).zip(run.steps().filter(|step| step.retired))
+        {
             let linear = step.instruction.linear();
             let (seconds, rest) = (time_ns / 1_000_000_000, time_ns % 1_000_000_000);
             writeln!(
                 self.out,
-                "guest {process} [000] {seconds}.{rest:09}: 1 instructions: {linear:16x} [unknown] ({object})"
+                "guest {process} [{cpu:03}] {seconds}.{rest:09}: 1 instructions: {linear:16x} [unknown] ({object})"
             )
             .map_err(TraceError::Write)?;
         }

@@ -19,6 +19,13 @@ pub struct Position {
 }
 
 impl Position {
+    /// The guest's virtual time here, in nanoseconds since the machine started, as far as markers tell:
+    /// each instruction behind the last one is taken to last a nanosecond.
+    pub fn virtual_ns(&self) -> u64 {
+        let since_marker = self.instruction.saturating_sub(self.marker_instruction);
+        self.marker.virtual_ns.saturating_add(since_marker)
+    }
+
     /// Goes past a run.
     #[inline]
     pub fn pass_run(&mut self, run: &Run<'_>) {

@@ -24,7 +24,7 @@ fn records(bytes: &[u8]) -> Vec<Record> {
 }
 
 fn export(seed: u64) -> (Vec<Record>, Summary, Vec<crate::synthetic::Entry>) {
-    let mut exporter = DrMemTrace::new(Vec::new());
+    let mut exporter = DrMemTrace::new(Vec::new(), 0);
     let entries = show(with_physical(seed), 20_000, &mut exporter);
     let (bytes, summary) = exporter.into_parts();
     (records(&bytes), summary, entries)
@@ -241,7 +241,7 @@ fn a_reader_sees_what_the_machine_did() {
 
 #[test]
 fn a_gap_is_a_new_window() {
-    let exporter = show_user(4, 20_000, DrMemTrace::new(Vec::new()));
+    let exporter = show_user(4, 20_000, DrMemTrace::new(Vec::new(), 0));
     let records = records(&exporter.into_parts().0);
     let windows: Vec<u64> =
         records.iter().filter(|one| one.0 == MARKER && one.1 == 14).map(|one| one.2).collect();

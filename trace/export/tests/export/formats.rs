@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex};
 
 use reprise_export::background::Background;
 use reprise_export::formats::{
-    Destination, ExportError, ExportOptions, Exported, FORMATS, Format, SETTINGS, SettingRow, Shape,
+    Destination, ExportError, ExportOptions, Exported, FORMATS, Format, SETTINGS, Setting,
+    SettingRow, Shape,
 };
 use reprise_export::output::{COMPRESSIONS, Compression};
 use reprise_trace::instructions::{Contents, Observer, Position, TraceError};
@@ -34,7 +35,7 @@ impl Write for Pipe {
 /// Options with an interval short enough that something comes out.
 fn options(format: &Format) -> ExportOptions {
     let mut options = ExportOptions::default();
-    if !format.settings.is_empty() {
+    if format.settings.contains(&Setting::Interval) {
         options.interval_instructions = Some(1_000);
     }
     options
@@ -141,11 +142,21 @@ fn names_endings_and_flags_are_each_of_one_row() {
 
 #[test]
 fn a_setting_that_a_format_does_not_know_is_refused() {
-    let options = ExportOptions { interval_instructions: Some(1) };
-    for format in FORMATS.iter().filter(|format| format.settings.is_empty()) {
-        let opened = format.open(&options, Destination::Pipe(Box::new(io::sink())));
-        let error = opened.expect_err(format.name).to_string();
-        assert!(error.contains("--interval") && error.contains(format.name), "{error}");
+    let set = [
+        (Setting::Interval, ExportOptions { interval_instructions: Some(1), ..Default::default() }),
+        (Setting::Cpu, ExportOptions { cpu: Some(1), ..Default::default() }),
+    ];
+    assert_eq!(set.len(), SETTINGS.len());
+    for (setting, options) in set {
+        let row = SETTINGS.iter().find(|row| row.setting == setting).expect("has a row");
+        for format in FORMATS.iter().filter(|format| format.shape == Shape::Stream) {
+            let opened = format.open(&options, Destination::Pipe(Box::new(io::sink())));
+            assert_eq!(opened.is_ok(), format.settings.contains(&setting), "{}", format.name);
+            if let Err(error) = opened {
+                let error = error.to_string();
+                assert!(error.contains(row.flag) && error.contains(format.name), "{error}");
+            }
+        }
     }
 }
 

@@ -11,4 +11,5 @@ mod champsim;
 mod drmemtrace;
 mod files;
 mod formats;
+mod gem5;
 mod text;

@@ -77,7 +77,7 @@ fn values_separated_by_commas_have_a_row_for_each_reference_and_event() {
 
 #[test]
 fn perf_script_has_a_sample_for_each_instruction_and_time_goes_on() {
-    let mut exporter = PerfScript::new(Vec::new());
+    let mut exporter = PerfScript::new(Vec::new(), 0);
     let entries = show(Options::new(3), 10_000, &mut exporter);
     let text = String::from_utf8(exporter.into_inner()).expect("text");
     let executed = retired(&entries);
