@@ -13,6 +13,7 @@ use crate::dinero::Dinero;
 use crate::drmemtrace::DrMemTrace;
 use crate::gem5::Gem5;
 use crate::output::{COMPRESSIONS, Compression, Output};
+use crate::parquet::{self, Parquet};
 use crate::perf_script::PerfScript;
 
 /// What a user may set. What is not set is as the format's users expect; what a format does not know
@@ -23,6 +24,8 @@ pub struct ExportOptions {
     pub interval_instructions: Option<u64>,
     /// [`Setting::Cpu`].
     pub cpu: Option<u32>,
+    /// [`Setting::FileInstructions`].
+    pub file_instructions: Option<u64>,
 }
 
 /// An option that some formats have.
@@ -32,6 +35,8 @@ pub enum Setting {
     Interval,
     /// The number of the CPU that the trace is shown as.
     Cpu,
+    /// Instructions whose rows go into one file.
+    FileInstructions,
 }
 
 /// A row for each [`Setting`].
@@ -59,6 +64,12 @@ pub const SETTINGS: &[SettingRow] = &[
         flag: "--cpu",
         summary: "number of the CPU that the trace is shown as; 0 if not set",
         is_set: |options| options.cpu.is_some(),
+    },
+    SettingRow {
+        setting: Setting::FileInstructions,
+        flag: "--file-instructions",
+        summary: "instructions of each file; 16777216 if not set",
+        is_set: |options| options.file_instructions.is_some(),
     },
 ];
 
@@ -172,6 +183,25 @@ pub const FORMATS: &[Format] = &[
                     (out, summary.notes())
                 },
             )
+        },
+    },
+    Format {
+        name: "parquet",
+        extension: "parquet",
+        summary: "Apache Parquet for DuckDB and Spark: tables of instructions, accesses and events",
+        shape: Shape::Directory,
+        compressions: &[],
+        settings: &[Setting::FileInstructions],
+        start: |to, options| {
+            let instructions = options.file_instructions;
+            let instructions = instructions.unwrap_or(parquet::DEFAULT_FILE_INSTRUCTIONS);
+            match to {
+                Destination::Path(path) => {
+                    Ok(Box::new(Parquet::create(&path, instructions)?) as Box<dyn Exporter>)
+                }
+                // `open` has refused it.
+                Destination::Pipe(_) => Err(io::ErrorKind::InvalidInput.into()),
+            }
         },
     },
     Format {
@@ -434,6 +464,13 @@ impl<O: Observer> Observer for Stream<O> {
 
     fn end(&mut self) -> Result<(), TraceError> {
         self.observer.end()
+    }
+}
+
+impl Exporter for Parquet {
+    fn close(self: Box<Self>) -> io::Result<Exported> {
+        let summary = self.finish()?;
+        Ok(Exported { bytes: summary.bytes, notes: Vec::new() })
     }
 }
 

@@ -19,6 +19,7 @@ pub mod instruction;
 pub mod kind;
 pub mod output;
 pub mod page;
+pub mod parquet;
 pub mod perf_script;
 pub mod stats;
 pub mod symbols;

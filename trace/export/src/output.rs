@@ -27,19 +27,13 @@ impl PendingFile {
     /// # Errors
     /// If no file can be made there.
     pub fn create(path: &Path) -> io::Result<Self> {
-        let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
         if path.is_dir() {
             return Err(io::ErrorKind::IsADirectory.into());
         }
+        // What a link leads to is replaced, not the link.
+        let path = &fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
         let is_special = fs::metadata(path).is_ok_and(|metadata| !metadata.is_file());
-        let temporary = if is_special {
-            path.to_owned()
-        } else {
-            let mut temporary_name = name.to_owned();
-            // Two processes that write the same file do not write into each other's.
-            temporary_name.push(format!(".partial-{}", std::process::id()));
-            path.with_file_name(temporary_name)
-        };
+        let temporary = if is_special { path.to_owned() } else { temporary_name(path)? };
         let file = File::create(&temporary)?;
         let file = Some(BufWriter::with_capacity(BUFFER_BYTES, file));
         Ok(Self { file, temporary, path: path.to_owned() })
@@ -98,6 +92,63 @@ impl Drop for PendingFile {
             let _ = fs::remove_file(&self.temporary);
         }
     }
+}
+
+/// A directory under a temporary name beside its final one, as [`PendingFile`] is for a file. It never
+/// replaces anything.
+#[derive(Debug)]
+pub struct PendingDirectory {
+    temporary: PathBuf,
+    path: PathBuf,
+    finished: bool,
+}
+
+impl PendingDirectory {
+    /// Starts a directory that is to be `path`.
+    ///
+    /// # Errors
+    /// If no directory can be made there, or there is something of that name.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        if path.symlink_metadata().is_ok() {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        let temporary = temporary_name(path)?;
+        fs::create_dir(&temporary)?;
+        Ok(Self { temporary, path: path.to_owned(), finished: false })
+    }
+
+    /// Where it is until it is finished.
+    pub fn temporary(&self) -> &Path {
+        &self.temporary
+    }
+
+    /// Gives the directory its final name. Its files are on the disk already.
+    ///
+    /// # Errors
+    /// If that fails; the directory is removed then.
+    pub fn finish(mut self) -> io::Result<()> {
+        // An empty directory of that name, made meanwhile, would be replaced; nothing else would.
+        fs::rename(&self.temporary, &self.path)?;
+        self.finished = true;
+        Ok(())
+    }
+}
+
+impl Drop for PendingDirectory {
+    fn drop(&mut self) {
+        if !self.finished {
+            // There is nobody left to tell.
+            let _ = fs::remove_dir_all(&self.temporary);
+        }
+    }
+}
+
+/// Where something that is to be `path` is until it is whole. Two processes that write the same do not
+/// write into each other's.
+fn temporary_name(path: &Path) -> io::Result<PathBuf> {
+    let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+    name.push(format!(".partial-{}", std::process::id()));
+    Ok(path.with_file_name(name))
 }
 
 /// How a file is compressed.

@@ -391,6 +391,17 @@ impl<'a> BlockRef<'a> {
         self.block.next_page
     }
 
+    /// Guest-physical address of the byte at this offset from the first.
+    pub fn physical_at(&self, offset: usize) -> u64 {
+        let address = self.block.physical + offset as u64;
+        match self.block.next_page {
+            Some(page) if address / PAGE_BYTES != self.block.physical / PAGE_BYTES => {
+                page + address % PAGE_BYTES
+            }
+            _ => address,
+        }
+    }
+
     /// How the CPU runs it.
     #[inline]
     pub fn mode(&self) -> Mode {

@@ -145,6 +145,10 @@ fn a_setting_that_a_format_does_not_know_is_refused() {
     let set = [
         (Setting::Interval, ExportOptions { interval_instructions: Some(1), ..Default::default() }),
         (Setting::Cpu, ExportOptions { cpu: Some(1), ..Default::default() }),
+        (
+            Setting::FileInstructions,
+            ExportOptions { file_instructions: Some(1), ..Default::default() },
+        ),
     ];
     assert_eq!(set.len(), SETTINGS.len());
     for (setting, options) in set {

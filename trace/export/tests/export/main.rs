@@ -12,4 +12,5 @@ mod drmemtrace;
 mod files;
 mod formats;
 mod gem5;
+mod parquet;
 mod text;
