@@ -4,12 +4,16 @@
 //!
 //! A file has one instruction-set mode: instructions of 16-bit and 32-bit code are left out and
 //! counted. System calls, interrupts and exceptions become hardware events, and SYSRET and IRET the
-//! returns from them. Only instructions that retired have a place; the repetitions of a REP that an
+//! returns from them. Readers take events and returns to nest, and code within an event to be the
+//! kernel's; a kernel that switches tasks returns to elsewhere. So events are kept here as on the
+//! reader's stack ([`Events`]): what a return does not match is forgotten by the time user code runs,
+//! and a kernel that no event led to gets one. Only instructions that retired have a place; the repetitions of a REP that an
 //! interrupt suspended are shown as instructions of their own, as its rest is.
 
 use std::collections::HashMap;
 use std::io::Write;
 
+use iced_x86::Mnemonic;
 use reprise_trace::instructions::{
     CodeWidth, Delivery, Event, Observer, Position, Run, Step, TraceError,
 };
@@ -102,10 +106,36 @@ struct Waiting {
     before: Vec<(u16, u16, u64)>,
     /// Its accesses.
     accesses: Vec<(u16, u16, u64)>,
-    /// A marker that goes behind it.
-    event: Option<(u16, u64)>,
-    /// The time behind it, in virtual nanoseconds.
-    time: Option<u64>,
+    /// The address that it interrupts, if it is an event.
+    event: Option<u64>,
+}
+
+/// The hardware events that a reader takes to be open, by the address each interrupted.
+#[derive(Debug, Default)]
+struct Events {
+    open: Vec<u64>,
+}
+
+impl Events {
+    /// More open events than hardware nests; readers give up at thirty.
+    const MOST: usize = 20;
+
+    /// Markers for a return to `address`: one closes each event down to the one that interrupted it.
+    fn close(&mut self, address: u64) -> usize {
+        let found = self.open.iter().rposition(|interrupted| *interrupted == address);
+        found.map_or(0, |place| self.open.drain(place..).count())
+    }
+
+    /// Markers that close all events. One more than there are tells readers that whatever interrupted
+    /// the code that runs now was before the trace, so they compare no address.
+    fn forget(&mut self) -> usize {
+        self.open.drain(..).count() + 1
+    }
+}
+
+/// Whether the instruction pops several values that belong together.
+fn pops_frame(decoded: &Decoded) -> bool {
+    matches!(decoded.mnemonic, Mnemonic::Iret | Mnemonic::Iretd | Mnemonic::Iretq | Mnemonic::Retf)
 }
 
 /// Writes drmemtrace's format.
@@ -123,6 +153,13 @@ pub struct DrMemTrace<W> {
     summary: Summary,
     windows: u64,
     begun: bool,
+    events: Events,
+    /// Virtual time that waits to be told.
+    time_ns: Option<u64>,
+    /// The last instruction written is a branch: only its target, and no time, may follow.
+    behind_branch: bool,
+    /// Code was left out since the last instruction written.
+    left_out: bool,
 }
 
 impl<W: Write> DrMemTrace<W> {
@@ -140,6 +177,10 @@ impl<W: Write> DrMemTrace<W> {
             summary: Summary::default(),
             windows: 0,
             begun: false,
+            events: Events::default(),
+            time_ns: None,
+            behind_branch: false,
+            left_out: false,
         }
     }
 
@@ -182,7 +223,9 @@ impl<W: Write> DrMemTrace<W> {
         self.put(kind::PROCESS, 4, PROCESS)?;
         self.put_marker(marker::CACHE_LINE_SIZE, CACHE_LINE_BYTES)?;
         self.put_marker(marker::PAGE_SIZE, PAGE_BYTES)?;
-        self.put_time(virtual_ns)
+        self.put_time(virtual_ns)?;
+        // Readers want the windows of one file to begin with this one, and gaps come unannounced.
+        self.put_marker(marker::WINDOW_ID, 0)
     }
 
     fn thread(&self) -> u64 {
@@ -197,7 +240,7 @@ impl<W: Write> DrMemTrace<W> {
     /// Control is at `address` now, if that is known: the branch before it led there.
     fn arrive(&mut self, address: Option<u64>) -> Result<(), TraceError> {
         let Some(waiting) = self.waiting.take() else { return Ok(()) };
-        let Waiting { branch, linear, length, before, accesses, event, time } = waiting;
+        let Waiting { branch, linear, length, before, accesses, event } = waiting;
         let next = linear.wrapping_add(u64::from(length));
         let address = address.unwrap_or(next);
         let kind = match branch {
@@ -217,10 +260,53 @@ impl<W: Write> DrMemTrace<W> {
         }
         self.put(kind, length, linear)?;
         self.put_all(&accesses)?;
-        if let Some((marker, value)) = event {
-            self.put_marker(marker, value)?;
+        if let Some(interrupted) = event {
+            self.put_event(interrupted)?;
         }
-        time.map_or(Ok(()), |virtual_ns| self.put_time(virtual_ns))
+        if branch == Branch::SystemReturn {
+            let markers = self.events.close(address);
+            self.put_returns(markers, address)?;
+        }
+        self.behind_branch = kind != kind::INSTRUCTION;
+        Ok(())
+    }
+
+    fn put_event(&mut self, interrupted: u64) -> Result<(), TraceError> {
+        if self.events.open.len() >= Events::MOST {
+            let markers = self.events.forget();
+            self.put_returns(markers, interrupted)?;
+        }
+        self.events.open.push(interrupted);
+        // Readers take zero for no value.
+        self.put_marker(marker::HARDWARE_EVENT, interrupted.max(1))
+    }
+
+    fn put_returns(&mut self, markers: usize, address: u64) -> Result<(), TraceError> {
+        (0..markers)
+            .try_for_each(|_| self.put_marker(marker::HARDWARE_CONTEXT_RETURN, address.max(1)))
+    }
+
+    /// Before an instruction: user code is within no event, and the kernel's code is in one.
+    fn settle(&mut self, is_user: bool, address: u64) -> Result<(), TraceError> {
+        if std::mem::take(&mut self.left_out) && self.summary.instructions > 0 {
+            self.put_window()?;
+        }
+        match (is_user, self.events.open.is_empty()) {
+            (true, false) => {
+                let markers = self.events.forget();
+                self.put_returns(markers, address)
+            }
+            (false, true) => self.put_event(address),
+            _ => Ok(()),
+        }
+    }
+
+    /// A gap: behind it nothing is known of the events before.
+    fn put_window(&mut self) -> Result<(), TraceError> {
+        let markers = self.events.forget();
+        self.put_returns(markers, 1)?;
+        self.windows += 1;
+        self.put_marker(marker::WINDOW_ID, self.windows)
     }
 
     /// Tells a page's physical address, if it is news.
@@ -276,6 +362,12 @@ impl<W: Write> DrMemTrace<W> {
         }
         let linear = instruction.linear();
         self.arrive(Some(linear))?;
+        if !std::mem::take(&mut self.behind_branch)
+            && let Some(virtual_ns) = self.time_ns.take()
+        {
+            self.put_time(virtual_ns)?;
+        }
+        self.settle(run.block().mode().cpl == 3, linear)?;
         self.summary.instructions += u64::from(step.retired);
         self.records.clear();
         self.tell_code(run, step);
@@ -291,20 +383,28 @@ impl<W: Write> DrMemTrace<W> {
             self.records = before;
             return Ok(());
         }
-        let mut accesses = Vec::new();
+        let mut accesses: Vec<(u16, u16, u64)> = Vec::new();
         for access in step.accesses() {
-            let size = access.size_bytes;
-            accesses.extend(access.kind.reads().then_some((kind::READ, size, access.address)));
-            accesses.extend(access.kind.writes().then_some((kind::WRITE, size, access.address)));
+            let (size, address) = (access.size_bytes, access.address);
+            if access.kind.reads() {
+                match accesses.last_mut() {
+                    // What IRET and far returns pop is one operand to DynamoRIO.
+                    Some((kind::READ, before, start))
+                        if pops_frame(decoded) && *start + u64::from(*before) == address =>
+                    {
+                        *before += size;
+                    }
+                    _ => accesses.push((kind::READ, size, address)),
+                }
+            }
+            accesses.extend(access.kind.writes().then_some((kind::WRITE, size, address)));
         }
         let event = match decoded.branch {
-            Branch::SystemCall => Some((marker::HARDWARE_EVENT, instruction.next_linear())),
-            Branch::SystemReturn => Some((marker::HARDWARE_CONTEXT_RETURN, 0)),
+            Branch::SystemCall => Some(instruction.next_linear()),
             _ => None,
         };
         let branch = decoded.branch;
-        let time = None;
-        self.waiting = Some(Waiting { branch, linear, length, before, accesses, event, time });
+        self.waiting = Some(Waiting { branch, linear, length, before, accesses, event });
         Ok(())
     }
 
@@ -346,7 +446,8 @@ impl<W: Write> Observer for DrMemTrace<W> {
         self.put_beginning(0)?;
         if run.block().mode().width != CodeWidth::Bits64 {
             self.summary.instructions_left_out += run.retired() as u64;
-            return Ok(());
+            self.left_out = true;
+            return self.arrive(Some(run.linear()));
         }
         let decoded = self.decoded.get(run.id(), run.block());
         let mut steps = run.steps().zip(&decoded[run.first()..]);
@@ -360,7 +461,8 @@ impl<W: Write> Observer for DrMemTrace<W> {
             Event::Delivery { address, .. } => {
                 self.put_beginning(0)?;
                 self.arrive(Some(address))?;
-                self.put_marker(marker::HARDWARE_EVENT, address)
+                // Of code that is left out there is nothing to interrupt.
+                if self.left_out { Ok(()) } else { self.put_event(address) }
             }
             Event::AddressSpace { .. } => {
                 self.pages.clear();
@@ -368,19 +470,15 @@ impl<W: Write> Observer for DrMemTrace<W> {
             }
             Event::Marker(time) => {
                 self.put_beginning(time.virtual_ns)?;
-                match &mut self.waiting {
-                    Some(waiting) => {
-                        waiting.time = Some(time.virtual_ns);
-                        Ok(())
-                    }
-                    None => self.put_time(time.virtual_ns),
-                }
+                self.time_ns = Some(time.virtual_ns);
+                Ok(())
             }
             Event::Skipped { address, .. } => {
                 self.put_beginning(0)?;
                 self.arrive(address)?;
-                self.windows += 1;
-                self.put_marker(marker::WINDOW_ID, self.windows)
+                // One gap, however it came about.
+                self.left_out = false;
+                self.put_window()
             }
             _ => Ok(()),
         }
