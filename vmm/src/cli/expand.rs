@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
+use reprise_export::ExportOptions;
 use reprise_trace::instructions::filter::{Privilege, Sample, Selection};
 
 use super::{SoftArgs, parse_tick};
@@ -41,13 +42,40 @@ pub struct ExpandArgs {
     /// Leave out the guest-physical addresses of accesses
     #[arg(long)]
     pub(crate) no_physical: bool,
-    /// Instructions of an interval (format bbv)
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
-    pub(crate) interval: Option<u64>,
+    /// Overwrite OUT if it exists
+    #[arg(long)]
+    pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) export: ExportArgs,
     #[command(flatten)]
     pub(crate) filters: FilterArgs,
     #[command(flatten)]
     pub(crate) soft: SoftArgs,
+}
+
+/// What some formats let one set.
+#[derive(Debug, Args)]
+pub(crate) struct ExportArgs {
+    /// Instructions of an interval (format bbv)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    interval: Option<u64>,
+    /// Number of the CPU that the trace is shown as (formats that name one)
+    #[arg(long, value_name = "N")]
+    cpu: Option<u32>,
+    /// Instructions whose rows go into one file (format parquet)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    file_instructions: Option<u64>,
+}
+
+impl ExportArgs {
+    /// As the formats want them.
+    pub(crate) fn options(&self) -> ExportOptions {
+        ExportOptions {
+            interval_instructions: self.interval,
+            cpu: self.cpu,
+            file_instructions: self.file_instructions,
+        }
+    }
 }
 
 /// What to keep of a trace.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use reprise_trace::instructions::filter::Selection;
 
-use super::expand::FilterArgs;
+use super::expand::{ExportArgs, FilterArgs};
 
 /// `trace`.
 #[derive(Debug, Args)]
@@ -96,9 +96,8 @@ pub struct ConvertArgs {
     /// The format; without it the ending of OUT says, else Reprise's own ("reprise")
     #[arg(long, value_name = "NAME")]
     pub(crate) format: Option<String>,
-    /// Instructions of an interval (format bbv)
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
-    pub(crate) interval: Option<u64>,
+    #[command(flatten)]
+    pub(crate) export: ExportArgs,
     /// Overwrite the output if it exists
     #[arg(long)]
     pub(crate) force: bool,

@@ -5,15 +5,16 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use reprise_expand::{Control, Window};
-use reprise_export::{ExportOptions, Format};
+use reprise_export::Format;
 use reprise_host::StopRequests;
 
 use reprise_trace::instructions::Contents;
 
 use crate::cli::ExpandArgs;
 use crate::output::{Output, progress_shows};
-use crate::session::expand::{ExpandOptions, Place, Target, expand_recording};
+use crate::session::expand::{ExpandOptions, Target, expand_recording};
 use crate::session::replay;
+use crate::session::trace_file::place;
 
 /// How often the bar moves.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
@@ -81,13 +82,13 @@ fn target(arguments: &ExpandArgs) -> Result<Target> {
         }
         return Ok(Target::Discard);
     };
-    let to = if path == Path::new("-") { Place::Pipe } else { Place::Path(path.clone()) };
+    let to = place(path, arguments.force)?;
     let format = match arguments.format.as_deref() {
         None => Format::of(path),
         Some("reprise") => None,
         Some(name) => Some(Format::named(name)?),
     };
-    let options = ExportOptions { interval_instructions: arguments.interval };
+    let options = arguments.export.options();
     Ok(match format {
         None => Target::Native(to),
         Some(format) => Target::Export { format, options, to },

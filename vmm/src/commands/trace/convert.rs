@@ -51,10 +51,7 @@ pub(super) fn run(arguments: &ConvertArgs, output: Output) -> Result<u8> {
     let to = place(&arguments.output, arguments.force)?;
     let mut job = Job { trace, selection, output };
     let (report, reached) = match format {
-        Some(format) => {
-            let options = ExportOptions { interval_instructions: arguments.interval };
-            job.export(format, &options, &to)?
-        }
+        Some(format) => job.export(format, &arguments.export.options(), &to)?,
         None => job.rewrite(&to, arguments.window.as_given())?,
     };
     let notes = report.notes.iter().map(|note| format!("\n{note}")).collect::<String>();
