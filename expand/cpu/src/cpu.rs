@@ -32,6 +32,10 @@ pub(crate) const TEMPORARY: u8 = 20;
 pub(crate) const TRACE_WORDS: u8 = 21;
 pub(crate) const TRACE_ADDRESSES: u8 = 22;
 pub(crate) const TRACE_PHYSICAL: u8 = 23;
+/// RFLAGS.IF if an interrupt is asked for that waits until it is set, and zero otherwise.
+pub(crate) const WAITING: u8 = 24;
+/// Not zero if the last STI opened an interrupt shadow.
+pub(crate) const SHADOWED: u8 = 25;
 /// Index into [`Registers::segment_base`] of a base that is always zero.
 pub(crate) const NO_SEGMENT: u8 = 6;
 
@@ -212,6 +216,7 @@ impl Cpu {
         self.rflags_rest = rflags & flags::KNOWN & !flags::ARITHMETIC | 2;
         self.update_careful();
         self.update_memory_mode();
+        self.update_direction();
     }
 
     /// Raises `fault` from the instruction in progress.
@@ -274,9 +279,11 @@ impl Cpu {
         if self.fpu.sse_unmasked() {
             mode |= Mode::SSE_UNMASKED;
         }
-        if self.cpl == 3 {
-            mode |= Mode::USER;
-        }
+        mode |= match self.cpl {
+            0 => 0,
+            3 => Mode::USER,
+            _ => Mode::INNER,
+        };
         self.mode = Mode(mode);
         self.registers.linear_mask = if long { u64::MAX } else { 0xffff_ffff };
         let flat_base = self.mode.has(Mode::CODE_64);
@@ -286,6 +293,7 @@ impl Cpu {
         }
         self.update_careful();
         self.update_memory_mode();
+        self.update_direction();
     }
 
     /// Recomputes whether instructions run one at a time with checks.
@@ -299,11 +307,17 @@ impl Cpu {
         self.memory.set_checks(alignment, breakpoints);
     }
 
+    /// Takes over RFLAGS.DF into the mode.
+    pub(crate) fn update_direction(&mut self) {
+        self.mode.set(Mode::DOWNWARDS, self.rflags_rest & flags::DF != 0);
+    }
+
     /// Tells the memory side which rights apply from now on.
     pub(crate) fn update_memory_mode(&mut self) {
         let (user, overridden) = (self.cpl == 3, self.rflags_rest & flags::AC != 0);
-        let forbidden = !user && !overridden && self.system.cr4 & CR4_SMAP != 0;
-        self.mode.set(Mode::USER_PAGES_FORBIDDEN, forbidden);
+        let smap = !user && self.system.cr4 & CR4_SMAP != 0;
+        self.mode.set(Mode::USER_PAGES_FORBIDDEN, smap && !overridden);
+        self.mode.set(Mode::ACCESS_OVERRIDDEN, smap && overridden);
         self.memory.set_rights(user, overridden);
     }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use reprise_machine::engine::Exit;
 
-use crate::cpu::{BLOCK_RIP, Cpu};
+use crate::cpu::{BLOCK_RIP, Cpu, WAITING};
 use crate::decode::block_cache::Block;
 use crate::fault::{Flow, Stop};
 use crate::flags;
@@ -24,6 +24,7 @@ impl Cpu {
         kick: &AtomicBool,
         interrupt_requested: bool,
     ) -> Exit {
+        self.registers.gpr[usize::from(WAITING)] = if interrupt_requested { flags::IF } else { 0 };
         // The block that ran last, and the epoch in which it was found.
         let mut last: Option<(NonNull<Block>, u64)> = None;
         // Translated code has more instructions than are still to run.

@@ -32,13 +32,29 @@ impl Mode {
     /// SMAP keeps supervisor code from user pages, and RFLAGS.AC does not override it. Not part of what
     /// code means, but of how it accesses memory.
     pub const USER_PAGES_FORBIDDEN: u32 = 1 << 11;
+    /// SMAP is on, and RFLAGS.AC lets supervisor code at user pages all the same.
+    pub const ACCESS_OVERRIDDEN: u32 = 1 << 16;
+    /// Privilege level 1 or 2. Not part of what code means.
+    pub const INNER: u32 = 1 << 17;
+    /// RFLAGS.DF: strings go down. Not part of what code means, but of how it is translated.
+    pub const DOWNWARDS: u32 = 1 << 18;
+    /// Bits of a mode.
+    pub const BITS: u32 = 19;
     /// By segment register: outside 64-bit mode it is null, so only the operations that name it
     /// check their accesses. CS and SS cannot be null there.
     pub const UNUSABLE: [u32; 8] = [1 << 12, 0, 0, 1 << 13, 1 << 14, 1 << 15, 0, 0];
 
-    /// What decoding depends on: all but who may fetch the code and what it may access.
+    /// What decoding depends on: all but who may fetch the code and how it accesses memory.
     pub fn of_decoding(self) -> Self {
-        Self(self.0 & !(Self::USER | Self::USER_PAGES_FORBIDDEN))
+        let access = Self::USER_PAGES_FORBIDDEN | Self::ACCESS_OVERRIDDEN | Self::DOWNWARDS;
+        Self(self.0 & !(Self::USER | Self::INNER | access))
+    }
+
+    /// The mode that STAC (`overridden`) or CLAC leads to from this one; `None` where SMAP is off.
+    pub(crate) fn with_access(self, overridden: bool) -> Option<Self> {
+        let either = Self::USER_PAGES_FORBIDDEN | Self::ACCESS_OVERRIDDEN;
+        let bit = if overridden { Self::ACCESS_OVERRIDDEN } else { Self::USER_PAGES_FORBIDDEN };
+        self.has(either).then_some(Self(self.0 & !either | bit))
     }
 
     /// Sets or clears `bit`.

@@ -17,8 +17,6 @@ use crate::translate::site::Exit;
 const ADDRESS_ENTRIES: usize = 1 << 14;
 /// Blocks kept before the cache is emptied.
 const MAX_BLOCKS: usize = 1 << 18;
-/// Bits of [`Mode`] in a key.
-const MODE_BITS: u32 = 16;
 
 /// A run of instructions within one page, or one instruction that straddles two, entered only at its
 /// start.
@@ -204,7 +202,7 @@ impl BlockCache {
     /// What must be the same for a linear address to lead to the same block.
     #[inline(always)]
     pub(crate) fn key(&self, linear: u64, mode: Mode) -> u64 {
-        self.generations[half(linear)] << MODE_BITS | u64::from(mode.0)
+        self.generations[half(linear)] << Mode::BITS | u64::from(mode.0)
     }
 
     /// A pointer to a block is valid while this stays the same.
@@ -367,6 +365,6 @@ impl BlockCache {
     fn start_generation(&mut self, half: usize) {
         let generation = &mut self.generations[half];
         *generation += 1;
-        assert!(*generation >> (64 - MODE_BITS) == 0, "2^48 translation changes");
+        assert!(*generation >> (64 - Mode::BITS) == 0, "2^45 translation changes");
     }
 }

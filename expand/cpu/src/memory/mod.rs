@@ -11,6 +11,7 @@ pub(crate) mod walk;
 use reprise_machine::ram::GuestRam;
 
 use crate::fault::Fault;
+use crate::mode::Mode;
 use physical::{PAGE_BYTES, Physical};
 use tlb::{Tlb, TlbState, rights};
 use walk::{Accessor, Kind, Paging, Translation};
@@ -45,6 +46,35 @@ pub(crate) struct Memory {
     pub(crate) check_breakpoints: bool,
     #[cfg(test)]
     pub(crate) spy: spy::Spy,
+}
+
+/// The rights that data accesses have in a mode.
+fn rights_in(mode: Mode) -> usize {
+    if mode.has(Mode::USER) {
+        rights::USER
+    } else if mode.has(Mode::USER_PAGES_FORBIDDEN) {
+        rights::SUPERVISOR_ONLY
+    } else {
+        rights::SUPERVISOR
+    }
+}
+
+/// Where generated code finds in [`Memory`] which rights apply to supervisor code, and what it puts
+/// there: both are kept by [`Memory::set_rights`].
+pub(crate) mod access_state {
+    use std::mem::offset_of;
+
+    use super::{Memory, Mode, rights_in};
+
+    /// A byte: RFLAGS.AC.
+    pub(crate) const OVERRIDDEN: usize = offset_of!(Memory, smap_overridden);
+    /// A word of 64 bits: see [`table`].
+    pub(crate) const TABLE: usize = offset_of!(Memory, table);
+
+    /// What fast accesses use in a mode of supervisor code.
+    pub(crate) fn table(mode: Mode) -> i32 {
+        rights_in(mode) as i32
+    }
 }
 
 impl Memory {
@@ -268,8 +298,9 @@ impl Memory {
         self.physical.visit_written(visit);
     }
 
-    /// Where the software TLB's entries for the data rights in force begin: less than 2^31.
-    pub(crate) fn table_address(&self, write: bool) -> i32 {
-        self.tlb.table_address(self.table, write)
+    /// Where the software TLB's entries for data accesses in `mode` begin: less than 2^31. (Not for
+    /// code that runs with checks of alignment or breakpoints.)
+    pub(crate) fn table_address(&self, mode: Mode, write: bool) -> i32 {
+        self.tlb.table_address(rights_in(mode), write)
     }
 }

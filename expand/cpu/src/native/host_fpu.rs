@@ -115,6 +115,9 @@ pub(crate) struct FpuImage {
 }
 
 impl FpuImage {
+    /// Where the guest's control word lies, for generated code.
+    pub(crate) const CONTROL_OFFSET: usize = std::mem::offset_of!(Self, fcw);
+
     pub(crate) fn from_state(state: &FpuState) -> Self {
         let mut image = Self {
             area: Area::zeroed(),

@@ -4,7 +4,7 @@ use iced_x86::Mnemonic;
 use reprise_trace::cpu_state::RAX;
 
 use super::{BlockEnd, handler};
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, SHADOWED};
 use crate::decode::op::{Handler, Op};
 use crate::fault::{Fault, Stop};
 use crate::flags::{self, Arithmetic};
@@ -14,8 +14,8 @@ pub(super) fn select(op: &mut Op, _mode: Mode) -> Option<BlockEnd> {
     let (handler, end): (Handler, BlockEnd) = match op.instruction.mnemonic() {
         Mnemonic::Cli => (cli, BlockEnd::Continue),
         Mnemonic::Sti => (sti, BlockEnd::After),
-        Mnemonic::Cld => (cld, BlockEnd::Continue),
-        Mnemonic::Std => (std, BlockEnd::Continue),
+        Mnemonic::Cld => (cld, BlockEnd::After),
+        Mnemonic::Std => (std, BlockEnd::After),
         Mnemonic::Clc => (clc, BlockEnd::Continue),
         Mnemonic::Stc => (stc, BlockEnd::Continue),
         Mnemonic::Cmc => (cmc, BlockEnd::Continue),
@@ -41,18 +41,20 @@ handler!(cli(cpu, _op) {
 });
 handler!(sti(cpu, _op) {
     check_iopl(cpu)?;
-    if cpu.rflags_rest & flags::IF == 0 {
-        cpu.rflags_rest |= flags::IF;
-        cpu.interrupt_shadow = true;
-    }
+    let opens = cpu.rflags_rest & flags::IF == 0;
+    cpu.registers.gpr[usize::from(SHADOWED)] = u64::from(opens);
+    cpu.rflags_rest |= flags::IF;
+    cpu.interrupt_shadow |= opens;
     Ok(())
 });
 handler!(cld(cpu, _op) {
     cpu.rflags_rest &= !flags::DF;
+    cpu.update_direction();
     Ok(())
 });
 handler!(std(cpu, _op) {
     cpu.rflags_rest |= flags::DF;
+    cpu.update_direction();
     Ok(())
 });
 handler!(clc(cpu, _op) {

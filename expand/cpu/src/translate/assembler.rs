@@ -183,12 +183,6 @@ impl Assembler {
         self.emit(&value.to_le_bytes());
     }
 
-    /// `[place] = value`, 32 bits.
-    pub(super) fn store_immediate_32(&mut self, place: Place, value: u32) {
-        self.with_place(false, 0xc7, 0, place);
-        self.emit(&value.to_le_bytes());
-    }
-
     /// `[place] = register`, the low 16 bits.
     pub(super) fn store_16(&mut self, place: Place, register: Host) {
         self.emit(&[0x66]);
@@ -200,6 +194,32 @@ impl Assembler {
         self.rex(false, register.0, place);
         self.emit(&[0x0f, 0xb7]);
         self.place(register.0, place);
+    }
+
+    /// `register = [place]`, 8 bits zero-extended.
+    pub(super) fn load_8(&mut self, register: Host, place: Place) {
+        self.rex(false, register.0, place);
+        self.emit(&[0x0f, 0xb6]);
+        self.place(register.0, place);
+    }
+
+    /// `[place] = value`, 32 bits.
+    pub(super) fn store_immediate_32(&mut self, place: Place, value: u32) {
+        self.with_place(false, 0xc7, 0, place);
+        self.emit(&value.to_le_bytes());
+    }
+
+    /// `[place] = value`, 8 bits.
+    pub(super) fn store_immediate_8(&mut self, place: Place, value: u8) {
+        self.with_place(false, 0xc6, 0, place);
+        self.emit(&[value]);
+    }
+
+    /// `[place] = MXCSR`.
+    pub(super) fn store_mxcsr(&mut self, place: Place) {
+        self.rex(false, 3, place);
+        self.emit(&[0x0f, 0xae]);
+        self.place(3, place);
     }
 
     /// `register = address of place`.
@@ -288,6 +308,55 @@ impl Assembler {
     /// rest from AH.
     pub(super) fn flags_from_ax(&mut self) {
         self.emit(&[0x04, 0x7f, 0x9e]);
+    }
+
+    /// LAHF.
+    pub(super) fn flags_to_ah(&mut self) {
+        self.emit(&[0x9f]);
+    }
+
+    /// `ecx = ah`.
+    pub(super) fn ah_to_ecx(&mut self) {
+        self.emit(&[0x0f, 0xb6, 0xcc]);
+    }
+
+    /// `ah = OF`.
+    pub(super) fn overflow_to_ah(&mut self) {
+        self.emit(&[0x0f, 0x90, 0xc4]);
+    }
+
+    /// RFLAGS in AX, as [`Assembler::flags_from_ax`] takes them: changes the flags, and RCX.
+    pub(super) fn rflags_to_ax(&mut self) {
+        // mov ecx, eax; shr ecx, 11; and ecx, 1; mov ah, al; mov al, cl
+        self.emit(&[0x89, 0xc1, 0xc1, 0xe9, 11, 0x83, 0xe1, 1, 0x88, 0xc4, 0x88, 0xc8]);
+    }
+
+    /// `register = !register`.
+    pub(super) fn complement(&mut self, register: Host) {
+        self.emit(&[0x48 | register.0 >> 3, 0xf7, 0xd0 | register.0 & 7]);
+    }
+
+    /// `target ^= source`: changes the flags.
+    pub(super) fn exclusive_or(&mut self, target: Host, source: Host) {
+        self.emit(&[0x48 | (target.0 >> 3) << 2 | source.0 >> 3, 0x33]);
+        self.emit(&[0xc0 | (target.0 & 7) << 3 | source.0 & 7]);
+    }
+
+    /// `register &= value`, the low 32 bits; the others are zero then. Changes the flags.
+    pub(super) fn and_immediate_32(&mut self, register: Host, value: i32) {
+        self.emit(&[0x40 | register.0 >> 3, 0x81, 0xe0 | register.0 & 7]);
+        self.emit(&value.to_le_bytes());
+    }
+
+    /// Tests the bits of `value`, sign-extended: changes the flags.
+    pub(super) fn test_immediate(&mut self, register: Host, value: i32) {
+        self.emit(&[0x48 | register.0 >> 3, 0xf7, 0xc0 | register.0 & 7]);
+        self.emit(&value.to_le_bytes());
+    }
+
+    /// Tests the bits of `[place]`: changes the flags.
+    pub(super) fn test_place(&mut self, register: Host, place: Place) {
+        self.with_place(true, 0x85, register.0, place);
     }
 
     /// TEST EAX, EAX: changes the flags.

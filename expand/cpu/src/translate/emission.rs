@@ -17,10 +17,12 @@ use crate::cpu::{
 use crate::decode::op::Op;
 use crate::memory::physical::PAGE_BYTES;
 use crate::memory::tlb::Entry;
+use crate::mode::Mode;
 use crate::tracing::{Ahead, MAX_INLINE_ACCESSES};
 
 /// What units of one mode know about the CPU.
 pub(super) struct Surroundings<'a> {
+    pub(super) mode: Mode,
     pub(super) thunks: Thunks,
     pub(super) jumps: &'a JumpCache,
     pub(super) read_table: i32,
@@ -53,10 +55,11 @@ struct Cold {
     jumps: Vec<Jump>,
 }
 
-/// A way out of the unit from its midst: where a conditional jump leads.
+/// A way out of the unit from its midst: where a conditional jump leads, and in which mode.
 struct SideExit {
     jump: Jump,
     linear: u64,
+    mode: Mode,
     /// The operation that it is behind.
     number: usize,
 }
@@ -64,6 +67,7 @@ struct SideExit {
 /// An exit, to be filled in.
 pub(super) struct PlannedExit {
     pub(super) linear: u64,
+    pub(super) mode: Mode,
     pub(super) exit: *mut Exit,
     /// The address of the code that leaves by it.
     pub(super) stub: u64,
@@ -103,6 +107,8 @@ pub(super) struct Emission<'a> {
     pub(super) code: Assembler,
     pub(super) info: &'a mut InstructionInfoFactory,
     pub(super) surroundings: &'a Surroundings<'a>,
+    /// The same behind the next STAC or CLAC, if that changes them.
+    other_access: Option<&'a Surroundings<'a>>,
     /// The linear address of the block in hand, which in 64-bit mode is its RIP.
     pub(super) linear: u64,
     /// The sites of the unit's operations, in order: they have their place already.
@@ -114,8 +120,8 @@ pub(super) struct Emission<'a> {
     cold: Vec<Cold>,
     islands: Islands,
     side_exits: Vec<SideExit>,
-    /// Exits to known addresses, with where they lead.
-    exits: Vec<(u64, *mut Exit)>,
+    /// Exits to known addresses, with where they lead and in which mode.
+    exits: Vec<(u64, Mode, *mut Exit)>,
     /// The unit appends to a trace.
     traced: bool,
     /// Accesses of the operation in hand that it appends so far.
@@ -141,6 +147,7 @@ impl<'a> Emission<'a> {
         address: u64,
         info: &'a mut InstructionInfoFactory,
         surroundings: &'a Surroundings<'a>,
+        other_access: Option<&'a Surroundings<'a>>,
         sites: &'a [Site],
         first_exit: *mut Exit,
     ) -> Self {
@@ -150,6 +157,7 @@ impl<'a> Emission<'a> {
             code,
             info,
             surroundings,
+            other_access,
             linear: 0,
             sites,
             number: 0,
@@ -261,6 +269,11 @@ impl<'a> Emission<'a> {
         self.traced_accesses = 0;
     }
 
+    /// Instructions of the unit before the one in hand.
+    pub(super) fn before(&self) -> i32 {
+        self.number as i32
+    }
+
     /// Runs the operation in hand in Rust, in line.
     pub(super) fn run_operation(&mut self) {
         self.settle(32);
@@ -294,6 +307,15 @@ impl<'a> Emission<'a> {
         self.current = None;
     }
 
+    /// The cold code of the operation in hand.
+    fn slow_way(&mut self) -> usize {
+        *self.current.get_or_insert_with(|| {
+            let (number, kind) = (self.number, ColdKind::LastOperation);
+            self.cold.push(Cold { number, kind, jumps: Vec::new() });
+            self.cold.len() - 1
+        })
+    }
+
     /// What [`SCRATCH`] must be for [`Emission::slow_unless_found`] not to take the slow way.
     pub(super) fn found(&self) -> i32 {
         i32::from(self.surroundings.fast_loop)
@@ -301,11 +323,7 @@ impl<'a> Emission<'a> {
 
     /// The operation in hand takes its slow way unless [`SCRATCH`] says that something was found.
     pub(super) fn slow_unless_found(&mut self) {
-        let cold = *self.current.get_or_insert_with(|| {
-            let (number, kind) = (self.number, ColdKind::LastOperation);
-            self.cold.push(Cold { number, kind, jumps: Vec::new() });
-            self.cold.len() - 1
-        });
+        let cold = self.slow_way();
         if self.surroundings.fast_loop {
             let missing = self.code.jump_near_unless_rcx_one();
             self.lead_to_cold(missing, cold);
@@ -315,6 +333,23 @@ impl<'a> Emission<'a> {
             self.code.land(found);
             self.cold[cold].jumps.push(missing);
         }
+    }
+
+    /// The operation in hand takes its slow way where condition `code` holds. Only where the guest's
+    /// flags are not needed any more, not even by the slow way.
+    pub(super) fn slow_if(&mut self, code: u8) {
+        let cold = self.slow_way();
+        let jump = self.code.jump_forward_if(code);
+        self.cold[cold].jumps.push(jump);
+    }
+
+    /// What follows runs with the rights that the other of STAC and CLAC gives; the mode that this is,
+    /// or `None` if it cannot be emitted.
+    pub(super) fn change_access(&mut self) -> Option<Mode> {
+        let other = self.other_access?;
+        self.other_access = Some(self.surroundings);
+        self.surroundings = other;
+        Some(other.mode)
     }
 
     /// A short jump leads to cold code, by an island.
@@ -464,7 +499,8 @@ impl<'a> Emission<'a> {
     pub(super) fn exit_if(&mut self, code: u8, linear: u64) {
         self.settle(16);
         let jump = self.code.jump_forward_if(code);
-        self.side_exits.push(SideExit { jump, linear, number: self.number });
+        let (mode, number) = (self.surroundings.mode, self.number);
+        self.side_exits.push(SideExit { jump, linear, mode, number });
     }
 
     /// Leaves the unit for the code whose address lies at `place`.
@@ -476,22 +512,22 @@ impl<'a> Emission<'a> {
 
     /// Leaves the unit for a known address.
     pub(super) fn exit_to(&mut self, linear: u64) {
-        self.exit_after(linear, self.number);
+        self.exit_after(linear, self.surroundings.mode, self.number);
     }
 
-    fn exit_after(&mut self, linear: u64, number: usize) {
+    fn exit_after(&mut self, linear: u64, mode: Mode, number: usize) {
         self.charge(number);
         self.settle(16);
         let exit = self.first_exit.wrapping_add(self.exits.len());
         self.code.jump_through(exit as u64);
-        self.exits.push((linear, exit));
+        self.exits.push((linear, mode, exit));
     }
 
     /// Emits what is out of the way, to be executed at `cold_address`.
     pub(super) fn finish(mut self, cold_address: u64) -> Finished {
-        for SideExit { jump, linear, number } in std::mem::take(&mut self.side_exits) {
+        for SideExit { jump, linear, mode, number } in std::mem::take(&mut self.side_exits) {
             self.code.land(jump);
-            self.exit_after(linear, number);
+            self.exit_after(linear, mode, number);
         }
         self.build_pending();
         let thunks = &self.surroundings.thunks;
@@ -511,8 +547,8 @@ impl<'a> Emission<'a> {
             }
         }
         let mut exits = Vec::new();
-        for &(linear, exit) in &self.exits {
-            exits.push(PlannedExit { linear, exit, stub: away.here() });
+        for &(linear, mode, exit) in &self.exits {
+            exits.push(PlannedExit { linear, mode, exit, stub: away.here() });
             away.immediate(ADDEND, exit as u64);
             away.jump_to(thunks.exit);
         }

@@ -16,13 +16,14 @@ mod jump_cache;
 mod registers;
 pub(crate) mod site;
 mod stack;
+mod system;
 #[cfg(test)]
 mod tests;
 mod thunks;
 
 use std::ptr::NonNull;
 
-use iced_x86::InstructionInfoFactory;
+use iced_x86::{InstructionInfoFactory, Mnemonic};
 
 use crate::cpu::{Cpu, LEFT_AT};
 use crate::decode::block_cache::Block;
@@ -289,7 +290,8 @@ impl Cpu {
         let runs = block.runs.get().saturating_add(1);
         block.runs.set(runs);
         let translator = self.translator.as_ref()?;
-        if runs <= translator.threshold || !self.mode_64() || block.second_page.is_some() {
+        let inner = self.mode.has(Mode::INNER);
+        if runs <= translator.threshold || !self.mode_64() || inner || block.second_page.is_some() {
             return None;
         }
         // Not where the page tables lead now: who changes them and forgets nothing runs on what is
@@ -316,21 +318,27 @@ impl Cpu {
             }
         }
         let translator = self.translator.as_mut()?;
+        let other_mode = mode.with_access(!mode.has(Mode::ACCESS_OVERRIDDEN));
         let jumps = translator.jumps(mode)?;
-        let surroundings = Surroundings {
+        let other_jumps = other_mode.and_then(|mode| translator.jumps(mode));
+        let surroundings = |mode: Mode, jumps: usize| Surroundings {
+            mode,
             thunks: translator.thunks,
             jumps: &translator.jumps[jumps].1,
-            read_table: self.memory.table_address(false),
-            write_table: self.memory.table_address(true),
+            read_table: self.memory.table_address(mode, false),
+            write_table: self.memory.table_address(mode, true),
             fast_loop: translator.fast_loop,
             traced,
             traced_physical,
         };
+        let other = other_mode.zip(other_jumps).map(|(mode, jumps)| surroundings(mode, jumps));
+        let surroundings = surroundings(mode, jumps);
         let sites = sites(&unit, traced);
         let mut emission = Emission::new(
             translator.buffer.next_address(Region::Hot),
             &mut translator.info,
             &surroundings,
+            other.as_ref(),
             &sites,
             translator.buffer.data().0.cast::<Exit>().wrapping_add(translator.used_exits),
         );
@@ -343,7 +351,7 @@ impl Cpu {
         translator.buffer.append(Region::Cold, &cold)?;
         translator.used_exits += exits.len();
         let page = linear & !(PAGE_BYTES - 1);
-        for &PlannedExit { linear, exit, stub } in &exits {
+        for &PlannedExit { linear, mode, exit, stub } in &exits {
             let stub = stub as *const u8;
             let within_page = linear & !(PAGE_BYTES - 1) == page;
             let physical_page = physical & !(PAGE_BYTES - 1);
@@ -451,6 +459,7 @@ impl Part {
 fn sites(unit: &[Part], traced: bool) -> Box<[Site]> {
     let mut before_block = 0;
     let mut ahead = Ahead::default();
+    let mut behind_sti = false;
     let mut sites = Vec::new();
     for part in unit {
         let ops = &part.block().ops;
@@ -461,12 +470,15 @@ fn sites(unit: &[Part], traced: bool) -> Box<[Site]> {
                 block: part.block,
                 block_rip: part.linear,
                 before_block,
+                behind_sti,
                 traced: ahead,
             });
+            behind_sti = false;
             if traced {
                 ahead = ahead.past(part.block(), op);
             }
         }
+        behind_sti = ops.last().is_some_and(|op| op.instruction.mnemonic() == Mnemonic::Sti);
         before_block += ops.len() as u64;
     }
     sites.into_boxed_slice()
@@ -482,10 +494,11 @@ fn emit_unit(emission: &mut Emission<'_>, unit: &[Part]) -> u64 {
         if let Some(id) = part.trace_id {
             emission.trace_block(number, id);
         }
-        let next = emit_block(emission, block, number);
+        let follower = unit.get(index + 1).map(|part| part.linear);
+        let next = emit_block(emission, block, number, follower.is_some());
         number += block.ops.len();
         match next {
-            Next::At(linear) if unit.get(index + 1).is_some_and(|part| part.linear == linear) => {}
+            Next::At(linear) if follower == Some(linear) => {}
             Next::At(linear) => emission.exit_to(linear),
             Next::Out => break,
         }
@@ -493,8 +506,9 @@ fn emit_unit(emission: &mut Emission<'_>, unit: &[Part]) -> u64 {
     entry
 }
 
-/// Emits a block, whose first operation is the unit's `first`; where it goes on.
-fn emit_block(emission: &mut Emission<'_>, block: &Block, first: usize) -> Next {
+/// Emits a block, whose first operation is the unit's `first`, and behind which the unit goes on or
+/// ends; where it goes on.
+fn emit_block(emission: &mut Emission<'_>, block: &Block, first: usize, goes_on: bool) -> Next {
     let (last, others) = block.ops.split_last().expect("a block has an instruction");
     for (number, op) in others.iter().enumerate() {
         emission.begin(first + number);
@@ -504,6 +518,10 @@ fn emit_block(emission: &mut Emission<'_>, block: &Block, first: usize) -> Next 
         }
     }
     emission.begin(first + others.len());
+    if !block.ends_in_branch && system::emit_ending(emission, last, goes_on).is_some() {
+        emission.end_last();
+        return Next::At(branch::following(last, emission.linear));
+    }
     let next = if block.ends_in_branch {
         branch::emit(emission, last)
     } else {
@@ -525,5 +543,5 @@ fn emit_operation(emission: &mut Emission<'_>, op: &Op) -> Option<()> {
     if op.instruction.inline {
         return computation::emit_lea(emission, op).or_else(|| computation::emit(emission, op));
     }
-    stack::emit(emission, op)
+    stack::emit(emission, op).or_else(|| system::emit(emission, op))
 }

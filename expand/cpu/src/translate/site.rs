@@ -3,7 +3,7 @@
 
 use std::ptr::NonNull;
 
-use crate::cpu::{BLOCK_RIP, BUDGET, Cpu, LEFT_AT};
+use crate::cpu::{BLOCK_RIP, BUDGET, Cpu, LEFT_AT, SHADOWED};
 use crate::decode::block_cache::Block;
 use crate::decode::op::Op;
 use crate::fault::Flow;
@@ -26,6 +26,8 @@ pub(crate) struct Site {
     pub(super) block_rip: u64,
     /// Instructions of the translated unit before the block.
     pub(super) before_block: u64,
+    /// The operation before it in the unit is STI.
+    pub(super) behind_sti: bool,
     /// What a trace has of the unit before the operation, its block's number included.
     pub(super) traced: Ahead,
 }
@@ -91,6 +93,10 @@ fn run(cpu: &mut Cpu, site: &Site) -> Flow {
     // block; here the next one may be in this very unit.
     if flow == Flow::NEXT && cpu.memory.physical.code_was_written() {
         flow = Flow::END_BLOCK;
+    }
+    if flow == Flow::EXIT && site.behind_sti && cpu.registers.gpr[usize::from(SHADOWED)] != 0 {
+        // It starts again, in the shadow still.
+        cpu.interrupt_shadow = true;
     }
     if flow != Flow::NEXT {
         cpu.registers.gpr[usize::from(LEFT_AT)] = std::ptr::from_ref(site) as u64;
