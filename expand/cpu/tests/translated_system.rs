@@ -11,7 +11,7 @@ use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::profile::Profile;
 use reprise_cpu::translate::Translation;
 use reprise_machine::engine::{Engine, Exit};
-use reprise_trace::cpu_state::{CpuState, RBP, RBX, RDI, RSI, RSP};
+use reprise_trace::cpu_state::{CpuState, RAX, RBP, RBX, RDI, RSI, RSP};
 
 const R15: usize = 15;
 const PAGE_FAULT: u64 = 14;
@@ -19,6 +19,10 @@ const DEBUG: u64 = 1;
 /// The vector of external interrupts, and where its handler counts them.
 const INTERRUPT: u8 = 0x40;
 const COUNTER: u32 = KERNEL_DATA as u32 + 0x800;
+/// Where strings go, and an absent page behind it.
+const AREA: u64 = 0x10_0000;
+const HOLE: u64 = AREA + 0x3000;
+const HOLE_ENTRY: u32 = 0x4000 + (HOLE as u32 >> 12) * 8;
 /// Rounds of a program's loop.
 const ROUNDS: u64 = 40;
 const DF: u64 = 1 << 10;
@@ -65,6 +69,56 @@ const PIECES: &[&[u8]] = &[
     JNC,
 ];
 
+/// Strings, divisions and bits: R8 has the pointers' start, R9 and R10 lie across pages.
+#[rustfmt::skip]
+const DATA_PIECES: &[&[u8]] = &[
+    &[0xa4],                                     // movsb
+    &[0x66, 0xa5],                               // movsw
+    &[0xa5],                                     // movsd
+    &[0x48, 0xa5],                               // movsq
+    &[0xaa],                                     // stosb
+    &[0x66, 0xab],                               // stosw
+    &[0x48, 0xab],                               // stosq
+    &[0xac],                                     // lodsb
+    &[0x66, 0xad],                               // lodsw
+    &[0xad],                                     // lodsd
+    &[0x48, 0xad],                               // lodsq
+    &[0x65, 0xa4],                               // movsb from gs
+    &[0xb9, 0, 0, 0, 0, 0xf3, 0xa4],             // mov ecx, 0; rep movsb
+    &[0xb9, 40, 0, 0, 0, 0xf3, 0xa4],            // mov ecx, 40; rep movsb
+    &[0xb9, 30, 0, 0, 0, 0xf3, 0x48, 0xa5],      // mov ecx, 30; rep movsq
+    &[0xb9, 100, 0, 0, 0, 0xf3, 0xaa],           // mov ecx, 100; rep stosb
+    &[0xb9, 9, 0, 0, 0, 0xf3, 0xab],             // mov ecx, 9; rep stosd
+    &[0xb9, 70, 0, 0, 0, 0xf3, 0x48, 0xab],      // mov ecx, 70; rep stosq
+    &[0xb9, 5, 0, 0, 0, 0xf2, 0x48, 0xab],       // mov ecx, 5; repne stosq
+    &[0xb9, 5, 0, 0, 0, 0xf3, 0xac],             // mov ecx, 5; rep lodsb
+    &[0xb9, 0, 16, 0, 0, 0xf3, 0xaa],            // mov ecx, 4096; rep stosb
+    &[0x48, 0x8d, 0x7e, 1, 0xb9, 33, 0, 0, 0, 0xf3, 0xa4], // lea rdi, [rsi+1]; mov ecx, 33; rep movsb
+    &[0x48, 0x8d, 0x7e, 0xfd, 0xb9, 33, 0, 0, 0, 0xf3, 0xa5], // lea rdi, [rsi-3]; mov ecx, 33; rep movsd
+    &[0x67, 0xa4],                               // movsb by esi and edi
+    &[0x4c, 0x89, 0xc6],                         // mov rsi, r8
+    &[0x4c, 0x89, 0xc7],                         // mov rdi, r8
+    &[0x4c, 0x89, 0xcf],                         // mov rdi, r9
+    &[0x4c, 0x89, 0xd6],                         // mov rsi, r10
+    &[0xfd],                                     // std
+    &[0xfc],                                     // cld
+    &[0xfc],                                     // cld
+    &[0x31, 0xd2, 0xf7, 0xf3],                   // xor edx, edx; div ebx
+    &[0x31, 0xd2, 0x48, 0xf7, 0xf3],             // xor edx, edx; div rbx
+    &[0xba, 1, 0, 0, 0, 0x49, 0xf7, 0xf0],       // mov edx, 1; div r8
+    &[0x31, 0xd2, 0x49, 0xf7, 0x30],             // xor edx, edx; div qword [r8]
+    &[0x31, 0xd2, 0x41, 0xf7, 0x70, 0x04],       // xor edx, edx; div dword [r8+4]
+    &[0x83, 0xe0, 0x7f, 0x48, 0x0f, 0xa3, 0x03],                   // and eax, 127; bt [rbx], rax
+    &[0x83, 0xe0, 0x7f, 0x48, 0x0f, 0xab, 0x03],                   // and eax, 127; bts [rbx], rax
+    &[0x83, 0xe0, 0x7f, 0x0f, 0xb3, 0x03],                         // and eax, 127; btr [rbx], eax
+    &[0x48, 0xc7, 0xc0, 0xf0, 0xff, 0xff, 0xff, 0x0f, 0xbb, 0x43, 0x40], // mov rax, -16; btc [rbx+64], eax
+    &[0x4d, 0x0f, 0xbb, 0x6b, 0x08],             // btc [r11+8], r13
+    &[0x41, 0xff, 0x30, 0x58],                   // push qword [r8]; pop rax
+    &[0xff, 0x74, 0x24, 0xf8, 0x41, 0x5d],       // push qword [rsp-8]; pop r13
+    &[0x9c, 0x58],                               // pushfq; pop rax
+    JNC,
+];
+
 /// SplitMix64.
 struct Random(u64);
 
@@ -98,15 +152,15 @@ fn set_flags(random: &mut Random) -> Vec<u8> {
 }
 
 /// A loop over random pieces.
-fn program(random: &mut Random, base: u64) -> Code {
-    let start = Code::at(base);
+fn program(random: &mut Random, first: &[u8], pieces: &[&[u8]]) -> Code {
+    let start = Code::at(guest::KERNEL_CODE);
     let top = start.here();
-    let mut code = start;
+    let mut code = start.put(first);
     for _ in 0..8 + random.below(24) {
         code = match random.below(12) {
             0 => code.put(&set_flags(random)),
             1 => code.put(JNC),
-            _ => code.put(random.pick(PIECES)),
+            _ => code.put(random.pick(pieces)),
         };
     }
     // dec r15; jnz the top; hlt
@@ -145,13 +199,64 @@ fn supervisor(code: &Code, smap: bool, flags: u64) -> Guest {
     })
 }
 
+/// A guest whose pointers lie in and across pages; a page fault maps the hole.
+fn strings(code: &Code, random: &mut Random) -> Guest {
+    let seed = random.next();
+    supervisor(code, false, seed & ARITHMETIC).with(|guest| {
+        let mut random = Random(seed);
+        // mov qword [the hole's entry], its value; add rsp, 8; iretq
+        let map = Code::at(HANDLERS + 16 * PAGE_FAULT)
+            .put(&[0x48, 0xc7, 0x04, 0x25])
+            .put(&HOLE_ENTRY.to_le_bytes())
+            .put(&(HOLE as u32 | 3).to_le_bytes())
+            .put(&[0x48, 0x83, 0xc4, 8, 0x48, 0xcf]);
+        guest.write(HANDLERS + 16 * PAGE_FAULT, &map.bytes);
+        let bytes: Vec<u8> = (0..0x3000 / 8).flat_map(|_| random.next().to_le_bytes()).collect();
+        guest.write(AREA, &bytes);
+        let state = &mut guest.state;
+        state.gpr[RAX] = random.next();
+        state.gpr[RBX] = AREA + 0x1400;
+        state.gpr[8] = AREA + 0x800 + random.below(64);
+        state.gpr[9] = AREA + 0x1000 - random.below(200);
+        state.gpr[10] = HOLE - random.below(0x1000);
+        state.gpr[11] = AREA + 0x1800;
+        state.gpr[13] = random.next() % 0x8000;
+        state.gpr[RSI] = state.gpr[8];
+        state.gpr[RDI] = state.gpr[9];
+    })
+}
+
+#[test]
+fn random_strings_divisions_and_bits_are_the_same_at_every_instruction() {
+    const SEED: u64 = 0x5eed_0203;
+    let mut random = Random(SEED);
+    // mov qword [the hole's entry], 0; invlpg [the hole]; mov rsi, r8; mov rdi, r9
+    let first = [
+        &[0x48, 0xc7, 0x04, 0x25][..],
+        &HOLE_ENTRY.to_le_bytes(),
+        &[0, 0, 0, 0, 0x0f, 0x01, 0x3c, 0x25],
+        &(HOLE as u32).to_le_bytes(),
+        &[0x4c, 0x89, 0xc6, 0x4c, 0x89, 0xcf],
+    ]
+    .concat();
+    let mut halted = 0;
+    for number in 0..60 {
+        let code = program(&mut random, &first, DATA_PIECES);
+        let seed = random.next();
+        let what = format!("seed {SEED:#x}, program {number}");
+        let ended = lockstep(&what, || strings(&code, &mut Random(seed)));
+        halted += u64::from(ended.state.gpr[R15] == 0);
+    }
+    assert!(halted > 40, "only {halted} programs came to their end");
+}
+
 #[test]
 fn random_system_code_is_the_same_at_every_instruction() {
     const SEED: u64 = 0x5eed_0201;
     let mut random = Random(SEED);
     let mut halted = 0;
     for number in 0..60 {
-        let code = program(&mut random, guest::KERNEL_CODE);
+        let code = program(&mut random, &[], PIECES);
         let (smap, flags) = (number % 4 != 0, random.next() & (IF | ARITHMETIC));
         let what = format!("seed {SEED:#x}, program {number}");
         let ended = lockstep(&what, || supervisor(&code, smap, flags));
@@ -200,7 +305,7 @@ fn interrupts_come_at_the_same_instruction() {
     let mut random = Random(SEED);
     let mut windows = 0;
     for number in 0..60 {
-        let code = program(&mut random, guest::KERNEL_CODE);
+        let code = program(&mut random, &[], PIECES);
         let (smap, flags) = (number % 4 != 0, random.next() & (IF | ARITHMETIC));
         let make = || supervisor(&code, smap, flags);
         let (plain, _) = interrupted(make(), Translation::Never, number);
@@ -237,6 +342,33 @@ fn what_is_common_needs_no_call() {
         .put(&[HLT]);
     let make = || supervisor(&code, true, IF).with(|guest| guest.state.gpr[R15] = 500);
     let ended = lockstep("common system code", make);
+    assert_eq!(ended.state.gpr[R15], 0);
+    calls_nothing(&ended.profile, 500);
+}
+
+/// Nor do short strings, divisions and bits.
+#[test]
+fn what_lies_in_a_page_needs_no_call() {
+    let start = Code::at(guest::KERNEL_CODE);
+    let top = start.here();
+    let code = start
+        // mov rsi, r8; mov rdi, r9; mov ecx, 40; rep movsb; mov ecx, 9; rep stosq; movsd; stosb; lodsw
+        .put(&[0x4c, 0x89, 0xc6, 0x4c, 0x89, 0xcf, 0xb9, 40, 0, 0, 0, 0xf3, 0xa4])
+        .put(&[0xb9, 9, 0, 0, 0, 0xf3, 0x48, 0xab, 0xa5, 0xaa, 0x66, 0xad])
+        // xor edx, edx; div ebx; xor edx, edx; div rbx; bts [rbx], rax; push qword [rbx]; pop rax
+        .put(&[0x31, 0xd2, 0xf7, 0xf3, 0x31, 0xd2, 0x48, 0xf7, 0xf3])
+        .put(&[0x48, 0x0f, 0xab, 0x03, 0xff, 0x33, 0x58])
+        .put(&[0x49, 0xff, 0xcf])
+        .to(&[0x0f, 0x85], top)
+        .put(&[HLT]);
+    let ended = lockstep("short strings", || {
+        supervisor(&code, true, IF).with(|guest| {
+            guest.state.gpr[R15] = 500;
+            guest.state.gpr[8] = AREA;
+            guest.state.gpr[9] = AREA + 0x1000;
+            guest.state.gpr[RBX] = AREA + 0x2000;
+        })
+    });
     assert_eq!(ended.state.gpr[R15], 0);
     calls_nothing(&ended.profile, 500);
 }

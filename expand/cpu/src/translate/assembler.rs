@@ -68,6 +68,7 @@ pub(super) struct Assembler {
 
 /// Prefixes that a VEX-encoded instruction carries in its `pp` field.
 const VEX_66: u8 = 1;
+const VEX_F3: u8 = 2;
 const VEX_F2: u8 = 3;
 
 impl Assembler {
@@ -183,6 +184,22 @@ impl Assembler {
         self.emit(&value.to_le_bytes());
     }
 
+    /// `register = [place]`, 32 bits zero-extended.
+    pub(super) fn load_32(&mut self, register: Host, place: Place) {
+        self.with_place(false, 0x8b, register.0, place);
+    }
+
+    /// `[place] = register`, the low 32 bits.
+    pub(super) fn store_32(&mut self, place: Place, register: Host) {
+        self.with_place(false, 0x89, register.0, place);
+    }
+
+    /// `target = the low 32 bits of source`, sign-extended.
+    pub(super) fn sign_extend_32(&mut self, target: Host, source: Host) {
+        self.emit(&[0x48 | (target.0 >> 3) << 2 | source.0 >> 3, 0x63]);
+        self.emit(&[0xc0 | (target.0 & 7) << 3 | source.0 & 7]);
+    }
+
     /// `[place] = register`, the low 16 bits.
     pub(super) fn store_16(&mut self, place: Place, register: Host) {
         self.emit(&[0x66]);
@@ -280,6 +297,11 @@ impl Assembler {
     /// `target = source >> count`, the count in a register.
     pub(super) fn shift_right(&mut self, target: Host, source: Host, count: Host) {
         self.vex(2, VEX_F2, target, count, source, 0xf7);
+    }
+
+    /// `target = source >> count`, signed, the count in a register.
+    pub(super) fn shift_right_signed(&mut self, target: Host, source: Host, count: Host) {
+        self.vex(2, VEX_F3, target, count, source, 0xf7);
     }
 
     /// `target = source << count`, the count in a register.

@@ -343,6 +343,13 @@ impl<'a> Emission<'a> {
         self.cold[cold].jumps.push(jump);
     }
 
+    /// The operation in hand takes its slow way if [`SCRATCH`] is zero.
+    pub(super) fn slow_if_nothing(&mut self) {
+        let cold = self.slow_way();
+        let nothing = self.code.jump_near_if_rcx_zero();
+        self.lead_to_cold(nothing, cold);
+    }
+
     /// What follows runs with the rights that the other of STAC and CLAC gives; the mode that this is,
     /// or `None` if it cannot be emitted.
     pub(super) fn change_access(&mut self) -> Option<Mode> {
@@ -450,27 +457,53 @@ impl<'a> Emission<'a> {
     /// Translates the `size` bytes at [`ADDRESS`] through the software TLB: afterwards the operand lies
     /// at [`ADDRESS`] + [`ADDEND`]. Takes the slow way if they cannot be accessed without asking.
     pub(super) fn translate(&mut self, write: bool, size: u64) {
-        const { assert!(size_of::<Entry>() == 16) };
         self.settle(if self.traced { 112 } else { 64 });
         self.trace_access(write, size);
-        let surroundings = self.surroundings;
-        let table = if write { surroundings.write_table } else { surroundings.read_table };
-        let entry = |offset: usize| Place {
-            base: None,
-            index: Some((ADDEND, 3)),
-            displacement: table + offset as i32,
-        };
-        self.code.rotate_right(ADDEND, ADDRESS, PAGE_SHIFT as u8);
-        self.code.zero_extend_16(ADDEND, ADDEND);
-        self.code.lea(ADDEND, indexed(ADDEND, ADDEND, 0, 0));
-        self.code.load(SCRATCH, entry(offset_of!(Entry, negated_tag)));
+        self.find_entry(ADDRESS, write);
         // The last byte's distance from the tag's page, in pages, is what is found.
         let distance = size as i32 - 1 + self.found() * PAGE_BYTES as i32;
         self.code.lea(SCRATCH, indexed(SCRATCH, ADDRESS, 0, distance));
         self.code.shift_right(SCRATCH, SCRATCH, SHIFT);
         self.slow_unless_found();
-        self.code.load(ADDEND, entry(offset_of!(Entry, addend)));
+        self.code.load(ADDEND, self.entry(write, offset_of!(Entry, addend)));
         self.trace_place();
+    }
+
+    /// Translates what a repeated string instruction accesses from `pointer` on, `count` elements of
+    /// `size` bytes (a power of two up to 8): afterwards [`ADDEND`] leads from `pointer` to the host's
+    /// address. Takes the slow way unless all of them lie in one known page.
+    pub(super) fn translate_run(&mut self, pointer: Host, count: Host, write: bool, size: u64) {
+        self.settle(64);
+        let found = self.found();
+        let scale = size.trailing_zeros() as u8;
+        self.find_entry(pointer, write);
+        // The last byte's distance from the tag's page, as in `translate`. A count of a page and more
+        // might wrap around to where it began; with a count of zero nothing is accessed anyway.
+        self.code.lea(SCRATCH, indexed(SCRATCH, pointer, 0, 0));
+        self.code.lea(SCRATCH, indexed(SCRATCH, count, scale, -1));
+        self.code.shift_right(SCRATCH, SCRATCH, SHIFT);
+        self.code.shift_right(ADDRESS, count, SHIFT);
+        self.code.lea(SCRATCH, indexed(SCRATCH, ADDRESS, 0, found));
+        self.slow_unless_found();
+        self.settle(16);
+        self.code.load(ADDEND, self.entry(write, offset_of!(Entry, addend)));
+    }
+
+    /// [`ADDEND`] = the index, in units of half an entry, of the data TLB's entry for `address`;
+    /// [`SCRATCH`] = its negated tag.
+    fn find_entry(&mut self, address: Host, write: bool) {
+        self.code.rotate_right(ADDEND, address, PAGE_SHIFT as u8);
+        self.code.zero_extend_16(ADDEND, ADDEND);
+        self.code.lea(ADDEND, indexed(ADDEND, ADDEND, 0, 0));
+        self.code.load(SCRATCH, self.entry(write, offset_of!(Entry, negated_tag)));
+    }
+
+    /// A field of the entry that [`Emission::find_entry`] found.
+    fn entry(&self, write: bool, offset: usize) -> Place {
+        const { assert!(size_of::<Entry>() == 16) };
+        let surroundings = self.surroundings;
+        let table = if write { surroundings.write_table } else { surroundings.read_table };
+        Place { base: None, index: Some((ADDEND, 3)), displacement: table + offset as i32 }
     }
 
     /// Takes the slow way unless [`ADDRESS`] is a multiple of 16.

@@ -9,13 +9,16 @@
 #![allow(unsafe_code)]
 
 mod assembler;
+mod bit_string;
 mod branch;
 mod computation;
+mod division;
 mod emission;
 mod jump_cache;
 mod registers;
 pub(crate) mod site;
 mod stack;
+mod string;
 mod system;
 #[cfg(test)]
 mod tests;
@@ -543,5 +546,7 @@ fn emit_operation(emission: &mut Emission<'_>, op: &Op) -> Option<()> {
     if op.instruction.inline {
         return computation::emit_lea(emission, op).or_else(|| computation::emit(emission, op));
     }
-    stack::emit(emission, op).or_else(|| system::emit(emission, op))
+    const KINDS: [fn(&mut Emission<'_>, &Op) -> Option<()>; 5] =
+        [stack::emit, system::emit, string::emit, division::emit, bit_string::emit];
+    KINDS.iter().find_map(|emit| emit(emission, op))
 }

@@ -39,6 +39,8 @@ pub(super) const IN_REGISTERS: [(u8, Host); 10] = [
     (8, R8),
     (9, R9),
 ];
+/// The guest's RCX.
+pub(super) const GUEST_RCX: Host = R11;
 /// The guest's RSP.
 pub(super) const GUEST_RSP: Host = R12;
 /// The guest's RBP.

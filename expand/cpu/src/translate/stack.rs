@@ -3,8 +3,9 @@
 use iced_x86::{Code, OpKind};
 
 use super::assembler::{Host, Place, at, indexed};
-use super::emission::Emission;
-use super::registers::{ADDEND, ADDRESS, GUEST_RBP, GUEST_RSP, Home, SCRATCH, home};
+use super::emission::{Emission, addressable};
+use super::registers::{ADDEND, ADDRESS, GUEST_RBP, GUEST_RSP, Home, SCRATCH, general_slot, home};
+use crate::cpu::TEMPORARY;
 use crate::decode::op::Op;
 use reprise_trace::cpu_state::RSP;
 
@@ -24,6 +25,17 @@ pub(super) fn emit(emission: &mut Emission<'_>, op: &Op) -> Option<()> {
             make_room(emission);
             let value = emission.in_register(op.a, SCRATCH);
             finish_push(emission, value);
+        }
+        Code::Push_rm64 if addressable(op) => {
+            emission.linear_address(op);
+            emission.translate(false, SLOT_BYTES as u64);
+            emission.settle(24);
+            emission.code.load(SCRATCH, OPERAND);
+            emission.code.store(general_slot(TEMPORARY), SCRATCH);
+            make_room(emission);
+            emission.settle(16);
+            emission.code.load(SCRATCH, general_slot(TEMPORARY));
+            finish_push(emission, SCRATCH);
         }
         Code::Pushq_imm32 | Code::Pushq_imm8 => {
             let value = i32::try_from(op.immediate as i64).ok()?;
