@@ -36,6 +36,8 @@ pub(crate) const TRACE_PHYSICAL: u8 = 23;
 pub(crate) const WAITING: u8 = 24;
 /// Not zero if the last STI opened an interrupt shadow.
 pub(crate) const SHADOWED: u8 = 25;
+/// One while translated code has the guest's XMM registers in the host's; [`Registers::xmm`] is stale.
+pub(crate) const VECTORS_LOADED: u8 = 26;
 /// Index into [`Registers::segment_base`] of a base that is always zero.
 pub(crate) const NO_SEGMENT: u8 = 6;
 

@@ -3,10 +3,9 @@
 
 use iced_x86::{Code, Instruction, InstructionInfoFactory, OpCodeOperandKind, OpKind, Register};
 
-use super::assembler::{Host, Place, indexed};
+use super::assembler::{Host, indexed};
 use super::emission::{Emission, addressable};
-use super::registers::{ADDEND, ADDRESS, Home, SCRATCH, field, home};
-use crate::cpu::Registers;
+use super::registers::{ADDEND, ADDRESS, Home, SCRATCH, home};
 use crate::decode::op::Op;
 use crate::native::{self, MemoryUse, is_high_byte, resized};
 
@@ -30,7 +29,8 @@ struct Plan {
     memory: Option<MemoryUse>,
     /// Registers whose values are elsewhere, to be brought and taken away.
     moved: Vec<General>,
-    vector: Vec<(u8, bool, bool)>,
+    /// It uses XMM registers, which are the host's of the same names.
+    uses_vectors: bool,
 }
 
 /// Emits a computational instruction; `None`, with nothing emitted, if it cannot be inline.
@@ -46,6 +46,9 @@ pub(super) fn emit(emission: &mut Emission<'_>, op: &Op) -> Option<()> {
         body.set_memory_index(if one_register { Register::None } else { ADDEND.register() });
     }
     let body = emission.code.encode(&body)?;
+    if plan.uses_vectors {
+        emission.need_vectors();
+    }
     if let Some(MemoryUse { size_bytes, writes, .. }) = plan.memory {
         emission.linear_address(op);
         if native::needs_alignment(&op.instruction) {
@@ -56,7 +59,7 @@ pub(super) fn emit(emission: &mut Emission<'_>, op: &Op) -> Option<()> {
             emission.code.lea(ADDRESS, indexed(ADDRESS, ADDEND, 0, 0));
         }
     }
-    emission.settle(INSTRUCTION_BYTES + MOVE_BYTES * 2 * (plan.moved.len() + plan.vector.len()));
+    emission.settle(INSTRUCTION_BYTES + MOVE_BYTES * 2 * plan.moved.len());
     bring(emission, &plan);
     emission.code.bytes(&body);
     take_away(emission, &plan);
@@ -71,31 +74,16 @@ fn bring(emission: &mut Emission<'_>, plan: &Plan) {
             Home::Memory(place) => emission.code.load(general.host, place),
         }
     }
-    for &(number, load, _) in &plan.vector {
-        if load {
-            emission.code.load_vector(number, vector_slot(number));
-        }
-    }
 }
 
 /// Stores what it wrote.
 fn take_away(emission: &mut Emission<'_>, plan: &Plan) {
-    for &(number, _, store) in &plan.vector {
-        if store {
-            emission.code.store_vector(vector_slot(number), number);
-        }
-    }
     for general in plan.moved.iter().filter(|general| general.store) {
         match home(general.guest) {
             Home::Host(host) => emission.code.copy(host, general.host),
             Home::Memory(place) => emission.code.store(place, general.host),
         }
     }
-}
-
-/// Where a guest XMM register is kept; it goes through the host register of its own number.
-fn vector_slot(number: u8) -> Place {
-    field(std::mem::offset_of!(Registers, xmm) + usize::from(number) * 16)
 }
 
 /// LEA with a 64-bit or 32-bit result.
@@ -130,7 +118,7 @@ fn plan(instruction: &Instruction, info: &mut InstructionInfoFactory) -> Option<
         return None; // Its address needs a REX prefix, which a high byte forbids.
     }
     let mut general: Vec<(u8, bool, bool)> = Vec::new();
-    let mut vector: Vec<(u8, bool, bool)> = Vec::new();
+    let mut uses_vectors = false;
     for used in info.info(&normal).used_registers() {
         let (register, access) = (used.register(), used.access());
         let (reads, writes) = native::directions(access);
@@ -146,12 +134,7 @@ fn plan(instruction: &Instruction, info: &mut InstructionInfoFactory) -> Option<
             let load = reads || register.size() < 4 || native::conditional(access);
             merge(&mut general, full.number() as u8, load, writes);
         } else if register.is_xmm() {
-            merge(
-                &mut vector,
-                register.number() as u8,
-                reads || native::conditional(access),
-                writes,
-            );
+            uses_vectors = true;
         } else if register != Register::None {
             return None;
         }
@@ -200,7 +183,7 @@ fn plan(instruction: &Instruction, info: &mut InstructionInfoFactory) -> Option<
         let (_, host) = hosts.iter().find(|(number, _)| *number == guest)?;
         body.set_op_register(operand, resized(host.register(), register.size()));
     }
-    Some(Plan { body, memory, moved, vector })
+    Some(Plan { body, memory, moved, uses_vectors })
 }
 
 /// Operands whose register the opcode fixes.

@@ -38,9 +38,9 @@ pub(super) fn emit(emission: &mut Emission<'_>, op: &Op) -> Option<()> {
         }
     }
     if wide {
-        check_wide(emission)
+        check_wide(emission);
     } else {
-        check(emission)
+        check(emission);
     }
     emission.settle(16);
     // DIV by ADDRESS.

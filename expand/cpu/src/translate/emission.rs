@@ -12,7 +12,8 @@ use super::registers::{
 use super::site::{Exit, Site};
 use super::thunks::Thunks;
 use crate::cpu::{
-    BLOCK_RIP, BUDGET, NO_SEGMENT, Registers, TRACE_ADDRESSES, TRACE_PHYSICAL, TRACE_WORDS, ZERO,
+    BLOCK_RIP, BUDGET, NO_SEGMENT, Registers, TRACE_ADDRESSES, TRACE_PHYSICAL, TRACE_WORDS,
+    VECTORS_LOADED, ZERO,
 };
 use crate::decode::op::Op;
 use crate::memory::physical::PAGE_BYTES;
@@ -39,7 +40,10 @@ pub(super) struct Surroundings<'a> {
 #[derive(Clone, Copy)]
 enum ColdKind {
     /// Runs a site's operation in Rust and goes on at an address.
-    Operation { resume: u64 },
+    /// Behind it the XMM registers must be loaded if they were before.
+    Operation { resume: u64, with_vectors: bool },
+    /// Loads the XMM registers and goes on at an address.
+    LoadVectors { resume: u64 },
     /// Runs a site's operation in Rust and leaves.
     LastOperation,
     /// Leaves before the unit.
@@ -117,6 +121,8 @@ pub(super) struct Emission<'a> {
     number: usize,
     /// Its cold code, if it has a slow way.
     current: Option<usize>,
+    /// The host has the guest's XMM registers for sure.
+    vectors_loaded: bool,
     cold: Vec<Cold>,
     islands: Islands,
     side_exits: Vec<SideExit>,
@@ -162,6 +168,7 @@ impl<'a> Emission<'a> {
             sites,
             number: 0,
             current: None,
+            vectors_loaded: false,
             cold: Vec::new(),
             islands: Islands { pending: Vec::new(), built: Vec::new(), rooms },
             side_exits: Vec::new(),
@@ -279,6 +286,7 @@ impl<'a> Emission<'a> {
         self.settle(32);
         self.code.immediate(ADDEND, self.site(self.number));
         self.code.call_to(self.surroundings.thunks.operation);
+        self.vectors_loaded = false;
     }
 
     /// Runs the operation in hand, the unit's last, in Rust and leaves.
@@ -297,7 +305,8 @@ impl<'a> Emission<'a> {
         self.expect_traced();
         let resume = self.code.here();
         if let Some(cold) = self.current.take() {
-            self.cold[cold].kind = ColdKind::Operation { resume };
+            let with_vectors = self.vectors_loaded;
+            self.cold[cold].kind = ColdKind::Operation { resume, with_vectors };
         }
     }
 
@@ -324,6 +333,30 @@ impl<'a> Emission<'a> {
     /// The operation in hand takes its slow way unless [`SCRATCH`] says that something was found.
     pub(super) fn slow_unless_found(&mut self) {
         let cold = self.slow_way();
+        self.cold_unless_found(cold);
+    }
+
+    /// Sees that the host's XMM registers are the guest's, from here on until Rust is called. Comes
+    /// first in an operation.
+    pub(super) fn need_vectors(&mut self) {
+        if std::mem::replace(&mut self.vectors_loaded, true) {
+            return;
+        }
+        self.settle(32);
+        self.code.load(SCRATCH, general_slot(VECTORS_LOADED));
+        let found = self.found();
+        if found != 1 {
+            self.code.lea(SCRATCH, at(SCRATCH, found - 1));
+        }
+        let (number, kind) = (self.number, ColdKind::LoadVectors { resume: 0 });
+        let cold = self.cold.len();
+        self.cold.push(Cold { number, kind, jumps: Vec::new() });
+        self.cold_unless_found(cold);
+        self.cold[cold].kind = ColdKind::LoadVectors { resume: self.code.here() };
+    }
+
+    /// Goes to cold code unless [`SCRATCH`] says that something was found.
+    fn cold_unless_found(&mut self, cold: usize) {
         if self.surroundings.fast_loop {
             let missing = self.code.jump_near_unless_rcx_one();
             self.lead_to_cold(missing, cold);
@@ -571,8 +604,13 @@ impl<'a> Emission<'a> {
             }
             away.immediate(ADDEND, self.site(*number));
             match *kind {
-                ColdKind::Operation { resume } => {
-                    away.call_to(thunks.operation);
+                ColdKind::Operation { resume, with_vectors } => {
+                    let vectors = thunks.operation_with_vectors;
+                    away.call_to(if with_vectors { vectors } else { thunks.operation });
+                    away.jump_to(resume);
+                }
+                ColdKind::LoadVectors { resume } => {
+                    away.call_to(thunks.load_vectors);
                     away.jump_to(resume);
                 }
                 ColdKind::LastOperation => away.jump_to(thunks.last_operation),
