@@ -88,6 +88,10 @@ const DATA_PIECES: &[&[u8]] = &[
     &[0xb9, 40, 0, 0, 0, 0xf3, 0xa4],            // mov ecx, 40; rep movsb
     &[0xb9, 30, 0, 0, 0, 0xf3, 0x48, 0xa5],      // mov ecx, 30; rep movsq
     &[0xb9, 100, 0, 0, 0, 0xf3, 0xaa],           // mov ecx, 100; rep stosb
+    &[0xb9, 7, 0, 0, 0, 0xf3, 0xaa],             // mov ecx, 7; rep stosb
+    &[0xb9, 8, 0, 0, 0, 0xf3, 0xaa],             // mov ecx, 8; rep stosb
+    &[0x0f, 0xb6, 0xc8, 0xf3, 0xaa],             // movzx ecx, al; rep stosb
+    &[0xb9, 0, 0, 0, 0, 0xf3, 0xaa],             // mov ecx, 0; rep stosb
     &[0xb9, 9, 0, 0, 0, 0xf3, 0xab],             // mov ecx, 9; rep stosd
     &[0xb9, 70, 0, 0, 0, 0xf3, 0x48, 0xab],      // mov ecx, 70; rep stosq
     &[0xb9, 5, 0, 0, 0, 0xf2, 0x48, 0xab],       // mov ecx, 5; repne stosq

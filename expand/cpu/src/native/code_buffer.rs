@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::ptr::null;
 
 /// Sequences start on this boundary.
 const ALIGN_BYTES: usize = 16;
@@ -11,6 +12,7 @@ const PAGE_BYTES: usize = 4096;
 #[derive(Debug)]
 pub(crate) struct CodeBuffer {
     writable: *mut u8,
+    /// Null while it is being made.
     executable: *const u8,
     code_bytes: usize,
     data_bytes: usize,
@@ -77,14 +79,17 @@ impl CodeBuffer {
         let read_write = libc::PROT_READ | libc::PROT_WRITE;
         let anywhere = std::ptr::null_mut();
         let writable = map(anywhere, code_bytes, read_write, libc::MAP_SHARED, file)?;
+        let regions = [(0, hot_bytes), (hot_bytes, code_bytes)];
+        // From here on it unmaps what there is, should the rest fail.
+        let mut buffer = Self { writable, executable: null(), code_bytes, data_bytes, regions };
         // Code and data lie side by side: first room for both, then the code over its part.
         let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         let both = map(anywhere, code_bytes + data_bytes, read_write, anonymous, -1)?;
+        buffer.executable = both;
         let read_execute = libc::PROT_READ | libc::PROT_EXEC;
         let over = libc::MAP_SHARED | libc::MAP_FIXED;
-        let executable = map(both.cast(), code_bytes, read_execute, over, file)?;
-        let regions = [(0, hot_bytes), (hot_bytes, code_bytes)];
-        Ok(Self { writable, executable, code_bytes, data_bytes, regions })
+        map(both.cast(), code_bytes, read_execute, over, file)?;
+        Ok(buffer)
     }
 
     /// Where a region's next code will be executed.
@@ -138,8 +143,10 @@ impl Drop for CodeBuffer {
         // them is dropped with their owner.
         unsafe {
             libc::munmap(self.writable.cast(), self.code_bytes);
-            let both = self.code_bytes + self.data_bytes;
-            libc::munmap(self.executable.cast_mut().cast(), both);
+            if !self.executable.is_null() {
+                let both = self.code_bytes + self.data_bytes;
+                libc::munmap(self.executable.cast_mut().cast(), both);
+            }
         }
     }
 }

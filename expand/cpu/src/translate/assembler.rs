@@ -252,6 +252,16 @@ impl Assembler {
         }
     }
 
+    /// `target = the low 8 bits of source`, which is RAX to RBX.
+    pub(super) fn zero_extend_8(&mut self, target: Host, source: Host) {
+        assert!(source.0 < 4, "it needs no prefix to be named");
+        let rex = 0x40 | (target.0 >> 3) << 2;
+        if rex != 0x40 {
+            self.emit(&[rex]);
+        }
+        self.emit(&[0x0f, 0xb6, 0xc0 | (target.0 & 7) << 3 | source.0 & 7]);
+    }
+
     /// `target = the low 16 bits of source`.
     pub(super) fn zero_extend_16(&mut self, target: Host, source: Host) {
         let rex = 0x40 | (target.0 >> 3) << 2 | source.0 >> 3;

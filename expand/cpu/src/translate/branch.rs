@@ -11,7 +11,7 @@ use crate::cpu::TEMPORARY;
 use crate::decode::block_cache::Block;
 use crate::decode::op::Op;
 use crate::memory::walk::canonical;
-use crate::ops::condition_code;
+use crate::ops::{self, condition_code};
 
 /// Where a unit goes on after a branch.
 pub(super) enum Next {
@@ -27,13 +27,24 @@ pub(super) fn following(op: &Op, linear: u64) -> u64 {
     linear.wrapping_add(u64::from(op.offset) + u64::from(op.length))
 }
 
+/// Whether an operation that is no branch may be emitted in line; else it ends its unit where it ends
+/// its block.
+fn may_be_inline(op: &Op) -> bool {
+    use Mnemonic::{Clac, Cld, Popfq, Stac, Sti};
+    let ending = matches!(op.instruction.mnemonic(), Clac | Cld | Popfq | Stac | Sti);
+    op.instruction.inline
+        || ops::does_nothing(op)
+        || ending
+        || op.instruction.is_stack_instruction()
+}
+
 /// Where a unit may go on behind a block at `linear`, as [`emit`] will say.
 pub(super) fn goes_on(block: &Block, linear: u64) -> Option<u64> {
     let op = block.ops.last()?;
     let instruction = &*op.instruction;
     let direct = instruction.op_count() > 0 && instruction.op0_kind() == OpKind::NearBranch64;
     match instruction.mnemonic() {
-        _ if !block.ends_in_branch => Some(following(op, linear)),
+        _ if !block.ends_in_branch => may_be_inline(op).then(|| following(op, linear)),
         _ if instruction.is_jcc_short_or_near() => Some(following(op, linear)),
         Mnemonic::Jmp | Mnemonic::Call if direct => Some(linear.wrapping_add(op.immediate)),
         _ => None,

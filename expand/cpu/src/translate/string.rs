@@ -7,12 +7,14 @@
 use iced_x86::Code;
 use reprise_trace::cpu_state::{FS, GS};
 
-use super::assembler::{Host, RDI, RSI, indexed};
+use super::assembler::{Host, RAX, RDI, RSI, at, indexed};
 use super::emission::Emission;
 use super::registers::{ADDEND, ADDRESS, GUEST_RCX, SCRATCH, general_slot};
 use crate::cpu::TEMPORARY;
 use crate::decode::op::Op;
 use crate::mode::Mode;
+
+const REP: u8 = 0xf3;
 
 /// Emits a string instruction; `None`, with nothing emitted, if it is not one of these.
 pub(super) fn emit(emission: &mut Emission<'_>, op: &Op) -> Option<()> {
@@ -46,7 +48,11 @@ pub(super) fn emit(emission: &mut Emission<'_>, op: &Op) -> Option<()> {
         find(emission, op, pointer, writes);
         to_host(emission, pointer, ADDEND);
     }
-    execute(emission, opcode, op.size, repeated);
+    if repeated && instruction.code() == Code::Stosb_m8_AL {
+        fill_bytes(emission);
+    } else {
+        execute(emission, opcode, op.size, repeated);
+    }
     if reads && writes {
         to_guest(emission, RSI, ADDRESS);
         to_guest(emission, RDI, ADDEND);
@@ -83,8 +89,40 @@ fn to_guest(emission: &mut Emission<'_>, pointer: Host, addend: Host) {
     emission.code.lea(pointer, indexed(pointer, addend, 0, 1));
 }
 
+/// REP STOSB, which many hosts do byte by byte: eight bytes at a time, and the last eight at once.
+fn fill_bytes(emission: &mut Emission<'_>) {
+    const LAST_BYTES: i32 = 8;
+    emission.settle(40);
+    let code = &mut emission.code;
+    code.store(general_slot(TEMPORARY), RAX);
+    code.zero_extend_8(RAX, RAX);
+    for shift in [8, 16] {
+        code.immediate(SCRATCH, shift);
+        code.shift_left(ADDRESS, RAX, SCRATCH);
+        code.lea(RAX, indexed(RAX, ADDRESS, 0, 0));
+    }
+    emission.settle(80);
+    let code = &mut emission.code;
+    code.immediate(SCRATCH, 32);
+    code.shift_left(ADDRESS, RAX, SCRATCH);
+    code.lea(RAX, indexed(RAX, ADDRESS, 0, 0));
+    code.immediate(SCRATCH, 3);
+    code.shift_right(SCRATCH, GUEST_RCX, SCRATCH);
+    let few = code.jump_near_if_rcx_zero();
+    code.lea(ADDRESS, indexed(RDI, GUEST_RCX, 0, 0));
+    code.bytes(&[REP, 0x48, 0xab]);
+    code.copy(RDI, ADDRESS);
+    code.store(at(RDI, -LAST_BYTES), RAX);
+    let done = code.jump_near();
+    code.land(few);
+    code.copy(SCRATCH, GUEST_RCX);
+    code.bytes(&[REP, 0xaa]);
+    code.land(done);
+    code.immediate(GUEST_RCX, 0);
+    code.load(RAX, general_slot(TEMPORARY));
+}
+
 fn execute(emission: &mut Emission<'_>, opcode: u8, size: u8, repeated: bool) {
-    const REP: u8 = 0xf3;
     emission.settle(16);
     if repeated {
         emission.code.copy(SCRATCH, GUEST_RCX);
