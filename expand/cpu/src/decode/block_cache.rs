@@ -49,10 +49,13 @@ pub(crate) struct Block {
 struct Translated {
     linear: u64,
     mode: Mode,
+    /// The cache's [`BlockCache::code_epoch`] that it belongs to.
+    epoch: u32,
     code: *const u8,
 }
 
-const NO_TRANSLATION: Translated = Translated { linear: 0, mode: Mode(0), code: std::ptr::null() };
+const NO_TRANSLATION: Translated =
+    Translated { linear: 0, mode: Mode(0), epoch: 0, code: std::ptr::null() };
 
 /// A block at a linear address, as long as the cache's key stays.
 #[derive(Clone, Copy, Debug)]
@@ -83,18 +86,18 @@ impl Block {
 
     /// The block's code at `linear` in `mode`, if it has been translated.
     #[inline(always)]
-    pub(crate) fn translation(&self, linear: u64, mode: Mode) -> Option<*const u8> {
+    pub(crate) fn translation(&self, linear: u64, mode: Mode, epoch: u32) -> Option<*const u8> {
         let fits =
-            |held: Translated| held.linear == linear && held.mode == mode && !held.code.is_null();
+            |held: Translated| held.linear == linear && held.mode == mode && held.epoch == epoch;
         self.translations.iter().map(Cell::get).find(|held| fits(*held)).map(|held| held.code)
     }
 
     /// Remembers the block's code; the older translation goes. Another address or mode must become
     /// worth its code by itself, lest three that take turns fill the code buffer.
-    pub(crate) fn set_translation(&self, linear: u64, mode: Mode, code: *const u8) {
+    pub(crate) fn set_translation(&self, linear: u64, mode: Mode, epoch: u32, code: *const u8) {
         self.runs.set(0);
         self.translations[1].set(self.translations[0].get());
-        self.translations[0].set(Translated { linear, mode, code });
+        self.translations[0].set(Translated { linear, mode, epoch, code });
     }
 
     /// Adds the halves of the address space in which it has been found.
@@ -136,16 +139,27 @@ struct PageBlocks {
     blocks: HashMap<Place, Box<Block>, IntegerHash>,
     /// Blocks of other pages whose last bytes lie at this page's start.
     reaching_in: Vec<(u64, Mode)>,
-    /// Exits of this page's translated blocks.
+    /// Exits of this page's translated blocks, and the [`BlockCache::code_epoch`] that they belong to: in
+    /// a later one they are no more.
     exits: Vec<NonNull<Exit>>,
+    exits_epoch: u32,
 }
 
 impl PageBlocks {
+    /// Forgets exits that are no more.
+    fn drop_stale_exits(&mut self, epoch: u32) {
+        if self.exits_epoch != epoch {
+            self.exits.clear();
+            self.exits_epoch = epoch;
+        }
+    }
+
     /// Sees that no translation of this page's code is entered again.
-    fn forget_translations(&mut self) {
+    fn forget_translations(&mut self, epoch: u32) {
+        self.drop_stale_exits(epoch);
         for mut exit in self.exits.drain(..) {
             // SAFETY: exits live until the translator is cleared, before which
-            // `BlockCache::forget_translations` forgets them, and nobody else holds a reference.
+            // `BlockCache::forget_translations` begins another epoch, and nobody else holds a reference.
             unsafe { exit.as_mut() }.unlink();
         }
         self.blocks.values().for_each(|block| block.forget_translations());
@@ -161,6 +175,8 @@ pub(crate) struct BlockCache {
     generations: [u64; 2],
     /// Counts removals of blocks.
     epoch: u64,
+    /// Counts how often all translations were forgotten, from 1 on.
+    code_epoch: u32,
     block_count: usize,
     /// The last block decoded from where there is no RAM.
     transient: Option<Box<Block>>,
@@ -194,6 +210,7 @@ impl BlockCache {
             addresses: vec![NO_LINK; ADDRESS_ENTRIES].into_boxed_slice(),
             generations: [1; 2],
             epoch: 0,
+            code_epoch: 1,
             block_count: 0,
             transient: None,
         }
@@ -292,7 +309,7 @@ impl BlockCache {
         let mut dropped = 0;
         if let Some(held) = self.pages.get_mut(&number) {
             // A unit may hold any of the page's blocks.
-            held.forget_translations();
+            held.forget_translations(self.code_epoch);
             held.blocks.values().for_each(|block| block.add_halves(&mut found_in));
             let before = held.blocks.len();
             held.blocks.retain(|&(offset, _), block| {
@@ -332,12 +349,20 @@ impl BlockCache {
 
     /// Remembers the exits of a block's translation; `address` is the block's.
     pub(crate) fn note_exits(&mut self, address: u64, exits: impl Iterator<Item = NonNull<Exit>>) {
-        self.pages.entry(address / PAGE_BYTES).or_default().exits.extend(exits);
+        let page = self.pages.entry(address / PAGE_BYTES).or_default();
+        page.drop_stale_exits(self.code_epoch);
+        page.exits.extend(exits);
     }
 
-    /// Forgets every translation: the memory of their code and exits is used again.
+    /// Forgets every translation, at once: the memory of their code and exits is used again.
     pub(crate) fn forget_translations(&mut self) {
-        self.pages.values_mut().for_each(PageBlocks::forget_translations);
+        self.code_epoch = self.code_epoch.checked_add(1).expect("2^32 times all code forgotten");
+    }
+
+    /// What a block's translation must have been made in to be valid.
+    #[inline(always)]
+    pub(crate) fn code_epoch(&self) -> u32 {
+        self.code_epoch
     }
 
     /// Counts what made the linear addresses of the lower and of the upper half lead elsewhere.

@@ -55,6 +55,8 @@ const MAX_UNIT_INSTRUCTIONS: usize = 64;
 const MAX_UNIT_EXITS: usize = MAX_UNIT_BLOCKS + 1;
 /// No unit's code is longer.
 const MAX_UNIT_CODE_BYTES: usize = 32 << 10;
+/// Units whose sites are freed for each one that is translated after all code was forgotten.
+const RETIRED_AT_ONCE: usize = 4;
 /// Modes in which code is translated: systems use a handful, and each takes a jump cache.
 const MAX_MODES: usize = 16;
 /// A block is translated when it has run so often.
@@ -119,6 +121,8 @@ pub(crate) struct Translator {
     info: InstructionInfoFactory,
     used_exits: usize,
     sites: Vec<Box<[Site]>>,
+    /// Sites of code that is no more.
+    retired: Vec<Box<[Site]>>,
     jumps: Vec<(Mode, JumpCache)>,
     /// Linked exits that leave their page, for the lower and the upper half apart.
     linked: [Vec<NonNull<Exit>>; 2],
@@ -168,6 +172,7 @@ impl Translator {
             info: InstructionInfoFactory::new(),
             used_exits: 0,
             sites: Vec::new(),
+            retired: Vec::new(),
             jumps: Vec::new(),
             linked: [Vec::new(), Vec::new()],
             generations: [0; 2],
@@ -189,7 +194,8 @@ impl Translator {
         self.buffer.truncate(Region::Hot, self.after_thunks);
         self.buffer.truncate(Region::Cold, self.cold_start);
         self.used_exits = 0;
-        self.sites.clear();
+        // Freeing them all takes long: that is done as new ones come.
+        self.retired.append(&mut self.sites);
         for half in 0..2 {
             self.linked[half].clear();
             self.jumps.iter_mut().for_each(|(_, jumps)| jumps.forget_half(half));
@@ -236,7 +242,7 @@ impl Cpu {
     /// The code of `block`, which lies at `linear`, translated now if it has become worth it.
     #[inline]
     pub(crate) fn translation(&mut self, block: &Block, linear: u64) -> Option<*const u8> {
-        let code = match block.translation(linear, self.mode) {
+        let code = match block.translation(linear, self.mode, self.blocks.code_epoch()) {
             Some(code) => code,
             None => self.translate_if_hot(block, linear)?,
         };
@@ -306,7 +312,7 @@ impl Cpu {
             self.count(|profile| profile.code_dropped += 1);
         }
         let code = self.translate_block(block, linear, physical)?;
-        block.set_translation(linear, self.mode, code);
+        block.set_translation(linear, self.mode, self.blocks.code_epoch(), code);
         self.count(|profile| profile.units_translated += 1);
         Some(code)
     }
@@ -363,6 +369,7 @@ impl Cpu {
             unsafe { exit.write(planned) };
         }
         translator.sites.push(sites);
+        translator.retired.truncate(translator.retired.len().saturating_sub(RETIRED_AT_ONCE));
         let exits = exits.iter().filter_map(|planned| NonNull::new(planned.exit));
         self.blocks.note_exits(physical, exits);
         Some(entry as *const u8)
