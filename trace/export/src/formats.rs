@@ -283,10 +283,10 @@ pub enum ExportError {
     },
     /// The output cannot be made.
     #[error("the output cannot be made: {0}")]
-    Create(#[source] io::Error),
+    Create(io::Error),
     /// The output cannot be finished. It is gone.
     #[error("the output cannot be finished: {0}")]
-    Finish(#[source] io::Error),
+    Finish(io::Error),
 }
 
 fn names() -> String {

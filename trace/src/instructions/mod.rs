@@ -71,10 +71,10 @@ impl Contents {
 pub enum TraceError {
     /// Reading failed.
     #[error("the trace cannot be read: {0}")]
-    Read(#[source] io::Error),
+    Read(io::Error),
     /// Writing failed.
     #[error("the trace cannot be written: {0}")]
-    Write(#[source] io::Error),
+    Write(io::Error),
     /// A block that no CPU could run.
     #[error("the trace's producer defined a block that cannot be: {0}; report this")]
     Definition(&'static str),

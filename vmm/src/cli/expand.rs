@@ -7,7 +7,8 @@ use clap::{ArgGroup, Args};
 use reprise_export::ExportOptions;
 use reprise_trace::instructions::filter::{Privilege, Sample, Selection};
 
-use super::{SoftArgs, parse_tick};
+use super::{SoftArgs, parse_moment};
+use crate::session::replay::At;
 
 const EXPAND_HELP: &str = "\
 Without -o nothing is kept: instructions and accesses are counted. The recording is verified on the \
@@ -27,12 +28,12 @@ pub struct ExpandArgs {
     /// The trace's format; without it the ending of OUT says, else Reprise's own ("reprise")
     #[arg(long, value_name = "NAME")]
     pub(crate) format: Option<String>,
-    /// Begin at this tick
-    #[arg(long, value_name = "TICK", value_parser = parse_tick, allow_negative_numbers = true)]
-    pub(crate) from: Option<u64>,
-    /// End at this tick
-    #[arg(long, value_name = "TICK", value_parser = parse_tick, allow_negative_numbers = true)]
-    pub(crate) to: Option<u64>,
+    /// Begin at this moment: a tick, or seconds of guest time ("2.5s")
+    #[arg(long, value_name = "MOMENT", value_parser = parse_moment, allow_negative_numbers = true)]
+    pub(crate) from: Option<At>,
+    /// End at this moment
+    #[arg(long, value_name = "MOMENT", value_parser = parse_moment, allow_negative_numbers = true)]
+    pub(crate) to: Option<At>,
     /// Threads: pieces between checkpoints are expanded at the same time. The trace is the same
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
     pub(crate) jobs: Option<u32>,

@@ -12,8 +12,8 @@ use reprise_trace::instructions::Contents;
 
 use crate::cli::ExpandArgs;
 use crate::output::{Output, progress_shows};
-use crate::session::expand::{ExpandOptions, Target, expand_recording};
-use crate::session::replay;
+use crate::session::expand::{ExpandOptions, Target, expand_recording, tick_of};
+use crate::session::replay::{self, At};
 use crate::session::trace_file::place;
 
 /// How often the bar moves.
@@ -31,18 +31,23 @@ pub fn run(arguments: &ExpandArgs, output: Output) -> Result<u8> {
     }
     let control = Control::default();
     let _stop = StopRequests::watch(control.stop_flag())?;
+    let soft = arguments.soft.options();
+    let tick = |at: Option<At>, otherwise| match at {
+        Some(at) => tick_of(&replayable, at, soft),
+        None => Ok(otherwise),
+    };
+    let (from, to) = (tick(arguments.from, 0)?, tick(arguments.to, u64::MAX)?);
     let options = ExpandOptions {
         target: target(arguments)?,
-        window: Window { from: arguments.from.unwrap_or(0), to: arguments.to.unwrap_or(u64::MAX) },
+        window: Window { from, to },
         contents: Contents { physical: !arguments.no_physical, values: false, registers: false },
         selection: arguments.filters.selection(),
         filters: arguments.filters.as_given(),
         jobs: arguments.jobs.map_or_else(available_jobs, |jobs| jobs as usize),
         segment: arguments.segment,
-        soft: arguments.soft.options(),
+        soft,
     };
     let last_tick = recording.summary().last_moment.map(|moment| moment.tick);
-    let Window { from, to } = options.window;
     let bar = output
         .instruction_bar("expanding", last_tick.map(|tick| tick.min(to).saturating_sub(from)));
     let watched = control.clone();

@@ -11,7 +11,8 @@ use reprise_expand::{Control, Counting, ExpandError, Expanded, Threads, Window, 
 use reprise_export::output::PendingFile;
 use reprise_export::{Destination, ExportOptions, Format};
 use reprise_machine::outcome::{Conclusion, Outcome};
-use reprise_replay::Replayable;
+use reprise_replay::{Replayable, Start};
+use reprise_trace::checkpoint::CheckpointInfo;
 use reprise_trace::instructions::filter::{Filter, Selection};
 use reprise_trace::instructions::{
     Contents, Observer, SegmentOptions, Share, TraceHeader, TraceWriter,
@@ -20,6 +21,7 @@ use reprise_trace::moment::TickKind;
 
 use super::assembly::SoftOptions;
 use super::expand_report::ExpandReport;
+use super::replay::At;
 use crate::output::grouped;
 
 /// What becomes of the trace.
@@ -251,6 +253,27 @@ fn share_of(all: &[Window], last_tick: u64, number: u32, count: u32) -> (Window,
 struct Ran {
     outcome: Option<Outcome>,
     instructions: u64,
+}
+
+/// The tick at which a run comes to a point. Guest time is looked for by replaying from the nearest
+/// checkpoint before it.
+///
+/// # Errors
+/// The recording or a checkpoint cannot be used, or the replay fails.
+pub fn tick_of(replayable: &Replayable, at: At, soft: SoftOptions) -> Result<u64> {
+    let virtual_ns = match at {
+        At::Tick(tick) => return Ok(tick),
+        At::Time(virtual_ns) => virtual_ns,
+    };
+    let before = |info: &CheckpointInfo| info.virtual_ns <= virtual_ns;
+    let nearest = replayable.checkpoints().partition_point(before).checked_sub(1);
+    let start = nearest.map_or(Start::Run, Start::Checkpoint);
+    let set_up = move |engine: &mut SoftEngine| engine.set_translation(soft.translation);
+    let mut machine = pieces::start(replayable, start, &set_up)?;
+    let outcome = machine.run_until_time(virtual_ns)?;
+    // Its memory goes with the process.
+    std::mem::forget(machine);
+    Ok(outcome.ticks)
 }
 
 /// Where a trace goes.
