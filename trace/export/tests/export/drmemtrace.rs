@@ -294,12 +294,12 @@ const HANDLER: u64 = 0xffff_ffff_8100_0000;
 
 /// Two user tasks and the kernel's IRETQ, which sees to it that the other task goes on.
 fn switches(exporter: &mut dyn Observer, times: usize) {
-    let mut batch = Batch::default();
-    batch.definitions = vec![
+    let definitions = vec![
         block(0, TASKS[0], NOP, Mode::USER),
         block(1, TASKS[1], NOP, Mode::USER),
         block(2, HANDLER, IRETQ, Mode::KERNEL),
     ];
+    let mut batch = Batch { definitions, ..Batch::default() };
     for turn in 0..times {
         batch.words.push(turn as u32 % 2);
         batch.push_event(interrupt(TASKS[turn % 2] + 1));
