@@ -160,6 +160,8 @@ pub struct DrMemTrace<W> {
     behind_branch: bool,
     /// Code was left out since the last instruction written.
     left_out: bool,
+    /// The REP at this address goes on, if nothing comes between: traces cut long ones into runs.
+    unfinished: Option<u64>,
 }
 
 impl<W: Write> DrMemTrace<W> {
@@ -181,6 +183,7 @@ impl<W: Write> DrMemTrace<W> {
             time_ns: None,
             behind_branch: false,
             left_out: false,
+            unfinished: None,
         }
     }
 
@@ -361,8 +364,11 @@ impl<W: Write> DrMemTrace<W> {
             return Ok(());
         }
         let linear = instruction.linear();
+        let goes_on = self.unfinished.take() == Some(linear);
+        self.unfinished = (!step.retired).then_some(linear);
         self.arrive(Some(linear))?;
-        if !std::mem::take(&mut self.behind_branch)
+        if !goes_on
+            && !std::mem::take(&mut self.behind_branch)
             && let Some(virtual_ns) = self.time_ns.take()
         {
             self.put_time(virtual_ns)?;
@@ -379,7 +385,8 @@ impl<W: Write> DrMemTrace<W> {
         let length = instruction.bytes().len() as u16;
         if decoded.branch == Branch::None {
             self.put_all(&before)?;
-            self.put_accesses(step, linear, length)?;
+            let first = if goes_on { kind::NO_FETCH } else { kind::INSTRUCTION };
+            self.put_accesses(step, first, linear, length)?;
             self.records = before;
             return Ok(());
         }
@@ -412,12 +419,16 @@ impl<W: Write> DrMemTrace<W> {
     fn put_accesses(
         &mut self,
         step: &Step<'_>,
+        first: u16,
         linear: u64,
         length: u16,
     ) -> Result<(), TraceError> {
         let list = step.instruction.accesses().len();
         let per_repetition = if step.instruction.is_repeated() { list.max(1) } else { usize::MAX };
-        self.put(kind::INSTRUCTION, length, linear)?;
+        // A REP that ends where its last run did has nothing more to show.
+        if first == kind::INSTRUCTION || !step.addresses.is_empty() {
+            self.put(first, length, linear)?;
+        }
         for (number, access) in step.accesses().enumerate() {
             if number > 0 && number % per_repetition == 0 {
                 self.put(kind::NO_FETCH, length, linear)?;
@@ -455,6 +466,9 @@ impl<W: Write> Observer for DrMemTrace<W> {
     }
 
     fn event(&mut self, event: &Event) -> Result<(), TraceError> {
+        if matches!(event, Event::Delivery { .. } | Event::Skipped { .. }) {
+            self.unfinished = None;
+        }
         match *event {
             // The instruction itself is the event.
             Event::Delivery { kind: Delivery::Software, .. } => Ok(()),

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use reprise_export::drmemtrace::{DrMemTrace, Summary};
 
 use reprise_trace::instructions::{
-    Batch, BlockDefinition, BlockEnd, Contents, Definition, Delivery, Event, Feed,
-    InstructionDefinition, Mode, Observer, Position,
+    AccessKind, Batch, BlockDefinition, BlockEnd, CUT, Contents, Definition, Delivery, Event, Feed,
+    InstructionDefinition, Mode, Observer, Position, StaticAccess,
 };
 
 use crate::account::{deliveries, retired, show, show_user, with_physical};
@@ -16,6 +16,7 @@ use crate::synthetic::Executed;
 type Record = (u16, u16, u64);
 
 const MARKER: u16 = 28;
+const INSTRUCTION: u16 = 10;
 const NO_FETCH: u16 = 29;
 const ENCODING: u16 = 47;
 
@@ -334,4 +335,30 @@ fn a_trace_that_begins_in_the_kernel_says_so() {
     let records = records(&exporter.into_parts().0);
     let events: Vec<_> = records.iter().filter(|one| one.0 == MARKER && one.1 == 43).collect();
     assert_eq!(events, [&(MARKER, 43, HANDLER)]);
+}
+
+#[test]
+fn a_repetition_that_a_trace_cut_in_pieces_is_fetched_once() {
+    const REP_STOSB: &[u8] = &[0xf3, 0xaa];
+    const STORE: u16 = 1;
+    let mut repeated = block(0, HANDLER, REP_STOSB, Mode::KERNEL);
+    repeated.block.instructions[0].repeated = true;
+    repeated.block.instructions[0].accesses = vec![StaticAccess::plain(AccessKind::Write, 1)];
+    let pieces = |between: &[Event]| {
+        let mut batch = Batch { definitions: vec![repeated.clone()], ..Batch::default() };
+        batch.words = vec![0, CUT, 2];
+        between.iter().for_each(|event| batch.push_event(*event));
+        batch.words.push(0);
+        (batch.addresses, batch.counts) = (vec![0x1000, 0x1001, 0x1002], vec![1]);
+        let mut exporter = DrMemTrace::new(Vec::new(), 0);
+        Feed::new(Contents::default()).push(&batch, &mut exporter).expect("is a batch");
+        exporter.end().expect("ends");
+        let records = records(&exporter.into_parts().0);
+        let kinds = records.iter().map(|record| record.0);
+        kinds.filter(|kind| [STORE, INSTRUCTION, NO_FETCH].contains(kind)).collect::<Vec<_>>()
+    };
+    let at_once = [INSTRUCTION, STORE, NO_FETCH, STORE, NO_FETCH, STORE];
+    assert_eq!(pieces(&[]), at_once);
+    // What goes on behind an interrupt is fetched anew.
+    assert_eq!(pieces(&[interrupt(HANDLER)])[4], INSTRUCTION);
 }
