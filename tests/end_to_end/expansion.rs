@@ -86,10 +86,36 @@ fn a_window_has_just_the_instructions_asked_for() {
     let out = workplace.path("window.trace");
     for (from, to) in [(0, 1), (1_234_567, 7_654_321), (3_000_001, 3_000_002)] {
         let (first, end) = (format!("{from}"), format!("{to}"));
-        let report = expand(&file, &["--from", &first, "--to", &end, "-o", &out]);
+        let report = expand(&file, &["--from", &first, "--to", &end, "-o", &out, "--force"]);
         assert_eq!(count(&report, "instructions"), to - from, "{report:#}");
         assert_eq!(instructions_of(&out), to - from);
     }
+}
+
+#[test]
+fn shares_join_into_the_trace_that_one_process_writes() {
+    let (workplace, file, _) = ticks();
+    let whole = workplace.path("whole.trace");
+    expand(&file, &["-o", &whole]);
+    let shares: Vec<String> = (1..=4)
+        .map(|number| {
+            let out = workplace.path(&format!("{number}.trace"));
+            expand(&file, &["--segment", &format!("{number}/4"), "-o", &out]);
+            out
+        })
+        .collect();
+    let joined = workplace.path("joined.trace");
+    let words: Vec<&str> = ["trace", "concat", "-o", &joined]
+        .into_iter()
+        .chain(shares.iter().map(String::as_str))
+        .collect();
+    run(&words).expect_code(0);
+    let read = |path: &str| fs::read(path).expect("the trace is there");
+    assert!(read(&joined) == read(&whole), "the shares make another trace");
+    run(&["trace", "check", &joined]).expect_code(0);
+    let words = ["trace", "concat", "-o", &joined, "--force", &shares[0], &shares[2]];
+    let refused = run(&words).expect_code(1);
+    assert!(refused.expect_reason().contains("share"), "{}", refused.stderr);
 }
 
 #[test]

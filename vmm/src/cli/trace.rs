@@ -189,7 +189,10 @@ fn parse_moment(text: &str) -> Result<TraceMoment, String> {
         return text.parse().map(TraceMoment::Instruction).map_err(|_| wanted());
     };
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    if whole.is_empty() || fraction.len() > zeros || !fraction.bytes().all(|digit| digit.is_ascii_digit()) {
+    if whole.is_empty()
+        || fraction.len() > zeros
+        || !fraction.bytes().all(|digit| digit.is_ascii_digit())
+    {
         return Err(wanted());
     }
     let digits = format!("{whole}{fraction:0<zeros$}");
