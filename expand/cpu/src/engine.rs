@@ -177,8 +177,12 @@ impl Engine for SoftEngine {
         self.cpu.memory.physical.ram().visit(visit);
     }
 
-    fn visit_written_ram(&mut self, visit: &mut dyn FnMut(u64, &[u8])) {
-        self.cpu.memory.visit_written(visit);
+    fn start_capture(&mut self, _visit: &mut dyn FnMut(u64, &[u8])) {
+        self.cpu.memory.start_capture();
+    }
+
+    fn continue_capture(&mut self, max_pages: usize, visit: &mut dyn FnMut(u64, &[u8])) -> bool {
+        self.cpu.memory.physical.continue_capture(max_pages, visit)
     }
 
     fn save(&mut self) -> Result<Option<EngineState>, EngineError> {

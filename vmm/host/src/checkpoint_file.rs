@@ -1,8 +1,9 @@
-//! Checkpoints as they are taken: the machine's thread copies what was written since the last one and
-//! goes on; another thread hashes, compresses and writes.
+//! Checkpoints as they are taken: the machine's thread copies what was written since the last one, a
+//! little at each boundary, and another thread hashes, compresses and writes.
 //!
-//! At most one checkpoint is under way, so at most one copy of guest RAM exists beside RAM itself. A
-//! recording that comes to its next checkpoint earlier takes it later; a replay waits, so that it takes
+//! Copies go from one to the other in a few pieces of memory that come back, so a guest that writes
+//! faster than the disk has its checkpoints later, and memory stays bounded. A recording that comes to
+//! its next checkpoint before the last one is complete takes it later; a replay waits, so that it takes
 //! its checkpoints at the same ticks every time.
 
 use std::collections::BTreeSet;
@@ -14,12 +15,14 @@ use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use reprise_machine::checkpoint::{Checkpointer, Consistent, checkpoint};
+use reprise_machine::checkpoint::{Checkpointer, Consistent, start_checkpoint};
 use reprise_machine::engine::EngineError;
 use reprise_trace::checkpoint::{CheckpointError, CheckpointWriter, MachineState, PAGE_BYTES};
 
-/// A copy's memory is kept for the next one up to this many bytes: most are small, the first is not.
-const KEPT_BYTES: usize = 32 << 20;
+/// Pages of one piece of memory, and so copied at one boundary: a millisecond's work.
+const PIECE_PAGES: usize = 512;
+/// Pieces of memory.
+const PIECES: usize = 16;
 
 /// When checkpoints are taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,16 +55,20 @@ pub struct CheckpointTotals {
     pub failure: Option<CheckpointError>,
 }
 
-/// Guest RAM as it was.
-#[derive(Default)]
-struct Pages {
+/// Some of guest RAM as it was.
+struct Piece {
     addresses: Vec<u64>,
     bytes: Vec<u8>,
     /// Pages that hold zeros now.
     zeros: Vec<u64>,
 }
 
-impl Pages {
+impl Piece {
+    fn new() -> Self {
+        let (addresses, zeros) = (Vec::with_capacity(PIECE_PAGES), Vec::new());
+        Self { addresses, bytes: Vec::with_capacity(PIECE_PAGES * PAGE_BYTES), zeros }
+    }
+
     fn take(&mut self, address: u64, page: &[u8]) {
         const ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
         if *page == ZEROS {
@@ -72,19 +79,21 @@ impl Pages {
         }
     }
 
+    fn pages(&self) -> usize {
+        self.addresses.len() + self.zeros.len()
+    }
+
     fn clear(&mut self) {
         self.addresses.clear();
         self.bytes.clear();
         self.zeros.clear();
-        if self.bytes.capacity() > KEPT_BYTES {
-            self.bytes = Vec::new();
-        }
     }
 }
 
-struct Snapshot {
-    state: MachineState,
-    pages: Pages,
+enum Job {
+    Pages(Piece),
+    /// The checkpoint's pages have all been given.
+    Complete(Box<MachineState>),
 }
 
 /// Opens the file when the first checkpoint is there.
@@ -106,12 +115,19 @@ struct Taker {
     present: BTreeSet<u64>,
     due_tick: u64,
     due_ns: u64,
-    queue: SyncSender<Snapshot>,
-    /// Gives back memory when a checkpoint is written.
-    returned: Receiver<Pages>,
-    pages: Option<Pages>,
+    queue: SyncSender<Job>,
+    /// Gives back memory that has been written.
+    returned: Receiver<Piece>,
+    /// Memory that is here, the last piece being filled.
+    pieces: Vec<Piece>,
+    /// Pieces that exist.
+    piece_count: usize,
+    /// The state of the checkpoint under way.
+    state: Option<Box<MachineState>>,
     /// The thread has failed.
     failed: bool,
+    /// When the machine began to do what it does for a checkpoint now.
+    stopped_at: Instant,
     longest_stop_ns: Arc<AtomicU64>,
 }
 
@@ -128,12 +144,12 @@ impl CheckpointThread {
         present: BTreeSet<u64>,
         open: OpenCheckpoints,
     ) -> io::Result<(Box<dyn Checkpointer>, Self)> {
-        // One waits at most, because the next is only taken when its memory has come back.
-        let (queue, snapshots) = sync_channel(1);
-        let (give_back, returned) = sync_channel(1);
+        // Whatever is sent finds room: every checkpoint sends a piece before it is complete.
+        let (queue, jobs) = sync_channel(2 * PIECES + 2);
+        let (give_back, returned) = sync_channel(PIECES);
         let thread = std::thread::Builder::new()
             .name("checkpoint writer".to_owned())
-            .spawn(move || write_snapshots(open, &snapshots, &give_back))?;
+            .spawn(move || write_jobs(open, &jobs, &give_back))?;
         let longest_stop_ns = Arc::new(AtomicU64::new(0));
         let mut taker = Taker {
             every,
@@ -143,8 +159,11 @@ impl CheckpointThread {
             due_ns: 0,
             queue,
             returned,
-            pages: Some(Pages::default()),
+            pieces: Vec::new(),
+            piece_count: 0,
+            state: None,
             failed: false,
+            stopped_at: Instant::now(),
             longest_stop_ns: longest_stop_ns.clone(),
         };
         taker.schedule(0, 0);
@@ -175,94 +194,138 @@ impl Taker {
         }
     }
 
-    /// Whether there is memory for a copy, perhaps after waiting for it.
-    fn has_memory(&mut self, wait: bool) -> bool {
-        if self.pages.is_none() {
+    /// The piece to be filled next; `None` if all are on their way and none is waited for.
+    fn piece(&mut self, wait: bool) -> Option<&mut Piece> {
+        if self.pieces.is_empty() && self.piece_count < PIECES {
+            self.piece_count += 1;
+            self.pieces.push(Piece::new());
+        }
+        if self.pieces.is_empty() {
             let returned = match wait {
                 true => self.returned.recv().map_err(Into::into),
                 false => self.returned.try_recv(),
             };
-            self.failed |= matches!(returned, Err(TryRecvError::Disconnected));
-            self.pages = returned.ok();
+            match returned {
+                Ok(piece) => self.pieces.push(piece),
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => {
+                    // The thread has gone, and says why: what is copied from here on goes nowhere.
+                    self.failed = true;
+                    self.pieces.push(Piece::new());
+                }
+            }
         }
-        self.pages.is_some()
+        self.pieces.last_mut()
+    }
+
+    fn make_room(&mut self, wait: bool) -> usize {
+        if self.pieces.last().is_some_and(|piece| piece.pages() >= PIECE_PAGES) {
+            self.send_piece();
+        }
+        self.piece(wait).map_or(0, |piece| PIECE_PAGES - piece.pages())
+    }
+
+    /// Hands the last piece over.
+    fn send_piece(&mut self) {
+        let Some(mut piece) = self.pieces.pop() else { return };
+        if self.failed {
+            piece.clear();
+            self.pieces.push(piece);
+        } else {
+            self.failed |= self.queue.send(Job::Pages(piece)).is_err();
+        }
+    }
+
+    fn note_stop(&self) {
+        let stopped_ns = self.stopped_at.elapsed().as_nanos() as u64;
+        self.longest_stop_ns.fetch_max(stopped_ns, Ordering::Relaxed);
     }
 }
 
 impl Checkpointer for Taker {
     fn due_at(&mut self, tick: u64, virtual_ns: u64) -> Option<u64> {
-        let due = match self.every {
-            CheckpointEvery::Ticks(_) => self.due_tick,
-            CheckpointEvery::GuestTime(_) if virtual_ns >= self.due_ns => tick,
-            CheckpointEvery::GuestTime(_) => return None,
-        };
-        if self.failed || due <= tick && !self.has_memory(self.when_busy == WhenBusy::Wait) {
-            return None;
+        match self.every {
+            _ if self.failed => None,
+            CheckpointEvery::Ticks(_) => Some(self.due_tick),
+            CheckpointEvery::GuestTime(_) => (virtual_ns >= self.due_ns).then_some(tick),
         }
-        Some(due)
     }
 
-    fn take(&mut self, machine: Consistent<'_>) -> Result<(), EngineError> {
+    fn start(&mut self, machine: Consistent<'_>) -> Result<bool, EngineError> {
         let tick = machine.tick();
-        let Some(mut pages) = self.pages.take() else { return Ok(()) };
         if self.present.contains(&tick) {
-            self.pages = Some(pages);
             self.schedule(tick, 0);
-            return Ok(());
+            return Ok(false);
         }
-        let started = Instant::now();
-        let state = checkpoint(machine, &mut |address, page| pages.take(address, page))?;
+        self.stopped_at = Instant::now();
+        let state = start_checkpoint(machine, &mut |address, page| {
+            // An engine that cannot keep RAM as it is has to be waited for.
+            self.make_room(true);
+            self.page(address, page);
+        })?;
         self.schedule(tick, state.virtual_ns);
-        self.failed |= self.queue.send(Snapshot { state, pages }).is_err();
-        let stopped_ns = started.elapsed().as_nanos() as u64;
-        self.longest_stop_ns.fetch_max(stopped_ns, Ordering::Relaxed);
-        Ok(())
+        self.state = Some(Box::new(state));
+        self.note_stop();
+        Ok(true)
+    }
+
+    fn room(&mut self, at_once: bool) -> usize {
+        self.stopped_at = Instant::now();
+        self.make_room(at_once || self.when_busy == WhenBusy::Wait)
+    }
+
+    fn page(&mut self, address: u64, page: &[u8]) {
+        if let Some(piece) = self.piece(true) {
+            piece.take(address, page);
+        }
+        self.note_stop();
+    }
+
+    fn complete(&mut self) {
+        self.send_piece();
+        if let Some(state) = self.state.take() {
+            self.failed |= self.queue.send(Job::Complete(state)).is_err();
+        }
     }
 }
 
-fn write_snapshots(
+fn write_jobs(
     open: OpenCheckpoints,
-    snapshots: &Receiver<Snapshot>,
-    give_back: &SyncSender<Pages>,
+    jobs: &Receiver<Job>,
+    give_back: &SyncSender<Piece>,
 ) -> CheckpointTotals {
     let mut totals = CheckpointTotals::default();
-    let (mut open, mut writer) = (Some(open), None);
-    for Snapshot { state, mut pages } in snapshots {
-        if let Some(open) = open.take() {
-            match open() {
-                Ok(opened) => writer = Some(opened),
-                Err(error) => totals.failure = Some(error),
-            }
-        }
-        let Some(writer) = &mut writer else { break };
-        if let Err(error) = write(writer, &state, &pages) {
-            totals.failure = Some(error);
-            break;
-        }
-        totals.count += 1;
-        totals.file_bytes = writer.bytes();
-        pages.clear();
-        // The machine may be gone.
-        let _ = give_back.send(pages);
-    }
-    if let Some(writer) = writer
-        && let Err(error) = writer.get_ref().sync_data()
-    {
-        totals.failure.get_or_insert(CheckpointError::Write(error));
-    }
+    totals.failure = write_all(open, jobs, give_back, &mut totals).err();
     totals
 }
 
-fn write(
-    writer: &mut CheckpointWriter<File>,
-    state: &MachineState,
-    pages: &Pages,
+fn write_all(
+    open: OpenCheckpoints,
+    jobs: &Receiver<Job>,
+    give_back: &SyncSender<Piece>,
+    totals: &mut CheckpointTotals,
 ) -> Result<(), CheckpointError> {
-    for address in &pages.zeros {
-        writer.page(*address, &[0; PAGE_BYTES])?;
+    let Ok(first) = jobs.recv() else { return Ok(()) };
+    let mut writer = open()?;
+    for job in std::iter::once(first).chain(jobs) {
+        match job {
+            Job::Pages(mut piece) => {
+                for address in &piece.zeros {
+                    writer.page(*address, &[0; PAGE_BYTES])?;
+                }
+                for (address, page) in piece.addresses.iter().zip(piece.bytes.chunks(PAGE_BYTES)) {
+                    writer.page(*address, page)?;
+                }
+                piece.clear();
+                // The machine may be gone.
+                let _ = give_back.send(piece);
+            }
+            Job::Complete(state) => {
+                writer.checkpoint(&state)?;
+                totals.count += 1;
+                totals.file_bytes = writer.bytes();
+            }
+        }
     }
-    for (address, page) in pages.addresses.iter().zip(pages.bytes.chunks(PAGE_BYTES)) {
-        writer.page(*address, page)?;
-    }
-    writer.checkpoint(state).map(drop)
+    writer.get_ref().sync_data().map_err(CheckpointError::Write)
 }

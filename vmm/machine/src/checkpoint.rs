@@ -3,6 +3,10 @@
 //! A checkpoint is of a machine that stands at an instruction boundary which a replay finds again by
 //! its tick, awake, before anything enters it there. Only the machine knows that it stands so, and says
 //! it with a [`Consistent`], which nothing else can make.
+//!
+//! A machine that runs stops for a checkpoint only as long as it takes to copy what is not RAM. RAM is
+//! copied slice by slice at the boundaries that follow, while the engine keeps what the guest is about to
+//! change.
 
 use reprise_devices::board::{Board, BoardState};
 use reprise_devices::state::LoadError;
@@ -46,7 +50,8 @@ impl std::fmt::Debug for Consistent<'_> {
 trait Whole {
     fn state_with(&mut self, engine: EngineState) -> Result<MachineState, EngineError>;
     fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8]));
-    fn visit_written_ram(&mut self, visit: &mut dyn FnMut(u64, &[u8]));
+    fn start_capture(&mut self, visit: &mut dyn FnMut(u64, &[u8]));
+    fn continue_capture(&mut self, max_pages: usize, visit: &mut dyn FnMut(u64, &[u8])) -> bool;
 }
 
 impl Consistent<'_> {
@@ -67,12 +72,32 @@ pub fn checkpoint(
     visit: &mut dyn FnMut(u64, &[u8]),
 ) -> Result<MachineState, EngineError> {
     let Consistent { machine, engine } = machine;
-    machine.visit_written_ram(&mut |start, piece| {
+    machine.start_capture(&mut by_page(visit));
+    machine.continue_capture(usize::MAX, &mut by_page(visit));
+    machine.state_with(engine)
+}
+
+/// As [`checkpoint`], but shows only the pages that the engine cannot keep: the machine gives all others
+/// to its [`Checkpointer`] while it runs on.
+///
+/// # Errors
+/// If the engine fails.
+pub fn start_checkpoint(
+    machine: Consistent<'_>,
+    visit: &mut dyn FnMut(u64, &[u8]),
+) -> Result<MachineState, EngineError> {
+    let Consistent { machine, engine } = machine;
+    machine.start_capture(&mut by_page(visit));
+    machine.state_with(engine)
+}
+
+/// Takes pieces of whole pages apart.
+fn by_page(visit: &mut dyn FnMut(u64, &[u8])) -> impl FnMut(u64, &[u8]) {
+    move |start, piece| {
         for (address, page) in (start..).step_by(PAGE_BYTES).zip(piece.chunks(PAGE_BYTES)) {
             visit(address, page);
         }
-    });
-    machine.state_with(engine)
+    }
 }
 
 /// The digest that a checkpoint here has. Costs a pass over the guest RAM that was ever touched.
@@ -82,13 +107,11 @@ pub fn checkpoint(
 pub fn digest(machine: Consistent<'_>) -> Result<CheckpointDigest, EngineError> {
     let Consistent { machine, engine } = machine;
     let mut ram = RamDigest::default();
-    machine.visit_ram(&mut |start, piece| {
-        for (address, page) in (start..).step_by(PAGE_BYTES).zip(piece.chunks(PAGE_BYTES)) {
-            if let Some(digest) = page_digest(page) {
-                ram.page(address, &digest);
-            }
+    machine.visit_ram(&mut by_page(&mut |address, page| {
+        if let Some(digest) = page_digest(page) {
+            ram.page(address, &digest);
         }
-    });
+    }));
     Ok(machine.state_with(engine)?.digest(ram.finish()))
 }
 
@@ -99,12 +122,26 @@ pub trait Checkpointer {
     /// machine that sleeps where one is due and takes none before it wakes.
     fn due_at(&mut self, tick: u64, virtual_ns: u64) -> Option<u64>;
 
-    /// The machine stands at that tick or behind it.
+    /// The machine stands at that tick or behind it. Calls [`start_checkpoint`], or does nothing and
+    /// gives false.
     ///
     /// # Errors
     /// If the engine fails.
-    fn take(&mut self, machine: Consistent<'_>) -> Result<(), EngineError>;
+    fn start(&mut self, machine: Consistent<'_>) -> Result<bool, EngineError>;
+
+    /// How many pages it can take now; it gets no more at once. Asked at every boundary until the
+    /// checkpoint is complete; `at_once` at the run's end, where the answer must not be zero.
+    fn room(&mut self, at_once: bool) -> usize;
+
+    /// A page of guest RAM as it was when the checkpoint was started.
+    fn page(&mut self, address: u64, page: &[u8]);
+
+    /// There are no more pages: the checkpoint is complete.
+    fn complete(&mut self);
 }
+
+/// While RAM is being copied the machine stands at least this often.
+pub(crate) const CAPTURE_TICKS: u64 = 1_000_000;
 
 impl<E: Engine, I: Inputs> Machine<E, I> {
     /// Has checkpoints taken from now on.
@@ -118,7 +155,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     /// # Errors
     /// If the engine fails.
     pub fn consistent(&mut self) -> Result<Option<Consistent<'_>>, EngineError> {
-        if !self.at_rest {
+        if !self.at_rest || self.capturing {
             return Ok(None);
         }
         self.consistent_here()
@@ -134,21 +171,44 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
         Ok(saved.map(|engine| Consistent { machine: self, engine }))
     }
 
-    /// Takes a checkpoint if one is due at this boundary.
+    /// Starts a checkpoint if one is due at this boundary.
     pub(crate) fn checkpoint_if_due(&mut self) -> Result<(), EngineError> {
+        if self.capturing {
+            return Ok(());
+        }
         let Some(mut checkpointer) = self.checkpointer.take() else { return Ok(()) };
         let (tick, now) = (self.engine.tick(), self.now());
-        let mut result = Ok(());
+        let mut started = Ok(false);
         if checkpointer.due_at(tick, now.ns).is_some_and(|due| due <= tick) {
             self.drain_console();
-            match self.consistent_here() {
-                Ok(Some(machine)) => result = checkpointer.take(machine),
-                Ok(None) => {}
-                Err(error) => result = Err(error),
-            }
+            started = match self.consistent_here() {
+                Ok(Some(machine)) => checkpointer.start(machine),
+                Ok(None) => Ok(false),
+                Err(error) => Err(error),
+            };
         }
         self.checkpointer = Some(checkpointer);
-        result
+        self.capturing = started?;
+        Ok(())
+    }
+
+    /// Copies some more of RAM for a checkpoint that has been started; all that is left, if `at_once`.
+    pub(crate) fn continue_checkpoint(&mut self, at_once: bool) {
+        let Some(checkpointer) = self.checkpointer.as_mut().filter(|_| self.capturing) else {
+            return;
+        };
+        loop {
+            let room = checkpointer.room(at_once);
+            let visit = &mut |start: u64, piece: &[u8]| checkpointer.page(start, piece);
+            if self.engine.continue_capture(room, visit) {
+                checkpointer.complete();
+                self.capturing = false;
+                return;
+            }
+            if !at_once {
+                return;
+            }
+        }
     }
 }
 
@@ -175,8 +235,12 @@ impl<E: Engine, I: Inputs> Whole for Machine<E, I> {
         self.engine.visit_ram(visit);
     }
 
-    fn visit_written_ram(&mut self, visit: &mut dyn FnMut(u64, &[u8])) {
-        self.engine.visit_written_ram(visit);
+    fn start_capture(&mut self, visit: &mut dyn FnMut(u64, &[u8])) {
+        self.engine.start_capture(visit);
+    }
+
+    fn continue_capture(&mut self, max_pages: usize, visit: &mut dyn FnMut(u64, &[u8])) -> bool {
+        self.engine.continue_capture(max_pages, visit)
     }
 }
 

@@ -158,10 +158,18 @@ pub trait Engine {
     /// pages. Pages that are all zero may be left out.
     fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8]));
 
-    /// As [`Engine::visit_ram`]; from the second call on only what may have been written since the last
-    /// one, pages of zeros included. An engine that does not know shows all.
-    fn visit_written_ram(&mut self, visit: &mut dyn FnMut(u64, &[u8])) {
+    /// Starts to show RAM as it is now, for a checkpoint: all of it the first time, later what may have
+    /// been written since the last time, pages of zeros included. What the engine does not show here it
+    /// shows in [`Engine::continue_capture`], even if the guest has run on and changed it. An engine that
+    /// cannot do that, or does not know what was written, shows everything here.
+    fn start_capture(&mut self, visit: &mut dyn FnMut(u64, &[u8])) {
         self.visit_ram(visit);
+    }
+
+    /// Shows at most so many more pages of RAM as it was at [`Engine::start_capture`]. Gives whether that
+    /// was all. At any time while the engine does not run.
+    fn continue_capture(&mut self, _max_pages: usize, _visit: &mut dyn FnMut(u64, &[u8])) -> bool {
+        true
     }
 
     /// Everything but RAM that decides how the guest goes on. `None` amid an instruction or the

@@ -11,7 +11,7 @@ use reprise_devices::time::VirtualTime;
 use reprise_trace::event::Ending;
 use reprise_trace::moment::TickKind;
 
-use crate::checkpoint::Checkpointer;
+use crate::checkpoint::{CAPTURE_TICKS, Checkpointer};
 use crate::clock::{TimeBase, TimeSource};
 use crate::digest::StateDigest;
 use crate::effects::Effects;
@@ -42,6 +42,8 @@ pub struct Machine<E: Engine, I: Inputs> {
     /// Stands at a boundary that a replay finds again, and does not run.
     pub(crate) at_rest: bool,
     pub(crate) checkpointer: Option<Box<dyn Checkpointer>>,
+    /// RAM is being copied for a checkpoint.
+    pub(crate) capturing: bool,
     /// Records of the log before the checkpoint that this machine comes from.
     pub(crate) records_before: u64,
     pub(crate) accesses: u64,
@@ -82,6 +84,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
             visited: None,
             at_rest: true,
             checkpointer: None,
+            capturing: false,
             records_before: 0,
             accesses: 0,
             interrupts: 0,
@@ -120,6 +123,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     fn run_to(&mut self, target: Target) -> Result<Outcome, MachineError> {
         self.at_rest = false;
         let stop = self.run_loop(target);
+        self.continue_checkpoint(true);
         self.at_rest = matches!(stop, Stop::TargetReached);
         self.conclude(stop)
     }
@@ -166,6 +170,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
 
     /// Does what is to be done at this boundary. Gives whether the guest executes next.
     fn visit(&mut self, stands: bool, target: Target) -> Result<bool, Stop> {
+        self.continue_checkpoint(false);
         let tick = self.engine.tick();
         if !stands || self.delivered_at == Some(tick) {
             return Ok(true);
@@ -322,8 +327,11 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
         let deadline = self.board.next_deadline().and_then(|deadline| self.base.tick_of(deadline));
         let logged = self.inputs.stop_at(tick)?;
         let now = self.now();
-        let checkpointer = self.checkpointer.as_mut();
-        let checkpoint = checkpointer.and_then(|checkpointer| checkpointer.due_at(tick, now.ns));
+        let checkpoint = match &mut self.checkpointer {
+            Some(_) if self.capturing => Some(tick.saturating_add(CAPTURE_TICKS)),
+            Some(checkpointer) => checkpointer.due_at(tick, now.ns),
+            None => None,
+        };
         let target_time = match target.ns {
             u64::MAX => None,
             ns => self.base.tick_of(VirtualTime::from_ns(ns)),

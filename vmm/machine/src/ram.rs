@@ -81,6 +81,19 @@ impl GuestRam {
         self.memory.write_slice(page, GuestAddress(address)).is_ok()
     }
 
+    /// Tells the guest-physical addresses of the pages that were ever touched; all others are zero.
+    pub fn visit_touched(&self, visit: &mut dyn FnMut(u64)) {
+        let mut touched = TouchedPages::new();
+        for region in self.memory.iter() {
+            let (start, host) = (region.start_addr().0, region.as_ptr() as usize);
+            for offset in (0..region.len() as usize).step_by(PAGE_BYTES) {
+                if touched.is_touched(host + offset) {
+                    visit(start + offset as u64);
+                }
+            }
+        }
+    }
+
     /// Passes RAM to `visit` as (guest-physical start, bytes), in address order, in pieces of whole
     /// pages. Pages that nobody ever touched, and that therefore are zero, are left out.
     pub fn visit(&self, visit: &mut dyn FnMut(u64, &[u8])) {

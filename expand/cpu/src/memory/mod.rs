@@ -291,11 +291,10 @@ impl Memory {
         loaded
     }
 
-    /// Shows the pages of RAM that may have been written since the last call; the first call, all that
-    /// were ever touched.
-    pub(crate) fn visit_written(&mut self, visit: &mut dyn FnMut(u64, &[u8])) {
+    /// See [`Physical::start_capture`].
+    pub(crate) fn start_capture(&mut self) {
         self.tlb.forbid_all_writes();
-        self.physical.visit_written(visit);
+        self.physical.start_capture();
     }
 
     /// Where the software TLB's entries for data accesses in `mode` begin: less than 2^31. (Not for

@@ -10,6 +10,20 @@ pub(crate) const PAGE_BYTES: u64 = 4096;
 /// A page's code is tracked in chunks of this many bytes, one bit each.
 const CHUNK_BYTES: u64 = PAGE_BYTES / 64;
 
+/// A copy of RAM that is made while the guest runs on: what the guest is about to change is kept first.
+#[derive(Debug, Default)]
+struct Capture {
+    /// For each page, whether it may have been written since the last capture started; `None` before the
+    /// first.
+    written: Option<Vec<bool>>,
+    /// For each page, whether it is still to be shown, and unchanged.
+    pending: Vec<bool>,
+    /// No page before this one is pending.
+    next: usize,
+    /// Pages that changed before they were shown, by number, as they were.
+    kept: Vec<(u64, Box<[u8; PAGE_BYTES as usize]>)>,
+}
+
 /// RAM, owned, and the map of decoded code in it.
 #[derive(Debug)]
 pub(crate) struct Physical {
@@ -23,8 +37,7 @@ pub(crate) struct Physical {
     code_chunks: Vec<u64>,
     /// For each page, whether the software TLB may let it be written without asking.
     writes_permitted: Vec<bool>,
-    /// For each page, whether it may have been written since somebody last asked; `None` until then.
-    written: Option<Vec<bool>>,
+    capture: Capture,
     /// Pages whose decoded code was written since the block cache last looked, with the chunks.
     code_written: Vec<(u64, u64)>,
 }
@@ -51,7 +64,7 @@ impl Physical {
             ram_bytes,
             code_chunks: vec![0; pages],
             writes_permitted: vec![false; pages],
-            written: None,
+            capture: Capture::default(),
             code_written: Vec::new(),
         }
     }
@@ -113,6 +126,7 @@ impl Physical {
         let offset = address % PAGE_BYTES;
         assert!(offset + bytes.len() as u64 <= PAGE_BYTES, "a physical access stays in its page");
         let Some(page) = self.host_page(address - offset) else { return false };
+        self.before_write(address / PAGE_BYTES);
         // SAFETY: as in `read`.
         unsafe {
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), page.add(offset as usize), bytes.len());
@@ -124,9 +138,6 @@ impl Physical {
     /// Notes that a range within one page of RAM was written behind [`Physical::write`].
     pub(crate) fn note_write(&mut self, address: u64, size_bytes: u64) {
         let page = address / PAGE_BYTES;
-        if let Some(written) = &mut self.written {
-            written[page as usize] = true;
-        }
         let code = self.code_chunks[page as usize];
         if code != 0 {
             let hit = code & chunk_mask(address % PAGE_BYTES, size_bytes);
@@ -142,27 +153,66 @@ impl Physical {
         let number = (page / PAGE_BYTES) as usize;
         let permit = self.code_chunks[number] == 0;
         self.writes_permitted[number] |= permit;
-        if let Some(written) = &mut self.written {
-            written[number] |= permit;
+        if permit {
+            self.before_write(page / PAGE_BYTES);
         }
         permit
     }
 
-    /// Shows the pages that may have been written since the last call; the first call, all that were
-    /// ever touched. The caller has taken back every permission to write without asking.
-    pub(crate) fn visit_written(&mut self, visit: &mut dyn FnMut(u64, &[u8])) {
+    /// The page of this number is about to be written, or may be from now on.
+    fn before_write(&mut self, number: u64) {
+        let Some(written) = &mut self.capture.written else { return };
+        written[number as usize] = true;
+        if self.capture.pending[number as usize] {
+            let mut page = Box::new([0; PAGE_BYTES as usize]);
+            self.read(number * PAGE_BYTES, &mut page[..]);
+            self.capture.pending[number as usize] = false;
+            self.capture.kept.push((number, page));
+        }
+    }
+
+    /// Remembers RAM as it is now, for [`Physical::continue_capture`]: all that was ever touched, or, if
+    /// it was captured before, what may have been written since. The caller takes back every permission
+    /// to write without asking.
+    pub(crate) fn start_capture(&mut self) {
         self.writes_permitted.fill(false);
-        let Some(written) = &mut self.written else {
-            self.written = Some(vec![false; self.code_chunks.len()]);
-            return self.ram.visit(visit);
+        let pages = self.code_chunks.len();
+        self.capture.pending = match self.capture.written.replace(vec![false; pages]) {
+            Some(written) => written,
+            None => {
+                let mut touched = vec![false; pages];
+                self.ram.visit_touched(&mut |page| touched[(page / PAGE_BYTES) as usize] = true);
+                touched
+            }
         };
+        self.capture.next = 0;
+    }
+
+    /// Shows at most so many more of the pages, as they were when the capture started. Gives whether
+    /// that was all.
+    pub(crate) fn continue_capture(
+        &mut self,
+        max_pages: usize,
+        visit: &mut dyn FnMut(u64, &[u8]),
+    ) -> bool {
+        let mut left = max_pages;
+        while left > 0
+            && let Some((number, page)) = self.capture.kept.pop()
+        {
+            visit(number * PAGE_BYTES, &page[..]);
+            left -= 1;
+        }
         let mut page = [0; PAGE_BYTES as usize];
-        for (number, written) in (0..).zip(written) {
-            if std::mem::take(written) {
-                self.ram.read(number * PAGE_BYTES, &mut page);
-                visit(number * PAGE_BYTES, &page);
+        while left > 0 && self.capture.next < self.capture.pending.len() {
+            let number = self.capture.next;
+            self.capture.next += 1;
+            if std::mem::take(&mut self.capture.pending[number]) {
+                self.read(number as u64 * PAGE_BYTES, &mut page);
+                visit(number as u64 * PAGE_BYTES, &page);
+                left -= 1;
             }
         }
+        self.capture.kept.is_empty() && self.capture.next == self.capture.pending.len()
     }
 
     /// Marks a range within one page as decoded. Gives the page's host address if writes to it were
