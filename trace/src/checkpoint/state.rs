@@ -84,7 +84,7 @@ impl MachineState {
     /// The digest of the machine, whose RAM has the digest `ram`.
     pub fn digest(&self, ram: [u8; 32]) -> CheckpointDigest {
         let rest = (
-            (self.moment, self.virtual_ns, self.records, &self.last_record),
+            (self.moment, self.engine.tick, self.virtual_ns, self.records, &self.last_record),
             (self.base_tick, self.base_ns, &self.console, self.accesses, self.interrupts),
         );
         CheckpointDigest {

@@ -126,7 +126,7 @@ mod tests {
             |state| state.bytes += 1,
             |state| state.bytes = 3,
             |state| state.tail.clear(),
-            |state| drop(state.subtrees.pop()),
+            |state| state.subtrees.truncate(0),
             |state| state.bytes += 1024,
         ];
         for change in changes {

@@ -1,5 +1,6 @@
 //! Simulated hardware and a simulated world outside.
 
+mod checkpoints;
 pub(crate) mod program;
 pub(crate) mod random;
 pub(crate) mod sim_host;
@@ -62,6 +63,19 @@ pub(crate) fn record(
     Recorded { result, output, records: records_of(sink.expect("the log is closed").into_reader()) }
 }
 
+/// A machine that records.
+pub(crate) fn recording<S: FrameSink>(
+    clock: Clock,
+    program: &Program,
+    world: &World,
+    disturbance: Disturbance,
+    sink: S,
+) -> Machine<ToyEngine, Recording<SimHost, S>> {
+    let engine = ToyEngine::new(clock.kind, program.clone(), disturbance);
+    let inputs = Recording::new(SimHost::new(world), LogWriter::new(sink));
+    Machine::new(engine, board(), inputs, clock.time)
+}
+
 pub(crate) fn record_into<S: FrameSink>(
     clock: Clock,
     program: &Program,
@@ -69,9 +83,7 @@ pub(crate) fn record_into<S: FrameSink>(
     disturbance: Disturbance,
     sink: S,
 ) -> (Result<Outcome, MachineError>, Vec<u8>, Option<S>) {
-    let engine = ToyEngine::new(clock.kind, program.clone(), disturbance);
-    let inputs = Recording::new(SimHost::new(world), LogWriter::new(sink));
-    let mut machine = Machine::new(engine, board(), inputs, clock.time);
+    let mut machine = recording(clock, program, world, disturbance, sink);
     let result = machine.run();
     let (_, _, inputs) = machine.into_parts();
     let (host, sink) = inputs.into_parts();

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Access, Engine, EngineError, Exit, FlagKick, Kick};
+use reprise_trace::checkpoint::EngineState;
 use reprise_trace::cpu_state::{CpuState, RCX};
 use reprise_trace::moment::{Moment, TickKind};
 
@@ -81,6 +82,11 @@ impl ToyEngine {
             disturbance,
             random,
         }
+    }
+
+    /// Puts a page of RAM where it lies.
+    pub(crate) fn place(&mut self, address: u64, page: &[u8]) {
+        self.ram[address as usize..][..page.len()].copy_from_slice(page);
     }
 
     fn op(&self) -> Op {
@@ -320,6 +326,20 @@ impl Engine for ToyEngine {
 
     fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8])) {
         visit(0, &self.ram);
+    }
+
+    fn save(&mut self) -> Result<Option<EngineState>, EngineError> {
+        if self.unanswered.is_some() || self.second.is_some() || self.vector.is_some() {
+            return Ok(None);
+        }
+        let cpu = self.state.clone();
+        Ok(Some(EngineState { tick: self.tick, cpu, ..EngineState::default() }))
+    }
+
+    fn restore(&mut self, state: &EngineState) -> Result<(), EngineError> {
+        self.state = state.cpu.clone();
+        self.tick = state.tick;
+        Ok(())
     }
 
     fn kicker(&self) -> Arc<dyn Kick> {
