@@ -99,6 +99,27 @@ fn the_workload_replays_elsewhere_under_load() {
     });
 }
 
+/// Checkpoints added to Linux's recording: from the last of them, and from one amid the boot, the rest
+/// is as recorded.
+#[test]
+fn the_workload_goes_on_from_checkpoints() {
+    let Some(workload) = workload() else { return };
+    let elsewhere = Workplace::new();
+    let file = elsewhere.path("linux.rr");
+    std::fs::copy(workload.workplace.path("linux.rr"), &file).expect("a copy");
+    let words = ["--json", "checkpoint", &file, "--every", "120000000"];
+    let added = reprise(&words).start().finish().expect_code(0).json();
+    assert_eq!(added["replay"]["verified"], true, "{added:#}");
+    assert!(added["total"].as_u64() > Some(2), "{added:#}");
+    for from in ["300000000", "99999999999"] {
+        let replayed = replay(&file, &["--from", from]);
+        assert!(replayed["from_tick"].as_u64() > Some(0), "{replayed:#}");
+        for field in ["final_digest", "console_digest", "ticks", "interrupts", "ending"] {
+            assert_eq!(workload.report[field], replayed[field], "{field}, from {from}");
+        }
+    }
+}
+
 #[test]
 fn a_boot_that_is_killed_replays_up_to_there() {
     let Some(home) = cache_home() else { return };

@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod broken_recordings;
+mod checkpoints;
 mod embedded_guests;
 mod expansion;
 mod inspection;

@@ -13,6 +13,7 @@ use guest::{
 use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::translate::Translation;
 use reprise_machine::engine::{Access, Engine, Exit};
+use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::{CpuState, DS, ES, FS, GS, RCX, RSP, SS, Segment};
 
 const CASES: u64 = 100;
@@ -228,10 +229,19 @@ struct Outcome {
 
 /// Runs `engine` to `ticks`, at most `stride` at once. A halted guest is woken, if it may be.
 fn outcome(engine: &mut SoftEngine, stride: u64) -> Outcome {
+    outcome_moved(engine, stride, None)
+}
+
+/// The same, but at this tick another engine goes on from the saved state, if there is one.
+fn outcome_moved(engine: &mut SoftEngine, stride: u64, move_at: Option<u64>) -> Outcome {
     let mut accesses = Vec::new();
     let exit = loop {
-        let until = engine.tick().saturating_add(stride).min(TICKS);
+        let (tick, until) = (engine.tick(), engine.tick().saturating_add(stride).min(TICKS));
+        let until = move_at.filter(|at| *at > tick).map_or(until, |at| at.min(until));
         match engine.run(until).expect("runs") {
+            Exit::TickReached if Some(engine.tick()) == move_at && until < TICKS => {
+                moved(engine);
+            }
             Exit::TickReached if engine.tick() < TICKS => {}
             Exit::Access(access) if accesses.len() < 2000 => {
                 accesses.push(access);
@@ -252,6 +262,16 @@ fn outcome(engine: &mut SoftEngine, stride: u64) -> Outcome {
         }
     });
     Outcome { exit, tick: engine.tick(), accesses, state, ram }
+}
+
+/// Puts another engine in its place, in the same state, with RAM of its own.
+fn moved(engine: &mut SoftEngine) {
+    let Some(state) = engine.save().expect("saves") else { return };
+    let mut ram = GuestRam::new(4).expect("RAM");
+    engine.visit_ram(&mut |address, bytes| assert!(ram.place(address, bytes)));
+    *engine = SoftEngine::new(ram).expect("an engine");
+    engine.set_translation(Translation::AtOnce);
+    engine.restore(&state).expect("takes the state");
 }
 
 /// How many cases run: more of them with `REPRISE_SYSTEM_CASES`.
@@ -286,6 +306,10 @@ fn random_code_ends_alike_at_every_stride() {
         }
         assert_eq!(whole, stepped, "seed {seed:#x}");
         assert_traced_alike(seed, &whole);
+        let move_at = 1 + Random(!seed).below(TICKS - 1);
+        let mut engine = guest(&mut Random(seed)).engine();
+        let moved = outcome_moved(&mut engine, u64::MAX, Some(move_at));
+        assert_eq!(whole, moved, "seed {seed:#x}, moved at {move_at}");
     }
 }
 

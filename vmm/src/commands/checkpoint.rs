@@ -48,7 +48,8 @@ pub fn run(arguments: &CheckpointArgs, output: Output) -> Result<u8> {
     let replayed = replayed?;
     replayed.notes.iter().for_each(|note| output.note(note));
     let report = AddedReport {
-        added: totals.into(),
+        // A replay waits for its checkpoints: how long tells nothing.
+        added: CheckpointReport { longest_stop_ms: None, ..totals.into() },
         total: replay::open_replayable(&arguments.file)?.checkpoints().len(),
         replay: replayed.report,
     };

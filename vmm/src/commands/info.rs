@@ -1,6 +1,8 @@
 //! `reprise info`: what a recording or a trace holds.
 
 use anyhow::Result;
+use reprise_replay::Replayable;
+use reprise_trace::checkpoint::CheckpointInfo;
 use reprise_trace::event::{EffectDigest, Event};
 use reprise_trace::header::{Header, HostInfo, ImageInfo};
 use reprise_trace::moment::TickKind;
@@ -9,7 +11,7 @@ use serde::Serialize;
 
 use crate::cli::InfoArgs;
 use crate::output::{Output, byte_size, counted, grouped, hex, table};
-use crate::session::replay::open;
+use crate::session::replay::open_replayable;
 use crate::session::report::{
     MomentReport, bytes_per_kiloinstruction, damage_text, describe_ending, log_text,
 };
@@ -54,6 +56,32 @@ struct InfoReport {
     file_bytes: u64,
     seek_index: &'static str,
     chain: String,
+    checkpoints: Vec<CheckpointReport>,
+    checkpoint_file_bytes: u64,
+    checkpoint_trouble: Option<String>,
+}
+
+/// One checkpoint that can be started from.
+#[derive(Debug, Serialize)]
+struct CheckpointReport {
+    #[serde(flatten)]
+    moment: MomentReport,
+    virtual_ns: u64,
+    events_before: u64,
+    ram_pages: u64,
+    digest: String,
+}
+
+impl From<&CheckpointInfo> for CheckpointReport {
+    fn from(info: &CheckpointInfo) -> Self {
+        Self {
+            moment: info.moment.into(),
+            virtual_ns: info.virtual_ns,
+            events_before: info.records,
+            ram_pages: info.pages,
+            digest: hex(&info.digest.whole()),
+        }
+    }
 }
 
 /// One embedded image.
@@ -84,9 +112,10 @@ pub fn run(arguments: &InfoArgs, output: Output) -> Result<u8> {
     if is_trace(&arguments.file) {
         return super::trace::show_info(&arguments.file, output);
     }
-    let recording = open(&arguments.file)?;
-    let report = InfoReport::of(&recording);
+    let replayable = open_replayable(&arguments.file)?;
+    let report = InfoReport::of(&replayable);
     output.result(&report, report.to_table());
+    replayable.notes().iter().for_each(|note| output.note(note));
     if let Some(damage) = &report.damage {
         let text = damage_text(damage, report.events);
         output.note(format_args!("{}: {text}", arguments.file.display()));
@@ -96,7 +125,8 @@ pub fn run(arguments: &InfoArgs, output: Output) -> Result<u8> {
 }
 
 impl InfoReport {
-    fn of(recording: &Recording) -> Self {
+    fn of(replayable: &Replayable) -> Self {
+        let recording: &Recording = replayable.recording();
         let (header, summary) = (recording.header(), recording.summary());
         let end = End::of(summary);
         let ticks = summary.last_moment.map(|moment| moment.tick);
@@ -144,6 +174,9 @@ impl InfoReport {
                 SeekIndexState::Damaged => "damaged",
             },
             chain: summary.chain.clone(),
+            checkpoints: replayable.checkpoints().iter().map(CheckpointReport::from).collect(),
+            checkpoint_file_bytes: replayable.checkpoint_file().map_or(0, |file| file.file_bytes()),
+            checkpoint_trouble: replayable.trouble().map(ToString::to_string),
         }
     }
 
@@ -192,7 +225,26 @@ impl InfoReport {
             rows.push(("final digest", digest.clone()));
         }
         rows.push(("chain", self.chain.clone()));
+        rows.push(("checkpoints", self.checkpoints_text()));
         table(&rows)
+    }
+
+    fn checkpoints_text(&self) -> String {
+        if let Some(trouble) = &self.checkpoint_trouble {
+            return trouble.clone();
+        }
+        let ticks = |checkpoint: &CheckpointReport| grouped(checkpoint.moment.tick);
+        match &self.checkpoints[..] {
+            [] => "none; `reprise checkpoint` adds them".to_owned(),
+            [only] => format!("1 at tick {}", ticks(only)),
+            [first, .., last] => format!(
+                "{} from tick {} to {}, {}",
+                self.checkpoints.len(),
+                ticks(first),
+                ticks(last),
+                byte_size(self.checkpoint_file_bytes)
+            ),
+        }
     }
 
     fn state_text(&self) -> String {

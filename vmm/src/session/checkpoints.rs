@@ -84,8 +84,8 @@ pub struct CheckpointReport {
     pub count: u64,
     /// Bytes of their whole file.
     pub file_bytes: u64,
-    /// The longest time for which one stopped the guest.
-    pub longest_stop_ms: f64,
+    /// Record: the longest time for which one stopped the guest.
+    pub longest_stop_ms: Option<f64>,
     /// Why no more were written.
     pub failure: Option<String>,
 }
@@ -96,8 +96,14 @@ impl CheckpointReport {
         if self.count == 0 {
             return "none".to_owned();
         }
-        let (size, stop_ms) = (byte_size(self.file_bytes), self.longest_stop_ms);
-        format!("{}, {size}; the guest stopped for {stop_ms:.1} ms at most", grouped(self.count))
+        let size = byte_size(self.file_bytes);
+        match self.longest_stop_ms {
+            Some(ms) => {
+                let count = grouped(self.count);
+                format!("{count}, {size}; the guest stopped for {ms:.1} ms at most")
+            }
+            None => format!("{}, {size} in all", grouped(self.count)),
+        }
     }
 }
 
@@ -106,7 +112,7 @@ impl From<CheckpointTotals> for CheckpointReport {
         Self {
             count: totals.count,
             file_bytes: totals.file_bytes,
-            longest_stop_ms: totals.longest_stop.as_secs_f64() * 1e3,
+            longest_stop_ms: Some(totals.longest_stop.as_secs_f64() * 1e3),
             failure: totals.failure.map(|failure| failure.to_string()),
         }
     }
