@@ -206,7 +206,7 @@ impl Worker<'_> {
         let verified = self.verify(&mut machine)?;
         self.machine = Some(machine);
         let Expanded { observer, outcome, instructions } = expanded;
-        let observer = *observer.left_out();
+        let observer = observer.left_out();
         let expanded = Box::new(Expanded { observer, outcome, instructions });
         Ok(Message::Done { expanded, verified })
     }

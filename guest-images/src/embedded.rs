@@ -34,7 +34,7 @@ pub static EMBEDDED: &[EmbeddedGuest] = &[
         "ticks",
         "hz=2000 count=40 poll=100",
         "hashes where count= timer interrupts at hz= land in a loop, with a port write every poll= \
-         rounds"
+         rounds; or, with sleep=, halts between them and prints a dot at every so many"
     ),
     guest!(
         "echo",

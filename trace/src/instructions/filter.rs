@@ -5,7 +5,10 @@ use std::ops::Range;
 
 use super::TraceError;
 use super::event::Event;
+use super::idle::SkipIdle;
 use super::run::{Observer, PlainRuns, Position, Run};
+
+pub use super::idle::MAX_IDLE_INSTRUCTIONS;
 
 /// Code of which privilege to keep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +44,8 @@ pub struct Selection {
     pub linear: Option<Range<u64>>,
     /// Only samples.
     pub sample: Option<Sample>,
+    /// Not what an idle guest does from one HLT to the next: see [`MAX_IDLE_INSTRUCTIONS`].
+    pub skip_idle: bool,
 }
 
 /// The page-table root in a value of CR3: without PCID, cache control, and the no-flush bit.
@@ -54,6 +59,8 @@ const NOTE_START: &str = "left out: ";
 /// Instructions left out, by the first reason that applies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LeftOut {
+    /// Of an idle guest.
+    pub idle: u64,
     /// Outside the window of time or instructions.
     pub outside_window: u64,
     /// Of another privilege.
@@ -71,7 +78,8 @@ pub struct LeftOut {
 impl LeftOut {
     /// All instructions that were left out.
     pub fn instructions(&self) -> u64 {
-        self.outside_window
+        self.idle
+            + self.outside_window
             + self.other_privilege
             + self.other_address_space
             + self.outside_range
@@ -106,8 +114,9 @@ impl LeftOut {
         true
     }
 
-    fn reasons(&mut self) -> [(&mut u64, &'static str); 6] {
+    fn reasons(&mut self) -> [(&mut u64, &'static str); 7] {
         [
+            (&mut self.idle, "instructions of an idle guest"),
             (&mut self.outside_window, "instructions outside the window"),
             (&mut self.other_privilege, "instructions of the other privilege"),
             (&mut self.other_address_space, "instructions in other address spaces"),
@@ -121,6 +130,68 @@ impl LeftOut {
 /// Hands on what a [`Selection`] keeps.
 #[derive(Debug)]
 pub struct Filter<O> {
+    selecting: SkipIdle<Parts<O>>,
+}
+
+impl<O: Observer> Filter<O> {
+    /// Before `observer`.
+    pub fn new(selection: Selection, observer: O) -> Self {
+        let skip_idle = selection.skip_idle;
+        Self { selecting: SkipIdle::new(skip_idle, Parts::new(selection, observer)) }
+    }
+
+    /// What was left out so far.
+    pub fn left_out(&self) -> LeftOut {
+        let mut all = *self.selecting.left_out();
+        all.add(self.selecting.observer().left_out);
+        all
+    }
+
+    /// Whether nothing that may follow is kept: reading on only counts.
+    pub fn is_past_window(&self) -> bool {
+        self.selecting.observer().is_past_window()
+    }
+
+    /// The observer behind it.
+    pub fn observer(&self) -> &O {
+        &self.selecting.observer().observer
+    }
+
+    /// The observer behind it.
+    pub fn into_observer(self) -> O {
+        self.selecting.into_observer().observer
+    }
+}
+
+impl<O: Observer> Observer for Filter<O> {
+    fn begin(&mut self, position: &Position) -> Result<(), TraceError> {
+        self.selecting.begin(position)
+    }
+
+    fn new_blocks(&mut self) {
+        self.selecting.new_blocks();
+    }
+
+    fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
+        self.selecting.run(run)
+    }
+
+    fn runs(&mut self, runs: &mut PlainRuns<'_>) -> Result<(), TraceError> {
+        self.selecting.runs(runs)
+    }
+
+    fn event(&mut self, event: &Event) -> Result<(), TraceError> {
+        self.selecting.event(event)
+    }
+
+    fn end(&mut self) -> Result<(), TraceError> {
+        self.selecting.end()
+    }
+}
+
+/// Hands on what a [`Selection`] keeps, but for idle guests.
+#[derive(Debug)]
+struct Parts<O> {
     selection: Selection,
     /// The selection leaves nothing out.
     keeps_all: bool,
@@ -136,11 +207,10 @@ pub struct Filter<O> {
     kept_last: bool,
 }
 
-impl<O: Observer> Filter<O> {
-    /// Before `observer`.
-    pub fn new(selection: Selection, observer: O) -> Self {
+impl<O: Observer> Parts<O> {
+    fn new(selection: Selection, observer: O) -> Self {
         Self {
-            keeps_all: selection == Selection::default(),
+            keeps_all: Selection { skip_idle: false, ..selection.clone() } == Selection::default(),
             selection,
             left_out: LeftOut::default(),
             position: Position::default(),
@@ -152,28 +222,12 @@ impl<O: Observer> Filter<O> {
         }
     }
 
-    /// What was left out so far.
-    pub fn left_out(&self) -> &LeftOut {
-        &self.left_out
-    }
-
-    /// Whether nothing that may follow is kept: reading on only counts.
-    pub fn is_past_window(&self) -> bool {
+    fn is_past_window(&self) -> bool {
         let past = |window: &Option<Range<u64>>, here| {
             window.as_ref().is_some_and(|window| here >= window.end)
         };
         past(&self.selection.instructions, self.position.instruction)
             || past(&self.selection.virtual_ns, self.position.marker.virtual_ns)
-    }
-
-    /// The observer behind it.
-    pub fn observer(&self) -> &O {
-        &self.observer
-    }
-
-    /// The observer behind it.
-    pub fn into_observer(self) -> O {
-        self.observer
     }
 
     /// Whether a whole run is left out, and the reason's counter.
@@ -298,7 +352,7 @@ impl<O: Observer> Filter<O> {
     }
 }
 
-impl<O: Observer> Observer for Filter<O> {
+impl<O: Observer> Observer for Parts<O> {
     fn begin(&mut self, position: &Position) -> Result<(), TraceError> {
         self.position = *position;
         self.observer.begin(position)

@@ -20,6 +20,7 @@ mod feed;
 pub mod filter;
 mod frames;
 mod head;
+mod idle;
 mod predict;
 mod reader;
 mod run;

@@ -6,5 +6,6 @@ mod concat;
 mod contract;
 mod damage;
 mod filters;
+mod idle;
 mod round_trip;
 mod synthetic;

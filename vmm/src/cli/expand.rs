@@ -98,6 +98,9 @@ pub(crate) struct FilterArgs {
     /// Only the first LENGTH of every PERIOD instructions
     #[arg(long, value_name = "PERIOD:LENGTH", value_parser = parse_sample)]
     sample: Option<Sample>,
+    /// Leave out what an idle guest does from one HLT to the next
+    #[arg(long)]
+    skip_idle: bool,
 }
 
 impl FilterArgs {
@@ -113,6 +116,7 @@ impl FilterArgs {
             cr3: self.cr3,
             linear: self.range.clone(),
             sample: self.sample,
+            skip_idle: self.skip_idle,
             ..Selection::default()
         }
     }
@@ -126,6 +130,7 @@ impl FilterArgs {
             self.cr3.map(|cr3| format!("--cr3 {cr3:#x}")),
             self.range.as_ref().map(|range| format!("--range {:#x}-{:#x}", range.start, range.end)),
             self.sample.map(|sample| format!("--sample {}:{}", sample.period, sample.length)),
+            flag(self.skip_idle, "--skip-idle"),
         ];
         all.into_iter().flatten().collect()
     }

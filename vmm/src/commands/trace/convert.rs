@@ -124,7 +124,7 @@ impl Job {
         if stopped() {
             bail!("stopped: there is no output");
         }
-        let left_out = *filter.left_out();
+        let left_out = filter.left_out();
         let (observer, Kept(instructions)) = filter.into_observer();
         Ok((observer, left_out, instructions, reached))
     }
