@@ -131,6 +131,66 @@ fn filters_say_what_they_left_out() {
 }
 
 #[test]
+fn an_idle_guest_is_left_out_in_pieces_as_well() {
+    // It sleeps from interrupt to interrupt and prints a dot at every tenth.
+    let guest = ["--engine", "soft", "--image", "ticks", "--cmdline", "hz=1000 count=300 sleep=10"];
+    let workplace = Workplace::new();
+    let file = workplace.path("sleeper.rr");
+    let recorded = record(&[&guest[..], &["--checkpoint-every", "9000"]].concat(), &file, 0);
+    let all = count(&recorded, "instructions");
+    let mut traces = Vec::new();
+    for jobs in ["1", "2", "5"] {
+        let out = workplace.path(&format!("{jobs}.trace"));
+        let report = expand(&file, &["--skip-idle", "--jobs", jobs, "-o", &out]);
+        assert_eq!(count(&report, "instructions"), all, "{report:#}");
+        assert!(count(&report, "checkpoints_verified") >= 3, "{report:#}");
+        assert_eq!(report["filters"], serde_json::json!(["--skip-idle"]), "{report:#}");
+        let idle = idle_note(&report);
+        assert_eq!(instructions_of(&out) + idle, all, "{report:#}");
+        assert!(idle > all / 2, "{idle} of {all} instructions are idle");
+        traces.push(fs::read(&out).expect("the trace is there"));
+    }
+    assert!(traces.iter().all(|trace| *trace == traces[0]), "threads change the trace");
+    let (out, whole) = (workplace.path("1.trace"), workplace.path("whole.trace"));
+    run(&["trace", "check", &out]).expect_code(0);
+
+    // What it does when it wakes for a tenth interrupt is all there.
+    expand(&file, &["-o", &whole]);
+    let console = |trace: &str, filters: &[&str]| {
+        let words = [&["trace", "dump", trace], filters].concat();
+        let listing = run(&words).expect_code(0).stdout;
+        String::from_utf8_lossy(&listing).lines().filter(|line| line.contains("3f8")).count()
+    };
+    let written = console(&whole, &[]);
+    assert!(written >= 30, "{written} accesses to the console's port");
+    assert_eq!(console(&out, &[]), written);
+    assert_eq!(console(&whole, &["--skip-idle"]), written);
+
+    // A whole trace has no checkpoints that divide a stretch; an idle trace has nothing more to lose.
+    let convert = |from: &str, to: &str| {
+        let to = workplace.path(to);
+        let words = ["--json", "trace", "convert", from, "-o", &to, "--skip-idle"];
+        let report = run(&words).expect_code(0).json();
+        (to, count(&report, "instructions"), report)
+    };
+    let (converted, kept, report) = convert(&whole, "converted.trace");
+    assert_eq!(kept + idle_note(&report), all, "{report:#}");
+    assert!(kept <= instructions_of(&out), "{report:#}");
+    let (_, again, report) = convert(&converted, "again.trace");
+    assert_eq!(again, kept, "{report:#}");
+}
+
+/// Instructions that a report says were an idle guest's.
+fn idle_note(report: &Value) -> u64 {
+    let notes = report["notes"].as_array().expect("notes").iter();
+    let told = notes.filter_map(|note| {
+        let words = note.as_str()?.strip_prefix("left out: ")?;
+        words.strip_suffix(" instructions of an idle guest")?.parse::<u64>().ok()
+    });
+    told.sum()
+}
+
+#[test]
 fn an_interrupted_expansion_leaves_a_whole_shorter_trace() {
     let workplace = Workplace::new();
     let (file, out) = (workplace.path("compute.rr"), workplace.path("compute.trace"));
