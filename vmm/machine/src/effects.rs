@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn it_is_blake3_at_every_length_and_after_every_stop() {
-        let text: Vec<u8> = (0..70_000_u32).map(|at| (at * 7 >> 3) as u8).collect();
+        let text: Vec<u8> = (0..70_000_u32).map(|at| ((at * 7) >> 3) as u8).collect();
         let lengths = [0, 1, 1023, 1024, 1025, 2047, 2048, 2049, 3072, 3073, 4096, 5000, 65_537];
         for piece in [1, 7, 1024, 1500, 70_000] {
             let mut effects = Effects::default();

@@ -118,9 +118,7 @@ impl Job {
             Ok(Reached::Damaged(damage)) => Err(damage),
             reached => reached,
         };
-        let reached = reached.with_context(|| match &self.trace {
-            TraceFile { path, .. } => path.display().to_string(),
-        })?;
+        let reached = reached.with_context(|| self.trace.path.display().to_string())?;
         if stopped() {
             bail!("stopped: there is no output");
         }
