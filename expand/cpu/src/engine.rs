@@ -86,6 +86,14 @@ impl SoftEngine {
         }
     }
 
+    fn expect_trace_taken(&self) -> Result<(), EngineError> {
+        if self.cpu.trace_is_refused() {
+            let what = "whoever takes the trace wants no more of it".to_owned();
+            return Err(EngineError { what });
+        }
+        Ok(())
+    }
+
     fn hand_over(&mut self, exit: Exit) -> Exit {
         match &exit {
             Exit::Access(access) => self.unfinished = Some(*access),
@@ -109,6 +117,9 @@ impl Engine for SoftEngine {
         assert!(self.unfinished.is_none(), "the last access is finished before the guest runs on");
         assert!(until >= self.cpu.tick, "tick {until} has passed");
         if let Some(exit) = self.queued.take() {
+            // A repeated instruction may ask the board any number of times.
+            self.cpu.keep_trace_moving();
+            self.expect_trace_taken()?;
             return Ok(self.hand_over(exit));
         }
         assert!(!self.halted, "a halted guest runs only after an interrupt");
@@ -118,10 +129,7 @@ impl Engine for SoftEngine {
         if exit != Exit::Kicked {
             self.cpu.mark_trace();
         }
-        if self.cpu.trace_is_refused() {
-            let what = "whoever takes the trace wants no more of it".to_owned();
-            return Err(EngineError { what });
-        }
+        self.expect_trace_taken()?;
         Ok(self.hand_over(exit))
     }
 
