@@ -176,7 +176,7 @@ fn planned(
         kind,
         size_bytes,
         base: if usize::from(base) < 16 { base } else { NO_BASE },
-        displacement: memory.displacement() as i32,
+        displacement: if explicit { memory.displacement() } else { displacement(memory) } as i32,
         step: step(instruction, base, size_bytes, stack_step),
     };
     if explicit && instruction.mnemonic() != Mnemonic::Xlatb {
@@ -200,7 +200,7 @@ fn planned(
             Register::AL => Address::ByteIndex,
             _ => Address::Plain,
         },
-        displacement: memory.displacement(),
+        displacement: displacement(memory),
         mask: match memory.address_size() {
             _ if on_stack => mode.stack_mask(),
             CodeSize::Code16 => 0xffff,
@@ -212,6 +212,16 @@ fn planned(
         index: number(memory.index()),
         scale: memory.scale().trailing_zeros() as u8,
     })
+}
+
+/// The displacement of an access that is no operand, with its sign: the decoder cuts it to the code's
+/// width, and a stack may be wider.
+fn displacement(memory: &UsedMemory) -> u64 {
+    match memory.address_size() {
+        CodeSize::Code16 => memory.displacement() as i16 as u64,
+        CodeSize::Code32 => memory.displacement() as i32 as u64,
+        CodeSize::Code64 | CodeSize::Unknown => memory.displacement(),
+    }
 }
 
 /// Whether a PUSH moves the stack by four bytes and writes a selector's two.

@@ -338,7 +338,9 @@ impl Cpu {
                 batch.physical.extend(seen.map(place));
             }
         }
-        flow
+        // A walk has set an accessed bit in code. Translated code leaves its unit for that.
+        let over = flow == Flow::NEXT && self.memory.physical.code_was_written();
+        if over { Flow::END_BLOCK } else { flow }
     }
 
     /// The same for an instruction that repeats its accesses: the counter tells how often it has.
@@ -389,6 +391,10 @@ impl Cpu {
             made.append(first..first + per_piece, tracer, &self.memory);
             let unretired = (per_piece * made.starts.len()) as u32;
             tracer.batch.cut_last_run(0, unretired);
+            // A guest may clear all of its memory at once. Numbers stay: `rest` is one of them.
+            if tracer.is_due() {
+                tracer.hand_over(&self.memory.physical, self.tick);
+            }
             tracer.batch.words.push(rest);
             first += per_piece;
         }

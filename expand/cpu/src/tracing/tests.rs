@@ -5,15 +5,15 @@ use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Sender, channel};
 
 use iced_x86::{Code, MemoryOperand, Mnemonic, Register};
-use reprise_trace::cpu_state::{CpuState, RCX, RSP};
+use reprise_trace::cpu_state::{CS, CpuState, RCX, RDI, RSP};
 use reprise_trace::instructions::{
     AccessKind, Batch, Contents, Event, Feed, Observer, Run, TraceError,
 };
 
-use super::BatchSink;
+use super::{BatchSink, FULL_ADDRESSES, MAX_PIECE};
 use crate::native::forms::{Random, build};
 use crate::native::host_fpu::with_guest_fpu;
-use crate::ops::testing::{DATA, Machine};
+use crate::ops::testing::{CODE, DATA, Machine};
 use crate::translate::Translation;
 
 /// What is traced.
@@ -212,4 +212,101 @@ fn every_form_accesses_what_its_description_says() {
     assert!(retired > 5000, "only {retired} in 64-bit code");
     let retired = check_forms(&mut Machine::flat_32(&[]), 32, 0x5eed_0202);
     assert!(retired > 5000, "only {retired} in 32-bit code");
+}
+
+/// Where runs began, how many instructions of them retired, and all addresses.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Runs {
+    runs: Vec<(u64, usize)>,
+    addresses: Vec<u64>,
+}
+
+impl Observer for Runs {
+    fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
+        self.runs.push((run.linear(), run.retired()));
+        self.addresses.extend(run.addresses());
+        Ok(())
+    }
+
+    fn event(&mut self, _event: &Event) -> Result<(), TraceError> {
+        Ok(())
+    }
+}
+
+/// Runs until the guest halts; the trace, and the most addresses of a batch.
+fn trace_all(machine: &mut Machine, translation: Translation) -> (Runs, usize) {
+    let cpu = &mut machine.cpu;
+    cpu.translator.as_mut().expect("BMI2").set_translation(translation);
+    let (send, batches) = channel();
+    cpu.start_trace(Box::new(Collect(send)), CONTENTS);
+    let kick = AtomicBool::new(false);
+    with_guest_fpu(cpu, |cpu| cpu.execute(u64::MAX >> 1, &kick, false));
+    cpu.stop_trace();
+    let (mut runs, mut most, mut feed) = (Runs::default(), 0, Feed::new(CONTENTS));
+    for batch in batches {
+        most = most.max(batch.addresses.len());
+        feed.push(&batch, &mut runs).expect("the batch keeps the contract");
+    }
+    (runs, most)
+}
+
+#[test]
+fn a_long_repetition_is_handed_over_as_it_is_noted() {
+    const COUNT: u64 = 1_000_000;
+    for translation in [Translation::Never, Translation::AtOnce] {
+        let mut machine = Machine::long_64(&[0x90, 0xf3, 0xaa, HALT]);
+        let mut state = machine.cpu.state();
+        (state.gpr[RCX], state.gpr[RDI]) = (COUNT, DATA);
+        machine.cpu.set_state(&state);
+        let (runs, most) = trace_all(&mut machine, translation);
+        assert_eq!(runs.runs.iter().map(|(_, retired)| retired).sum::<usize>(), 3);
+        assert!(runs.addresses.iter().copied().eq(DATA..DATA + COUNT), "{translation:?}");
+        assert!(most <= FULL_ADDRESSES + MAX_PIECE, "{translation:?}: {most} in one batch");
+    }
+}
+
+#[test]
+fn code_of_16_bits_accesses_a_stack_of_32_bits_where_its_description_says() {
+    let mut machine = Machine::flat_32(&[]);
+    let mut state = machine.cpu.state();
+    state.segments[CS].attributes = 0x809b;
+    (state.segments[CS].base, state.rip) = (CODE, 0);
+    state.gpr = [MIDDLE; 16];
+    // PUSH and POP AX, PUSH of a number, CALL, PUSHA, PUSHF, ENTER and PUSHAD.
+    let codes: [&[u8]; 8] = [
+        &[0x50],
+        &[0x58],
+        &[0x68, 1, 2],
+        &[0xe8, 0, 0],
+        &[0x60],
+        &[0x9c],
+        &[0xc8, 8, 0, 0],
+        &[0x66, 0x60],
+    ];
+    for code in codes {
+        machine.replace_code(&[code, &[HALT]].concat());
+        machine.cpu.set_state(&state);
+        let (said, did) = trace_one(&mut machine);
+        assert_eq!(did.retired, 1, "{code:02x?}");
+        assert_eq!(said, did, "{code:02x?}");
+    }
+}
+
+#[test]
+fn a_walk_that_marks_a_page_in_code_ends_the_run_in_every_way_of_execution() {
+    // Small pages' entries are at 0x4000: the code has the places of those for pages 1 to 3, and reads
+    // page 5, whose entry lies in the same chunk.
+    const ENTRIES: u64 = 0x4000;
+    const FIRST: u64 = ENTRIES + 8;
+    let run = |translation| {
+        let mut machine = Machine::long_64(&[]);
+        machine.write(FIRST, &[0x8a, 0x04, 0x25, 0, 0x50, 0, 0, 0x90, 0x90, HALT]);
+        let mut state = machine.cpu.state();
+        state.rip = FIRST;
+        machine.cpu.set_state(&state);
+        trace_all(&mut machine, translation).0
+    };
+    let interpreted = run(Translation::Never);
+    assert_eq!(interpreted.addresses, [0x5000]);
+    assert_eq!(run(Translation::AtOnce), interpreted);
 }
