@@ -4,10 +4,11 @@
 //! every expansion verifies itself. Segments of a trace need no other, so the trace is the same however
 //! many threads there are.
 
+use std::collections::VecDeque;
 use std::io::Write;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use reprise_cpu::engine::SoftEngine;
@@ -94,17 +95,15 @@ impl Plan<'_> {
         let threads = if jobs < self.jobs { Threads::Two } else { Threads::One };
         let (senders, receivers): (Vec<_>, Vec<_>) =
             pieces.iter().map(|_| sync_channel(WAITING_SEGMENTS)).unzip();
-        let next = AtomicUsize::new(0);
+        // Whoever takes a piece takes its sender, which goes with a worker that panics.
+        let left = Mutex::new(pieces.into_iter().zip(senders).collect());
         thread::scope(|scope| {
             for _ in 0..jobs {
-                scope.spawn(|| {
-                    let worker = Worker { plan: self, threads, control, machine: None };
-                    worker.work(&pieces, &senders, &next);
-                });
+                scope.spawn(|| Worker { plan: self, threads, control, machine: None }.work(&left));
             }
             // Dropping the receivers ends workers that still have something to say.
             let collected = collect(receivers, writer);
-            if collected.is_err() {
+            if !matches!(&collected, Ok(Pieces { outcome: Some(_), .. })) {
                 control.stop();
             }
             collected
@@ -131,17 +130,23 @@ fn collect<W: Write>(
                     break;
                 }
                 // The worker ended without a word: it panicked, which the scope tells.
-                Err(_) => return Ok(all),
+                Err(_) => return Ok(Pieces { outcome: None, ..all }),
             }
         }
-        let goes_on =
-            matches!(all.outcome, Some(Outcome { conclusion: Conclusion::TargetReached, .. }));
-        if !goes_on {
+        if !came_to_its_end(all.outcome.as_ref()) {
             break;
         }
     }
     Ok(all)
 }
+
+/// Whether a piece ended where it was to end, and not where the run did.
+fn came_to_its_end(outcome: Option<&Outcome>) -> bool {
+    matches!(outcome, Some(Outcome { conclusion: Conclusion::TargetReached, .. }))
+}
+
+/// Pieces that nobody has taken yet, in order.
+type Left = VecDeque<(Window, SyncSender<Message>)>;
 
 struct Worker<'a> {
     plan: &'a Plan<'a>,
@@ -153,12 +158,9 @@ struct Worker<'a> {
 
 impl Worker<'_> {
     /// Expands piece after piece, as long as there are any.
-    fn work(mut self, pieces: &[Window], senders: &[SyncSender<Message>], next: &AtomicUsize) {
-        loop {
-            let number = next.fetch_add(1, Ordering::Relaxed);
-            let (Some(piece), Some(sender)) = (pieces.get(number), senders.get(number)) else {
-                break;
-            };
+    fn work(mut self, left: &Mutex<Left>) {
+        let take = || left.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        while let Some((piece, sender)) = take() {
             if self.control.is_stopped() {
                 let _ = sender.send(Message::Done {
                     expanded: Box::new(Expanded {
@@ -170,7 +172,7 @@ impl Worker<'_> {
                 });
                 break;
             }
-            let message = self.expand(*piece, sender).unwrap_or_else(Message::Failed);
+            let message = self.expand(piece, &sender).unwrap_or_else(Message::Failed);
             // If nobody listens any more, whoever did knows why.
             if sender.send(message).is_err() {
                 break;
@@ -203,7 +205,8 @@ impl Worker<'_> {
                 what: divergence.difference.to_string(),
             });
         }
-        let verified = self.verify(&mut machine)?;
+        // A run that ends at a checkpoint's tick has gone past the checkpoint.
+        let verified = came_to_its_end(expanded.outcome.as_ref()) && self.verify(&mut machine)?;
         self.machine = Some(machine);
         let Expanded { observer, outcome, instructions } = expanded;
         let observer = observer.left_out();

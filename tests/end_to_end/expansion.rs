@@ -1,10 +1,19 @@
 //! `reprise expand`: every instruction, the same however it was come by, and nothing half done.
 
 use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use reprise_expand::Counting;
-use reprise_trace::instructions::{Ending, TraceReader};
+use reprise_expand::pieces::Plan;
+use reprise_expand::{Control, Counting, Window};
+use reprise_replay::Replayable;
+use reprise_trace::instructions::filter::Selection;
+use reprise_trace::instructions::{
+    Contents, Ending, SegmentOptions, TraceHeader, TraceReader, TraceWriter,
+};
 use serde_json::Value;
 
 use crate::linux::workload;
@@ -208,12 +217,49 @@ fn an_interrupted_expansion_leaves_a_whole_shorter_trace() {
 }
 
 #[test]
+fn a_worker_that_panics_ends_the_expansion() {
+    /// Longer than a loaded machine takes for a small guest.
+    const LIMIT: Duration = Duration::from_secs(120);
+    let (_workplace, file, _) = ticks();
+    let (send, ended) = channel();
+    std::thread::spawn(move || {
+        let replayable = Replayable::open(Path::new(&file)).expect("a recording");
+        let header = replayable.recording().header();
+        let header = TraceHeader {
+            contents: Contents::default(),
+            tick: header.tick_kind,
+            cpu_model: header.cpu_model.clone(),
+            recording: replayable.recording().summary().chain.clone(),
+            filters: Vec::new(),
+            share: None,
+        };
+        let mut writer =
+            TraceWriter::create(Vec::new(), &header, SegmentOptions::default()).expect("a trace");
+        let started = AtomicUsize::new(0);
+        let plan = Plan {
+            replayable: &replayable,
+            window: Window::default(),
+            contents: Contents::default(),
+            selection: Selection::default(),
+            jobs: 2,
+            set_up: &|_| assert_eq!(started.fetch_add(1, Ordering::Relaxed), 0, "on purpose"),
+        };
+        let control = Control::default();
+        let ran = catch_unwind(AssertUnwindSafe(|| plan.write(&mut writer, &control)));
+        let _ = send.send((ran.is_err(), control.is_stopped()));
+    });
+    let (panicked, stopped) = ended.recv_timeout(LIMIT).expect("nobody waits for the worker");
+    assert!(panicked && stopped, "what a worker panics with is lost");
+}
+
+#[test]
 fn wrong_use_and_bad_input_leave_one_line_and_no_file() {
     let (workplace, file, _) = ticks();
     let out = workplace.path("out.trace");
     let absent = workplace.path("absent/out.trace");
-    let cases: [(&[&str], i32, &str); 6] = [
+    let cases: [(&[&str], i32, &str); 7] = [
         (&["-o", &out, "--from", "99999999999"], 1, "the recording ends at tick"),
+        (&["-o", &out, "--from", "200", "--to", "100"], 1, "before it begins"),
         (&["-o", &out, "--format", "vcd"], 1, "there is no format `vcd`"),
         (&["--format", "csv"], 1, "say where the trace goes"),
         (&["-o", &absent], 1, "cannot be made"),

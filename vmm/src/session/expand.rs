@@ -89,6 +89,13 @@ pub fn expand_recording(
             grouped(last)
         );
     }
+    if options.window.to < options.window.from {
+        bail!(
+            "the window ends at tick {}, before it begins at tick {}",
+            grouped(options.window.to),
+            grouped(options.window.from)
+        );
+    }
     let soft = options.soft;
     let set_up = move |engine: &mut SoftEngine| engine.set_translation(soft.translation);
     let session = Session { replayable, control, options: &options, set_up: &set_up };
