@@ -51,6 +51,16 @@ impl Planned {
     /// The linear address, before the instruction has run.
     #[inline(always)]
     pub(crate) fn linear(&self, cpu: &Cpu) -> u64 {
+        cpu.wrap(self.segment_base(cpu).wrapping_add(self.offset(cpu)))
+    }
+
+    #[inline(always)]
+    fn segment_base(&self, cpu: &Cpu) -> u64 {
+        cpu.registers.segment_base[usize::from(self.segment & 7)]
+    }
+
+    #[inline(always)]
+    fn offset(&self, cpu: &Cpu) -> u64 {
         let base = cpu.registers.general(self.base);
         let mut index = cpu.registers.general(self.index);
         let mut offset = base.wrapping_add(self.displacement);
@@ -65,8 +75,38 @@ impl Planned {
                 offset = offset.wrapping_add(away as u64);
             }
         }
-        let offset = offset.wrapping_add(index << self.scale) & self.mask;
-        cpu.wrap(cpu.registers.segment_base[usize::from(self.segment & 7)].wrapping_add(offset))
+        offset.wrapping_add(index << self.scale) & self.mask
+    }
+}
+
+/// An access of a repeated instruction: where it begins, and how far it moves from element to element.
+pub(super) struct Repeated {
+    segment_base: u64,
+    linear_mask: u64,
+    offset: u64,
+    /// Offsets wrap where the address's width ends.
+    mask: u64,
+    stride: u64,
+    pub(super) writes: bool,
+}
+
+impl Repeated {
+    /// Before the instruction has run.
+    pub(super) fn new(cpu: &Cpu, planned: &Planned) -> Self {
+        Self {
+            segment_base: planned.segment_base(cpu),
+            linear_mask: cpu.registers.linear_mask,
+            offset: planned.offset(cpu),
+            mask: planned.mask,
+            stride: stride(cpu, &planned.access),
+            writes: planned.access.kind.writes(),
+        }
+    }
+
+    pub(super) fn linear(&self, element: usize) -> u64 {
+        let moved = self.stride.wrapping_mul(element as u64);
+        let offset = self.offset.wrapping_add(moved) & self.mask;
+        self.segment_base.wrapping_add(offset) & self.linear_mask
     }
 }
 
@@ -77,7 +117,7 @@ pub(crate) fn counter(cpu: &Cpu, accesses: &OpAccesses) -> u64 {
 }
 
 /// How far a string instruction's addresses move from one element to the next.
-pub(crate) fn stride(cpu: &Cpu, access: &StaticAccess) -> u64 {
+fn stride(cpu: &Cpu, access: &StaticAccess) -> u64 {
     let bytes = u64::from(access.size_bytes);
     if cpu.rflags_rest & flags::DF != 0 { bytes.wrapping_neg() } else { bytes }
 }

@@ -28,6 +28,7 @@ use crate::fault::Flow;
 use crate::memory::Memory;
 use crate::memory::physical::{PAGE_BYTES, Physical};
 pub(crate) use accesses::Planned;
+use accesses::Repeated;
 use blocks::Numbers;
 pub(crate) use blocks::{BlockTrace, TraceId};
 
@@ -347,12 +348,7 @@ impl Cpu {
     fn run_repeated(&mut self, block: &Block, op: &Op) -> Flow {
         let accesses = block.trace_of(op);
         let before = accesses::counter(self, accesses);
-        let starts = accesses.list.iter().map(|planned| Repeated {
-            first: planned.linear(self),
-            stride: accesses::stride(self, &planned.access),
-            writes: planned.access.kind.writes(),
-        });
-        let starts: Vec<Repeated> = starts.collect();
+        let starts = accesses.list.iter().map(|planned| Repeated::new(self, planned)).collect();
         let rights = self.memory.present_rights();
         // SAFETY: as in `run_traced`.
         let flow = unsafe { (op.handler)(self, op) };
@@ -450,13 +446,6 @@ impl Cpu {
     }
 }
 
-/// An access of a repeated instruction: where it began, and how far it moved from element to element.
-struct Repeated {
-    first: u64,
-    stride: u64,
-    writes: bool,
-}
-
 /// What a repeated instruction did, under which rights, and how often.
 struct Repetition {
     starts: Vec<Repeated>,
@@ -492,12 +481,6 @@ impl Repetition {
                 physical.push(linear.wrapping_add(*distance));
             }
         }
-    }
-}
-
-impl Repeated {
-    fn linear(&self, element: usize) -> u64 {
-        self.first.wrapping_add(self.stride.wrapping_mul(element as u64))
     }
 }
 

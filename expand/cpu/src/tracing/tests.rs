@@ -293,6 +293,18 @@ fn code_of_16_bits_accesses_a_stack_of_32_bits_where_its_description_says() {
 }
 
 #[test]
+fn a_repetition_wraps_where_its_addresses_end() {
+    // REP STOSB by DI, upwards over the end of 64 KiB.
+    let mut machine = Machine::flat_32(&[0x67, 0xf3, 0xaa, HALT]);
+    let mut state = machine.cpu.state();
+    (state.gpr[RCX], state.gpr[RDI]) = (0x20, 0xfff0);
+    machine.cpu.set_state(&state);
+    let (said, did) = trace_one(&mut machine);
+    assert_eq!(ranges(&did.written), [(0, 0xf), (0xfff0, 0xffff)]);
+    assert_eq!(said, did);
+}
+
+#[test]
 fn a_walk_that_marks_a_page_in_code_ends_the_run_in_every_way_of_execution() {
     // Small pages' entries are at 0x4000: the code has the places of those for pages 1 to 3, and reads
     // page 5, whose entry lies in the same chunk.
