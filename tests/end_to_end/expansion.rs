@@ -168,7 +168,7 @@ fn an_idle_guest_is_left_out_in_pieces_as_well() {
     let console = |trace: &str, filters: &[&str]| {
         let words = [&["trace", "dump", trace], filters].concat();
         let listing = run(&words).expect_code(0).stdout;
-        String::from_utf8_lossy(&listing).lines().filter(|line| line.contains("3f8")).count()
+        String::from_utf8_lossy(&listing).lines().filter(|line| line.contains("port 0x3f8")).count()
     };
     let written = console(&whole, &[]);
     assert!(written >= 30, "{written} accesses to the console's port");
