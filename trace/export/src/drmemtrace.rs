@@ -4,10 +4,11 @@
 //!
 //! A file has one instruction-set mode: instructions of 16-bit and 32-bit code are left out and
 //! counted. System calls, interrupts and exceptions become hardware events, and SYSRET and IRET the
-//! returns from them. Readers take events and returns to nest, and code within an event to be the
-//! kernel's; a kernel that switches tasks returns to elsewhere. So events are kept here as on the
-//! reader's stack ([`Events`]): what a return does not match is forgotten by the time user code runs,
-//! and a kernel that no event led to gets one. Only instructions that retired have a place; the repetitions of a REP that an
+//! returns from them. Readers take events and returns to pair, each return to lead to what its event
+//! interrupted, and code within an event to be the kernel's; a kernel that switches tasks returns to
+//! elsewhere. So events are kept here as on the reader's stack ([`Events`]). User code that no open
+//! event was of begins a window, like code behind a gap, with an event and a return of its own; a
+//! kernel that no event led to gets an event. Only instructions that retired have a place; the repetitions of a REP that an
 //! interrupt suspended are shown as instructions of their own, as its rest is.
 
 use std::collections::HashMap;
@@ -126,10 +127,11 @@ impl Events {
         found.map_or(0, |place| self.open.drain(place..).count())
     }
 
-    /// Markers that close all events. One more than there are tells readers that whatever interrupted
-    /// the code that runs now was before the trace, so they compare no address.
-    fn forget(&mut self) -> usize {
-        self.open.drain(..).count() + 1
+    /// Markers that close all events but the `kept` outermost ones, and the address that the last of
+    /// these markers returns to.
+    fn forget(&mut self, kept: usize) -> (usize, Option<u64>) {
+        let outermost = self.open.get(kept).copied();
+        (self.open.drain(kept..).count(), outermost)
     }
 }
 
@@ -154,6 +156,8 @@ pub struct DrMemTrace<W> {
     windows: u64,
     begun: bool,
     events: Events,
+    /// Readers expect control here, since returns were told that did not happen.
+    expected: Option<u64>,
     /// Virtual time that waits to be told.
     time_ns: Option<u64>,
     /// The last instruction written is a branch: only its target, and no time, may follow.
@@ -180,6 +184,7 @@ impl<W: Write> DrMemTrace<W> {
             windows: 0,
             begun: false,
             events: Events::default(),
+            expected: None,
             time_ns: None,
             behind_branch: false,
             left_out: false,
@@ -276,10 +281,18 @@ impl<W: Write> DrMemTrace<W> {
 
     fn put_event(&mut self, interrupted: u64) -> Result<(), TraceError> {
         if self.events.open.len() >= Events::MOST {
-            let markers = self.events.forget();
+            let (markers, again) = self.events.forget(1);
             self.put_returns(markers, interrupted)?;
+            // Back in the outermost event, whose code was last interrupted there. An event at once
+            // behind another has no instruction before it that would have to lead to its address.
+            again.map_or(Ok(()), |address| self.open_event(address))?;
         }
+        self.open_event(interrupted)
+    }
+
+    fn open_event(&mut self, interrupted: u64) -> Result<(), TraceError> {
         self.events.open.push(interrupted);
+        self.expected = None;
         // Readers take zero for no value.
         self.put_marker(marker::HARDWARE_EVENT, interrupted.max(1))
     }
@@ -294,19 +307,24 @@ impl<W: Write> DrMemTrace<W> {
         if std::mem::take(&mut self.left_out) && self.summary.instructions > 0 {
             self.put_window()?;
         }
-        match (is_user, self.events.open.is_empty()) {
-            (true, false) => {
-                let markers = self.events.forget();
-                self.put_returns(markers, address)
-            }
-            (false, true) => self.put_event(address),
-            _ => Ok(()),
+        if !is_user {
+            return if self.events.open.is_empty() { self.put_event(address) } else { Ok(()) };
         }
+        if !self.events.open.is_empty() {
+            self.put_window()?;
+        }
+        if self.expected.take().is_some_and(|expected| expected != address) {
+            self.put_event(address)?;
+            let markers = self.events.close(address);
+            self.put_returns(markers, address)?;
+        }
+        Ok(())
     }
 
-    /// A gap: behind it nothing is known of the events before.
+    /// A gap, or another task than was interrupted: behind it nothing is known of the events before.
     fn put_window(&mut self) -> Result<(), TraceError> {
-        let markers = self.events.forget();
+        let (markers, outermost) = self.events.forget(0);
+        self.expected = outermost.or(self.expected);
         self.put_returns(markers, 1)?;
         self.windows += 1;
         self.put_marker(marker::WINDOW_ID, self.windows)

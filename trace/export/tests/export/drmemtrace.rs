@@ -48,6 +48,25 @@ struct Fetched {
     in_event: bool,
 }
 
+impl Fetched {
+    /// Control is at `address` behind it: does it lead there?
+    fn check_flow(&self, address: u64) {
+        let next = self.address + self.bytes.len() as u64;
+        let displacement = |at: usize| {
+            let bytes = self.bytes[at..at + 4].try_into().expect("four bytes");
+            next.wrapping_add_signed(i64::from(i32::from_le_bytes(bytes)))
+        };
+        let expected = match self.kind {
+            10 | 49 => next,
+            48 => displacement(2),
+            11 | 14 => displacement(1),
+            12 | 15 | 16 => self.target.expect("an indirect branch has its target"),
+            other => panic!("an instruction of type {other}"),
+        };
+        assert_eq!(address, expected, "behind {self:x?}");
+    }
+}
+
 fn is_fetch(kind: u16) -> bool {
     (10..=16).contains(&kind) || [31, 48, 49].contains(&kind)
 }
@@ -65,11 +84,16 @@ struct Reader {
     pages: HashMap<u64, u64>,
     physical: Option<u64>,
     fetched: Vec<Fetched>,
-    interrupted: Vec<u64>,
-    /// Behind a return: where it must lead, if the event is in the trace.
-    returned: Option<Option<u64>>,
-    /// Control may be anywhere: behind an event, a return or a gap.
-    anywhere: bool,
+    /// Open events: what each interrupted, and the last instruction before it.
+    interrupted: Vec<(u64, Option<usize>)>,
+    /// The last instruction that was fetched since the innermost open event.
+    last_in_event: Option<usize>,
+    /// Behind a return: where it must lead.
+    returned: Option<u64>,
+    /// An event or a return stands before the next instruction.
+    is_transferred: bool,
+    /// A gap stands before the next instruction.
+    in_gap: bool,
     events: usize,
     windows: usize,
 }
@@ -105,7 +129,7 @@ impl Reader {
             }
             14 => {
                 self.windows += 1;
-                self.anywhere = true;
+                self.in_gap = true;
             }
             15 => self.physical = Some(value),
             17 => {
@@ -115,49 +139,37 @@ impl Reader {
             }
             29 => self.pending_target = Some(value),
             43 => {
-                // A REP that an interrupt suspends begins again where it stands.
-                let suspends = |last: &Fetched| last.bytes[0] == 0xf3 && last.address == value;
-                if !self.fetched.last().is_some_and(suspends) {
-                    self.check_flow(value);
+                if let Some(last) = self.last_in_event.filter(|_| !self.in_gap) {
+                    // A REP that an interrupt suspends begins again where it stands.
+                    let last = &self.fetched[last];
+                    if last.bytes[0] != 0xf3 || last.address != value {
+                        last.check_flow(value);
+                    }
                 }
                 assert_ne!(value, 0);
                 self.returned = None;
-                self.interrupted.push(value);
+                self.interrupted.push((value, self.last_in_event.take()));
                 assert!(self.interrupted.len() < 30, "readers take this for missing returns");
                 self.events += 1;
-                self.anywhere = true;
+                self.is_transferred = true;
             }
             44 => {
                 assert_ne!(value, 0);
-                self.returned = Some(self.interrupted.pop());
-                self.anywhere = true;
+                // A reader that counts below zero shows the kernel's code as the user's from there on.
+                let (interrupted, last) = self.interrupted.pop().expect("an event came before");
+                (self.returned, self.last_in_event) = (Some(interrupted), last);
+                self.is_transferred = true;
             }
             other => panic!("marker {other} here"),
         }
     }
 
-    /// Control is at `address`: does the instruction before lead there?
-    fn check_flow(&mut self, address: u64) {
-        let anywhere = std::mem::take(&mut self.anywhere);
-        let Some(last) = self.fetched.last().filter(|_| !anywhere) else { return };
-        let next = last.address + last.bytes.len() as u64;
-        let displacement = |at: usize| {
-            let bytes = last.bytes[at..at + 4].try_into().expect("four bytes");
-            next.wrapping_add_signed(i64::from(i32::from_le_bytes(bytes)))
-        };
-        let expected = match last.kind {
-            10 | 49 => next,
-            48 => displacement(2),
-            11 | 14 => displacement(1),
-            12 | 15 | 16 => last.target.expect("an indirect branch has its target"),
-            other => panic!("an instruction of type {other}"),
-        };
-        assert_eq!(address, expected, "behind {last:x?}");
-    }
-
     fn fetch(&mut self, kind: u16, size: u16, address: u64) {
-        self.check_flow(address);
-        if let Some(Some(interrupted)) = self.returned.take() {
+        let anywhere = std::mem::take(&mut self.is_transferred) | std::mem::take(&mut self.in_gap);
+        if let Some(last) = self.fetched.last().filter(|_| !anywhere) {
+            last.check_flow(address);
+        }
+        if let Some(interrupted) = self.returned.take() {
             assert_eq!(address, interrupted, "a return leads to what was interrupted");
         }
         let encoding = std::mem::take(&mut self.pending_encoding);
@@ -178,6 +190,7 @@ impl Reader {
         );
         assert!(!is_branch(kind) || kind != 13, "conditional branches say whether they are taken");
         let (accesses, in_event) = (Vec::new(), !self.interrupted.is_empty());
+        self.last_in_event = Some(self.fetched.len());
         self.fetched.push(Fetched { kind, address, bytes, target, accesses, in_event });
     }
 }
@@ -312,17 +325,43 @@ fn switches(exporter: &mut dyn Observer, times: usize) {
 }
 
 #[test]
-fn a_kernel_may_return_to_another_task_than_was_interrupted() {
+fn a_return_to_another_task_than_was_interrupted_begins_a_window() {
     let mut exporter = DrMemTrace::new(Vec::new(), 0);
     switches(&mut exporter, 100);
-    let records = records(&exporter.into_parts().0);
-    let mut reader = Reader::default();
-    records[9..records.len() - 2].iter().for_each(|record| reader.take(*record));
-    assert_eq!(reader.events, 100);
+    let reader = read(exporter);
+    // Each turn is interrupted, and each but the first goes on where nothing open was.
+    assert_eq!((reader.events, reader.windows), (199, 100));
     assert_eq!(reader.fetched.len(), 200);
     for fetched in &reader.fetched {
         assert_eq!(fetched.in_event, fetched.address == HANDLER);
     }
+}
+
+/// What the reader sees in all of a trace's records.
+fn read(exporter: DrMemTrace<Vec<u8>>) -> Reader {
+    let records = records(&exporter.into_parts().0);
+    // It begins with the first window.
+    let begin = records.iter().position(|one| *one == (MARKER, 14, 0)).expect("a window");
+    let mut reader = Reader::default();
+    records[begin..records.len() - 2].iter().for_each(|record| reader.take(*record));
+    reader
+}
+
+#[test]
+fn a_kernel_that_never_returns_keeps_readers_from_counting_too_many_events() {
+    let definitions = (0..100).map(|at| block(at, HANDLER + u64::from(at) * 16, NOP, Mode::KERNEL));
+    let mut batch = Batch { definitions: definitions.collect(), ..Batch::default() };
+    for at in 0..100 {
+        batch.words.push(at);
+        batch.push_event(interrupt(HANDLER + u64::from(at) * 16 + 1));
+    }
+    batch.words.push(0);
+    let mut exporter = DrMemTrace::new(Vec::new(), 0);
+    Feed::new(Contents::default()).push(&batch, &mut exporter).expect("is a batch");
+    exporter.end().expect("ends");
+    let reader = read(exporter);
+    assert_eq!((reader.fetched.len(), reader.windows), (101, 1));
+    assert!(reader.fetched.iter().all(|fetched| fetched.in_event));
 }
 
 #[test]
