@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 pub enum TickKind {
     /// A retired instruction: engine `soft`, and `kvm` under the clock `step`.
     Instruction,
-    /// A retired conditional branch: `kvm` under the clock `pmu`.
+    /// A retired conditional branch, a finished access to the board, or a HLT: `kvm` under the clock
+    /// `pmu`. Several instructions share a tick, so a moment within it is told by the CPU's state.
     ConditionalBranch,
     /// An exit from the guest for port I/O, MMIO or HLT: `kvm` under the clock `sync`.
     Exit,

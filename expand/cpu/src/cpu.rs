@@ -153,6 +153,8 @@ pub struct Cpu {
     pub(crate) budget_end: u64,
     pub(crate) debug: DebugState,
     pub(crate) exceptions: ExceptionRun,
+    /// Conditional branches retired, if they are counted (`counting.rs`).
+    pub(crate) branch_count: Option<u64>,
 }
 
 impl Cpu {
@@ -202,6 +204,7 @@ impl Cpu {
             budget_end: 0,
             debug: DebugState::default(),
             exceptions: ExceptionRun::NONE,
+            branch_count: None,
         });
         cpu.set_state(&CpuState::default());
         Ok(cpu)

@@ -94,6 +94,31 @@ impl SoftEngine {
         Ok(())
     }
 
+    pub(crate) fn cpu(&self) -> &Cpu {
+        &self.cpu
+    }
+
+    pub(crate) fn cpu_mut(&mut self) -> &mut Cpu {
+        &mut self.cpu
+    }
+
+    pub(crate) fn has_queued_exit(&self) -> bool {
+        self.queued.is_some()
+    }
+
+    /// Hands over the exit that waits, that of an interrupt window, or else what `step` comes to.
+    pub(crate) fn next_exit(&mut self, step: impl FnOnce(&mut Cpu) -> Option<Exit>) -> Option<Exit> {
+        assert!(self.unfinished.is_none(), "the last access is finished before the guest runs on");
+        let exit = match self.queued.take() {
+            Some(exit) => Some(exit),
+            None if self.interrupt_requested && self.cpu.interruptible() => {
+                Some(Exit::InterruptWindow)
+            }
+            None => step(&mut self.cpu),
+        };
+        exit.map(|exit| self.hand_over(exit))
+    }
+
     fn hand_over(&mut self, exit: Exit) -> Exit {
         match &exit {
             Exit::Access(access) => self.unfinished = Some(*access),

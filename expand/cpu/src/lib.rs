@@ -10,6 +10,7 @@
 #[cfg(not(target_arch = "x86_64"))]
 compile_error!("the software CPU executes guest instructions on an x86-64 host");
 
+mod counting;
 pub mod cpu;
 pub mod decode;
 pub mod engine;

@@ -11,8 +11,8 @@ use reprise_trace::cpu_state::{CpuState, RAX, RBX, RCX, RDX};
 
 use crate::counters::{Counted, Counter, refusal};
 use crate::error::KvmError;
-use crate::paging::write_ram;
-use crate::register_bits::RFLAGS_TF;
+use reprise_branch_clock::paging::write_ram;
+use reprise_branch_clock::register_bits::RFLAGS_TF;
 use crate::report::Finding;
 use crate::user_oracle::{
     CODE_ADDRESS, RAM_MIB, UserInput, build_image, handler_address, into_kernel_state,

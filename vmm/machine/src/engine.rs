@@ -8,6 +8,7 @@ use reprise_trace::cpu_state::CpuState;
 use reprise_trace::moment::{Moment, TickKind};
 
 use crate::clock::TimeBase;
+use crate::inputs::Stamp;
 
 /// An access by the guest that the board must answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,7 +107,9 @@ pub trait Engine {
     /// Ticks since the machine started, at this instruction boundary.
     fn tick(&self) -> u64;
 
-    /// Runs the guest until `tick() == until` or an earlier exit. Under [`TickKind::Exit`] each
+    /// Runs the guest until `tick() == until` or an earlier exit. Under
+    /// [`TickKind::ConditionalBranch`] it comes back at that tick or soon after it, and an access or a
+    /// HLT is counted when its instruction is finished. Under [`TickKind::Exit`] each
     /// access and each HLT is a tick, counted when it is finished, and `until` is only compared at
     /// those. Where one instruction makes several accesses, each is a tick, and between them
     /// [`Engine::moment`] and [`Engine::cpu_state`] answer (the same each time), while
@@ -115,6 +118,23 @@ pub trait Engine {
     /// # Panics
     /// If `until` is in the past, or the last access was not finished.
     fn run(&mut self, until: u64) -> Result<Exit, EngineError>;
+
+    /// Under [`TickKind::ConditionalBranch`]: runs the guest until it stands where `stamp` was taken,
+    /// which is not where it stands now, and gives [`Exit::TickReached`] there. An earlier exit is given
+    /// as by [`Engine::run`]; if the guest's ticks pass the stamp's without that place, this gives
+    /// [`Exit::TickReached`] wherever the guest stands then. Where a tick is one place, `run` does it.
+    ///
+    /// # Panics
+    /// As [`Engine::run`].
+    fn run_to(&mut self, stamp: &Stamp) -> Result<Exit, EngineError> {
+        self.run(stamp.moment.tick)
+    }
+
+    /// Whether the boundary of the last [`Exit::Kicked`] is one that another run finds again. An engine
+    /// whose ticks are one place each keeps that promise for every kick.
+    fn stands_exactly(&self) -> bool {
+        self.tick_kind() != TickKind::Exit
+    }
 
     /// Answers the access that [`Engine::run`] came back with: the instruction is then retired and
     /// counted (a REP INS/OUTS or a store that straddles pages may give several accesses before it

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod checkpoint;
+mod accessed_bits;
 pub mod clock;
 pub mod digest;
 pub mod divergence;

@@ -13,7 +13,7 @@ use reprise_trace::moment::TickKind;
 
 use crate::checkpoint::{CAPTURE_TICKS, Checkpointer};
 use crate::clock::{TimeBase, TimeSource};
-use crate::digest::StateDigest;
+use crate::digest::{AccessedBits, StateDigest};
 use crate::effects::Effects;
 use crate::engine::{Access, Engine, EngineError, Exit};
 use crate::inputs::{Arrival, Boundary, Idle, Inputs, Stamp, Stop};
@@ -34,6 +34,9 @@ pub struct Machine<E: Engine, I: Inputs> {
     pub(crate) power_event: Option<PowerEvent>,
     /// The engine was told to come back when interrupts open.
     interrupt_requested: bool,
+    /// The recording's own boundaries are exits and places that it names, not ticks: it was made on
+    /// hardware that runs freely between them, whatever replays it.
+    runs_freely: bool,
     /// The tick at which the last interrupt was delivered. Until that tick has passed the delivery
     /// may be half done (on KVM it happens with the handler's first instruction), so nothing enters.
     delivered_at: Option<u64>,
@@ -70,7 +73,9 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     pub fn new(mut engine: E, board: Board, inputs: I, time: TimeSource) -> Self {
         let base = TimeBase { tick: engine.tick(), ns: 0, ns_per_tick: time.ns_per_tick() };
         engine.set_time_base(base);
+        let runs_freely = engine.tick_kind() == TickKind::ConditionalBranch;
         Self {
+            runs_freely,
             engine,
             board,
             inputs,
@@ -89,6 +94,14 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
             accesses: 0,
             interrupts: 0,
         }
+    }
+
+    /// The machine replays what hardware recorded that ran freely between exits, under another clock:
+    /// the moments of [`TickKind::ConditionalBranch`], told by the engine's own ticks.
+    #[must_use]
+    pub fn of_free_running_hardware(mut self) -> Self {
+        self.runs_freely = true;
+        self
     }
 
     /// Runs the guest to its end.
@@ -133,7 +146,11 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     /// # Errors
     /// If the engine fails.
     pub fn state_digest(&mut self) -> Result<StateDigest, EngineError> {
-        StateDigest::of(&mut self.engine, &self.board)
+        let accessed_bits = match self.runs_freely {
+            true => AccessedBits::SetAside,
+            false => AccessedBits::Exact,
+        };
+        StateDigest::of(&mut self.engine, &self.board, accessed_bits)
     }
 
     /// The engine, for looking at the guest.
@@ -267,9 +284,15 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
             self.board.advance(now);
             let vector = self.board.acknowledge_interrupt();
             self.engine.inject(vector)?;
-            self.delivered_at = Some(self.engine.tick());
             self.sleep = None;
             self.interrupts += 1;
+            if self.runs_freely {
+                // Nobody looks again before the next exit.
+                self.interrupt_requested = self.board.interrupt_pending();
+                self.engine.set_interrupt_request(self.interrupt_requested);
+            } else {
+                self.delivered_at = Some(self.engine.tick());
+            }
         }
         Ok(())
     }
@@ -294,7 +317,15 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     fn execute(&mut self, target: Target) -> Result<bool, Stop> {
         let tick = self.engine.tick();
         let until = self.run_limit(tick, target)?;
-        match self.engine.run(until)? {
+        let place = match self.engine.tick_kind() {
+            TickKind::ConditionalBranch => self.inputs.place(),
+            TickKind::Instruction | TickKind::Exit => None,
+        };
+        let exit = match place.filter(|place| place.moment.tick < target) {
+            Some(place) => self.engine.run_to(&place)?,
+            None => self.engine.run(until)?,
+        };
+        match exit {
             Exit::TickReached | Exit::InterruptWindow => Ok(true),
             Exit::Access(access) => self.answer(access),
             Exit::Halt => {
@@ -304,7 +335,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
                 Ok(true)
             }
             Exit::Kicked => {
-                let stands = self.engine.tick_kind() != TickKind::Exit;
+                let stands = self.engine.stands_exactly();
                 let now = self.now();
                 self.inputs.kicked(self.engine.tick(), now, stands)?;
                 Ok(stands)

@@ -46,7 +46,7 @@ use crate::cpu::Cpu;
 use crate::decode::op::Op;
 use crate::fault::{Fault, Flow};
 use crate::mode::Mode;
-use crate::{native, system};
+use crate::{counting, native, system};
 
 pub(crate) use branch::condition_code;
 
@@ -107,6 +107,7 @@ pub(crate) fn select(cpu: &mut Cpu, op: &mut Op) -> BlockEnd {
     }
     for by_hand in BY_HAND {
         if let Some(end) = by_hand(op, mode) {
+            counting::wrap_branch(cpu, op);
             return end;
         }
     }

@@ -148,7 +148,8 @@ fn elements_in_run(cpu: &Cpu, op: &Op, register: usize, linear: u64) -> u64 {
 /// after each.
 fn runs_allowed(cpu: &Cpu, op: &Op) -> bool {
     let checks = cpu.mode.checks(op.b) || cpu.mode.checks(ES as u8);
-    cpu.rflags_rest & (flags::DF | flags::TF) == 0 && !checks
+    let whole = cpu.rflags_rest & (flags::DF | flags::TF) == 0;
+    whole && !checks && !cpu.debug.stops_between_elements
 }
 
 /// Ends one element of a repeated instruction that the counter no longer counts.

@@ -39,11 +39,18 @@ pub(crate) struct DebugState {
     stack_switch: u64,
     /// The boundary after the last instruction whose trap flag counts as it is after it, in ticks.
     trap_flag_changed: u64,
+    /// A repeated instruction stops after each element, though nothing traps (`counting.rs`).
+    pub(crate) stops_between_elements: bool,
 }
 
 impl Default for DebugState {
     fn default() -> Self {
-        Self { hits: 0, stack_switch: u64::MAX, trap_flag_changed: u64::MAX }
+        Self {
+            hits: 0,
+            stack_switch: u64::MAX,
+            trap_flag_changed: u64::MAX,
+            stops_between_elements: false,
+        }
     }
 }
 
@@ -51,6 +58,11 @@ impl DebugState {
     /// SS was loaded: at the boundary `tick` no debug exception is delivered.
     pub(super) fn note_stack_switch(&mut self, tick: u64) {
         self.stack_switch = tick;
+    }
+
+    /// Whether the instruction that led to the boundary `tick` loaded SS.
+    pub(crate) fn is_behind_stack_switch(&self, tick: u64) -> bool {
+        self.stack_switch == tick
     }
 
     /// An event or system call has set TF aside: no single step is reported at the boundary `tick`.
@@ -175,7 +187,8 @@ impl Cpu {
     #[inline(always)]
     pub(crate) fn between_elements(&self, left: u64) -> Result<(), Stop> {
         let trap = self.rflags_rest & flags::TF != 0 || self.debug.hits != 0;
-        if trap && left != 0 { Err(Stop::Repeats) } else { Ok(()) }
+        let stops = trap || self.debug.stops_between_elements;
+        if stops && left != 0 { Err(Stop::Repeats) } else { Ok(()) }
     }
 
     /// Sets DR6: earlier breakpoints go, its other causes stay until software clears them.

@@ -171,6 +171,10 @@ pub trait Inputs: sealed::Sealed {
     /// above `tick`, where it stands now.
     fn stop_at(&mut self, tick: u64) -> Result<Option<u64>, Stop>;
 
+    /// The exact place of what the log has next, if it has one; only the tick of an answer, or of an
+    /// end that the guest comes to by itself, is known.
+    fn place(&mut self) -> Option<Stamp>;
+
     /// The next thing that enters at this boundary. Called until it gives `None`.
     fn arrival<E: Engine>(&mut self, here: &mut Boundary<'_, E>) -> Result<Option<Arrival>, Stop>;
 

@@ -240,6 +240,10 @@ impl<H: Host, S: FrameSink> Inputs for Recording<H, S> {
         Ok(None)
     }
 
+    fn place(&mut self) -> Option<Stamp> {
+        None
+    }
+
     fn arrival<E: Engine>(&mut self, here: &mut Boundary<'_, E>) -> Result<Option<Arrival>, Stop> {
         if !std::mem::replace(&mut self.visited, true) {
             self.visit(here);

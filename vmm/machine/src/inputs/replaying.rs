@@ -7,7 +7,7 @@ use reprise_trace::checkpoint::LastRecord;
 use reprise_trace::event::{EffectDigest, Ending, Event, LoggedEvent, Record};
 use reprise_trace::log::LogReader;
 use reprise_trace::logged::Logged;
-use reprise_trace::moment::Moment;
+use reprise_trace::moment::{Moment, TickKind};
 
 use super::{Arrival, Boundary, Idle, Inputs, MAX_UNLOGGED_JUMPS, Stamp, Stop};
 use crate::clock::{MAX_VIRTUAL_NS, TimeSource};
@@ -30,6 +30,8 @@ pub enum Verification {
 type ConsoleObserver = Box<dyn FnMut(&[u8])>;
 /// Sees how far the replay is: tick and virtual nanoseconds.
 type ProgressObserver = Box<dyn FnMut(u64, u64)>;
+/// Sees each record when the machine stands at its place and it agrees.
+type RecordObserver = Box<dyn FnMut(&Record)>;
 
 /// Reads the log. Holds no host; observers only see what goes out.
 pub struct Replaying {
@@ -37,6 +39,7 @@ pub struct Replaying {
     verification: Verification,
     console: Option<ConsoleObserver>,
     progress: Option<ProgressObserver>,
+    record: Option<RecordObserver>,
     records: u64,
     verified_until: Option<Moment>,
     last: Option<LastRecord>,
@@ -65,6 +68,7 @@ impl Replaying {
             verification: Verification::default(),
             console: None,
             progress: None,
+            record: None,
             records: 0,
             verified_until: None,
             last: None,
@@ -97,6 +101,12 @@ impl Replaying {
         self
     }
 
+    /// Shows each record when it is replayed: for an answer, before its access is answered.
+    pub fn on_record(mut self, observer: impl FnMut(&Record) + 'static) -> Self {
+        self.record = Some(Box::new(observer));
+        self
+    }
+
     /// The next record.
     fn peek(&mut self) -> Result<&Record, Stop> {
         match self.log.peek() {
@@ -114,6 +124,9 @@ impl Replaying {
                 let Record { moment, cpu_digest, .. } = *record.get();
                 self.verified_until = Some(moment);
                 self.last = Some(LastRecord { moment, cpu_digest });
+                if let Some(observer) = &mut self.record {
+                    observer(record.get());
+                }
                 self.unlogged_jumps = 0;
                 Ok(record.into_event())
             }
@@ -149,6 +162,21 @@ impl Replaying {
             Event::Time(_) | Event::Console(_) | Event::Mark(_) => false,
         };
         Ok((!waits).then(|| record.clone()))
+    }
+
+    /// Whether the record's place is another one of this tick, where a tick has several: the engine
+    /// finds it, or comes to the next tick without it.
+    fn lies_further_on<E: Engine>(
+        &mut self,
+        record: &Record,
+        here: &mut Boundary<'_, E>,
+    ) -> Result<bool, Stop> {
+        if here.engine.tick_kind() != TickKind::ConditionalBranch {
+            return Ok(false);
+        }
+        let Some(place) = self.place() else { return Ok(false) };
+        debug_assert_eq!(place, stamp_of(record));
+        Ok(self.compare_position(place, here.stamp()?).is_err())
     }
 
     fn compare_position(&self, recorded: Stamp, found: Stamp) -> Result<(), Divergence> {
@@ -237,8 +265,23 @@ impl Inputs for Replaying {
         Ok(Some(next))
     }
 
+    fn place(&mut self) -> Option<Stamp> {
+        let record = self.log.peek().ok()??;
+        let known = match &record.event {
+            Event::Console(_) | Event::Time(_) | Event::Mark(_) => true,
+            Event::ClockRead(_) => false,
+            Event::End { ending, final_digest, .. } => {
+                *ending == Ending::Stopped && final_digest.is_some()
+            }
+        };
+        known.then(|| stamp_of(record))
+    }
+
     fn arrival<E: Engine>(&mut self, here: &mut Boundary<'_, E>) -> Result<Option<Arrival>, Stop> {
         while let Some(record) = self.due(here)? {
+            if self.lies_further_on(&record, here)? {
+                return Ok(None);
+            }
             if let Event::End { ending, final_digest, .. } = record.event {
                 // Taken and compared by `end`.
                 return Ok(Some(Arrival::Stop { ending, exact: final_digest.is_some() }));

@@ -1,18 +1,18 @@
-//! The instruction at RIP, decoded before it is stepped: what it is, and where it may lead.
+//! The instruction at RIP, decoded before it executes: what it is, and where it may lead.
 
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, OpKind, Register};
 use reprise_machine::ram::GuestRam;
-use reprise_trace::cpu_state::{CS, CpuState, ES, RSP, SS};
+use reprise_trace::cpu_state::{CS, CpuState, ES, RCX, RSP, SS};
 
 use crate::paging::Paging;
 use crate::register_bits::{CR0_PE, EFER_LMA};
 
 /// The longest instruction, in bytes.
-pub(crate) const MAX_BYTES: usize = 15;
+pub const MAX_BYTES: usize = 15;
 
 /// Where RIP may stand after an instruction has retired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Successors {
+pub enum Successors {
     /// One of these (twice the same where there is one).
     These([u64; 2]),
     /// Nowhere: it always faults, or an event comes first.
@@ -23,7 +23,7 @@ pub(crate) enum Successors {
 
 impl Successors {
     /// Whether `rip` may follow.
-    pub(crate) fn contain(self, rip: u64) -> bool {
+    pub fn contain(self, rip: u64) -> bool {
         match self {
             Self::These(all) => all.contains(&rip),
             Self::None => false,
@@ -31,13 +31,13 @@ impl Successors {
         }
     }
 
-    fn one(rip: u64) -> Self {
+    pub(crate) fn one(rip: u64) -> Self {
         Self::These([rip; 2])
     }
 }
 
 /// Operand size of the code that the guest is in: 16, 32 or 64.
-pub(crate) fn bitness(state: &CpuState) -> u32 {
+pub fn bitness(state: &CpuState) -> u32 {
     let cs = &state.segments[CS];
     match (state.efer & EFER_LMA != 0 && cs.long(), cs.default_32()) {
         (true, _) => 64,
@@ -46,13 +46,19 @@ pub(crate) fn bitness(state: &CpuState) -> u32 {
     }
 }
 
-/// Decodes what stands at offset `rip` of the code segment; `None` where it cannot be fetched or is
-/// no instruction, which is to say that it faults.
-pub(crate) fn decode_at(ram: &GuestRam, state: &CpuState, rip: u64) -> Option<Instruction> {
+/// The linear address of offset `rip` of the code segment.
+pub fn linear_of(state: &CpuState, rip: u64) -> u64 {
     let bitness = bitness(state);
     let base = if bitness == 64 { 0 } else { state.segments[CS].base };
+    linear_address(bitness, base.wrapping_add(rip))
+}
+
+/// Decodes what stands at offset `rip` of the code segment; `None` where it cannot be fetched or is
+/// no instruction, which is to say that it faults.
+pub fn decode_at(ram: &GuestRam, state: &CpuState, rip: u64) -> Option<Instruction> {
+    let bitness = bitness(state);
     let mut bytes = [0; MAX_BYTES];
-    let linear = linear_address(bitness, base.wrapping_add(rip));
+    let linear = linear_of(state, rip);
     let count = Paging::from(state).read_prefix(ram, linear, &mut bytes);
     let mut decoder = Decoder::with_ip(bitness, &bytes[..count], rip, DecoderOptions::NONE);
     let instruction = decoder.decode();
@@ -60,13 +66,13 @@ pub(crate) fn decode_at(ram: &GuestRam, state: &CpuState, rip: u64) -> Option<In
 }
 
 /// Whether it is one that RIP stays at until RCX has run out.
-pub(crate) fn repeats(instruction: &Instruction) -> bool {
+pub fn repeats(instruction: &Instruction) -> bool {
     let prefixed = instruction.has_rep_prefix() || instruction.has_repne_prefix();
     prefixed && instruction.is_string_instruction()
 }
 
 /// Where `instruction`, about to execute in `state`, leads if it does not fault.
-pub(crate) fn successors(
+pub fn successors(
     ram: &GuestRam,
     state: &CpuState,
     instruction: &Instruction,
@@ -77,6 +83,15 @@ pub(crate) fn successors(
         _ => 0xffff,
     };
     let next = instruction.next_ip() & mask;
+    match (instruction.code(), bitness(state)) {
+        (Code::Syscall, 64) => return Successors::one(state.lstar),
+        (Code::Sysretq, 64) => return Successors::one(state.gpr[RCX]),
+        (Code::Int_imm8 | Code::Int3, _) => {
+            let vector = if instruction.code() == Code::Int3 { 3 } else { instruction.immediate8() };
+            return handler_of(ram, state, vector).map_or(Successors::None, Successors::one);
+        }
+        _ => {}
+    }
     match instruction.flow_control() {
         FlowControl::Next if repeats(instruction) => {
             Successors::These([next, instruction.ip() & mask])
@@ -135,7 +150,7 @@ fn return_target(ram: &GuestRam, state: &CpuState, instruction: &Instruction) ->
 }
 
 /// The word of `bytes` bytes at `offset` from the top of the stack; `None` where that is not RAM.
-pub(crate) fn stack_word(
+pub fn stack_word(
     ram: &GuestRam,
     state: &CpuState,
     offset: u64,
@@ -197,7 +212,7 @@ fn register(state: &CpuState, name: Register) -> Option<u64> {
 }
 
 /// The handler's offset in the gate of `vector`; `None` where there is none.
-pub(crate) fn handler_of(ram: &GuestRam, state: &CpuState, vector: u8) -> Option<u64> {
+pub fn handler_of(ram: &GuestRam, state: &CpuState, vector: u8) -> Option<u64> {
     let entry_bytes: u64 = match (state.efer & EFER_LMA != 0, state.cr0 & CR0_PE != 0) {
         (true, _) => 16,
         (false, true) => 8,

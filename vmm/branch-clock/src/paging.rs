@@ -18,15 +18,15 @@ const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// Which paging is on, and where its tables start.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Paging {
+pub struct Paging {
     /// Control register 0.
-    pub(crate) cr0: u64,
+    pub cr0: u64,
     /// Control register 3.
-    pub(crate) cr3: u64,
+    pub cr3: u64,
     /// Control register 4.
-    pub(crate) cr4: u64,
+    pub cr4: u64,
     /// Extended feature enable register.
-    pub(crate) efer: u64,
+    pub efer: u64,
 }
 
 impl From<&CpuState> for Paging {
@@ -37,13 +37,13 @@ impl From<&CpuState> for Paging {
 
 /// One mapping, as far as the page of one linear address goes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Mapping {
+pub struct Mapping {
     /// Guest-physical address of the byte asked for.
-    pub(crate) physical: u64,
+    pub physical: u64,
     /// Every level allows writing.
-    pub(crate) writable: bool,
+    pub writable: bool,
     /// Every level allows CPL3.
-    pub(crate) user: bool,
+    pub user: bool,
     /// Guest-physical addresses of the entries that were used, the last one of the page itself;
     /// zero where there is none.
     entries: [u64; 4],
@@ -83,7 +83,7 @@ impl Paging {
     }
 
     /// Where `linear` lies, if it is mapped and the tables lie in RAM.
-    pub(crate) fn walk(&self, ram: &GuestRam, linear: u64) -> Option<Mapping> {
+    pub fn walk(&self, ram: &GuestRam, linear: u64) -> Option<Mapping> {
         if self.cr0 & CR0_PG == 0 {
             let physical = linear & 0xffff_ffff;
             return Some(Mapping { physical, writable: true, user: true, entries: [0; 4] });
@@ -117,13 +117,13 @@ impl Paging {
     }
 
     /// Whether supervisor code may write through `mapping`.
-    pub(crate) fn supervisor_may_write(&self, mapping: &Mapping) -> bool {
+    pub fn supervisor_may_write(&self, mapping: &Mapping) -> bool {
         mapping.writable || self.cr0 & CR0_WP == 0
     }
 
     /// Sets the accessed bits of a mapping that is used, and the dirty bit if it is written, as the
     /// CPU does.
-    pub(crate) fn mark_used(&self, ram: &GuestRam, mapping: &Mapping, written: bool) {
+    pub fn mark_used(&self, ram: &GuestRam, mapping: &Mapping, written: bool) {
         let mut leaf = true;
         for address in mapping.entries.into_iter().filter(|address| *address != 0) {
             let dirty = if leaf && written { DIRTY } else { 0 };
@@ -137,12 +137,12 @@ impl Paging {
     }
 
     /// Reads guest memory at a linear address; false if any of it is not mapped to RAM.
-    pub(crate) fn read(&self, ram: &GuestRam, linear: u64, bytes: &mut [u8]) -> bool {
+    pub fn read(&self, ram: &GuestRam, linear: u64, bytes: &mut [u8]) -> bool {
         self.read_prefix(ram, linear, bytes) == bytes.len()
     }
 
     /// Reads as much of `bytes` as is mapped to RAM without a gap; gives how much.
-    pub(crate) fn read_prefix(&self, ram: &GuestRam, linear: u64, bytes: &mut [u8]) -> usize {
+    pub fn read_prefix(&self, ram: &GuestRam, linear: u64, bytes: &mut [u8]) -> usize {
         let mut done = 0;
         while done < bytes.len() {
             let at = linear.wrapping_add(done as u64);
@@ -161,12 +161,12 @@ impl Paging {
 }
 
 /// Whether a whole range is RAM.
-pub(crate) fn is_ram(ram: &GuestRam, physical: u64, length: usize) -> bool {
+pub fn is_ram(ram: &GuestRam, physical: u64, length: usize) -> bool {
     ram.memory().check_range(GuestAddress(physical), length)
 }
 
 /// Writes guest RAM; the caller has checked the range.
-pub(crate) fn write_ram(ram: &GuestRam, physical: u64, bytes: &[u8]) {
+pub fn write_ram(ram: &GuestRam, physical: u64, bytes: &[u8]) {
     ram.memory().write_slice(bytes, GuestAddress(physical)).expect("range lies in guest RAM");
 }
 

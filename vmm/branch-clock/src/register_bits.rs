@@ -2,29 +2,29 @@
 //! Architectures Software Developer's Manual, volume 3A, chapter 2).
 
 /// Protected mode.
-pub(crate) const CR0_PE: u64 = 1;
+pub const CR0_PE: u64 = 1;
 /// The kernel cannot write to read-only pages either.
-pub(crate) const CR0_WP: u64 = 1 << 16;
+pub const CR0_WP: u64 = 1 << 16;
 /// Paging.
-pub(crate) const CR0_PG: u64 = 1 << 31;
+pub const CR0_PG: u64 = 1 << 31;
 
 /// Pages of 4 MiB.
-pub(crate) const CR4_PSE: u64 = 1 << 4;
+pub const CR4_PSE: u64 = 1 << 4;
 /// Page tables of 64-bit entries.
-pub(crate) const CR4_PAE: u64 = 1 << 5;
+pub const CR4_PAE: u64 = 1 << 5;
 /// The kernel cannot access the user's pages.
-pub(crate) const CR4_SMAP: u64 = 1 << 21;
+pub const CR4_SMAP: u64 = 1 << 21;
 
 /// Long mode is active.
-pub(crate) const EFER_LMA: u64 = 1 << 10;
+pub const EFER_LMA: u64 = 1 << 10;
 
 /// A trap after each instruction.
-pub(crate) const RFLAGS_TF: u64 = 1 << 8;
+pub const RFLAGS_TF: u64 = 1 << 8;
 /// Interrupts are open.
-pub(crate) const RFLAGS_IF: u64 = 1 << 9;
+pub const RFLAGS_IF: u64 = 1 << 9;
 /// A task within a task, which long mode's IRET refuses.
-pub(crate) const RFLAGS_NT: u64 = 1 << 14;
+pub const RFLAGS_NT: u64 = 1 << 14;
 /// The next instruction's breakpoints do not count.
-pub(crate) const RFLAGS_RF: u64 = 1 << 16;
+pub const RFLAGS_RF: u64 = 1 << 16;
 /// Virtual-8086 mode.
-pub(crate) const RFLAGS_VM: u64 = 1 << 17;
+pub const RFLAGS_VM: u64 = 1 << 17;

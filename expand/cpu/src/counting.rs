@@ -1,0 +1,93 @@
+//! The software CPU from within, for whoever makes hardware of it: conditional branches counted as a
+//! performance counter counts them, single steps that also stop amid a REP and before a handler's first
+//! instruction, and translations that are forgotten as a TLB forgets them.
+//!
+//! Counting costs nothing where nobody counts: a branch is counted by the handler that its operation
+//! gets when it is decoded. Translated code does not count, so it is switched off.
+#![allow(unsafe_code)]
+
+use iced_x86::{FlowControl, Instruction};
+use reprise_machine::engine::Exit;
+use reprise_machine::ram::GuestRam;
+
+use crate::cpu::Cpu;
+use crate::decode::op::Op;
+use crate::engine::SoftEngine;
+use crate::fault::Flow;
+use crate::native::host_fpu::with_guest_fpu;
+use crate::translate::Translation;
+
+/// Whether a performance counter of conditional branches counts this: Jcc, and LOOP and JRCXZ with
+/// their kin.
+fn is_conditional_branch(instruction: &Instruction) -> bool {
+    instruction.flow_control() == FlowControl::ConditionalBranch
+}
+
+/// Has an operation counted if it is a conditional branch and such are counted.
+pub(crate) fn wrap_branch(cpu: &Cpu, op: &mut Op) {
+    if cpu.branch_count.is_some() && is_conditional_branch(&op.instruction) {
+        op.instruction.inner = op.handler;
+        op.handler = counted;
+    }
+}
+
+/// Runs a conditional branch and counts it if it retires.
+extern "sysv64" fn counted(cpu: &mut Cpu, op: &Op) -> Flow {
+    // SAFETY: `inner` is the handler that `ops::select` chose for this very operation.
+    let flow = unsafe { (op.instruction.inner)(cpu, op) };
+    if flow == Flow::NEXT
+        && let Some(count) = &mut cpu.branch_count
+    {
+        *count += 1;
+    }
+    flow
+}
+
+impl SoftEngine {
+    /// Counts conditional branches from here on, which runs instructions one by one. To be called
+    /// before the guest first runs: code that is decoded already is not counted.
+    pub fn count_conditional_branches(&mut self) {
+        self.set_translation(Translation::Never);
+        self.cpu_mut().branch_count = Some(0);
+    }
+
+    /// Conditional branches retired since [`SoftEngine::count_conditional_branches`].
+    pub fn conditional_branches(&self) -> u64 {
+        self.cpu().branch_count.unwrap_or(0)
+    }
+
+    /// Executes one instruction, one element of a REP, or the delivery of one fault, whichever comes
+    /// first. Gives an exit if that needs the machine; the guest is not halted.
+    ///
+    /// # Panics
+    /// If the last access was not finished.
+    pub fn step(&mut self) -> Option<Exit> {
+        self.next_exit(|cpu| {
+            cpu.debug.stops_between_elements = true;
+            let exit = with_guest_fpu(cpu, |cpu| cpu.execute_one());
+            cpu.debug.stops_between_elements = false;
+            exit
+        })
+    }
+
+    /// Whether the instruction whose access was finished last has more to do before it retires.
+    pub fn amid_instruction(&self) -> bool {
+        self.has_queued_exit()
+    }
+
+    /// Whether the last instruction loaded SS, behind which no debug exception is delivered.
+    pub fn loaded_stack_segment(&self) -> bool {
+        let cpu = self.cpu();
+        cpu.interrupt_shadow && cpu.debug.is_behind_stack_switch(cpu.tick)
+    }
+
+    /// Forgets every cached translation, as a TLB may at any time.
+    pub fn forget_translations(&mut self) {
+        self.cpu_mut().flush_translations();
+    }
+
+    /// Guest RAM.
+    pub fn ram(&self) -> &GuestRam {
+        self.cpu().memory.physical.ram()
+    }
+}

@@ -1,0 +1,197 @@
+//! Leading a kicked guest on to a place that another run finds again.
+//!
+//! Best is the first place of a tick, right behind a conditional branch: no other place has that tick
+//! and comes before. The guest is led there instruction by instruction, with breakpoints wherever the
+//! next one may lead. Not to be stood on is what a breakpoint does not find: the boundaries in an
+//! interrupt shadow, under RFLAGS.RF, and amid a REP.
+//!
+//! In a loop without conditional branches the tick never changes. Where the loop changes a register, or
+//! nothing at all, the CPU's state still tells the place. Where it comes round to the same state having
+//! written memory, nothing tells one round from another; then nothing enters until the guest has left it.
+
+use iced_x86::{FlowControl, Instruction, InstructionInfoFactory, OpAccess, Register};
+use reprise_machine::engine::{EngineError, Exit};
+use reprise_machine::ram::GuestRam;
+use reprise_trace::cpu_state::{CpuState, RCX};
+
+use crate::engine::BranchClock;
+use crate::guest_code::{Successors, decode_at, handler_of, linear_of, repeats, successors};
+use crate::register_bits::RFLAGS_RF;
+use crate::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
+
+/// Where a kicked guest is led to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Stand {
+    /// Right behind the next conditional branch, if one comes soon.
+    #[default]
+    BehindBranch,
+    /// The first place that a breakpoint finds, which may be where it was kicked. For tests: the CPU's
+    /// state alone tells these places, so the guest must not repeat one.
+    AtOnce,
+}
+
+/// Instructions that the guest is led on, at most: some ten lie between two conditional branches.
+const MAX_STEPS: u32 = 512;
+/// Where no place is found, it is tried again so many times, after so many branches each.
+const ATTEMPTS: u32 = 32;
+const BRANCHES_BETWEEN: u64 = 16;
+/// So often a step may be interrupted before it counts as one that leads nowhere known.
+const MAX_INTERRUPTIONS: u32 = 16;
+
+/// Exceptions whose handlers have breakpoints as far as there are some left, likeliest first: #PF, #GP,
+/// #NM, #UD.
+const LIKELY_FAULTS: [u8; 4] = [14, 13, 7, 6];
+
+/// What leading the guest on came to.
+pub(crate) enum Settled {
+    /// It stands where it can be found again.
+    Stands,
+    /// It exits before that.
+    Exits(Exit),
+    /// There is no such place near.
+    Nowhere,
+}
+
+/// What one step came to.
+enum Step {
+    Done,
+    Exits(Exit),
+    Lost,
+}
+
+impl<V: Vcpu> BranchClock<V> {
+    /// Leads a guest that was just interrupted on to a place that can be found again.
+    pub(crate) fn settle(&mut self) -> Result<Settled, EngineError> {
+        for _ in 0..ATTEMPTS {
+            match self.settle_near()? {
+                Settled::Nowhere => {}
+                settled => return Ok(settled),
+            }
+            self.vcpu.set_breakpoints(&[])?;
+            self.vcpu.set_overflow(Some(BRANCHES_BETWEEN))?;
+            match self.enter()? {
+                VcpuExit::Interrupted { .. } | VcpuExit::Breakpoint => {}
+                exit => return Ok(Settled::Exits(self.hand_over(exit))),
+            }
+        }
+        Ok(Settled::Nowhere)
+    }
+
+    fn settle_near(&mut self) -> Result<Settled, EngineError> {
+        self.vcpu.set_overflow(None)?;
+        let start = self.branches;
+        let mut round = Round::default();
+        for step in 0..=MAX_STEPS {
+            let state = self.vcpu.state()?;
+            let instruction = decode_at(self.vcpu.ram(), &state, state.rip);
+            if is_found_by_breakpoint(&state, instruction.as_ref()) {
+                let fresh = self.branches != start || self.parameters.stand == Stand::AtOnce;
+                if fresh || step == MAX_STEPS {
+                    return Ok(Settled::Stands);
+                }
+                if let Some(wrote) = round.closes_at(&state) {
+                    return Ok(if wrote { Settled::Nowhere } else { Settled::Stands });
+                }
+                round.note(step, &state);
+            }
+            round.wrote |= instruction.as_ref().is_none_or(writes_memory);
+            let places = places_after(self.vcpu.ram(), &state, instruction.as_ref());
+            match self.step(&state, &places)? {
+                Step::Done => {}
+                Step::Exits(exit) => return Ok(Settled::Exits(exit)),
+                Step::Lost => break,
+            }
+        }
+        Ok(Settled::Nowhere)
+    }
+
+    /// Executes the instruction at RIP, which leads to one of `places`.
+    fn step(&mut self, before: &CpuState, places: &[u64]) -> Result<Step, EngineError> {
+        if places.is_empty() {
+            return Ok(Step::Lost);
+        }
+        self.vcpu.set_breakpoints(places)?;
+        self.vcpu.step_off()?;
+        for _ in 0..MAX_INTERRUPTIONS {
+            match self.enter()? {
+                VcpuExit::Breakpoint => return Ok(Step::Done),
+                VcpuExit::Interrupted { .. } => {
+                    if self.vcpu.state()?.rip == before.rip {
+                        self.vcpu.step_off()?;
+                    }
+                }
+                exit => return Ok(Step::Exits(self.hand_over(exit))),
+            }
+        }
+        Ok(Step::Lost)
+    }
+}
+
+/// Finds out that a guest goes round in a circle (Brent's way: the state looked out for is changed
+/// after 1, 2, 4, 8... steps, so that a circle of any length closes).
+#[derive(Default)]
+struct Round {
+    sought: Option<CpuState>,
+    /// Whether an instruction since then may have written memory.
+    wrote: bool,
+}
+
+impl Round {
+    /// Whether memory may have been written in the round that this closes, if it closes one.
+    fn closes_at(&self, state: &CpuState) -> Option<bool> {
+        let sought = self.sought.as_ref()?;
+        (sought == state).then_some(self.wrote)
+    }
+
+    fn note(&mut self, step: u32, state: &CpuState) {
+        if self.sought.is_none() || step.is_power_of_two() {
+            self.sought = Some(state.clone());
+            self.wrote = false;
+        }
+    }
+}
+
+/// Whether a breakpoint at RIP stops the guest in this very state when it comes here again.
+fn is_found_by_breakpoint(state: &CpuState, instruction: Option<&Instruction>) -> bool {
+    // The REP may have begun already, and its first element is where the breakpoint hits.
+    let amid = state.gpr[RCX] != 0 && instruction.is_some_and(repeats);
+    !state.interrupt_shadow && state.rflags & RFLAGS_RF == 0 && !amid
+}
+
+fn writes_memory(instruction: &Instruction) -> bool {
+    let mut factory = InstructionInfoFactory::new();
+    let info = factory.info(instruction);
+    let quiet = |access| matches!(access, OpAccess::None | OpAccess::Read | OpAccess::CondRead);
+    // What the kernel's entry points push is not in the list.
+    let enters = instruction.flow_control() == FlowControl::Interrupt;
+    enters || info.used_memory().iter().any(|memory| !quiet(memory.access()))
+}
+
+/// The linear addresses where the guest may stand after the instruction at RIP, the likeliest faults'
+/// handlers among them; none if that cannot be said.
+fn places_after(ram: &GuestRam, state: &CpuState, instruction: Option<&Instruction>) -> Vec<u64> {
+    let mut places = Vec::with_capacity(MAX_BREAKPOINTS);
+    if let Some(instruction) = instruction {
+        match successors(ram, state, instruction) {
+            Successors::These(_) if repeats(instruction) => places.push(instruction.next_ip()),
+            // No breakpoint hits behind it before another instruction has executed.
+            Successors::These([next, _]) if instruction.op0_register() == Register::SS => {
+                let behind = decode_at(ram, state, next);
+                let behind = behind.map(|behind| successors(ram, state, &behind));
+                let Some(Successors::These([first, second])) = behind else { return Vec::new() };
+                places.extend([first, second]);
+            }
+            Successors::These([first, second]) => places.extend([first, second]),
+            Successors::None => {}
+            Successors::Any => return Vec::new(),
+        }
+    }
+    places.extend(LIKELY_FAULTS.iter().filter_map(|vector| handler_of(ram, state, *vector)));
+    let mut linear = Vec::with_capacity(MAX_BREAKPOINTS);
+    for place in places.into_iter().map(|rip| linear_of(state, rip)) {
+        if linear.len() < MAX_BREAKPOINTS && !linear.contains(&place) {
+            linear.push(place);
+        }
+    }
+    linear
+}

@@ -1,0 +1,21 @@
+//! Hardware to test the branch clock on where there is none: a vCPU that behaves as KVM's does on a
+//! machine with performance counters, made of the software CPU.
+//!
+//! It exits for port I/O, MMIO, HLT, interrupt windows, breakpoints and kicks, and for nothing else. Its
+//! counter of conditional branches is exact, but interrupts late; kicks strike anywhere, amid a REP and
+//! before a handler's first instruction too; accessed bits are set before they must be, and
+//! translations are forgotten at any time; RDTSC reads a clock that nobody logs. How many instructions
+//! it has executed it tells nobody.
+//!
+//! All of it follows from a seed. With [`Disturbance::none`] it is the third kind of vCPU: the
+//! software CPU, exact, which does tell its instruction count and so resolves a recording's moments.
+#![forbid(unsafe_code)]
+
+pub mod disturbance;
+mod page_tables;
+mod random;
+pub mod vcpu;
+
+pub use disturbance::{Disturbance, Skid};
+pub use random::Random;
+pub use vcpu::SimulatedVcpu;

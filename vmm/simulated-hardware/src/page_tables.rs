@@ -1,0 +1,53 @@
+//! Accessed bits that are set early: a CPU that speculates uses translations which the program does not
+//! come to, and marks them.
+//!
+//! Only the accessed bit is ever early; the dirty bit is set by a write that retires (Intel SDM volume
+//! 3A, 4.8).
+
+use reprise_machine::ram::GuestRam;
+use reprise_trace::cpu_state::CpuState;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+use crate::random::Random;
+
+const PRESENT: u64 = 1;
+const ACCESSED: u64 = 1 << 5;
+const LARGE: u64 = 1 << 7;
+const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+const CR0_PG: u64 = 1 << 31;
+const EFER_LMA: u64 = 1 << 10;
+const ENTRIES: u64 = 512;
+const LEVELS: u32 = 4;
+/// Entries that are looked at, to find one that is present.
+const LOOKS: u64 = 64;
+
+/// Sets the accessed bits along one translation that is there, if it finds one. Only four-level paging
+/// has any set early.
+pub(crate) fn access_early(ram: &GuestRam, state: &CpuState, random: &mut Random) {
+    if state.cr0 & CR0_PG == 0 || state.efer & EFER_LMA == 0 {
+        return;
+    }
+    let mut table = state.cr3 & ADDRESS;
+    for level in (0..LEVELS).rev() {
+        let start = random.below(ENTRIES);
+        let looked_at = (0..LOOKS).map(|look| table + 8 * ((start + look) % ENTRIES));
+        let found = looked_at
+            .filter_map(|address| entry_at(ram, address).map(|entry| (address, entry)))
+            .find(|(_, entry)| entry & PRESENT != 0);
+        let Some((address, entry)) = found else { return };
+        if entry & ACCESSED == 0 {
+            ram.memory()
+                .write_obj(entry | ACCESSED, GuestAddress(address))
+                .expect("the entry was read there");
+        }
+        if level == 0 || entry & LARGE != 0 {
+            return;
+        }
+        table = entry & ADDRESS;
+    }
+}
+
+fn entry_at(ram: &GuestRam, address: u64) -> Option<u64> {
+    let there = ram.memory().check_range(GuestAddress(address), 8);
+    there.then(|| ram.memory().read_obj(GuestAddress(address)).expect("it lies in RAM"))
+}

@@ -1,0 +1,341 @@
+//! [`SimulatedVcpu`].
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use reprise_branch_clock::guest_code::linear_of;
+use reprise_branch_clock::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
+use reprise_cpu::engine::SoftEngine;
+use reprise_machine::clock::TimeBase;
+use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
+use reprise_machine::ram::GuestRam;
+use reprise_trace::cpu_state::CpuState;
+
+use crate::disturbance::{Disturbance, Skid};
+use crate::page_tables::access_early;
+use crate::random::Random;
+
+/// Steps (elements of a REP among them) from where a kick is due to where it strikes, at most.
+const STEPS_TO_KICK: u64 = 40;
+/// Instructions from the last branch that an overflow lets pass to the interrupt, at most.
+const STEPS_OF_SKID: u64 = 12;
+
+/// A vCPU made of the software CPU.
+pub struct SimulatedVcpu {
+    engine: SoftEngine,
+    disturbance: Disturbance,
+    random: Random,
+    breakpoints: Vec<u64>,
+    /// The instruction at this RIP executes, breakpoint or not.
+    stepping_off: Option<u64>,
+    queued_interrupt: Option<u8>,
+    window_wanted: bool,
+    overflow: Overflow,
+    kick: Due,
+    signal: Due,
+    forget: Due,
+    access: Due,
+    /// `tsc_offset` as it was set: hardware keeps its own.
+    tsc_offset: u64,
+    world_clock_ns: Arc<AtomicU64>,
+    instruction_count: Arc<AtomicU64>,
+}
+
+/// The counter's interrupt.
+#[derive(Clone, Copy, Debug)]
+enum Overflow {
+    Never,
+    /// When the count of branches is this.
+    At(u64),
+    /// After so many more branches, and then steps.
+    Late { branches_until: u64, steps: u64 },
+}
+
+/// Something that happens every now and then.
+#[derive(Clone, Copy, Debug)]
+struct Due {
+    every: Option<u64>,
+    /// The instruction count at which it is next.
+    at: u64,
+}
+
+impl Due {
+    fn every(every: Option<u64>, random: &mut Random) -> Self {
+        let mut due = Self { every, at: u64::MAX };
+        due.schedule(0, random);
+        due
+    }
+
+    fn schedule(&mut self, now: u64, random: &mut Random) {
+        self.at = self.every.map_or(u64::MAX, |mean| now + random.around(mean));
+    }
+
+    /// Whether it happens now, and then when next.
+    fn happens(&mut self, now: u64, random: &mut Random) -> bool {
+        let happens = now >= self.at;
+        if happens {
+            self.schedule(now, random);
+        }
+        happens
+    }
+}
+
+impl SimulatedVcpu {
+    /// A vCPU in the state of [`CpuState::default`] whose memory is `ram`.
+    ///
+    /// # Errors
+    /// If the host refuses the memory for generated code.
+    pub fn new(ram: GuestRam, disturbance: Disturbance) -> Result<Self, EngineError> {
+        let mut engine = SoftEngine::new(ram)?;
+        engine.count_conditional_branches();
+        let mut random = Random::new(disturbance.seed);
+        Ok(Self {
+            engine,
+            breakpoints: Vec::with_capacity(MAX_BREAKPOINTS),
+            stepping_off: None,
+            queued_interrupt: None,
+            window_wanted: false,
+            overflow: Overflow::Never,
+            kick: Due::every(disturbance.kick_every, &mut random),
+            signal: Due::every(disturbance.signal_every, &mut random),
+            forget: Due::every(disturbance.forget_every, &mut random),
+            access: Due::every(disturbance.access_every, &mut random),
+            disturbance,
+            random,
+            tsc_offset: 0,
+            world_clock_ns: Arc::default(),
+            instruction_count: Arc::default(),
+        })
+    }
+
+    /// A clock of the world outside that goes on while the guest runs, by a nanosecond or so an
+    /// instruction.
+    pub fn world_clock_ns(&self) -> Arc<AtomicU64> {
+        self.world_clock_ns.clone()
+    }
+
+    /// The instruction count, as it was at the last exit. Hardware has none: only for a vCPU that is
+    /// the software CPU, undisturbed, and for tests.
+    pub fn instruction_count(&self) -> Arc<AtomicU64> {
+        self.instruction_count.clone()
+    }
+
+    /// Brings what others see of this vCPU up to date.
+    fn publish(&self, ran: u64) {
+        self.world_clock_ns.fetch_add(ran, Ordering::Relaxed);
+        self.instruction_count.store(self.engine.tick(), Ordering::Relaxed);
+    }
+
+    /// What happens to hardware by itself here; whether a kick or another signal strikes.
+    fn disturb(&mut self) -> Result<Option<VcpuExit>, EngineError> {
+        let now = self.engine.tick();
+        if self.forget.happens(now, &mut self.random) {
+            self.engine.forget_translations();
+        }
+        if self.access.happens(now, &mut self.random) {
+            let state = self.engine.cpu_state()?;
+            access_early(self.engine.ram(), &state, &mut self.random);
+        }
+        if self.signal.happens(now, &mut self.random) {
+            return Ok(Some(VcpuExit::Interrupted { kicked: false }));
+        }
+        if !self.kick.happens(now, &mut self.random) {
+            return Ok(None);
+        }
+        for _ in 0..self.random.below(STEPS_TO_KICK) {
+            if let Some(exit) = self.step()? {
+                // A kick that comes too late for this entry is not lost.
+                self.kick.at = self.engine.tick();
+                return Ok(Some(exit));
+            }
+        }
+        Ok(Some(VcpuExit::Interrupted { kicked: true }))
+    }
+
+    /// Whether the counter's interrupt comes now.
+    fn overflows(&mut self) -> bool {
+        let branches = self.engine.conditional_branches();
+        if let Overflow::At(target) = self.overflow
+            && branches >= target
+        {
+            let late = self.skid();
+            let steps = self.random.below(STEPS_OF_SKID);
+            self.overflow = Overflow::Late { branches_until: target + late, steps };
+        }
+        match &mut self.overflow {
+            Overflow::Late { branches_until, .. } if branches < *branches_until => false,
+            // The last step must not be one branch more.
+            Overflow::Late { steps, .. } if *steps > 0 => {
+                *steps -= 1;
+                false
+            }
+            Overflow::Late { .. } => {
+                self.overflow = Overflow::Never;
+                true
+            }
+            Overflow::Never | Overflow::At(_) => false,
+        }
+    }
+
+    fn skid(&mut self) -> u64 {
+        match self.disturbance.skid {
+            // The steps behind the last branch may be branches themselves.
+            Skid::UpTo(most) => self.random.below(most.saturating_sub(STEPS_OF_SKID) + 1),
+            Skid::Unbounded { usual, seldom } if self.random.one_in(seldom) => {
+                usual * (10 + self.random.below(10))
+            }
+            Skid::Unbounded { usual, .. } => self.random.below(usual),
+        }
+    }
+
+    /// Instructions that may run before anything has to be looked at.
+    fn undisturbed(&self) -> u64 {
+        let now = self.engine.tick();
+        let branches = self.engine.conditional_branches();
+        let until_overflow = match self.overflow {
+            Overflow::Never => u64::MAX,
+            // A branch is at least one instruction.
+            Overflow::At(target) => target.saturating_sub(branches),
+            Overflow::Late { branches_until, .. } => branches_until.saturating_sub(branches),
+        };
+        let next = self.kick.at.min(self.signal.at).min(self.forget.at).min(self.access.at);
+        let breakpoints = if self.breakpoints.is_empty() { u64::MAX } else { 0 };
+        next.saturating_sub(now).min(until_overflow).min(breakpoints).min(1 << 40)
+    }
+
+    /// Executes one instruction, an element of a REP, or the delivery of a fault.
+    fn step(&mut self) -> Result<Option<VcpuExit>, EngineError> {
+        if self.hits_breakpoint()? {
+            return Ok(Some(VcpuExit::Breakpoint));
+        }
+        let before = self.engine.tick();
+        let exit = self.engine.step();
+        if self.engine.tick() != before {
+            self.stepping_off = None;
+        }
+        Ok(exit.map(of_engine))
+    }
+
+    fn hits_breakpoint(&mut self) -> Result<bool, EngineError> {
+        if self.breakpoints.is_empty() || self.engine.loaded_stack_segment() {
+            return Ok(false);
+        }
+        let state = self.engine.cpu_state()?;
+        let resumed = self.stepping_off == Some(state.rip) || state.rflags & reprise_branch_clock::register_bits::RFLAGS_RF != 0;
+        Ok(!resumed && self.breakpoints.contains(&linear_of(&state, state.rip)))
+    }
+
+    fn run(&mut self) -> Result<VcpuExit, EngineError> {
+        loop {
+            if let Some(exit) = self.disturb()? {
+                return Ok(exit);
+            }
+            if self.overflows() {
+                return Ok(VcpuExit::Interrupted { kicked: false });
+            }
+            let exit = match self.undisturbed() {
+                0 | 1 => self.step()?,
+                many => match self.engine.run(self.engine.tick() + many)? {
+                    Exit::TickReached => None,
+                    exit => Some(of_engine(exit)),
+                },
+            };
+            if let Some(exit) = exit {
+                return Ok(exit);
+            }
+        }
+    }
+}
+
+fn of_engine(exit: Exit) -> VcpuExit {
+    match exit {
+        Exit::Access(access) => VcpuExit::Access(access),
+        Exit::Halt => VcpuExit::Halt,
+        Exit::InterruptWindow => VcpuExit::InterruptWindow,
+        Exit::TripleFault => VcpuExit::TripleFault,
+        Exit::Kicked => VcpuExit::Interrupted { kicked: true },
+        Exit::Unsupported(reason) => VcpuExit::Unsupported(reason),
+        Exit::TickReached => unreachable!("handled where it is asked for"),
+    }
+}
+
+impl Vcpu for SimulatedVcpu {
+    fn enter(&mut self) -> Result<VcpuExit, EngineError> {
+        if let Some(vector) = self.queued_interrupt.take() {
+            // The window is open: it must not be given before the delivery.
+            self.engine.inject(vector)?;
+        }
+        self.engine.set_interrupt_request(self.window_wanted);
+        let before = self.engine.tick();
+        if self.disturbance.kick_every.is_some() {
+            // The TSC of a machine that does other things as well.
+            let ns = self.random.below(1 << 40);
+            self.engine.set_time_base(TimeBase { tick: before, ns, ns_per_tick: 1 });
+        }
+        let exit = self.run();
+        self.publish(self.engine.tick() - before);
+        exit
+    }
+
+    fn finish_access(&mut self, value: u128) -> Result<bool, EngineError> {
+        self.engine.finish_access(value)?;
+        self.stepping_off = None;
+        self.publish(1);
+        Ok(!self.engine.amid_instruction())
+    }
+
+    fn conditional_branches(&mut self) -> Result<u64, EngineError> {
+        Ok(self.engine.conditional_branches())
+    }
+
+    fn set_overflow(&mut self, branches: Option<u64>) -> Result<(), EngineError> {
+        let now = self.engine.conditional_branches();
+        self.overflow =
+            branches.map_or(Overflow::Never, |branches| Overflow::At(now.saturating_add(branches)));
+        Ok(())
+    }
+
+    fn set_breakpoints(&mut self, addresses: &[u64]) -> Result<(), EngineError> {
+        assert!(addresses.len() <= MAX_BREAKPOINTS, "a CPU has four breakpoints");
+        self.breakpoints.clear();
+        self.breakpoints.extend_from_slice(addresses);
+        self.stepping_off = None;
+        Ok(())
+    }
+
+    fn step_off(&mut self) -> Result<(), EngineError> {
+        self.stepping_off = Some(self.engine.moment()?.rip);
+        Ok(())
+    }
+
+    fn state(&mut self) -> Result<CpuState, EngineError> {
+        Ok(CpuState { tsc_offset: self.tsc_offset, ..self.engine.cpu_state()? })
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
+        self.tsc_offset = state.tsc_offset;
+        self.queued_interrupt = None;
+        self.engine.set_cpu_state(state)
+    }
+
+    fn interruptible(&mut self) -> Result<bool, EngineError> {
+        Ok(self.queued_interrupt.is_none() && self.engine.interruptible()?)
+    }
+
+    fn set_window_request(&mut self, wanted: bool) {
+        self.window_wanted = wanted;
+    }
+
+    fn inject(&mut self, vector: u8) -> Result<(), EngineError> {
+        self.queued_interrupt = Some(vector);
+        Ok(())
+    }
+
+    fn ram(&self) -> &GuestRam {
+        self.engine.ram()
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        self.engine.kicker()
+    }
+}
