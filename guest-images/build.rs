@@ -86,6 +86,13 @@ const GUESTS: &[Guest] = &[
         user: &[],
     },
     Guest {
+        name: "positions",
+        bits: 64,
+        multiboot: false,
+        kernel: with_interrupts!["position_hash.c", "positions_scenarios.S", "positions.c"],
+        user: &[],
+    },
+    Guest {
         name: "misbehave",
         bits: 64,
         multiboot: false,

@@ -47,6 +47,12 @@ pub static EMBEDDED: &[EmbeddedGuest] = &[
         "SHA-256, sort, matrix product and compression at CPL3; scale= units of 20 million \
          instructions"
     ),
+    guest!(
+        "positions",
+        "hz=20000 count=40",
+        "hashes where count= timer interrupts land, amid do=NAME: a REP that faults, interrupt shadows, \
+         loops without branches...; without one it lists the names"
+    ),
     guest!("misbehave", "", "does do=NAME, to test the machine; without one it lists the names"),
 ];
 

@@ -3,14 +3,17 @@
 use reprise::boot::{self, GuestSource};
 use reprise_branch_clock::engine::{BranchClock, Counts, Parameters};
 use reprise_branch_clock::settle::Stand;
+use reprise_cpu::engine::SoftEngine;
 use reprise_devices::board::{Board, BoardConfig};
 use reprise_machine::clock::TimeSource;
 use reprise_machine::engine::Engine;
-use reprise_machine::inputs::{Recording, Replaying};
+use reprise_machine::inputs::{Recording, Replaying, Verification};
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, MachineError, Outcome};
 use reprise_machine::ram::GuestRam;
+use reprise_simulated_hardware::resolve::resolve;
 use reprise_simulated_hardware::{Disturbance, SimulatedVcpu};
+use reprise_trace::cpu_state::CpuState;
 use reprise_trace::event::Record;
 use reprise_trace::log::{LogWriter, MemorySink};
 
@@ -44,10 +47,6 @@ impl Hardware {
     pub(crate) fn zen(seed: u64) -> Self {
         Self { disturbance: Disturbance::zen(seed), skid: 10_000, stand: Stand::default() }
     }
-
-    pub(crate) fn exact() -> Self {
-        Self { disturbance: Disturbance::none(), skid: 1, stand: Stand::default() }
-    }
 }
 
 /// What a recording left behind.
@@ -59,15 +58,38 @@ pub(crate) struct Recorded {
 }
 
 impl Case<'_> {
-    fn start(&self, hardware: &Hardware) -> (BranchClock<SimulatedVcpu>, Board) {
+    fn load(&self) -> (GuestRam, CpuState, Board) {
         let ram = GuestRam::new(self.ram_mib).expect("the host has RAM");
         let config = BoardConfig { ram_bytes: ram.ram_bytes(), rtc_start_s: RTC_START_S };
         let state = boot::load(&self.source, &ram).expect("it boots");
+        (ram, state, Board::new(&config))
+    }
+
+    fn start(&self, hardware: &Hardware) -> (BranchClock<SimulatedVcpu>, Board) {
+        let (ram, state, board) = self.load();
         let vcpu = SimulatedVcpu::new(ram, hardware.disturbance).expect("the host has memory");
         let parameters = Parameters { skid: hardware.skid, stand: hardware.stand };
         let mut engine = BranchClock::new(vcpu, parameters).expect("it counts");
         engine.set_cpu_state(&state).expect("a first state");
-        (engine, Board::new(&config))
+        (engine, board)
+    }
+
+    /// Resolves a recording's moments to instruction counts and replays it so on the soft engine.
+    pub(crate) fn replay_resolved(&self, recorded: &Recorded) {
+        let (ram, state, board) = self.load();
+        let log = log_of(&recorded.records);
+        let resolved =
+            resolve(ram, &state, board, log, Verification::Exact).expect("the host has memory");
+        assert_equal(&recorded.outcome, &resolved.outcome, 0);
+        let (ram, state, board) = self.load();
+        let mut engine = SoftEngine::new(ram).expect("the host has memory");
+        engine.set_cpu_state(&state).expect("a first state");
+        let inputs = Replaying::new(log_of(&resolved.records));
+        let mut machine =
+            Machine::new(engine, board, inputs, TimeSource::Host).of_free_running_hardware();
+        let outcome = machine.run().expect("the machine runs");
+        assert_same_end(&recorded.outcome, &outcome, 0);
+        assert_eq!(outcome.ticks, resolved.instructions);
     }
 
     pub(crate) fn record(&self, hardware: &Hardware) -> Recorded {
@@ -110,19 +132,28 @@ pub(crate) fn log_of(records: &[Record]) -> reprise_trace::log::LogReader {
 
 /// Holds a replay to its recording.
 #[track_caller]
-pub(crate) fn assert_equal(recording: &Outcome, replay: &Outcome) {
+pub(crate) fn assert_equal(recording: &Outcome, replay: &Outcome, seed: u64) {
+    assert_same_end(recording, replay, seed);
+    assert_eq!(recording.moment, replay.moment, "seed {seed}");
+    assert_eq!(recording.ticks, replay.ticks, "seed {seed}");
+}
+
+/// The same for a replay under another clock.
+#[track_caller]
+fn assert_same_end(recording: &Outcome, replay: &Outcome, seed: u64) {
     let (Conclusion::Ended(recorded), Conclusion::Ended(replayed)) =
         (&recording.conclusion, &replay.conclusion)
     else {
-        panic!("recorded {:?}, replayed {:?}", recording.conclusion, replay.conclusion);
+        panic!(
+            "seed {seed}: recorded {:?}, replayed {:?}",
+            recording.conclusion, replay.conclusion
+        );
     };
-    assert_eq!(recorded, replayed);
-    assert_eq!(recording.moment, replay.moment);
-    assert_eq!(recording.ticks, replay.ticks);
-    assert_eq!(recording.effects, replay.effects);
-    assert_eq!(recording.state, replay.state);
-    assert_eq!(recording.events, replay.events);
-    assert_eq!(recording.virtual_ns, replay.virtual_ns);
-    assert_eq!(recording.interrupts, replay.interrupts);
+    assert_eq!(recorded, replayed, "seed {seed}");
+    assert_eq!(recording.effects, replay.effects, "seed {seed}");
+    assert_eq!(recording.state, replay.state, "seed {seed}");
+    assert_eq!(recording.events, replay.events, "seed {seed}");
+    assert_eq!(recording.virtual_ns, replay.virtual_ns, "seed {seed}");
+    assert_eq!(recording.interrupts, replay.interrupts, "seed {seed}");
     assert!(recording.state.is_some(), "the end is an exact moment");
 }

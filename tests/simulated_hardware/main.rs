@@ -1,23 +1,24 @@
 //! The branch clock on simulated hardware: recorded under one seed, replayed under others that kick
-//! elsewhere, interrupt later, forget translations and set accessed bits at other times.
+//! elsewhere, interrupt later, forget translations and set accessed bits at other times; and replayed
+//! on the soft engine, every moment resolved to its instruction count.
 
 mod case;
+mod positions;
 mod world;
 
 use reprise::boot::GuestSource;
 use reprise_guest_images::{COMPUTE_AT_SCALE_1, embedded};
 
-use case::{Case, Hardware, assert_equal};
+use case::{Case, Hardware, Recorded, assert_equal};
 
-fn guest<'a>(name: &str, cmdline: &'a str, typed: &'a str) -> Case<'a> {
+pub(crate) fn guest<'a>(name: &str, cmdline: &'a str, typed: &'a str) -> Case<'a> {
     let guest = embedded(name).expect("it is listed");
     let source = GuestSource { kernel: guest.image, initrd: None, cmdline };
     Case { source, ram_mib: 32, typed }
 }
 
-/// Records under seed 1 and replays under `seeds` others.
-fn replays_under(case: &Case<'_>, expected: &str, seeds: std::ops::Range<u64>) {
-    let recorded = case.record(&Hardware::intel(1));
+fn recorded(case: &Case<'_>, hardware: &Hardware, expected: &str) -> Recorded {
+    let recorded = case.record(hardware);
     let outcome = &recorded.outcome;
     eprintln!(
         "{} ticks, {} records, {} interrupts, {:?}",
@@ -27,23 +28,26 @@ fn replays_under(case: &Case<'_>, expected: &str, seeds: std::ops::Range<u64>) {
         recorded.counts
     );
     assert!(recorded.console.contains(expected), "{:?}", recorded.console);
+    recorded
+}
+
+/// Records under seed 1 and replays under others, and on the soft engine.
+fn replays_under(case: &Case<'_>, expected: &str, seeds: std::ops::Range<u64>) {
+    let recorded = recorded(case, &Hardware::intel(1), expected);
     for seed in seeds {
         let (replay, counts) = case.replay(&recorded.records, &Hardware::intel(seed));
-        if seed % 20 == 0 {
+        if seed % 50 == 0 {
             eprintln!("seed {seed}: {counts:?}");
         }
         let replay = replay.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
-        let attempt = std::panic::AssertUnwindSafe(|| assert_equal(outcome, &replay));
-        if let Err(panic) = std::panic::catch_unwind(attempt) {
-            eprintln!("failed with seed {seed}");
-            std::panic::resume_unwind(panic);
-        }
+        assert_equal(&recorded.outcome, &replay, seed);
     }
+    case.replay_resolved(&recorded);
 }
 
 #[test]
 fn ticks_replays_under_a_hundred_seeds() {
-    replays_under(&guest("ticks", "hz=2000 count=40 poll=100", ""), "ticks: ", 2..102);
+    replays_under(&guest("ticks", "hz=18000 count=60 poll=40", ""), "ticks: ", 2..102);
 }
 
 #[test]
@@ -55,4 +59,27 @@ fn echo_replays_under_a_hundred_seeds() {
 #[test]
 fn compute_replays_under_other_seeds() {
     replays_under(&guest("compute", "scale=1", ""), COMPUTE_AT_SCALE_1, 2..6);
+}
+
+/// On Zen an overflow may come behind the moment it was to stop short of. That is an error with its
+/// reason, and another attempt, late by another number, gets through.
+#[test]
+fn zen_replays_or_says_that_it_was_late() {
+    let case = guest("ticks", "hz=18000 count=40 poll=100", "");
+    let recorded = recorded(&case, &Hardware::zen(1), "ticks: ");
+    let (mut equal, mut late) = (0, 0);
+    for seed in 2..42 {
+        match case.replay(&recorded.records, &Hardware::zen(seed)).0 {
+            Ok(replay) => {
+                assert_equal(&recorded.outcome, &replay, seed);
+                equal += 1;
+            }
+            Err(error) => {
+                assert!(error.to_string().contains("replay again"), "seed {seed}: {error}");
+                late += 1;
+            }
+        }
+    }
+    eprintln!("{equal} replays were equal, {late} were stopped too late");
+    assert!(equal > late && late > 0);
 }

@@ -14,6 +14,7 @@ use crate::cpu::Cpu;
 use crate::decode::op::Op;
 use crate::engine::SoftEngine;
 use crate::fault::Flow;
+use crate::flags;
 use crate::native::host_fpu::with_guest_fpu;
 use crate::translate::Translation;
 
@@ -73,6 +74,16 @@ impl SoftEngine {
     /// Whether the instruction whose access was finished last has more to do before it retires.
     pub fn amid_instruction(&self) -> bool {
         self.has_queued_exit()
+    }
+
+    /// The linear address of the next instruction.
+    pub fn code_address(&self) -> u64 {
+        self.cpu().code_address()
+    }
+
+    /// Whether RFLAGS.RF lets the next instruction execute whatever breakpoint it has.
+    pub fn resumes(&self) -> bool {
+        self.cpu().rflags_rest & flags::RF != 0
     }
 
     /// Whether the last instruction loaded SS, behind which no debug exception is delivered.

@@ -107,7 +107,10 @@ impl SoftEngine {
     }
 
     /// Hands over the exit that waits, that of an interrupt window, or else what `step` comes to.
-    pub(crate) fn next_exit(&mut self, step: impl FnOnce(&mut Cpu) -> Option<Exit>) -> Option<Exit> {
+    pub(crate) fn next_exit(
+        &mut self,
+        step: impl FnOnce(&mut Cpu) -> Option<Exit>,
+    ) -> Option<Exit> {
         assert!(self.unfinished.is_none(), "the last access is finished before the guest runs on");
         let exit = match self.queued.take() {
             Some(exit) => Some(exit),

@@ -89,7 +89,7 @@ impl<V: Vcpu> BranchClock<V> {
         self.counts
     }
 
-    /// The vCPU.
+    /// The vCPU, for looking at it.
     pub fn vcpu(&self) -> &V {
         &self.vcpu
     }
@@ -238,17 +238,16 @@ impl<V: Vcpu> BranchClock<V> {
             if tick > target.tick {
                 return Ok(Exit::TickReached);
             }
-            if !self.injected && !self.amid {
-                let state = self.vcpu.state()?;
-                if self.stands_at(stamp, &state) {
-                    self.counts.found += 1;
-                    return Ok(Exit::TickReached);
-                }
-                self.vcpu.set_breakpoints(&[linear_of(&state, target.rip)])?;
-                if state.rip == target.rip {
-                    self.counts.passed_over += 1;
-                    self.vcpu.step_off()?;
-                }
+            let state = self.vcpu.state()?;
+            let settled = !self.injected && !self.amid;
+            if settled && self.stands_at(stamp, &state) {
+                self.counts.found += 1;
+                return Ok(Exit::TickReached);
+            }
+            self.vcpu.set_breakpoints(&[linear_of(&state, target.rip)])?;
+            if settled && state.rip == target.rip {
+                self.counts.passed_over += 1;
+                self.vcpu.step_off()?;
             }
             // A guest that never comes to the place must not run for ever.
             let beyond = (target.tick - tick).saturating_add(self.parameters.skid + 1);

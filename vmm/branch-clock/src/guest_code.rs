@@ -72,11 +72,7 @@ pub fn repeats(instruction: &Instruction) -> bool {
 }
 
 /// Where `instruction`, about to execute in `state`, leads if it does not fault.
-pub fn successors(
-    ram: &GuestRam,
-    state: &CpuState,
-    instruction: &Instruction,
-) -> Successors {
+pub fn successors(ram: &GuestRam, state: &CpuState, instruction: &Instruction) -> Successors {
     let mask = match bitness(state) {
         64 => u64::MAX,
         32 => 0xffff_ffff,
@@ -87,7 +83,8 @@ pub fn successors(
         (Code::Syscall, 64) => return Successors::one(state.lstar),
         (Code::Sysretq, 64) => return Successors::one(state.gpr[RCX]),
         (Code::Int_imm8 | Code::Int3, _) => {
-            let vector = if instruction.code() == Code::Int3 { 3 } else { instruction.immediate8() };
+            let vector =
+                if instruction.code() == Code::Int3 { 3 } else { instruction.immediate8() };
             return handler_of(ram, state, vector).map_or(Successors::None, Successors::one);
         }
         _ => {}
@@ -150,12 +147,7 @@ fn return_target(ram: &GuestRam, state: &CpuState, instruction: &Instruction) ->
 }
 
 /// The word of `bytes` bytes at `offset` from the top of the stack; `None` where that is not RAM.
-pub fn stack_word(
-    ram: &GuestRam,
-    state: &CpuState,
-    offset: u64,
-    bytes: usize,
-) -> Option<u64> {
+pub fn stack_word(ram: &GuestRam, state: &CpuState, offset: u64, bytes: usize) -> Option<u64> {
     let bitness = bitness(state);
     let pointer = state.gpr[RSP].wrapping_add(offset);
     let stack = &state.segments[SS];

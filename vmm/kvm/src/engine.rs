@@ -17,14 +17,14 @@ use reprise_trace::moment::{Moment, TickKind};
 
 use crate::access::PendingExit;
 use crate::error::KvmError;
-use reprise_branch_clock::guest_code::MAX_BYTES;
 use crate::kick::{VcpuKick, install_handler};
-use reprise_branch_clock::paging::Paging;
-use reprise_branch_clock::register_bits::RFLAGS_IF;
 use crate::self_test::step_clock;
 use crate::step::Stepper;
 use crate::vcpu::{RawExit, Vcpu};
 use crate::{cpuid, state};
+use reprise_branch_clock::guest_code::MAX_BYTES;
+use reprise_branch_clock::paging::Paging;
+use reprise_branch_clock::register_bits::RFLAGS_IF;
 
 /// How the engine counts ticks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,8 +11,6 @@ use reprise_trace::cpu_state::{CpuState, RAX, RBX, RCX, RDX};
 
 use crate::counters::{Counted, Counter, refusal};
 use crate::error::KvmError;
-use reprise_branch_clock::paging::write_ram;
-use reprise_branch_clock::register_bits::RFLAGS_TF;
 use crate::report::Finding;
 use crate::user_oracle::{
     CODE_ADDRESS, RAM_MIB, UserInput, build_image, handler_address, into_kernel_state,
@@ -20,6 +18,8 @@ use crate::user_oracle::{
 use crate::vcpu::RawExit;
 use crate::watchdog::Watchdog;
 use crate::{KvmClock, KvmEngine};
+use reprise_branch_clock::paging::write_ram;
+use reprise_branch_clock::register_bits::RFLAGS_TF;
 
 /// A guest that runs this long has run away.
 const TIME_LIMIT: Duration = Duration::from_millis(50);

@@ -23,10 +23,12 @@ use reprise_trace::cpu_state::CpuState;
 use crate::access::PendingExit;
 use crate::engine::KvmEngine;
 use crate::error::KvmError;
-use reprise_branch_clock::guest_code::{Successors, decode_at, handler_of, repeats, stack_word, successors};
-use reprise_branch_clock::register_bits::{RFLAGS_IF, RFLAGS_RF, RFLAGS_TF};
 use crate::vcpu::RawExit;
 use crate::{state, transfer};
+use reprise_branch_clock::guest_code::{
+    Successors, decode_at, handler_of, repeats, stack_word, successors,
+};
+use reprise_branch_clock::register_bits::{RFLAGS_IF, RFLAGS_RF, RFLAGS_TF};
 
 /// What cannot be stepped because the guest does it already.
 const SELF_STEPPING: &str = "a guest that steps itself (TF)";

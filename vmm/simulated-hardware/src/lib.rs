@@ -14,6 +14,7 @@
 pub mod disturbance;
 mod page_tables;
 mod random;
+pub mod resolve;
 pub mod vcpu;
 
 pub use disturbance::{Disturbance, Skid};

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use reprise_branch_clock::guest_code::linear_of;
 use reprise_branch_clock::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
 use reprise_cpu::engine::SoftEngine;
 use reprise_machine::clock::TimeBase;
@@ -26,7 +25,7 @@ pub struct SimulatedVcpu {
     disturbance: Disturbance,
     random: Random,
     breakpoints: Vec<u64>,
-    /// The instruction at this RIP executes, breakpoint or not.
+    /// The instruction at this linear address executes, breakpoint or not.
     stepping_off: Option<u64>,
     queued_interrupt: Option<u8>,
     window_wanted: bool,
@@ -48,7 +47,10 @@ enum Overflow {
     /// When the count of branches is this.
     At(u64),
     /// After so many more branches, and then steps.
-    Late { branches_until: u64, steps: u64 },
+    Late {
+        branches_until: u64,
+        steps: u64,
+    },
 }
 
 /// Something that happens every now and then.
@@ -159,12 +161,12 @@ impl SimulatedVcpu {
             && branches >= target
         {
             let late = self.skid();
-            let steps = self.random.below(STEPS_OF_SKID);
+            let exact = self.disturbance.skid == Skid::UpTo(0);
+            let steps = if exact { 0 } else { self.random.below(STEPS_OF_SKID) };
             self.overflow = Overflow::Late { branches_until: target + late, steps };
         }
         match &mut self.overflow {
             Overflow::Late { branches_until, .. } if branches < *branches_until => false,
-            // The last step must not be one branch more.
             Overflow::Late { steps, .. } if *steps > 0 => {
                 *steps -= 1;
                 false
@@ -205,7 +207,7 @@ impl SimulatedVcpu {
 
     /// Executes one instruction, an element of a REP, or the delivery of a fault.
     fn step(&mut self) -> Result<Option<VcpuExit>, EngineError> {
-        if self.hits_breakpoint()? {
+        if self.hits_breakpoint() {
             return Ok(Some(VcpuExit::Breakpoint));
         }
         let before = self.engine.tick();
@@ -216,13 +218,13 @@ impl SimulatedVcpu {
         Ok(exit.map(of_engine))
     }
 
-    fn hits_breakpoint(&mut self) -> Result<bool, EngineError> {
-        if self.breakpoints.is_empty() || self.engine.loaded_stack_segment() {
-            return Ok(false);
+    fn hits_breakpoint(&self) -> bool {
+        let engine = &self.engine;
+        if self.breakpoints.is_empty() || engine.loaded_stack_segment() || engine.resumes() {
+            return false;
         }
-        let state = self.engine.cpu_state()?;
-        let resumed = self.stepping_off == Some(state.rip) || state.rflags & reprise_branch_clock::register_bits::RFLAGS_RF != 0;
-        Ok(!resumed && self.breakpoints.contains(&linear_of(&state, state.rip)))
+        let here = engine.code_address();
+        self.stepping_off != Some(here) && self.breakpoints.contains(&here)
     }
 
     fn run(&mut self) -> Result<VcpuExit, EngineError> {
@@ -304,7 +306,7 @@ impl Vcpu for SimulatedVcpu {
     }
 
     fn step_off(&mut self) -> Result<(), EngineError> {
-        self.stepping_off = Some(self.engine.moment()?.rip);
+        self.stepping_off = Some(self.engine.code_address());
         Ok(())
     }
 

@@ -1,0 +1,112 @@
+//! Interrupts at the positions that are hard to find again, each under many seeds: the guest
+//! `positions` is recorded on hardware that kicks often, its clock led to the next branch or left
+//! where it is, and replayed on others and on the soft engine.
+
+use crate::case::{Case, Hardware, Recorded, assert_equal};
+use crate::guest;
+use reprise_branch_clock::settle::Stand;
+use reprise_simulated_hardware::Disturbance;
+
+/// Recordings of each scenario and policy.
+const RECORDINGS: u64 = 5;
+/// Replays of each recording, on Intel's hardware and on Zen's.
+const REPLAYS: u64 = 2;
+
+/// Seeds that failed once, with what it was.
+const FAILED_ONCE: &[(&str, Stand, u64)] = &[];
+
+/// Hardware that is kicked so often that every position gets its turn.
+fn kicked_often(seed: u64, stand: Stand) -> Hardware {
+    let disturbance = Disturbance {
+        kick_every: Some(3_000),
+        signal_every: Some(9_000),
+        forget_every: Some(5_000),
+        access_every: Some(1_000),
+        ..Disturbance::intel(seed)
+    };
+    Hardware { disturbance, stand, ..Hardware::intel(seed) }
+}
+
+fn check(name: &str, stand: Stand, seed: u64) -> Recorded {
+    let cmdline = format!("do={name} hz=18000 count=8");
+    let case = guest("positions", &cmdline, "two at one moment");
+    let recorded = case.record(&kicked_often(seed, stand));
+    let banner = format!("positions: {name}, hash ");
+    assert!(recorded.console.contains(&banner), "seed {seed}: {:?}", recorded.console);
+    for replay in 0..REPLAYS {
+        let other = 1_000 * (seed + 1) + replay;
+        replay_on(&case, &recorded, &kicked_often(other, stand));
+        replay_on(&case, &recorded, &Hardware::zen(other));
+    }
+    case.replay_resolved(&recorded);
+    recorded
+}
+
+fn replay_on(case: &Case<'_>, recorded: &Recorded, hardware: &Hardware) {
+    let seed = hardware.disturbance.seed;
+    let (replay, _) = case.replay(&recorded.records, hardware);
+    let replay = replay.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    assert_equal(&recorded.outcome, &replay, seed);
+}
+
+/// Both policies, many seeds.
+fn check_all(name: &str) {
+    for stand in [Stand::BehindBranch, Stand::AtOnce] {
+        let mut interrupts = 0;
+        for seed in 0..RECORDINGS {
+            eprintln!("{name}, {stand:?}, recorded under seed {seed}");
+            let recorded = check(name, stand, seed);
+            interrupts += recorded.outcome.interrupts;
+        }
+        assert!(interrupts >= 8 * RECORDINGS, "only {interrupts} interrupts landed");
+    }
+    for (_, stand, seed) in FAILED_ONCE.iter().filter(|(failed, ..)| *failed == name) {
+        eprintln!("{name}, {stand:?}, recorded under seed {seed}, which failed once");
+        check(name, *stand, *seed);
+    }
+}
+
+#[test]
+fn inside_a_rep_across_page_faults() {
+    check_all("rep");
+}
+
+#[test]
+fn in_a_loop_without_conditional_branches() {
+    check_all("straight");
+}
+
+#[test]
+fn in_a_jump_to_itself() {
+    check_all("itself");
+}
+
+#[test]
+fn behind_sti_and_mov_ss() {
+    check_all("shadow");
+}
+
+#[test]
+fn at_hlt() {
+    check_all("hlt");
+}
+
+#[test]
+fn on_instructions_that_fault() {
+    check_all("fault");
+}
+
+#[test]
+fn in_the_interrupt_window() {
+    check_all("window");
+}
+
+#[test]
+fn between_user_and_kernel() {
+    check_all("user");
+}
+
+#[test]
+fn amid_code_that_changes() {
+    check_all("code");
+}
