@@ -123,7 +123,9 @@ scenario_end:
     inc %rbp
     mov %rbx, SMALL_PAGES + 0x3008
     ud2
+    inc %rbp
     ud2
+    inc %rbp
     jmp 1b
 
 /* Interrupts are closed most of the time, so that each waits for its window. */

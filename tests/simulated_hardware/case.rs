@@ -67,7 +67,8 @@ impl Case<'_> {
 
     fn start(&self, hardware: &Hardware) -> (BranchClock<SimulatedVcpu>, Board) {
         let (ram, state, board) = self.load();
-        let vcpu = SimulatedVcpu::new(ram, hardware.disturbance).expect("the host has memory");
+        let mut vcpu = SimulatedVcpu::new(ram, hardware.disturbance).expect("the host has memory");
+        vcpu.hide_time_stamp_counter();
         let parameters = Parameters { skid: hardware.skid, stand: hardware.stand };
         let mut engine = BranchClock::new(vcpu, parameters).expect("it counts");
         engine.set_cpu_state(&state).expect("a first state");
@@ -83,6 +84,7 @@ impl Case<'_> {
         assert_equal(&recorded.outcome, &resolved.outcome, 0);
         let (ram, state, board) = self.load();
         let mut engine = SoftEngine::new(ram).expect("the host has memory");
+        engine.hide_time_stamp_counter();
         engine.set_cpu_state(&state).expect("a first state");
         let inputs = Replaying::new(log_of(&resolved.records));
         let mut machine =

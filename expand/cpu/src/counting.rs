@@ -57,14 +57,19 @@ impl SoftEngine {
         self.cpu().branch_count.unwrap_or(0)
     }
 
-    /// Executes one instruction, one element of a REP, or the delivery of one fault, whichever comes
-    /// first. Gives an exit if that needs the machine; the guest is not halted.
+    /// Leaves the time-stamp counter out of what CPUID says, as a hypervisor does that cannot trap RDTSC.
+    pub fn hide_time_stamp_counter(&mut self) {
+        self.cpu_mut().hides_time_stamp = true;
+    }
+
+    /// Executes one instruction or the delivery of one fault, whichever comes first, or one element of
+    /// a REP if `by_element`. Gives an exit if that needs the machine; the guest is not halted.
     ///
     /// # Panics
     /// If the last access was not finished.
-    pub fn step(&mut self) -> Option<Exit> {
+    pub fn step(&mut self, by_element: bool) -> Option<Exit> {
         self.next_exit(|cpu| {
-            cpu.debug.stops_between_elements = true;
+            cpu.debug.stops_between_elements = by_element;
             let exit = with_guest_fpu(cpu, |cpu| cpu.execute_one());
             cpu.debug.stops_between_elements = false;
             exit

@@ -155,6 +155,8 @@ pub struct Cpu {
     pub(crate) exceptions: ExceptionRun,
     /// Conditional branches retired, if they are counted (`counting.rs`).
     pub(crate) branch_count: Option<u64>,
+    /// CPUID does not tell of the time-stamp counter.
+    pub(crate) hides_time_stamp: bool,
 }
 
 impl Cpu {
@@ -205,6 +207,7 @@ impl Cpu {
             debug: DebugState::default(),
             exceptions: ExceptionRun::NONE,
             branch_count: None,
+            hides_time_stamp: false,
         });
         cpu.set_state(&CpuState::default());
         Ok(cpu)

@@ -58,6 +58,9 @@ pub struct BranchClock<V> {
     injected: bool,
     /// The guest stands where another run finds it again.
     stands: bool,
+    /// The guest exited in a moment's tick before the counter, asked for so many branches, stopped it
+    /// short of that: it may be past the moment.
+    doubtful: Option<u64>,
     /// A kick came, and an exit before the guest stood anywhere.
     kick_owed: bool,
     pub(crate) counts: Counts,
@@ -79,6 +82,7 @@ impl<V: Vcpu> BranchClock<V> {
             amid: false,
             injected: false,
             stands: true,
+            doubtful: None,
             kick_owed: false,
             counts: Counts::default(),
         })
@@ -209,7 +213,16 @@ impl<V: Vcpu> BranchClock<V> {
                     }
                 }
                 VcpuExit::Breakpoint => {}
-                exit => return Ok(Some(self.hand_over(exit))),
+                exit => {
+                    let exit = self.hand_over(exit);
+                    if self.tick() > target.tick {
+                        return Err(self.overshot(target, distance - skid));
+                    }
+                    if self.tick() == target.tick {
+                        self.doubtful = Some(distance - skid);
+                    }
+                    return Ok(Some(exit));
+                }
             }
         }
     }
@@ -236,12 +249,16 @@ impl<V: Vcpu> BranchClock<V> {
         loop {
             let tick = self.tick();
             if tick > target.tick {
-                return Ok(Exit::TickReached);
+                return match self.doubtful.take() {
+                    Some(asked) => Err(self.overshot(target, asked)),
+                    None => Ok(Exit::TickReached),
+                };
             }
             let state = self.vcpu.state()?;
             let settled = !self.injected && !self.amid;
             if settled && self.stands_at(stamp, &state) {
                 self.counts.found += 1;
+                self.doubtful = None;
                 return Ok(Exit::TickReached);
             }
             self.vcpu.set_breakpoints(&[linear_of(&state, target.rip)])?;

@@ -31,7 +31,8 @@ impl Successors {
         }
     }
 
-    pub(crate) fn one(rip: u64) -> Self {
+    /// One only.
+    pub fn one(rip: u64) -> Self {
         Self::These([rip; 2])
     }
 }

@@ -21,6 +21,7 @@
 pub mod engine;
 pub mod guest_code;
 pub mod paging;
+pub mod probe;
 pub mod register_bits;
 pub mod settle;
 pub mod vcpu;

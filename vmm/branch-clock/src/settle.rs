@@ -3,11 +3,16 @@
 //! Best is the first place of a tick, right behind a conditional branch: no other place has that tick
 //! and comes before. The guest is led there instruction by instruction, with breakpoints wherever the
 //! next one may lead. Not to be stood on is what a breakpoint does not find: the boundaries in an
-//! interrupt shadow, under RFLAGS.RF, and amid a REP.
+//! interrupt shadow, under RFLAGS.RF, and amid a REP. Nor is a handler's first instruction, where
+//! nothing has retired since the event: an instruction count does not tell it from the place before.
 //!
-//! In a loop without conditional branches the tick never changes. Where the loop changes a register, or
-//! nothing at all, the CPU's state still tells the place. Where it comes round to the same state having
-//! written memory, nothing tells one round from another; then nothing enters until the guest has left it.
+//! In a loop without conditional branches the tick never changes. Where the loop changes nothing at all,
+//! any round will do. Where each visit to an address finds another state, the state tells the place; that
+//! is seen by watching the guest for a while. Where the same state comes again and memory was written,
+//! nothing tells one visit from the other; then nothing enters before the guest has left the loop. What
+//! this cannot see is a loop without conditional branches longer than the guest is watched.
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use iced_x86::{FlowControl, Instruction, InstructionInfoFactory, OpAccess, Register};
 use reprise_machine::engine::{EngineError, Exit};
@@ -25,13 +30,17 @@ pub enum Stand {
     /// Right behind the next conditional branch, if one comes soon.
     #[default]
     BehindBranch,
-    /// The first place that a breakpoint finds, which may be where it was kicked. For tests: the CPU's
-    /// state alone tells these places, so the guest must not repeat one.
+    /// The first place that a breakpoint finds. For tests: the CPU's state alone tells these places, so
+    /// the guest must not repeat one.
     AtOnce,
 }
 
 /// Instructions that the guest is led on, at most: some ten lie between two conditional branches.
 const MAX_STEPS: u32 = 512;
+/// From this step on, it is watched which states are visited at an address...
+const WATCHED_FROM: u32 = 64;
+/// ...and from this one on, an address with another state at each visit is good enough.
+const WATCHED_ENOUGH: u32 = 288;
 /// Where no place is found, it is tried again so many times, after so many branches each.
 const ATTEMPTS: u32 = 32;
 const BRANCHES_BETWEEN: u64 = 16;
@@ -81,12 +90,15 @@ impl<V: Vcpu> BranchClock<V> {
         self.vcpu.set_overflow(None)?;
         let start = self.branches;
         let mut round = Round::default();
+        let mut places = Places::default();
         for step in 0..=MAX_STEPS {
             let state = self.vcpu.state()?;
             let instruction = decode_at(self.vcpu.ram(), &state, state.rip);
-            if is_found_by_breakpoint(&state, instruction.as_ref()) {
+            let retired = places.successors().contains(&linear_of(&state, state.rip));
+            if retired && is_found_by_breakpoint(&state, instruction.as_ref()) {
                 let fresh = self.branches != start || self.parameters.stand == Stand::AtOnce;
-                if fresh || step == MAX_STEPS {
+                let single = round.is_single(step, &state);
+                if fresh || step >= WATCHED_ENOUGH && single {
                     return Ok(Settled::Stands);
                 }
                 if let Some(wrote) = round.closes_at(&state) {
@@ -95,7 +107,7 @@ impl<V: Vcpu> BranchClock<V> {
                 round.note(step, &state);
             }
             round.wrote |= instruction.as_ref().is_none_or(writes_memory);
-            let places = places_after(self.vcpu.ram(), &state, instruction.as_ref());
+            places = places_after(self.vcpu.ram(), &state, instruction.as_ref());
             match self.step(&state, &places)? {
                 Step::Done => {}
                 Step::Exits(exit) => return Ok(Settled::Exits(exit)),
@@ -106,11 +118,11 @@ impl<V: Vcpu> BranchClock<V> {
     }
 
     /// Executes the instruction at RIP, which leads to one of `places`.
-    fn step(&mut self, before: &CpuState, places: &[u64]) -> Result<Step, EngineError> {
-        if places.is_empty() {
+    fn step(&mut self, before: &CpuState, places: &Places) -> Result<Step, EngineError> {
+        if places.all.is_empty() {
             return Ok(Step::Lost);
         }
-        self.vcpu.set_breakpoints(places)?;
+        self.vcpu.set_breakpoints(&places.all)?;
         self.vcpu.step_off()?;
         for _ in 0..MAX_INTERRUPTIONS {
             match self.enter()? {
@@ -134,6 +146,8 @@ struct Round {
     sought: Option<CpuState>,
     /// Whether an instruction since then may have written memory.
     wrote: bool,
+    /// The states visited at each RIP: their digests, and whether one came twice.
+    visited: BTreeMap<u64, (BTreeSet<u64>, bool)>,
 }
 
 impl Round {
@@ -141,6 +155,16 @@ impl Round {
     fn closes_at(&self, state: &CpuState) -> Option<bool> {
         let sought = self.sought.as_ref()?;
         (sought == state).then_some(self.wrote)
+    }
+
+    /// Watches the guest, and gives whether no state came twice at this RIP.
+    fn is_single(&mut self, step: u32, state: &CpuState) -> bool {
+        if step < WATCHED_FROM {
+            return false;
+        }
+        let (states, twice) = self.visited.entry(state.rip).or_default();
+        *twice |= !states.insert(state.short_digest());
+        !*twice
     }
 
     fn note(&mut self, step: u32, state: &CpuState) {
@@ -167,31 +191,58 @@ fn writes_memory(instruction: &Instruction) -> bool {
     enters || info.used_memory().iter().any(|memory| !quiet(memory.access()))
 }
 
-/// The linear addresses where the guest may stand after the instruction at RIP, the likeliest faults'
-/// handlers among them; none if that cannot be said.
-fn places_after(ram: &GuestRam, state: &CpuState, instruction: Option<&Instruction>) -> Vec<u64> {
-    let mut places = Vec::with_capacity(MAX_BREAKPOINTS);
+/// Linear addresses where the guest may stand after an instruction.
+#[derive(Default)]
+struct Places {
+    /// Those where it stands if the instruction retires come first, then the likeliest faults' handlers.
+    all: Vec<u64>,
+    successors: usize,
+}
+
+impl Places {
+    fn successors(&self) -> &[u64] {
+        &self.all[..self.successors]
+    }
+
+    fn add(&mut self, state: &CpuState, rip: u64) {
+        let linear = linear_of(state, rip);
+        if self.all.len() < MAX_BREAKPOINTS && !self.all.contains(&linear) {
+            self.all.push(linear);
+        }
+    }
+}
+
+/// Where the guest may stand after the instruction at RIP; nowhere if that cannot be said.
+fn places_after(ram: &GuestRam, state: &CpuState, instruction: Option<&Instruction>) -> Places {
+    let mut places = Places::default();
     if let Some(instruction) = instruction {
-        match successors(ram, state, instruction) {
-            Successors::These(_) if repeats(instruction) => places.push(instruction.next_ip()),
-            // No breakpoint hits behind it before another instruction has executed.
-            Successors::These([next, _]) if instruction.op0_register() == Register::SS => {
-                let behind = decode_at(ram, state, next);
-                let behind = behind.map(|behind| successors(ram, state, &behind));
-                let Some(Successors::These([first, second])) = behind else { return Vec::new() };
-                places.extend([first, second]);
-            }
-            Successors::These([first, second]) => places.extend([first, second]),
+        match next_of(ram, state, instruction) {
+            Successors::These(next) => next.into_iter().for_each(|rip| places.add(state, rip)),
             Successors::None => {}
-            Successors::Any => return Vec::new(),
+            Successors::Any => return places,
         }
     }
-    places.extend(LIKELY_FAULTS.iter().filter_map(|vector| handler_of(ram, state, *vector)));
-    let mut linear = Vec::with_capacity(MAX_BREAKPOINTS);
-    for place in places.into_iter().map(|rip| linear_of(state, rip)) {
-        if linear.len() < MAX_BREAKPOINTS && !linear.contains(&place) {
-            linear.push(place);
+    places.successors = places.all.len();
+    for vector in LIKELY_FAULTS {
+        if let Some(handler) = handler_of(ram, state, vector) {
+            places.add(state, handler);
         }
     }
-    linear
+    places
+}
+
+/// Where a breakpoint finds the guest once `instruction` has retired.
+fn next_of(ram: &GuestRam, state: &CpuState, instruction: &Instruction) -> Successors {
+    let next = instruction.next_ip();
+    match successors(ram, state, instruction) {
+        Successors::These(_) if repeats(instruction) => Successors::one(next),
+        // No breakpoint hits behind it before another instruction has executed.
+        Successors::These([next, _]) if instruction.op0_register() == Register::SS => {
+            match decode_at(ram, state, next) {
+                Some(behind) => successors(ram, state, &behind),
+                None => Successors::Any,
+            }
+        }
+        known => known,
+    }
 }

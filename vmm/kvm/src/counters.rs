@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::FromRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 
 use vmm_sys_util::errno::Error as Errno;
 
@@ -39,6 +39,17 @@ struct Attributes {
 const FLAG_PINNED: u64 = 1 << 2;
 const FLAG_EXCLUDE_HOST: u64 = 1 << 19;
 
+/// An event by its number.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RawEvent {
+    /// `type` of perf_event_open.
+    pub(crate) event_type: u32,
+    /// The event.
+    pub(crate) config: u64,
+    /// Counts from overflow to overflow; 0 for a counter that only counts.
+    pub(crate) period: u64,
+}
+
 /// A counter of this thread's guest.
 pub(crate) struct Counter {
     file: File,
@@ -46,10 +57,17 @@ pub(crate) struct Counter {
 
 impl Counter {
     pub(crate) fn open(counted: Counted) -> Result<Self, Errno> {
+        let config = counted as u64;
+        Self::open_raw(RawEvent { event_type: TYPE_HARDWARE, config, period: 0 })
+    }
+
+    /// A counter of any event, which overflows after each period.
+    pub(crate) fn open_raw(event: RawEvent) -> Result<Self, Errno> {
         let attributes = Attributes {
-            event_type: TYPE_HARDWARE,
+            event_type: event.event_type,
             size_bytes: size_of::<Attributes>() as u32,
-            config: counted as u64,
+            config: event.config,
+            sample_period: event.period,
             flags: FLAG_PINNED | FLAG_EXCLUDE_HOST,
             ..Attributes::default()
         };
@@ -72,6 +90,11 @@ impl Counter {
         // SAFETY: the kernel has just given this descriptor, and nobody else has it.
         let file = unsafe { File::from_raw_fd(fd as i32) };
         Ok(Self { file })
+    }
+
+    /// The file that stands for it.
+    pub(crate) fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
     }
 
     /// The count so far; `None` where the counter never got hold of the hardware.

@@ -22,7 +22,7 @@ use crate::self_test::step_clock;
 use crate::step::Stepper;
 use crate::vcpu::{RawExit, Vcpu};
 use crate::{cpuid, state};
-use reprise_branch_clock::guest_code::MAX_BYTES;
+use reprise_branch_clock::guest_code::{MAX_BYTES, decode_at, repeats};
 use reprise_branch_clock::paging::Paging;
 use reprise_branch_clock::register_bits::RFLAGS_IF;
 
@@ -156,6 +156,28 @@ impl KvmEngine {
                 exit => return Ok(exit),
             }
         }
+    }
+
+    /// Runs the guest until it exits, or until any signal comes, which is [`RawExit::Interrupted`].
+    pub(crate) fn run_signalled(&mut self) -> Result<RawExit, KvmError> {
+        let kick = self.kick.clone();
+        // SAFETY: the vCPU lives as long as the engine, which this function borrows.
+        let _registered = unsafe { kick.register(self.vcpu.immediate_exit()) };
+        self.incomplete = false;
+        if kick.is_requested() {
+            return Ok(RawExit::Interrupted);
+        }
+        let exit = self.vcpu.run()?;
+        if exit == RawExit::Interrupted {
+            self.vcpu.fd.set_kvm_immediate_exit(0);
+        }
+        Ok(exit)
+    }
+
+    /// Whether RIP stands at a string instruction with a REP prefix.
+    pub(crate) fn stands_at_repeating_instruction(&mut self) -> Result<bool, KvmError> {
+        let state = state::read(&self.vcpu.fd)?;
+        Ok(decode_at(&self.ram, &state, state.rip).is_some_and(|found| repeats(&found)))
     }
 
     fn sync_exit(&mut self, exit: RawExit) -> Result<Exit, EngineError> {

@@ -42,6 +42,9 @@ pub enum KvmError {
     /// KVM's single-step does not do what the clock `step` needs.
     #[error("the clock step cannot be used on this host ({0}): use --clock sync or --engine soft")]
     CannotStep(String),
+    /// There is no counter for the clock `pmu`.
+    #[error("the clock pmu cannot be used on this host ({0}): use --clock sync or --engine soft")]
+    NoBranchCounter(String),
     /// An ioctl was refused.
     #[error("KVM refused {what} ({reason}): {advice}")]
     Refused {

@@ -66,6 +66,11 @@ impl VcpuKick {
         self.target.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether there is a request that nobody has taken.
+    pub(crate) fn is_requested(&self) -> bool {
+        self.requested.load(Ordering::SeqCst)
+    }
+
     /// Takes the request, if there is one.
     pub(crate) fn take(&self) -> bool {
         self.requested.load(Ordering::SeqCst) && self.requested.swap(false, Ordering::SeqCst)

@@ -10,6 +10,9 @@
 #![allow(unsafe_code)]
 
 mod access;
+mod branch_counter;
+mod branch_events;
+mod branch_vcpu;
 mod counters;
 mod cpuid;
 mod engine;
@@ -30,6 +33,7 @@ mod watchdog;
 #[cfg(test)]
 mod testing;
 
+pub use branch_vcpu::{PmuEngine, PmuVcpu, pmu_clock, pmu_engine};
 pub use engine::{KvmClock, KvmEngine};
 pub use error::KvmError;
 pub use host::KvmKind;

@@ -55,6 +55,8 @@ pub(crate) enum RawExit {
     ModelSpecific { index: u32, is_write: bool },
     /// A debug event that userspace asked for: the exception's vector.
     Debug { vector: u32 },
+    /// The guest takes interrupts here, which was asked for.
+    InterruptWindow,
     /// A signal, or `immediate_exit`.
     Interrupted,
     /// KVM's instruction emulator gave up.
@@ -212,6 +214,11 @@ impl Vcpu {
         Err(KvmError::refused(format!("KVM_INTERRUPT {vector:#x}"), Errno::last()))
     }
 
+    /// Asks for [`RawExit::InterruptWindow`], or no longer.
+    pub(crate) fn request_interrupt_window(&mut self, wanted: bool) {
+        self.fd.get_kvm_run().request_interrupt_window = u8::from(wanted);
+    }
+
     /// The address of `immediate_exit`, valid while `self` lives.
     pub(crate) fn immediate_exit(&mut self) -> *mut u8 {
         &raw mut self.fd.get_kvm_run().immediate_exit
@@ -283,6 +290,7 @@ fn read_exit(run: &kvm_run) -> RawExit {
             RawExit::Debug { vector: debug.arch.exception }
         }
         KVM_EXIT_INTR => RawExit::Interrupted,
+        KVM_EXIT_IRQ_WINDOW_OPEN => RawExit::InterruptWindow,
         reason @ (KVM_EXIT_X86_RDMSR | KVM_EXIT_X86_WRMSR) => {
             // SAFETY: as above.
             let msr = unsafe { detail.msr };

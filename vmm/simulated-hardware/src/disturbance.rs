@@ -30,8 +30,8 @@ pub struct Disturbance {
     pub forget_every: Option<u64>,
     /// From one accessed bit that is set early to the next.
     pub access_every: Option<u64>,
-    /// One LOCK-prefixed instruction in so many is counted as a branch too, as Zen does unless its
-    /// speculation past locks is switched off.
+    /// From one branch that is counted too many to the next, as Zen has them unless its speculation past
+    /// locks is switched off.
     pub overcount_every: Option<u64>,
 }
 

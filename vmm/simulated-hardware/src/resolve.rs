@@ -51,7 +51,8 @@ pub fn resolve(
     log: LogReader,
     verification: Verification,
 ) -> Result<Resolved, MachineError> {
-    let vcpu = SimulatedVcpu::new(ram, Disturbance::none())?;
+    let mut vcpu = SimulatedVcpu::new(ram, Disturbance::none())?;
+    vcpu.hide_time_stamp_counter();
     let count = vcpu.instruction_count();
     let mut engine = BranchClock::new(vcpu, Parameters::with_skid(EXACT_SKID))?;
     engine.set_cpu_state(state)?;

@@ -14,8 +14,9 @@ use crate::disturbance::{Disturbance, Skid};
 use crate::page_tables::access_early;
 use crate::random::Random;
 
-/// Steps (elements of a REP among them) from where a kick is due to where it strikes, at most.
-const STEPS_TO_KICK: u64 = 40;
+/// Steps (elements of a REP among them) from where a kick is due to where it strikes, at most; now and
+/// then it may be deep within a long REP.
+const STEPS_TO_KICK: [u64; 4] = [40, 40, 40, 8_000];
 /// Instructions from the last branch that an overflow lets pass to the interrupt, at most.
 const STEPS_OF_SKID: u64 = 12;
 
@@ -34,6 +35,8 @@ pub struct SimulatedVcpu {
     signal: Due,
     forget: Due,
     access: Due,
+    overcount: Due,
+    overcounted: u64,
     /// `tsc_offset` as it was set: hardware keeps its own.
     tsc_offset: u64,
     world_clock_ns: Arc<AtomicU64>,
@@ -102,12 +105,19 @@ impl SimulatedVcpu {
             signal: Due::every(disturbance.signal_every, &mut random),
             forget: Due::every(disturbance.forget_every, &mut random),
             access: Due::every(disturbance.access_every, &mut random),
+            overcount: Due::every(disturbance.overcount_every, &mut random),
+            overcounted: 0,
             disturbance,
             random,
             tsc_offset: 0,
             world_clock_ns: Arc::default(),
             instruction_count: Arc::default(),
         })
+    }
+
+    /// Leaves the time-stamp counter out of what CPUID says: what RDTSC reads is in no log.
+    pub fn hide_time_stamp_counter(&mut self) {
+        self.engine.hide_time_stamp_counter();
     }
 
     /// A clock of the world outside that goes on while the guest runs, by a nanosecond or so an
@@ -128,11 +138,19 @@ impl SimulatedVcpu {
         self.instruction_count.store(self.engine.tick(), Ordering::Relaxed);
     }
 
+    /// What the counter shows.
+    fn branches(&self) -> u64 {
+        self.engine.conditional_branches() + self.overcounted
+    }
+
     /// What happens to hardware by itself here; whether a kick or another signal strikes.
     fn disturb(&mut self) -> Result<Option<VcpuExit>, EngineError> {
         let now = self.engine.tick();
         if self.forget.happens(now, &mut self.random) {
             self.engine.forget_translations();
+        }
+        if self.overcount.happens(now, &mut self.random) {
+            self.overcounted += 1;
         }
         if self.access.happens(now, &mut self.random) {
             let state = self.engine.cpu_state()?;
@@ -144,11 +162,14 @@ impl SimulatedVcpu {
         if !self.kick.happens(now, &mut self.random) {
             return Ok(None);
         }
-        for _ in 0..self.random.below(STEPS_TO_KICK) {
-            if let Some(exit) = self.step()? {
+        let most = STEPS_TO_KICK[self.random.below(4) as usize];
+        for _ in 0..self.random.below(most) {
+            let overflow = || VcpuExit::Interrupted { kicked: false };
+            let exit = self.step(true).or_else(|| self.overflows().then(overflow));
+            if exit.is_some() {
                 // A kick that comes too late for this entry is not lost.
                 self.kick.at = self.engine.tick();
-                return Ok(Some(exit));
+                return Ok(exit);
             }
         }
         Ok(Some(VcpuExit::Interrupted { kicked: true }))
@@ -156,7 +177,7 @@ impl SimulatedVcpu {
 
     /// Whether the counter's interrupt comes now.
     fn overflows(&mut self) -> bool {
-        let branches = self.engine.conditional_branches();
+        let branches = self.branches();
         if let Overflow::At(target) = self.overflow
             && branches >= target
         {
@@ -193,29 +214,30 @@ impl SimulatedVcpu {
     /// Instructions that may run before anything has to be looked at.
     fn undisturbed(&self) -> u64 {
         let now = self.engine.tick();
-        let branches = self.engine.conditional_branches();
+        let branches = self.branches();
         let until_overflow = match self.overflow {
             Overflow::Never => u64::MAX,
             // A branch is at least one instruction.
             Overflow::At(target) => target.saturating_sub(branches),
             Overflow::Late { branches_until, .. } => branches_until.saturating_sub(branches),
         };
-        let next = self.kick.at.min(self.signal.at).min(self.forget.at).min(self.access.at);
+        let dues = [&self.kick, &self.signal, &self.forget, &self.access, &self.overcount];
+        let next = dues.map(|due| due.at).into_iter().min().unwrap_or(u64::MAX);
         let breakpoints = if self.breakpoints.is_empty() { u64::MAX } else { 0 };
         next.saturating_sub(now).min(until_overflow).min(breakpoints).min(1 << 40)
     }
 
-    /// Executes one instruction, an element of a REP, or the delivery of a fault.
-    fn step(&mut self) -> Result<Option<VcpuExit>, EngineError> {
+    /// Executes one instruction, or an element of a REP, or the delivery of a fault.
+    fn step(&mut self, by_element: bool) -> Option<VcpuExit> {
         if self.hits_breakpoint() {
-            return Ok(Some(VcpuExit::Breakpoint));
+            return Some(VcpuExit::Breakpoint);
         }
         let before = self.engine.tick();
-        let exit = self.engine.step();
+        let exit = self.engine.step(by_element);
         if self.engine.tick() != before {
             self.stepping_off = None;
         }
-        Ok(exit.map(of_engine))
+        exit.map(of_engine)
     }
 
     fn hits_breakpoint(&self) -> bool {
@@ -236,7 +258,7 @@ impl SimulatedVcpu {
                 return Ok(VcpuExit::Interrupted { kicked: false });
             }
             let exit = match self.undisturbed() {
-                0 | 1 => self.step()?,
+                0 | 1 => self.step(false),
                 many => match self.engine.run(self.engine.tick() + many)? {
                     Exit::TickReached => None,
                     exit => Some(of_engine(exit)),
@@ -287,11 +309,11 @@ impl Vcpu for SimulatedVcpu {
     }
 
     fn conditional_branches(&mut self) -> Result<u64, EngineError> {
-        Ok(self.engine.conditional_branches())
+        Ok(self.branches())
     }
 
     fn set_overflow(&mut self, branches: Option<u64>) -> Result<(), EngineError> {
-        let now = self.engine.conditional_branches();
+        let now = self.branches();
         self.overflow =
             branches.map_or(Overflow::Never, |branches| Overflow::At(now.saturating_add(branches)));
         Ok(())

@@ -180,10 +180,22 @@ handler!(read_performance_counter(cpu, _op) {
     cpu.fault(Fault::GP0)
 });
 
+/// What CPUID says in EDX of a time-stamp counter: that there is one, and that it is invariant.
+fn time_stamp_features(leaf: u32) -> u32 {
+    match leaf {
+        1 => 1 << 4,
+        0x8000_0007 => 1 << 8,
+        _ => 0,
+    }
+}
+
 handler!(identify(cpu, _op) {
     let leaf = cpu.registers.gpr[RAX] as u32;
     let subleaf = cpu.registers.gpr[RCX] as u32;
-    let [eax, ebx, ecx, edx] = cpu_model::cpuid(leaf, subleaf);
+    let [eax, ebx, ecx, mut edx] = cpu_model::cpuid(leaf, subleaf);
+    if cpu.hides_time_stamp {
+        edx &= !time_stamp_features(leaf);
+    }
     for (register, value) in [(RAX, eax), (RBX, ebx), (RCX, ecx), (RDX, edx)] {
         cpu.registers.gpr[register] = u64::from(value);
     }
