@@ -7,8 +7,8 @@ use crate::guest;
 use reprise_branch_clock::settle::Stand;
 use reprise_simulated_hardware::Disturbance;
 
-/// Recordings of each scenario and policy.
-const RECORDINGS: u64 = 5;
+/// Recordings of each scenario and policy, unless `REPRISE_POSITIONS_RECORDINGS` asks for more.
+const RECORDINGS: u64 = 2;
 /// Replays of each recording, on Intel's hardware and on Zen's.
 const REPLAYS: u64 = 2;
 
@@ -16,7 +16,17 @@ const REPLAYS: u64 = 2;
 const ATTEMPTS: u64 = 8;
 
 /// Seeds that failed once, with what it was.
-const FAILED_ONCE: &[(&str, Stand, u64)] = &[];
+const FAILED_ONCE: &[(&str, Stand, u64)] = &[
+    // A moment behind an interrupt's delivery was sought without its breakpoint.
+    ("shadow", Stand::AtOnce, 0),
+    ("itself", Stand::BehindBranch, 1),
+    // The software CPU's own counter interrupted late.
+    ("window", Stand::BehindBranch, 0),
+    // A handler's first instruction has the instruction count of the fault before it.
+    ("fault", Stand::BehindBranch, 1),
+    // Two returns from one handler were the same state of the CPU, and another memory.
+    ("fault", Stand::AtOnce, 4),
+];
 
 /// Hardware that is kicked so often that every position gets its turn.
 fn kicked_often(seed: u64, stand: Stand) -> Hardware {
@@ -63,14 +73,17 @@ fn replay_on(case: &Case<'_>, recorded: &Recorded, hardware: &Hardware) {
 fn check_all(name: &str) {
     for stand in [Stand::BehindBranch, Stand::AtOnce] {
         let mut interrupts = 0;
-        for seed in 0..RECORDINGS {
+        let recordings = std::env::var("REPRISE_POSITIONS_RECORDINGS")
+            .map_or(RECORDINGS, |count| count.parse().expect("it is a number"));
+        for seed in 0..recordings {
             eprintln!("{name}, {stand:?}, recorded under seed {seed}");
             let recorded = check(name, stand, seed);
             interrupts += recorded.outcome.interrupts;
         }
-        assert!(interrupts >= 8 * RECORDINGS, "only {interrupts} interrupts landed");
+        assert!(interrupts >= 8 * recordings, "only {interrupts} interrupts landed");
     }
-    for (_, stand, seed) in FAILED_ONCE.iter().filter(|(failed, ..)| *failed == name) {
+    let again = |(failed, _, seed): &&(&str, Stand, u64)| *failed == name && *seed >= RECORDINGS;
+    for (_, stand, seed) in FAILED_ONCE.iter().filter(again) {
         eprintln!("{name}, {stand:?}, recorded under seed {seed}, which failed once");
         check(name, *stand, *seed);
     }

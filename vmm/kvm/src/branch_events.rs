@@ -31,6 +31,9 @@ enum Vendor {
 
 const TAKEN_AND_NOT: u64 = 0x5101c4;
 const TAKEN_AND_NOT_ICE_LAKE: u64 = 0x5111c4;
+const TAKEN_AND_NOT_LUNAR_LAKE: u64 = 0x100005111c4;
+const TAKEN_AND_NOT_ATOM: u64 = 0x517ec4;
+const TAKEN_AND_NOT_ZEN: u64 = 0x5100d1;
 
 const fn intel(
     microarchitecture: &'static str,
@@ -44,7 +47,7 @@ const fn intel(
 const fn amd(microarchitecture: &'static str, family: u32) -> BranchEvent {
     // In practice without a bound.
     let skid = 10_000;
-    let (vendor, event) = (Vendor::Amd, 0x51_00d1);
+    let (vendor, event) = (Vendor::Amd, TAKEN_AND_NOT_ZEN);
     BranchEvent { microarchitecture, vendor, family, models: &[], event, skid }
 }
 
@@ -67,12 +70,17 @@ static EVENTS: &[BranchEvent] = &[
     intel("Sapphire Rapids", &[0x8f], TAKEN_AND_NOT_ICE_LAKE, 125),
     intel("Emerald Rapids", &[0xcf], TAKEN_AND_NOT_ICE_LAKE, 125),
     intel("Granite Rapids", &[0xad, 0xae], TAKEN_AND_NOT_ICE_LAKE, 125),
-    intel("Lunar Lake (P-cores)", &[0xbd], 0x1_0000_5111_c4, 125),
-    intel("Arrow Lake (P-cores)", &[0xb5, 0xc5, 0xc6], 0x1_0000_5111_c4, 125),
-    intel("Silvermont, Airmont", &[0x37, 0x4a, 0x4c, 0x4d, 0x5a, 0x5d, 0x75], 0x51_7ec4, 100),
-    intel("Goldmont", &[0x5c, 0x5f, 0x7a], 0x51_7ec4, 100),
-    intel("Tremont", &[0x86, 0x96, 0x9c], 0x51_7ec4, 100),
-    intel("Gracemont, Crestmont", &[0xaf, 0xb6, 0xbe], 0x51_7ec4, 100),
+    intel("Lunar Lake (P-cores)", &[0xbd], TAKEN_AND_NOT_LUNAR_LAKE, 125),
+    intel("Arrow Lake (P-cores)", &[0xb5, 0xc5, 0xc6], TAKEN_AND_NOT_LUNAR_LAKE, 125),
+    intel(
+        "Silvermont, Airmont",
+        &[0x37, 0x4a, 0x4c, 0x4d, 0x5a, 0x5d, 0x75],
+        TAKEN_AND_NOT_ATOM,
+        100,
+    ),
+    intel("Goldmont", &[0x5c, 0x5f, 0x7a], TAKEN_AND_NOT_ATOM, 100),
+    intel("Tremont", &[0x86, 0x96, 0x9c], TAKEN_AND_NOT_ATOM, 100),
+    intel("Gracemont, Crestmont", &[0xaf, 0xb6, 0xbe], TAKEN_AND_NOT_ATOM, 100),
     amd("Zen, Zen+, Zen 2", 0x17),
     amd("Zen 3, Zen 4", 0x19),
     amd("Zen 5", 0x1a),
@@ -152,7 +160,7 @@ mod tests {
             (b"GenuineIntel", 0x0005_0654, "Skylake", 0x5101c4, 100),
             (b"GenuineIntel", 0x0006_06a6, "Ice Lake", 0x5111c4, 100),
             (b"GenuineIntel", 0x0008_06f8, "Sapphire Rapids", 0x5111c4, 125),
-            (b"GenuineIntel", 0x000b_0650, "Arrow Lake (P-cores)", 0x1_0000_5111_c4, 125),
+            (b"GenuineIntel", 0x000b_0650, "Arrow Lake (P-cores)", 0x100005111c4, 125),
             (b"AuthenticAMD", 0x0080_0f11, "Zen, Zen+, Zen 2", 0x5100d1, 10_000),
             (b"AuthenticAMD", 0x00b4_0f40, "Zen 5", 0x5100d1, 10_000),
         ];
