@@ -1,8 +1,8 @@
 //! The machine: one run loop over an engine, a board and the determinism boundary.
 #![forbid(unsafe_code)]
 
-pub mod checkpoint;
 mod accessed_bits;
+pub mod checkpoint;
 pub mod clock;
 pub mod digest;
 pub mod divergence;

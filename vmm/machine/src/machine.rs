@@ -321,7 +321,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
             TickKind::ConditionalBranch => self.inputs.place(),
             TickKind::Instruction | TickKind::Exit => None,
         };
-        let exit = match place.filter(|place| place.moment.tick < target) {
+        let exit = match place.filter(|place| place.moment.tick < target.tick) {
             Some(place) => self.engine.run_to(&place)?,
             None => self.engine.run(until)?,
         };
