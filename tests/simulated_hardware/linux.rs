@@ -1,5 +1,8 @@
 //! Linux on simulated hardware, through the workload to the reset. Takes minutes, so it is run by hand:
 //! `cargo test --release -p reprise-tests --test simulated_hardware -- --ignored --nocapture linux`.
+//!
+//! Even where CPUID hides the time-stamp counter, Linux reads it (its first stack canary does). Until
+//! RDTSC is trapped and its answers logged, the counter stands still here.
 
 use std::path::Path;
 use std::time::Instant;
@@ -20,6 +23,7 @@ fn hardware(seed: u64) -> Hardware {
         kick_every: Some(KICK_EVERY),
         forget_every: Some(400_000),
         access_every: Some(50_000),
+        time_stamp_runs: false,
         ..Disturbance::intel(seed)
     };
     Hardware { disturbance, ..Hardware::intel(seed) }
@@ -50,5 +54,4 @@ fn linux_boots_works_and_replays() {
         eprintln!("seed {seed}: replayed in {wall_s:.1} s: {counts:?}");
         assert_equal(&recorded.outcome, &replay.expect("the machine runs"), seed);
     }
-    case.replay_resolved(&recorded);
 }

@@ -33,6 +33,8 @@ pub struct Disturbance {
     /// From one branch that is counted too many to the next, as Zen has them unless its speculation past
     /// locks is switched off.
     pub overcount_every: Option<u64>,
+    /// RDTSC reads a counter of its own, which no log has; else it reads zero.
+    pub time_stamp_runs: bool,
 }
 
 impl Disturbance {
@@ -46,6 +48,7 @@ impl Disturbance {
             forget_every: None,
             access_every: None,
             overcount_every: None,
+            time_stamp_runs: false,
         }
     }
 
@@ -59,6 +62,7 @@ impl Disturbance {
             forget_every: Some(50_000),
             access_every: Some(5_000),
             overcount_every: None,
+            time_stamp_runs: true,
         }
     }
 

@@ -93,6 +93,7 @@ impl SimulatedVcpu {
     pub fn new(ram: GuestRam, disturbance: Disturbance) -> Result<Self, EngineError> {
         let mut engine = SoftEngine::new(ram)?;
         engine.count_conditional_branches();
+        engine.set_time_base(TimeBase { tick: 0, ns: 0, ns_per_tick: 0 });
         let mut random = Random::new(disturbance.seed);
         Ok(Self {
             engine,
@@ -291,7 +292,7 @@ impl Vcpu for SimulatedVcpu {
         }
         self.engine.set_interrupt_request(self.window_wanted);
         let before = self.engine.tick();
-        if self.disturbance.kick_every.is_some() {
+        if self.disturbance.time_stamp_runs {
             // The TSC of a machine that does other things as well.
             let ns = self.random.below(1 << 40);
             self.engine.set_time_base(TimeBase { tick: before, ns, ns_per_tick: 1 });
