@@ -10,6 +10,7 @@ mod world;
 
 use reprise::boot::GuestSource;
 use reprise_guest_images::{COMPUTE_AT_SCALE_1, embedded};
+use reprise_simulated_hardware::{Disturbance, Skid};
 
 use case::{Case, Hardware, Recorded, assert_equal};
 
@@ -67,11 +68,17 @@ fn compute_replays_under_other_seeds() {
 /// reason, and another attempt, late by another number, gets through.
 #[test]
 fn zen_replays_or_says_that_it_was_late() {
-    let case = guest("ticks", "hz=18000 count=40 poll=100", "");
-    let recorded = recorded(&case, &Hardware::zen(1), "ticks: ");
+    // Without exits in between, each interrupt is far from the last, and found by an overflow.
+    let case = guest("ticks", "hz=2000 count=10 poll=100000000", "");
+    let zen = |seed| {
+        let skid = Skid::Unbounded { usual: 1_000, seldom: 20 };
+        let disturbance = Disturbance { skid, ..Disturbance::zen(seed) };
+        Hardware { disturbance, ..Hardware::zen(seed) }
+    };
+    let recorded = recorded(&case, &zen(1), "ticks: ");
     let (mut equal, mut late) = (0, 0);
     for seed in 2..14 {
-        match case.replay(&recorded.records, &Hardware::zen(seed)).0 {
+        match case.replay(&recorded.records, &zen(seed)).0 {
             Ok(replay) => {
                 assert_equal(&recorded.outcome, &replay, seed);
                 equal += 1;
@@ -83,5 +90,5 @@ fn zen_replays_or_says_that_it_was_late() {
         }
     }
     eprintln!("{equal} replays were equal, {late} were stopped too late");
-    assert!(equal > late && late > 0);
+    assert!(equal > 0 && late > 0);
 }
