@@ -2,6 +2,7 @@
 //! panic, and in the same state whether it runs at one go, tick by tick or translated.
 
 mod guest;
+mod random;
 mod traced;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,6 +11,7 @@ use guest::{
     ABSENT, GDT, Guest, HANDLERS, IDT, KERNEL_CODE, KERNEL_DATA, KERNEL_STACK, LDT, SPARE, TSS,
     USER_CODE, USER_DATA, USER_STACK, segment, system_descriptor,
 };
+use random::Random;
 use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::translate::Translation;
 use reprise_machine::engine::{Access, Engine, Exit};
@@ -24,30 +26,6 @@ const TICKS: u64 = 200;
 
 /// The case that runs, for the panic hook: a panic under generated code ends the process.
 static SEED: AtomicU64 = AtomicU64::new(0);
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ mixed >> 31
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
-
-    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
-        from[self.below(from.len() as u64) as usize]
-    }
-
-    fn one_in(&mut self, chances: u64) -> bool {
-        self.below(chances) == 0
-    }
-}
 
 /// Values worth having in a register: addresses of everything, and of the edges between.
 const PLACES: &[u64] = &[

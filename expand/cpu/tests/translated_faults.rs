@@ -4,6 +4,7 @@
 
 mod guest;
 mod lockstep;
+mod random;
 
 use std::collections::BTreeSet;
 

@@ -3,6 +3,7 @@
 
 mod guest;
 mod lockstep;
+mod random;
 
 use guest::{Guest, KERNEL_CODE, KERNEL_DATA};
 use lockstep::{Code, Lockstep, lockstep};

@@ -4,9 +4,11 @@
 
 mod guest;
 mod lockstep;
+mod random;
 
 use guest::{AC, CR4_SMAP, Guest, HANDLERS, IF, KERNEL_DATA, TF, USER_CODE, USER_DATA, USER_STACK};
 use lockstep::{Code, lockstep};
+use random::Random;
 use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::profile::Profile;
 use reprise_cpu::translate::Translation;
@@ -122,26 +124,6 @@ const DATA_PIECES: &[&[u8]] = &[
     &[0x9c, 0x58],                               // pushfq; pop rax
     JNC,
 ];
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ mixed >> 31
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
-
-    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
-        from[self.below(from.len() as u64) as usize]
-    }
-}
 
 /// PUSH of flags; POPFQ.
 fn set_flags(random: &mut Random) -> Vec<u8> {

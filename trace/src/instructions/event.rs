@@ -139,7 +139,7 @@ pub enum Event {
     },
 }
 
-/// The byte that each event starts with. Zero is a cut, see `segment.rs`.
+/// The byte that each event starts with. Zero is a cut, see `encode.rs`.
 mod tag {
     pub(super) const DELIVERY: u8 = 1;
     pub(super) const RETURN: u8 = 2;

@@ -84,7 +84,8 @@ pub(super) struct Finished {
     pub(super) exits: Vec<PlannedExit>,
 }
 
-/// Bytes of an address in a trace.
+/// Bytes of a word and of an address in a trace.
+const WORD_BYTES: i32 = 4;
 const ADDRESS_BYTES: i32 = 8;
 /// How far a short jump reaches ahead and back.
 const NEAR_AHEAD: usize = 127;
@@ -196,7 +197,6 @@ impl<'a> Emission<'a> {
     /// Takes the instructions that have run, up to the operation `number`, from the budget, and moves the
     /// trace's cursors past what it has of them: what every way out of the unit does.
     fn charge(&mut self, number: usize) {
-        const WORD_BYTES: i32 = 4;
         self.settle(80);
         self.move_slot(BUDGET, number as i32 + 1);
         if let Some(Ahead { words, addresses }) = self.traced_past(number) {
@@ -224,7 +224,6 @@ impl<'a> Emission<'a> {
 
     /// Appends the number of a block, whose first operation is `number`, to the trace.
     pub(super) fn trace_block(&mut self, number: usize, id: u32) {
-        const WORD_BYTES: i32 = 4;
         self.settle(32);
         let place = (self.sites[number].traced.words as i32 - 1) * WORD_BYTES;
         self.code.load(SCRATCH, general_slot(TRACE_WORDS));

@@ -8,6 +8,7 @@ use reprise_machine::engine::{Engine, Exit};
 use reprise_trace::cpu_state::CpuState;
 
 use crate::guest::Guest;
+use crate::random::Random;
 
 /// Instructions of a guest, at most.
 const TICKS: u64 = 20_000;
@@ -74,16 +75,17 @@ fn follow(
     what: &str,
     make: impl Fn() -> Guest,
     translation: Translation,
-    mut seed: u64,
+    seed: u64,
     states: &[CpuState],
     reference: &(Exit, u64, Ram),
 ) -> Profile {
     let mut engine = make().engine();
     engine.set_translation(translation);
     engine.start_profile();
+    let mut random = Random(seed);
     let mut alike_at = 0;
     let exit = loop {
-        let step = if seed == 0 { 2 * TICKS } else { 1 + next(&mut seed) % 90 };
+        let step = if seed == 0 { 2 * TICKS } else { 1 + random.below(90) };
         let asked = engine.tick() + step;
         let exit = engine.run(asked).expect("runs");
         let (tick, state) = (engine.tick(), engine.cpu_state().expect("state"));
@@ -113,14 +115,6 @@ fn follow(
         changed.map(|(page, _)| page.0)
     );
     engine.profile().expect("it was begun")
-}
-
-/// SplitMix64.
-fn next(seed: &mut u64) -> u64 {
-    *seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mixed = (*seed ^ *seed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    mixed ^ mixed >> 31
 }
 
 /// Machine code that is put together at its address.
