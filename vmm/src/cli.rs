@@ -176,7 +176,7 @@ pub struct RecordArgs {
     #[arg(long)]
     pub(crate) force: bool,
     /// Keep a checkpoint in FILE.rr.checkpoints after so many ticks, or seconds of guest execution
-    /// ("2s"); "never" for none [default: 1000000000 ticks on the software CPU, never on KVM]
+    /// ("2s"); "never" for none [default: 2000000000 ticks on the software CPU, never on KVM]
     #[arg(long, value_name = "EVERY", default_value = "default", hide_default_value = true)]
     #[arg(value_parser = parse_every, allow_negative_numbers = true)]
     pub(crate) checkpoint_every: CheckpointArg,

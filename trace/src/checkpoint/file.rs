@@ -29,7 +29,7 @@ const PREAMBLE_BYTES: usize = 16;
 /// Pages of one frame, at most: all of them are decompressed for any of them.
 const FRAME_PAGES: usize = 64;
 /// zstd's level for pages: they come in gigabytes.
-const PAGE_LEVEL: i32 = 1;
+const PAGE_LEVEL: i32 = -3;
 /// zstd's level for states.
 const STATE_LEVEL: i32 = 3;
 /// What a checkpoint's frame starts with: six numbers and a digest of five parts.
