@@ -16,6 +16,9 @@ use crate::translate::Left;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct TripleFault;
 
+/// Translated code is longer than what is still to run.
+struct ForLess;
+
 impl Cpu {
     /// Runs until `until` instructions have retired since the machine started, or an earlier exit.
     pub(crate) fn execute(
@@ -30,15 +33,8 @@ impl Cpu {
         // Translated code has more instructions than are still to run.
         let mut for_less = false;
         loop {
-            if kick.load(Ordering::Relaxed) && !self.amid_exceptions() {
-                kick.store(false, Ordering::Release);
-                return Exit::Kicked;
-            }
-            if self.tick == until {
-                return Exit::TickReached;
-            }
-            if interrupt_requested && self.interruptible() {
-                return Exit::InterruptWindow;
+            if let Some(exit) = self.due_exit(until, kick, interrupt_requested) {
+                return exit;
             }
             if !self.keep_trace_moving() {
                 return Exit::Kicked;
@@ -72,18 +68,9 @@ impl Cpu {
             let exit = match translated {
                 Some(code) => {
                     last = None;
-                    match self.run_translated(code, until) {
-                        Left::ForNext => None,
-                        Left::ForLess => {
-                            for_less = true;
-                            None
-                        }
-                        Left::Stopped { block, flow } => {
-                            // SAFETY: as above.
-                            let block = unsafe { block.as_ref() };
-                            self.finish_stopped(block, flow)
-                        }
-                    }
+                    let exit = self.run_unit(code, until);
+                    for_less = exit.is_err();
+                    exit.unwrap_or(None)
                 }
                 None => self.interpret(block, left as usize),
             };
@@ -96,6 +83,38 @@ impl Cpu {
                 let again = matches!(exit, Exit::Access(_) | Exit::Unsupported(_));
                 self.interrupt_shadow |= again && shadowed == Some(self.tick);
                 return exit;
+            }
+        }
+    }
+
+    /// The exit that is due where the guest stands.
+    #[inline(always)]
+    fn due_exit(
+        &mut self,
+        until: u64,
+        kick: &AtomicBool,
+        interrupt_requested: bool,
+    ) -> Option<Exit> {
+        if kick.load(Ordering::Relaxed) && !self.amid_exceptions() {
+            kick.store(false, Ordering::Release);
+            return Some(Exit::Kicked);
+        }
+        if self.tick == until {
+            return Some(Exit::TickReached);
+        }
+        (interrupt_requested && self.interruptible()).then_some(Exit::InterruptWindow)
+    }
+
+    /// Runs translated code until it is left, with the exit if that is why.
+    #[inline(always)]
+    fn run_unit(&mut self, code: *const u8, until: u64) -> Result<Option<Exit>, ForLess> {
+        match self.run_translated(code, until) {
+            Left::ForNext => Ok(None),
+            Left::ForLess => Err(ForLess),
+            Left::Stopped { block, flow } => {
+                // SAFETY: as in `execute`.
+                let block = unsafe { block.as_ref() };
+                Ok(self.finish_stopped(block, flow))
             }
         }
     }

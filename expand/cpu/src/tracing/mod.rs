@@ -3,7 +3,7 @@
 //! A block gets its number when it first runs, or is translated. The block loop appends the number and
 //! then, operation by operation, the addresses that `accesses.rs` computes before each runs; what a
 //! fault or an exit leaves undone is taken back and the run cut. Translated code appends both in line
-//! (`translate/emission.rs`), through the two cursors lent to it; for an operation that it has run in
+//! (`translate/emission/`), through the two cursors lent to it; for an operation that it has run in
 //! Rust, the vectors are taken back for a moment. Nothing of it exists while nobody asked for a trace.
 #![allow(unsafe_code)]
 

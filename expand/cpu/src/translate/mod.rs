@@ -3,7 +3,7 @@
 //! A block that has run often enough is translated for its linear address and mode. Guest registers
 //! live in host registers throughout (`registers.rs`), guest flags in the host's flags: everything
 //! around an instruction leaves them alone. Memory goes through the software TLB in line
-//! (`emission.rs`). Blocks lead into each other through exits (`site.rs`), whose targets are data, so
+//! (`emission/`). Blocks lead into each other through exits (`site.rs`), whose targets are data, so
 //! code once emitted never changes. What is rare, slow or system business calls the operation in Rust,
 //! as the block loop would (`thunks.rs`).
 #![allow(unsafe_code)]

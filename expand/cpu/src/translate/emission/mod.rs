@@ -1,23 +1,19 @@
 //! A unit's code in the making: what every kind of instruction uses.
 
-use std::mem::offset_of;
+mod addressing;
+mod slow_way;
 
 use iced_x86::InstructionInfoFactory;
 
-use super::assembler::{Assembler, Host, Jump, Place, at, indexed};
+pub(super) use addressing::addressable;
+use slow_way::{Cold, ColdKind, Islands};
+
+use super::assembler::{Assembler, Jump, Place, at, indexed};
 use super::jump_cache::JumpCache;
-use super::registers::{
-    ADDEND, ADDRESS, Home, PAGE_SHIFT, SCRATCH, SHIFT, field, general_slot, home,
-};
+use super::registers::{ADDEND, ADDRESS, SCRATCH, general_slot};
 use super::site::{Exit, Site};
 use super::thunks::Thunks;
-use crate::cpu::{
-    BLOCK_RIP, BUDGET, NO_SEGMENT, Registers, TRACE_ADDRESSES, TRACE_PHYSICAL, TRACE_WORDS,
-    VECTORS_LOADED, ZERO,
-};
-use crate::decode::op::Op;
-use crate::memory::physical::PAGE_BYTES;
-use crate::memory::tlb::Entry;
+use crate::cpu::{BUDGET, TRACE_ADDRESSES, TRACE_PHYSICAL, TRACE_WORDS, VECTORS_LOADED};
 use crate::mode::Mode;
 use crate::tracing::{Ahead, MAX_INLINE_ACCESSES};
 
@@ -34,29 +30,6 @@ pub(super) struct Surroundings<'a> {
     pub(super) traced: bool,
     /// And wants to know where accesses lie.
     pub(super) traced_physical: bool,
-}
-
-/// What code out of the way does.
-#[derive(Clone, Copy)]
-enum ColdKind {
-    /// Runs a site's operation in Rust and goes on at an address.
-    /// Behind it the XMM registers must be loaded if they were before.
-    Operation { resume: u64, with_vectors: bool },
-    /// Loads the XMM registers and goes on at an address.
-    LoadVectors { resume: u64 },
-    /// Runs a site's operation in Rust and leaves.
-    LastOperation,
-    /// Leaves before the unit.
-    WithoutBudget,
-}
-
-/// A piece of code out of the way.
-struct Cold {
-    /// The operation that it runs.
-    number: usize,
-    kind: ColdKind,
-    /// What leads to it.
-    jumps: Vec<Jump>,
 }
 
 /// A way out of the unit from its midst: where a conditional jump leads, and in which mode.
@@ -87,26 +60,6 @@ pub(super) struct Finished {
 /// Bytes of a word and of an address in a trace.
 const WORD_BYTES: i32 = 4;
 const ADDRESS_BYTES: i32 = 8;
-/// How far a short jump reaches ahead and back.
-const NEAR_AHEAD: usize = 127;
-const NEAR_BACK: usize = 128;
-/// Bytes of a jump in an island, and of the short one over it.
-const ISLAND_JUMP_BYTES: usize = 5;
-const OVER_BYTES: usize = 2;
-/// An island has room for so many jumps from behind it.
-const SPARE_ROOMS: usize = 3;
-/// A jump that is not taken costs little, one that is taken a place in the host's branch predictor.
-/// The check of an access hence jumps where it fails, and a short jump is all that leaves the flags
-/// alone. Islands between instructions take those on to where the slow way is.
-struct Islands {
-    /// Jumps without an island yet, oldest first, with their cold code.
-    pending: Vec<(Jump, usize)>,
-    /// Islands, with where they lead.
-    built: Vec<(usize, usize)>,
-    /// Room for more.
-    rooms: Vec<Jump>,
-}
-
 /// A unit being translated: blocks of one page that run one after the other.
 pub(super) struct Emission<'a> {
     pub(super) code: Assembler,
@@ -137,18 +90,6 @@ pub(super) struct Emission<'a> {
     first_exit: *mut Exit,
 }
 
-/// Whether an operation's memory operand lies at an address known when it is translated.
-fn is_absolute(op: &Op) -> bool {
-    op.index == ZERO && matches!(op.base, BLOCK_RIP | ZERO)
-}
-
-/// Whether [`Emission::linear_address`] can address an operation's memory operand: all but cut
-/// addresses and a RIP-relative one with an index, which no encoding has.
-pub(super) fn addressable(op: &Op) -> bool {
-    let fits = i32::try_from(op.displacement as i64).is_ok();
-    op.address_mask == u64::MAX && (is_absolute(op) || op.base != BLOCK_RIP && fits)
-}
-
 impl<'a> Emission<'a> {
     pub(super) fn new(
         address: u64,
@@ -159,7 +100,7 @@ impl<'a> Emission<'a> {
         first_exit: *mut Exit,
     ) -> Self {
         let mut code = Assembler::new(address);
-        let rooms = (0..SPARE_ROOMS).map(|_| code.room_for_jump()).collect();
+        let islands = Islands::new(&mut code);
         Self {
             code,
             info,
@@ -171,7 +112,7 @@ impl<'a> Emission<'a> {
             current: None,
             vectors_loaded: false,
             cold: Vec::new(),
-            islands: Islands { pending: Vec::new(), built: Vec::new(), rooms },
+            islands,
             side_exits: Vec::new(),
             exits: Vec::new(),
             traced: surroundings.traced,
@@ -315,26 +256,6 @@ impl<'a> Emission<'a> {
         self.current = None;
     }
 
-    /// The cold code of the operation in hand.
-    fn slow_way(&mut self) -> usize {
-        *self.current.get_or_insert_with(|| {
-            let (number, kind) = (self.number, ColdKind::LastOperation);
-            self.cold.push(Cold { number, kind, jumps: Vec::new() });
-            self.cold.len() - 1
-        })
-    }
-
-    /// What [`SCRATCH`] must be for [`Emission::slow_unless_found`] not to take the slow way.
-    pub(super) fn found(&self) -> i32 {
-        i32::from(self.surroundings.fast_loop)
-    }
-
-    /// The operation in hand takes its slow way unless [`SCRATCH`] says that something was found.
-    pub(super) fn slow_unless_found(&mut self) {
-        let cold = self.slow_way();
-        self.cold_unless_found(cold);
-    }
-
     /// Sees that the host's XMM registers are the guest's, from here on until Rust is called. Comes
     /// first in an operation.
     pub(super) fn need_vectors(&mut self) {
@@ -354,34 +275,6 @@ impl<'a> Emission<'a> {
         self.cold[cold].kind = ColdKind::LoadVectors { resume: self.code.here() };
     }
 
-    /// Goes to cold code unless [`SCRATCH`] says that something was found.
-    fn cold_unless_found(&mut self, cold: usize) {
-        if self.surroundings.fast_loop {
-            let missing = self.code.jump_near_unless_rcx_one();
-            self.lead_to_cold(missing, cold);
-        } else {
-            let found = self.code.jump_near_if_rcx_zero();
-            let missing = self.code.jump_forward();
-            self.code.land(found);
-            self.cold[cold].jumps.push(missing);
-        }
-    }
-
-    /// The operation in hand takes its slow way where condition `code` holds. Only where the guest's
-    /// flags are not needed any more, not even by the slow way.
-    pub(super) fn slow_if(&mut self, code: u8) {
-        let cold = self.slow_way();
-        let jump = self.code.jump_forward_if(code);
-        self.cold[cold].jumps.push(jump);
-    }
-
-    /// The operation in hand takes its slow way if [`SCRATCH`] is zero.
-    pub(super) fn slow_if_nothing(&mut self) {
-        let cold = self.slow_way();
-        let nothing = self.code.jump_near_if_rcx_zero();
-        self.lead_to_cold(nothing, cold);
-    }
-
     /// What follows runs with the rights that the other of STAC and CLAC gives; the mode that this is,
     /// or `None` if it cannot be emitted.
     pub(super) fn change_access(&mut self) -> Option<Mode> {
@@ -389,175 +282,6 @@ impl<'a> Emission<'a> {
         self.other_access = Some(self.surroundings);
         self.surroundings = other;
         Some(other.mode)
-    }
-
-    /// A short jump leads to cold code, by an island.
-    fn lead_to_cold(&mut self, jump: Jump, cold: usize) {
-        let reachable = |place: usize| place + NEAR_BACK >= jump.end;
-        let built = &self.islands.built;
-        if let Some(&(place, _)) =
-            built.iter().find(|(place, leads_to)| *leads_to == cold && reachable(*place))
-        {
-            return self.code.land_at(jump, place);
-        }
-        self.islands.rooms.retain(|room| reachable(room.end - ISLAND_JUMP_BYTES));
-        if self.islands.rooms.is_empty() {
-            return self.islands.pending.push((jump, cold));
-        }
-        let room = self.islands.rooms.remove(0);
-        let place = self.build_island(room, cold);
-        self.code.land_at(jump, place);
-    }
-
-    fn build_island(&mut self, room: Jump, cold: usize) -> usize {
-        let place = self.code.fill_room(room);
-        self.cold[cold].jumps.push(room);
-        self.islands.built.push((place, cold));
-        place
-    }
-
-    /// Sees that jumps which still need an island will have one in reach after another `bytes`.
-    pub(super) fn settle(&mut self, bytes: usize) {
-        let Some((oldest, _)) = self.islands.pending.first() else { return };
-        let islands = self.islands.pending.len() * ISLAND_JUMP_BYTES;
-        if self.code.length() + bytes + OVER_BYTES + islands > oldest.end + NEAR_AHEAD {
-            let over = self.code.jump_near();
-            self.build_pending();
-            self.islands.rooms = (0..SPARE_ROOMS).map(|_| self.code.room_for_jump()).collect();
-            self.code.land(over);
-        }
-    }
-
-    fn build_pending(&mut self) {
-        for (jump, cold) in std::mem::take(&mut self.islands.pending) {
-            let here = self
-                .islands
-                .built
-                .iter()
-                .rev()
-                .find(|(place, leads_to)| *leads_to == cold && *place > jump.end);
-            let place = match here {
-                Some(&(place, _)) => place,
-                None => {
-                    let room = self.code.room_for_jump();
-                    self.build_island(room, cold)
-                }
-            };
-            self.code.land_at(jump, place);
-        }
-    }
-
-    /// [`ADDRESS`] = the linear address of the operation's memory operand, which is
-    /// [`addressable`].
-    pub(super) fn linear_address(&mut self, op: &Op) {
-        self.effective_address(op);
-        // ES, CS, SS and DS have no base in 64-bit mode.
-        if op.segment != NO_SEGMENT && usize::from(op.segment) >= reprise_trace::cpu_state::FS {
-            let base = offset_of!(Registers, segment_base) + usize::from(op.segment) * 8;
-            self.code.load(ADDEND, field(base));
-            self.code.lea(ADDRESS, indexed(ADDRESS, ADDEND, 0, 0));
-        }
-    }
-
-    /// [`ADDRESS`] = the memory operand's offset in its segment. Uses [`ADDEND`].
-    pub(super) fn effective_address(&mut self, op: &Op) {
-        self.settle(32);
-        if is_absolute(op) {
-            let base = if op.base == BLOCK_RIP { self.linear } else { 0 };
-            return self.code.immediate(ADDRESS, base.wrapping_add(op.displacement));
-        }
-        let base = (op.base != ZERO).then(|| self.in_register(op.base, ADDRESS));
-        let index = (op.index != ZERO).then(|| (self.in_register(op.index, ADDEND), op.scale));
-        let displacement = op.displacement as i32;
-        match (base, index) {
-            (Some(base), None) if displacement == 0 => self.code.copy(ADDRESS, base),
-            _ => self.code.lea(ADDRESS, Place { base, index, displacement }),
-        }
-    }
-
-    /// A guest register's value in a host register, `spare` if it has none of its own.
-    pub(super) fn in_register(&mut self, guest: u8, spare: Host) -> Host {
-        match home(guest) {
-            Home::Host(host) => host,
-            Home::Memory(place) => {
-                self.code.load(spare, place);
-                spare
-            }
-        }
-    }
-
-    /// Translates the `size` bytes at [`ADDRESS`] through the software TLB: afterwards the operand lies
-    /// at [`ADDRESS`] + [`ADDEND`]. Takes the slow way if they cannot be accessed without asking.
-    pub(super) fn translate(&mut self, write: bool, size: u64) {
-        self.settle(if self.traced { 112 } else { 64 });
-        self.trace_access(write, size);
-        self.find_entry(ADDRESS, write);
-        // The last byte's distance from the tag's page, in pages, is what is found.
-        let distance = size as i32 - 1 + self.found() * PAGE_BYTES as i32;
-        self.code.lea(SCRATCH, indexed(SCRATCH, ADDRESS, 0, distance));
-        self.code.shift_right(SCRATCH, SCRATCH, SHIFT);
-        self.slow_unless_found();
-        self.code.load(ADDEND, self.entry(write, offset_of!(Entry, addend)));
-        self.trace_place();
-    }
-
-    /// Translates what a repeated string instruction accesses from `pointer` on, `count` elements of
-    /// `size` bytes (a power of two up to 8): afterwards [`ADDEND`] leads from `pointer` to the host's
-    /// address. Takes the slow way unless all of them lie in one known page.
-    pub(super) fn translate_run(&mut self, pointer: Host, count: Host, write: bool, size: u64) {
-        self.settle(64);
-        let found = self.found();
-        let scale = size.trailing_zeros() as u8;
-        self.find_entry(pointer, write);
-        // The last byte's distance from the tag's page, as in `translate`. A count of a page and more
-        // might wrap around to where it began; with a count of zero nothing is accessed anyway.
-        self.code.lea(SCRATCH, indexed(SCRATCH, pointer, 0, 0));
-        self.code.lea(SCRATCH, indexed(SCRATCH, count, scale, -1));
-        self.code.shift_right(SCRATCH, SCRATCH, SHIFT);
-        self.code.shift_right(ADDRESS, count, SHIFT);
-        self.code.lea(SCRATCH, indexed(SCRATCH, ADDRESS, 0, found));
-        self.slow_unless_found();
-        self.settle(16);
-        self.code.load(ADDEND, self.entry(write, offset_of!(Entry, addend)));
-    }
-
-    /// [`ADDEND`] = the index, in units of half an entry, of the data TLB's entry for `address`;
-    /// [`SCRATCH`] = its negated tag.
-    fn find_entry(&mut self, address: Host, write: bool) {
-        self.code.rotate_right(ADDEND, address, PAGE_SHIFT as u8);
-        self.code.zero_extend_16(ADDEND, ADDEND);
-        self.code.lea(ADDEND, indexed(ADDEND, ADDEND, 0, 0));
-        self.code.load(SCRATCH, self.entry(write, offset_of!(Entry, negated_tag)));
-    }
-
-    /// A field of the entry that [`Emission::find_entry`] found.
-    fn entry(&self, write: bool, offset: usize) -> Place {
-        const { assert!(size_of::<Entry>() == 16) };
-        let surroundings = self.surroundings;
-        let table = if write { surroundings.write_table } else { surroundings.read_table };
-        Place { base: None, index: Some((ADDEND, 3)), displacement: table + offset as i32 }
-    }
-
-    /// Takes the slow way unless [`ADDRESS`] is a multiple of 16.
-    pub(super) fn require_alignment(&mut self) {
-        const LOW_BITS_SHIFT: u64 = 60;
-        self.settle(32);
-        self.code.immediate(SCRATCH, LOW_BITS_SHIFT);
-        self.code.shift_left(SCRATCH, ADDRESS, SCRATCH);
-        let found = self.found();
-        if found != 0 {
-            self.code.lea(SCRATCH, at(SCRATCH, found));
-        }
-        self.slow_unless_found();
-    }
-
-    /// Looks for the code at [`ADDRESS`]: afterwards [`ADDEND`] points at its entry in the jump cache.
-    /// Takes the slow way, which does all of the instruction, if there is none.
-    pub(super) fn search(&mut self) {
-        self.settle(64);
-        let found = self.found();
-        self.surroundings.jumps.emit_search(&mut self.code, found);
-        self.slow_unless_found();
     }
 
     /// Leaves the unit for a known address where condition `code` holds.
