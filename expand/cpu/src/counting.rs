@@ -69,9 +69,9 @@ impl SoftEngine {
     /// If the last access was not finished.
     pub fn step(&mut self, by_element: bool) -> Option<Exit> {
         self.next_exit(|cpu| {
-            cpu.debug.stops_between_elements = by_element;
+            cpu.stops_between_elements = by_element;
             let exit = with_guest_fpu(cpu, |cpu| cpu.execute_one());
-            cpu.debug.stops_between_elements = false;
+            cpu.stops_between_elements = false;
             exit
         })
     }

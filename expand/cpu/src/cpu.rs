@@ -157,6 +157,8 @@ pub struct Cpu {
     pub(crate) branch_count: Option<u64>,
     /// CPUID does not tell of the time-stamp counter.
     pub(crate) hides_time_stamp: bool,
+    /// A repeated instruction stops after each element, though nothing traps (`counting.rs`).
+    pub(crate) stops_between_elements: bool,
 }
 
 impl Cpu {
@@ -208,6 +210,7 @@ impl Cpu {
             exceptions: ExceptionRun::NONE,
             branch_count: None,
             hides_time_stamp: false,
+            stops_between_elements: false,
         });
         cpu.set_state(&CpuState::default());
         Ok(cpu)

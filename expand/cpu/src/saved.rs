@@ -12,6 +12,8 @@ use crate::system::deliver::ExceptionRun;
 const ENGINE: &str = "soft";
 /// Raised by any change of what the bytes mean.
 const VERSION: u32 = 1;
+/// What to do about a state that cannot be taken up: it is only ever kept in checkpoints.
+const ADVICE: &str = "delete the file of checkpoints, and `reprise checkpoint` makes them anew";
 
 #[derive(Serialize, Deserialize)]
 struct Hidden {
@@ -50,8 +52,7 @@ impl Cpu {
         }
         if *version != VERSION {
             return Err(format!(
-                "the saved CPU has state version {version}, but this build knows {VERSION}: use the \
-                 build that saved it"
+                "the saved CPU has state version {version}, but this build knows {VERSION}: {ADVICE}"
             ));
         }
         let hidden = match postcard::take_from_bytes::<Hidden>(bytes) {
@@ -68,5 +69,24 @@ impl Cpu {
 }
 
 fn impossible() -> String {
-    "the saved CPU is in a state that it never reaches: take another copy".to_owned()
+    format!("the saved CPU is in a state that it never reaches: {ADVICE}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_bytes_mean_changes_with_the_version() {
+        let hidden = Hidden {
+            tlb: TlbState::default(),
+            debug: DebugState::default(),
+            exceptions: ExceptionRun::NONE,
+        };
+        let bytes = postcard::to_allocvec(&hidden).expect("it encodes");
+        // Nine empty lists; no hits, two boundaries that never were; no exceptions since none.
+        let none = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1];
+        let expected = [&[0; 9][..], &[0], &none, &none, &none, &[0]].concat();
+        assert_eq!((VERSION, bytes), (1, expected), "raise VERSION, then say here what is saved");
+    }
 }

@@ -149,7 +149,7 @@ fn elements_in_run(cpu: &Cpu, op: &Op, register: usize, linear: u64) -> u64 {
 fn runs_allowed(cpu: &Cpu, op: &Op) -> bool {
     let checks = cpu.mode.checks(op.b) || cpu.mode.checks(ES as u8);
     let whole = cpu.rflags_rest & (flags::DF | flags::TF) == 0;
-    whole && !checks && !cpu.debug.stops_between_elements
+    whole && !checks && !cpu.stops_between_elements
 }
 
 /// Ends one element of a repeated instruction that the counter no longer counts.

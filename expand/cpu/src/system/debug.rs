@@ -39,18 +39,11 @@ pub(crate) struct DebugState {
     stack_switch: u64,
     /// The boundary after the last instruction whose trap flag counts as it is after it, in ticks.
     trap_flag_changed: u64,
-    /// A repeated instruction stops after each element, though nothing traps (`counting.rs`).
-    pub(crate) stops_between_elements: bool,
 }
 
 impl Default for DebugState {
     fn default() -> Self {
-        Self {
-            hits: 0,
-            stack_switch: u64::MAX,
-            trap_flag_changed: u64::MAX,
-            stops_between_elements: false,
-        }
+        Self { hits: 0, stack_switch: u64::MAX, trap_flag_changed: u64::MAX }
     }
 }
 
@@ -187,7 +180,7 @@ impl Cpu {
     #[inline(always)]
     pub(crate) fn between_elements(&self, left: u64) -> Result<(), Stop> {
         let trap = self.rflags_rest & flags::TF != 0 || self.debug.hits != 0;
-        let stops = trap || self.debug.stops_between_elements;
+        let stops = trap || self.stops_between_elements;
         if stops && left != 0 { Err(Stop::Repeats) } else { Ok(()) }
     }
 
