@@ -3,6 +3,7 @@
 //! on the soft engine, every moment resolved to its instruction count.
 
 mod case;
+mod counting;
 mod linux;
 mod positions;
 mod probe;

@@ -3,30 +3,30 @@
 //! instruction, and translations that are forgotten as a TLB forgets them.
 //!
 //! Counting costs nothing where nobody counts: a branch is counted by the handler that its operation
-//! gets when it is decoded. Translated code does not count, so it is switched off.
+//! gets when it is decoded. Translated code adds the branches of a unit that have retired where it takes
+//! their instructions from the budget, on every way out.
 #![allow(unsafe_code)]
 
 use iced_x86::{FlowControl, Instruction};
 use reprise_machine::engine::Exit;
 use reprise_machine::ram::GuestRam;
 
-use crate::cpu::Cpu;
+use crate::cpu::{BRANCHES, Cpu};
 use crate::decode::op::Op;
 use crate::engine::SoftEngine;
 use crate::fault::Flow;
 use crate::flags;
 use crate::native::host_fpu::with_guest_fpu;
-use crate::translate::Translation;
 
 /// Whether a performance counter of conditional branches counts this: Jcc, and LOOP and JRCXZ with
 /// their kin.
-fn is_conditional_branch(instruction: &Instruction) -> bool {
+pub(crate) fn is_conditional_branch(instruction: &Instruction) -> bool {
     instruction.flow_control() == FlowControl::ConditionalBranch
 }
 
 /// Has an operation counted if it is a conditional branch and such are counted.
 pub(crate) fn wrap_branch(cpu: &Cpu, op: &mut Op) {
-    if cpu.branch_count.is_some() && is_conditional_branch(&op.instruction) {
+    if cpu.counts_branches && is_conditional_branch(&op.instruction) {
         op.instruction.inner = op.handler;
         op.handler = counted;
     }
@@ -36,25 +36,20 @@ pub(crate) fn wrap_branch(cpu: &Cpu, op: &mut Op) {
 extern "sysv64" fn counted(cpu: &mut Cpu, op: &Op) -> Flow {
     // SAFETY: `inner` is the handler that `ops::select` chose for this very operation.
     let flow = unsafe { (op.instruction.inner)(cpu, op) };
-    if flow == Flow::NEXT
-        && let Some(count) = &mut cpu.branch_count
-    {
-        *count += 1;
-    }
+    cpu.registers.gpr[usize::from(BRANCHES)] += u64::from(flow == Flow::NEXT);
     flow
 }
 
 impl SoftEngine {
-    /// Counts conditional branches from here on, which runs instructions one by one. To be called
-    /// before the guest first runs: code that is decoded already is not counted.
+    /// Counts conditional branches from here on. To be called before the guest first runs: code that is
+    /// decoded already is not counted.
     pub fn count_conditional_branches(&mut self) {
-        self.set_translation(Translation::Never);
-        self.cpu_mut().branch_count = Some(0);
+        self.cpu_mut().counts_branches = true;
     }
 
     /// Conditional branches retired since [`SoftEngine::count_conditional_branches`].
     pub fn conditional_branches(&self) -> u64 {
-        self.cpu().branch_count.unwrap_or(0)
+        self.cpu().registers.gpr[usize::from(BRANCHES)]
     }
 
     /// Leaves the time-stamp counter out of what CPUID says, as a hypervisor does that cannot trap RDTSC.

@@ -38,6 +38,8 @@ pub(crate) const WAITING: u8 = 24;
 pub(crate) const SHADOWED: u8 = 25;
 /// One while translated code has the guest's XMM registers in the host's; [`Registers::xmm`] is stale.
 pub(crate) const VECTORS_LOADED: u8 = 26;
+/// Conditional branches retired, where they are counted; in translated code, before the running unit.
+pub(crate) const BRANCHES: u8 = 27;
 /// Index into [`Registers::segment_base`] of a base that is always zero.
 pub(crate) const NO_SEGMENT: u8 = 6;
 
@@ -153,8 +155,8 @@ pub struct Cpu {
     pub(crate) budget_end: u64,
     pub(crate) debug: DebugState,
     pub(crate) exceptions: ExceptionRun,
-    /// Conditional branches retired, if they are counted (`counting.rs`).
-    pub(crate) branch_count: Option<u64>,
+    /// Conditional branches are counted (`counting.rs`).
+    pub(crate) counts_branches: bool,
     /// CPUID does not tell of the time-stamp counter.
     pub(crate) hides_time_stamp: bool,
     /// A repeated instruction stops after each element, though nothing traps (`counting.rs`).
@@ -208,7 +210,7 @@ impl Cpu {
             budget_end: 0,
             debug: DebugState::default(),
             exceptions: ExceptionRun::NONE,
-            branch_count: None,
+            counts_branches: false,
             hides_time_stamp: false,
             stops_between_elements: false,
         });

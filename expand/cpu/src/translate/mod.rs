@@ -339,6 +339,7 @@ impl Cpu {
             fast_loop: translator.fast_loop,
             traced,
             traced_physical,
+            counts_branches: self.counts_branches,
         };
         let other = other_mode.zip(other_jumps).map(|(mode, jumps)| surroundings(mode, jumps));
         let surroundings = surroundings(mode, jumps);
@@ -470,6 +471,7 @@ fn sites(unit: &[Part], traced: bool) -> Box<[Site]> {
     let mut before_block = 0;
     let mut ahead = Ahead::default();
     let mut behind_sti = false;
+    let mut branches = 0;
     let mut sites = Vec::new();
     for part in unit {
         let ops = &part.block().ops;
@@ -480,6 +482,7 @@ fn sites(unit: &[Part], traced: bool) -> Box<[Site]> {
                 block: part.block,
                 block_rip: part.linear,
                 before_block,
+                branches,
                 behind_sti,
                 traced: ahead,
             });
@@ -490,6 +493,7 @@ fn sites(unit: &[Part], traced: bool) -> Box<[Site]> {
         }
         behind_sti = ops.last().is_some_and(|op| op.instruction.mnemonic() == Mnemonic::Sti);
         before_block += ops.len() as u64;
+        branches = sites.last().map_or(0, Site::branches_past);
     }
     sites.into_boxed_slice()
 }

@@ -3,7 +3,8 @@
 
 use std::ptr::NonNull;
 
-use crate::cpu::{BLOCK_RIP, BUDGET, Cpu, LEFT_AT, SHADOWED};
+use crate::counting::is_conditional_branch;
+use crate::cpu::{BLOCK_RIP, BRANCHES, BUDGET, Cpu, LEFT_AT, SHADOWED};
 use crate::decode::block_cache::Block;
 use crate::decode::op::Op;
 use crate::fault::Flow;
@@ -26,6 +27,8 @@ pub(crate) struct Site {
     pub(super) block_rip: u64,
     /// Instructions of the translated unit before the block.
     pub(super) before_block: u64,
+    /// Conditional branches of the translated unit before the operation.
+    pub(super) branches: u64,
     /// The operation before it in the unit is STI.
     pub(super) behind_sti: bool,
     /// What a trace has of the unit before the operation, its block's number included.
@@ -43,6 +46,12 @@ impl Site {
     pub(super) fn accesses(&self) -> &[Planned] {
         let (block, op) = self.parts();
         &block.trace_of(op).list
+    }
+
+    /// Conditional branches of the unit up to the operation, which is counted if it is one.
+    pub(super) fn branches_past(&self) -> u64 {
+        let (_, op) = self.parts();
+        self.branches + u64::from(is_conditional_branch(&op.instruction))
     }
 
     /// What a trace has of the unit behind the operation.
@@ -100,6 +109,7 @@ fn run(cpu: &mut Cpu, site: &Site) -> Flow {
     }
     if flow != Flow::NEXT {
         cpu.registers.gpr[usize::from(LEFT_AT)] = std::ptr::from_ref(site) as u64;
+        cpu.count_branches_before(site);
     }
     flow
 }
@@ -119,6 +129,7 @@ pub(super) extern "sysv64" fn run_last_operation(cpu: &mut Cpu, site: &Site) -> 
     if flow != Flow::NEXT {
         return flow.0;
     }
+    cpu.count_branches_before(site);
     let (block, op) = site.parts();
     cpu.tick += u64::from(op.number) + 1;
     let branched = block.ends_in_branch && usize::from(op.number) + 1 == block.ops.len();
@@ -129,6 +140,13 @@ pub(super) extern "sysv64" fn run_last_operation(cpu: &mut Cpu, site: &Site) -> 
 }
 
 impl Cpu {
+    /// Translated code is left at an operation, which counts itself.
+    fn count_branches_before(&mut self, site: &Site) {
+        if self.counts_branches {
+            self.registers.gpr[usize::from(BRANCHES)] += site.branches;
+        }
+    }
+
     /// Lets translated code run until so many instructions have retired.
     pub(super) fn set_budget(&mut self, end: u64) {
         self.budget_end = end;

@@ -13,7 +13,7 @@ use super::jump_cache::JumpCache;
 use super::registers::{ADDEND, ADDRESS, SCRATCH, general_slot};
 use super::site::{Exit, Site};
 use super::thunks::Thunks;
-use crate::cpu::{BUDGET, TRACE_ADDRESSES, TRACE_PHYSICAL, TRACE_WORDS, VECTORS_LOADED};
+use crate::cpu::{BRANCHES, BUDGET, TRACE_ADDRESSES, TRACE_PHYSICAL, TRACE_WORDS, VECTORS_LOADED};
 use crate::mode::Mode;
 use crate::tracing::{Ahead, MAX_INLINE_ACCESSES};
 
@@ -30,6 +30,8 @@ pub(super) struct Surroundings<'a> {
     pub(super) traced: bool,
     /// And wants to know where accesses lie.
     pub(super) traced_physical: bool,
+    /// Somebody counts conditional branches.
+    pub(super) counts_branches: bool,
 }
 
 /// A way out of the unit from its midst: where a conditional jump leads, and in which mode.
@@ -135,11 +137,16 @@ impl<'a> Emission<'a> {
         entry
     }
 
-    /// Takes the instructions that have run, up to the operation `number`, from the budget, and moves the
-    /// trace's cursors past what it has of them: what every way out of the unit does.
+    /// Takes the instructions that have run, up to the operation `number`, from the budget, counts the
+    /// branches among them, and moves the trace's cursors past what it has of them: what every way out of
+    /// the unit does.
     fn charge(&mut self, number: usize) {
-        self.settle(80);
+        self.settle(100);
         self.move_slot(BUDGET, number as i32 + 1);
+        let branches = self.sites[number].branches_past();
+        if self.surroundings.counts_branches && branches != 0 {
+            self.move_slot(BRANCHES, branches as i32);
+        }
         if let Some(Ahead { words, addresses }) = self.traced_past(number) {
             self.move_slot(TRACE_WORDS, words as i32 * WORD_BYTES);
             if addresses != 0 {
