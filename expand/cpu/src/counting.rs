@@ -63,9 +63,27 @@ impl SoftEngine {
     /// # Panics
     /// If the last access was not finished.
     pub fn step(&mut self, by_element: bool) -> Option<Exit> {
+        self.step_until(by_element, 1, &[])
+    }
+
+    /// As many steps as `most`, which is not zero, but none from an address in `stops` besides the first.
+    ///
+    /// # Panics
+    /// If the last access was not finished.
+    pub fn step_until(&mut self, by_element: bool, most: u64, stops: &[u64]) -> Option<Exit> {
+        let requested = self.interrupt_is_requested();
         self.next_exit(|cpu| {
             cpu.stops_between_elements = by_element;
-            let exit = with_guest_fpu(cpu, |cpu| cpu.execute_one());
+            let exit = with_guest_fpu(cpu, |cpu| {
+                for _ in 1..most {
+                    let exit = cpu.execute_one();
+                    let window = requested && cpu.interruptible();
+                    if exit.is_some() || window || stops.contains(&cpu.code_address()) {
+                        return exit;
+                    }
+                }
+                cpu.execute_one()
+            });
             cpu.stops_between_elements = false;
             exit
         })

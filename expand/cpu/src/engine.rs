@@ -106,6 +106,10 @@ impl SoftEngine {
         self.queued.is_some()
     }
 
+    pub(crate) fn interrupt_is_requested(&self) -> bool {
+        self.interrupt_requested
+    }
+
     /// Hands over the exit that waits, that of an interrupt window, or else what `step` comes to.
     pub(crate) fn next_exit(
         &mut self,

@@ -164,9 +164,14 @@ impl SimulatedVcpu {
             return Ok(None);
         }
         let most = STEPS_TO_KICK[self.random.below(4) as usize];
-        for _ in 0..self.random.below(most) {
+        let mut left = self.random.below(most);
+        while left > 0 {
+            let at_once = if self.breakpoints.is_empty() { self.until_overflow() } else { 1 };
+            let steps = left.min(at_once).max(1);
+            left -= steps;
+            let exit = self.step(true, steps);
             let overflow = || VcpuExit::Interrupted { kicked: false };
-            let exit = self.step(true).or_else(|| self.overflows().then(overflow));
+            let exit = exit.or_else(|| self.overflows().then(overflow));
             if exit.is_some() {
                 // A kick that comes too late for this entry is not lost.
                 self.kick.at = self.engine.tick();
@@ -212,29 +217,33 @@ impl SimulatedVcpu {
         }
     }
 
-    /// Instructions that may run before anything has to be looked at.
-    fn undisturbed(&self) -> u64 {
-        let now = self.engine.tick();
-        let branches = self.branches();
-        let until_overflow = match self.overflow {
+    /// Instructions that may run before the counter has to be looked at: a branch is at least one.
+    fn until_overflow(&self) -> u64 {
+        match self.overflow {
             Overflow::Never => u64::MAX,
-            // A branch is at least one instruction.
-            Overflow::At(target) => target.saturating_sub(branches),
-            Overflow::Late { branches_until, .. } => branches_until.saturating_sub(branches),
-        };
-        let dues = [&self.kick, &self.signal, &self.forget, &self.access, &self.overcount];
-        let next = dues.map(|due| due.at).into_iter().min().unwrap_or(u64::MAX);
-        let breakpoints = if self.breakpoints.is_empty() { u64::MAX } else { 0 };
-        next.saturating_sub(now).min(until_overflow).min(breakpoints).min(1 << 40)
+            Overflow::At(at) | Overflow::Late { branches_until: at, .. } => {
+                at.saturating_sub(self.branches())
+            }
+        }
     }
 
-    /// Executes one instruction, or an element of a REP, or the delivery of a fault.
-    fn step(&mut self, by_element: bool) -> Option<VcpuExit> {
+    /// Instructions that may run before anything has to be looked at but breakpoints.
+    fn undisturbed(&self) -> u64 {
+        let dues = [&self.kick, &self.signal, &self.forget, &self.access, &self.overcount];
+        let next = dues.map(|due| due.at).into_iter().min().unwrap_or(u64::MAX);
+        next.saturating_sub(self.engine.tick()).min(self.until_overflow()).min(1 << 40)
+    }
+
+    /// Executes instructions one by one up to a breakpoint, but one at least and `most` at most; the
+    /// delivery of a fault and, if `by_element`, an element of a REP count like one.
+    fn step(&mut self, by_element: bool, most: u64) -> Option<VcpuExit> {
         if self.hits_breakpoint() {
             return Some(VcpuExit::Breakpoint);
         }
+        // What is stepped off is a breakpoint again as soon as it has retired.
+        let most = if self.stepping_off.is_some() { 1 } else { most.max(1) };
         let before = self.engine.tick();
-        let exit = self.engine.step(by_element);
+        let exit = self.engine.step_until(by_element, most, &self.breakpoints);
         if self.engine.tick() != before {
             self.stepping_off = None;
         }
@@ -259,7 +268,7 @@ impl SimulatedVcpu {
                 return Ok(VcpuExit::Interrupted { kicked: false });
             }
             let exit = match self.undisturbed() {
-                0 | 1 => self.step(false),
+                few if few <= 1 || !self.breakpoints.is_empty() => self.step(false, few),
                 many => match self.engine.run(self.engine.tick() + many)? {
                     Exit::TickReached => None,
                     exit => Some(of_engine(exit)),
