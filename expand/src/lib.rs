@@ -5,6 +5,7 @@
 //! that two cores share the work, or on the machine's. Exporters, statistics and the native format's
 //! writer are observers, and so is whatever a user writes: see the example `cache_simulator`.
 
+mod approach;
 mod counting;
 pub mod pieces;
 mod pipeline;
@@ -17,6 +18,7 @@ use reprise_machine::outcome::{MachineError, Outcome};
 use reprise_replay::ReplayError;
 use reprise_trace::instructions::{Contents, Observer, TraceError};
 
+pub use approach::{Towards, approach};
 pub use counting::Counting;
 pub use pipeline::{Control, Threads};
 
@@ -32,6 +34,9 @@ pub enum ExpandError {
     /// There is no machine to begin with.
     #[error(transparent)]
     Replay(#[from] ReplayError),
+    /// It was told to stop on the way to the window.
+    #[error("stopped before the window began, so there is no trace: expand again")]
+    StoppedBefore,
     /// The replay is not the recorded run.
     #[error(
         "the replay differs from the recording at tick {tick} in {what}: `reprise replay` tells more"
@@ -101,7 +106,7 @@ where
     I: Inputs,
 {
     if machine.engine().tick() < window.from {
-        let outcome = machine.run_until(window.from)?;
+        let outcome = approach(machine, Towards::Tick(window.from), control)?;
         if outcome.ticks < window.from {
             observer.begin(&machine.engine().trace_position())?;
             observer.end()?;

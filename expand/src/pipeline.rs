@@ -7,6 +7,8 @@ use reprise_cpu::tracing::BatchSink;
 use reprise_export::background::Background;
 use reprise_trace::instructions::{Batch, Contents, Feed, Observer, TraceError};
 
+use crate::approach::Journey;
+
 /// How many threads an expansion takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Threads {
@@ -21,10 +23,12 @@ pub enum Threads {
 pub struct Control {
     stop: Arc<AtomicBool>,
     instructions: Arc<AtomicU64>,
+    journey: Arc<Mutex<Option<Journey>>>,
 }
 
 impl Control {
-    /// Ends the expansion soon. What the observer has seen by then is a whole, shorter trace.
+    /// Ends the expansion soon. What the observer has seen by then is a whole, shorter trace; before the
+    /// window there is none, and the expansion fails with [`crate::ExpandError::StoppedBefore`].
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
     }
@@ -37,6 +41,15 @@ impl Control {
     /// The flag behind [`Control::stop`], for a signal handler.
     pub fn stop_flag(&self) -> Arc<AtomicBool> {
         self.stop.clone()
+    }
+
+    /// How much of the way to a window is replayed, from 0 to 1; `None` if nothing is on its way there.
+    pub fn approach(&self) -> Option<f64> {
+        self.journey.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Journey::fraction)
+    }
+
+    pub(crate) fn set_journey(&self, journey: Option<Journey>) {
+        *self.journey.lock().unwrap_or_else(PoisonError::into_inner) = journey;
     }
 
     /// Instructions expanded so far, on all threads.

@@ -216,6 +216,43 @@ fn an_interrupted_expansion_leaves_a_whole_shorter_trace() {
     assert_eq!(instructions_of(&out), instructions);
 }
 
+/// Whether a process catches SIGINT by now.
+fn hears_interrupts(id: u32) -> bool {
+    const SIGINT: u64 = 2;
+    let status = fs::read_to_string(format!("/proc/{id}/status")).unwrap_or_default();
+    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+    let signals = caught.and_then(|signals| u64::from_str_radix(signals.trim(), 16).ok());
+    signals.is_some_and(|signals| signals >> (SIGINT - 1) & 1 == 1)
+}
+
+#[test]
+fn an_expansion_interrupted_before_its_window_says_so_and_leaves_nothing() {
+    let workplace = Workplace::new();
+    let file = workplace.path("compute.rr");
+    let compute = ["--engine", "soft", "--image", "compute", "--checkpoint-every", "never"];
+    let end = count(&record(&compute, &file, 0), "ticks");
+    let (tick, time) = (format!("{}", end - 1), format!("{}s", (end - 1) as f64 / 1e9));
+    for (number, from) in [&tick, &time, &tick, &tick].into_iter().enumerate() {
+        let out = workplace.path(["t.trace", "t.trace", "t.csv", "t.trace"][number]);
+        let jobs = ["1", "1", "1", "2"][number];
+        // Untranslated, so that the way is long.
+        let words = ["expand", &file, "--from", from, "--no-translate", "--jobs", jobs, "-o", &out];
+        let mut running = reprise(&words).start();
+        let id = running.id();
+        running.wait_until("it hears interrupts", || hears_interrupts(id));
+        running.signal("INT");
+        let finished = running.finish();
+        let reason = finished.expect_reason();
+        assert!(reason.contains("before the window began"), "{from}: {reason}");
+        let left: Vec<_> = fs::read_dir(workplace.directory())
+            .expect("the directory")
+            .map(|entry| entry.expect("an entry").file_name())
+            .filter(|name| name.to_str().is_some_and(|name| !name.starts_with("compute.rr")))
+            .collect();
+        assert!(left.is_empty(), "{from}: {left:?} is left behind");
+    }
+}
+
 #[test]
 fn a_worker_that_panics_ends_the_expansion() {
     /// Longer than a loaded machine takes for a small guest.

@@ -97,6 +97,11 @@ impl Running {
         self.child.stdin.take().expect("started with a keyboard")
     }
 
+    /// The process's number.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends a signal, by `kill`'s name for it or its number.
     pub(crate) fn signal(&self, signal: &str) {
         let status = Command::new("kill")

@@ -14,3 +14,4 @@ pub mod machine;
 pub mod outcome;
 pub mod ram;
 mod touched;
+pub mod watch;

@@ -18,6 +18,7 @@ use crate::effects::Effects;
 use crate::engine::{Access, Engine, EngineError, Exit};
 use crate::inputs::{Arrival, Boundary, Idle, Inputs, Stamp, Stop};
 use crate::outcome::{Conclusion, MachineError, Outcome};
+use crate::watch::Watch;
 
 /// RFLAGS.IF.
 const INTERRUPT_FLAG: u64 = 1 << 9;
@@ -45,6 +46,7 @@ pub struct Machine<E: Engine, I: Inputs> {
     /// Stands at a boundary that a replay finds again, and does not run.
     pub(crate) at_rest: bool,
     pub(crate) checkpointer: Option<Box<dyn Checkpointer>>,
+    watch: Option<Watch>,
     /// RAM is being copied for a checkpoint.
     pub(crate) capturing: bool,
     /// Records of the log before the checkpoint that this machine comes from.
@@ -89,6 +91,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
             visited: None,
             at_rest: true,
             checkpointer: None,
+            watch: None,
             capturing: false,
             records_before: 0,
             accesses: 0,
@@ -131,6 +134,12 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     /// As [`Self::run`].
     pub fn run_until_time(&mut self, virtual_ns: u64) -> Result<Outcome, MachineError> {
         self.run_to(Target { tick: u64::MAX, ns: virtual_ns })
+    }
+
+    /// Lets `watch` see how far the machine is whenever its engine is kicked, and end the run there, from
+    /// now on or, with `None`, no more. Only for a replay: a recording that stops so has no end.
+    pub fn set_watch(&mut self, watch: Option<Watch>) {
+        self.watch = watch;
     }
 
     fn run_to(&mut self, target: Target) -> Result<Outcome, MachineError> {
@@ -338,6 +347,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
                 let stands = self.engine.stands_exactly();
                 let now = self.now();
                 self.inputs.kicked(self.engine.tick(), now, stands)?;
+                self.show_watch(now)?;
                 Ok(stands)
             }
             Exit::TripleFault => Err(Stop::Ended { ending: Ending::TripleFault, exact: true }),
@@ -346,6 +356,12 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
                 Err(Stop::Ended { ending: Ending::EngineFailed(reason), exact: false })
             }
         }
+    }
+
+    fn show_watch(&self, now: VirtualTime) -> Result<(), Stop> {
+        let Some(watch) = &self.watch else { return Ok(()) };
+        watch.see(self.engine.tick(), now.ns);
+        if watch.is_stopped() { Err(Stop::Watched) } else { Ok(()) }
     }
 
     /// The tick up to which the guest may execute.
@@ -432,6 +448,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
                 _ => Err(MachineError::Engine(error)),
             },
             Stop::Unwritable(error) => Err(self.unwritable(error)),
+            Stop::Watched => Err(MachineError::Stopped),
         }
     }
 

@@ -80,6 +80,9 @@ pub enum MachineError {
         /// The last record that is known to have gone out; the log holds at least this much.
         kept_until: Option<Moment>,
     },
+    /// Whoever watches the run has ended it: see [`crate::watch::Watch`].
+    #[error("stopped on request")]
+    Stopped,
 }
 
 fn kept(moment: &Option<Moment>) -> String {

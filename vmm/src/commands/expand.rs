@@ -1,6 +1,9 @@
 //! `reprise expand`: every instruction of a recording, or of a window of it.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
@@ -16,6 +19,8 @@ use crate::session::expand::{ExpandOptions, Target, expand_recording, tick_of};
 use crate::session::replay::{self, At};
 use crate::session::trace_file::place;
 
+/// Parts of the way to a window that a bar shows.
+const PARTS: u64 = 1000;
 /// How often the bar moves.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
@@ -31,49 +36,81 @@ pub fn run(arguments: &ExpandArgs, output: Output) -> Result<u8> {
     }
     let control = Control::default();
     let _stop = StopRequests::watch(control.stop_flag())?;
-    let soft = arguments.soft.options();
-    let tick = |at: Option<At>, otherwise| match at {
-        Some(at) => tick_of(&replayable, at, soft),
-        None => Ok(otherwise),
-    };
-    let (from, to) = (tick(arguments.from, 0)?, tick(arguments.to, u64::MAX)?);
-    let options = ExpandOptions {
-        target: target(arguments)?,
-        window: Window { from, to },
-        contents: Contents { physical: !arguments.no_physical, values: false, registers: false },
-        selection: arguments.filters.selection(),
-        filters: arguments.filters.as_given(),
-        jobs: arguments.jobs.map_or_else(available_jobs, |jobs| jobs as usize),
-        segment: arguments.segment,
-        soft,
-    };
     let last_tick = recording.summary().last_moment.map(|moment| moment.tick);
-    let bar = output
-        .instruction_bar("expanding", last_tick.map(|tick| tick.min(to).saturating_sub(from)));
-    let watched = control.clone();
-    let (over, until_over) = std::sync::mpsc::channel::<()>();
-    let progress = progress_shows().then(|| {
-        std::thread::spawn(move || {
-            use std::sync::mpsc::RecvTimeoutError::Timeout;
-            while until_over.recv_timeout(PROGRESS_INTERVAL) == Err(Timeout) {
-                bar.set_position(watched.instructions());
-            }
-            bar.finish_and_clear();
-        })
-    });
-    let report = expand_recording(&replayable, options, &control);
-    drop(over);
-    if let Some(progress) = progress {
-        // It only waits for the channel's end.
-        let _ = progress.join();
-    }
-    let report = report?;
+    let instructions = AtomicU64::new(last_tick.unwrap_or(0));
+    let report = with_progress(output, &control, &instructions, || {
+        let soft = arguments.soft.options();
+        let tick = |at: Option<At>, otherwise| match at {
+            Some(at) => tick_of(&replayable, at, soft, &control),
+            None => Ok(otherwise),
+        };
+        let (from, to) = (tick(arguments.from, 0)?, tick(arguments.to, u64::MAX)?);
+        if let Some(last) = last_tick {
+            instructions.store(last.min(to).saturating_sub(from), Ordering::Relaxed);
+        }
+        let options = options(arguments, Window { from, to })?;
+        expand_recording(&replayable, options, &control)
+    })?;
     if arguments.output.as_deref() == Some(Path::new("-")) {
         output.note(report.to_table());
     } else {
         output.result(&report, report.to_table());
     }
     Ok(u8::from(report.verified == Some(false)))
+}
+
+fn options(arguments: &ExpandArgs, window: Window) -> Result<ExpandOptions> {
+    Ok(ExpandOptions {
+        target: target(arguments)?,
+        window,
+        contents: Contents { physical: !arguments.no_physical, values: false, registers: false },
+        selection: arguments.filters.selection(),
+        filters: arguments.filters.as_given(),
+        jobs: arguments.jobs.map_or_else(available_jobs, |jobs| jobs as usize),
+        segment: arguments.segment,
+        soft: arguments.soft.options(),
+    })
+}
+
+/// Does `work`, and shows how far it is: on the way to the window, then in its `instructions`, of which
+/// none are known to be there as long as that is 0.
+fn with_progress<T>(
+    output: Output,
+    control: &Control,
+    instructions: &AtomicU64,
+    work: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    if !progress_shows() {
+        return work();
+    }
+    let (over, until_over) = channel::<()>();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut shown = None;
+            while until_over.recv_timeout(PROGRESS_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+                let on_the_way = control.approach();
+                let (_, bar) = shown
+                    .take_if(|(before, _)| *before == on_the_way.is_some())
+                    .unwrap_or_else(|| {
+                        let total =
+                            Some(instructions.load(Ordering::Relaxed)).filter(|all| *all > 0);
+                        let bar = match on_the_way {
+                            Some(_) => output.bar("replaying to the window", Some(PARTS)),
+                            None => output.instruction_bar("expanding", total),
+                        };
+                        (on_the_way.is_some(), bar)
+                    });
+                bar.set_position(match on_the_way {
+                    Some(fraction) => (fraction * PARTS as f64) as u64,
+                    None => control.instructions(),
+                });
+                shown = Some((on_the_way.is_some(), bar));
+            }
+        });
+        let result = work();
+        drop(over);
+        result
+    })
 }
 
 fn available_jobs() -> usize {

@@ -7,7 +7,9 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use reprise_cpu::engine::SoftEngine;
 use reprise_expand::pieces::{self, Plan};
-use reprise_expand::{Control, Counting, ExpandError, Expanded, Threads, Window, expand};
+use reprise_expand::{
+    Control, Counting, ExpandError, Expanded, Threads, Towards, Window, approach, expand,
+};
 use reprise_export::output::PendingFile;
 use reprise_export::{Destination, ExportOptions, Format};
 use reprise_machine::outcome::{Conclusion, Outcome};
@@ -263,11 +265,16 @@ struct Ran {
 }
 
 /// The tick at which a run comes to a point. Guest time is looked for by replaying from the nearest
-/// checkpoint before it.
+/// checkpoint before it, which `control` watches and stops.
 ///
 /// # Errors
-/// The recording or a checkpoint cannot be used, or the replay fails.
-pub fn tick_of(replayable: &Replayable, at: At, soft: SoftOptions) -> Result<u64> {
+/// The recording or a checkpoint cannot be used, or the replay fails or is stopped.
+pub fn tick_of(
+    replayable: &Replayable,
+    at: At,
+    soft: SoftOptions,
+    control: &Control,
+) -> Result<u64> {
     let virtual_ns = match at {
         At::Tick(tick) => return Ok(tick),
         At::Time(virtual_ns) => virtual_ns,
@@ -277,7 +284,7 @@ pub fn tick_of(replayable: &Replayable, at: At, soft: SoftOptions) -> Result<u64
     let start = nearest.map_or(Start::Run, Start::Checkpoint);
     let set_up = move |engine: &mut SoftEngine| engine.set_translation(soft.translation);
     let mut machine = pieces::start(replayable, start, &set_up)?;
-    let outcome = machine.run_until_time(virtual_ns)?;
+    let outcome = approach(&mut machine, Towards::Time(virtual_ns), control)?;
     // Its memory goes with the process.
     std::mem::forget(machine);
     Ok(outcome.ticks)

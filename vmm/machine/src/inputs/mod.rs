@@ -149,6 +149,8 @@ pub enum Stop {
     Engine(EngineError),
     /// The log cannot be written.
     Unwritable(LogError),
+    /// Whoever watches the run wants no more of it.
+    Watched,
 }
 
 impl From<EngineError> for Stop {
