@@ -66,9 +66,10 @@ impl Observer for Simulation {
                 counts.fetch_misses += u64::from(self.instruction_cache.misses(physical));
             }
             counts.instructions += u64::from(step.retired);
-            for physical in step.physical {
+            let accesses = step.accesses().filter(|access| access.kind.touches_memory());
+            for physical in accesses.filter_map(|access| access.physical) {
                 counts.accesses += 1;
-                counts.data_misses += u64::from(self.data_cache.misses(*physical));
+                counts.data_misses += u64::from(self.data_cache.misses(physical));
             }
         }
         Ok(())

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use reprise_trace::instructions::{Event, Observer, Position, Run, TraceError};
+use reprise_trace::instructions::{AccessKind, Event, Observer, Position, Run, TraceError};
 
 /// The columns. Numbers are decimal, addresses hexadecimal with `0x`; what a row does not have is
 /// empty. `instruction` counts retired instructions since the machine started.
@@ -37,6 +37,17 @@ impl<W: Write> Csv<W> {
 
 fn hexadecimal(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// What an access does, a row for each.
+fn names(kind: AccessKind) -> &'static [&'static str] {
+    match kind {
+        AccessKind::Read => &["read"],
+        AccessKind::Write => &["write"],
+        AccessKind::ReadWrite => &["read", "write"],
+        AccessKind::Prefetch => &["prefetch"],
+        AccessKind::Invalidate => &["invalidate"],
+    }
 }
 
 /// An event's name.
@@ -75,8 +86,7 @@ impl<W: Write> Observer for Csv<W> {
             for access in step.accesses() {
                 let (address, size) = (access.address, access.size_bytes);
                 let physical = access.physical.map_or(String::new(), |one| format!("{one:#x}"));
-                let kinds = [(access.kind.reads(), "read"), (access.kind.writes(), "write")];
-                for (_, what) in kinds.iter().filter(|(does, _)| *does) {
+                for what in names(access.kind) {
                     writeln!(
                         self.out,
                         "{number},{what},{cpl},{cr3:#x},{address:#x},{size},{physical},"

@@ -16,7 +16,7 @@ use std::io::Write;
 
 use iced_x86::Mnemonic;
 use reprise_trace::instructions::{
-    CodeWidth, Delivery, Event, Observer, Position, Run, Step, TraceError,
+    AccessKind, CodeWidth, Delivery, Event, Observer, Position, Run, Step, TraceError,
 };
 
 use crate::formats::notes;
@@ -40,6 +40,12 @@ const EPOCH_US: u64 = 11_644_473_600_000_000;
 mod kind {
     pub(super) const READ: u16 = 0;
     pub(super) const WRITE: u16 = 1;
+    pub(super) const PREFETCH: u16 = 2;
+    pub(super) const PREFETCH_T0: u16 = 3;
+    pub(super) const PREFETCH_T1: u16 = 4;
+    pub(super) const PREFETCH_T2: u16 = 5;
+    pub(super) const PREFETCH_NON_TEMPORAL: u16 = 6;
+    pub(super) const PREFETCH_WRITE: u16 = 8;
     pub(super) const INSTRUCTION: u16 = 10;
     pub(super) const DIRECT_JUMP: u16 = 11;
     pub(super) const INDIRECT_JUMP: u16 = 12;
@@ -138,6 +144,18 @@ impl Events {
 /// Whether the instruction pops several values that belong together.
 fn pops_frame(decoded: &Decoded) -> bool {
     matches!(decoded.mnemonic, Mnemonic::Iret | Mnemonic::Iretd | Mnemonic::Iretq | Mnemonic::Retf)
+}
+
+/// The record of a prefetch.
+fn prefetch(mnemonic: Mnemonic) -> u16 {
+    match mnemonic {
+        Mnemonic::Prefetcht0 => kind::PREFETCH_T0,
+        Mnemonic::Prefetcht1 => kind::PREFETCH_T1,
+        Mnemonic::Prefetcht2 => kind::PREFETCH_T2,
+        Mnemonic::Prefetchnta => kind::PREFETCH_NON_TEMPORAL,
+        Mnemonic::Prefetchw | Mnemonic::Prefetchwt1 => kind::PREFETCH_WRITE,
+        _ => kind::PREFETCH,
+    }
 }
 
 /// Writes drmemtrace's format.
@@ -395,8 +413,8 @@ impl<W: Write> DrMemTrace<W> {
         self.summary.instructions += u64::from(step.retired);
         self.records.clear();
         self.tell_code(run, step);
-        for (linear, physical) in step.addresses.iter().zip(step.physical) {
-            self.tell_page(*linear, *physical);
+        for access in step.accesses() {
+            access.physical.into_iter().for_each(|place| self.tell_page(access.address, place));
         }
         self.tell_encoding(linear, instruction.bytes());
         let before = std::mem::take(&mut self.records);
@@ -404,7 +422,7 @@ impl<W: Write> DrMemTrace<W> {
         if decoded.branch == Branch::None {
             self.put_all(&before)?;
             let first = if goes_on { kind::NO_FETCH } else { kind::INSTRUCTION };
-            self.put_accesses(step, first, linear, length)?;
+            self.put_accesses(step, decoded, first, length)?;
             self.records = before;
             return Ok(());
         }
@@ -437,10 +455,11 @@ impl<W: Write> DrMemTrace<W> {
     fn put_accesses(
         &mut self,
         step: &Step<'_>,
+        decoded: &Decoded,
         first: u16,
-        linear: u64,
         length: u16,
     ) -> Result<(), TraceError> {
+        let linear = step.instruction.linear();
         let list = step.instruction.accesses().len();
         let per_repetition = if step.instruction.is_repeated() { list.max(1) } else { usize::MAX };
         // A REP that ends where its last run did has nothing more to show.
@@ -451,11 +470,17 @@ impl<W: Write> DrMemTrace<W> {
             if number > 0 && number % per_repetition == 0 {
                 self.put(kind::NO_FETCH, length, linear)?;
             }
-            if access.kind.reads() {
-                self.put(kind::READ, access.size_bytes, access.address)?;
-            }
-            if access.kind.writes() {
-                self.put(kind::WRITE, access.size_bytes, access.address)?;
+            let (size, address) = (access.size_bytes, access.address);
+            match access.kind {
+                AccessKind::Read => self.put(kind::READ, size, address)?,
+                AccessKind::Write => self.put(kind::WRITE, size, address)?,
+                AccessKind::ReadWrite => {
+                    self.put(kind::READ, size, address)?;
+                    self.put(kind::WRITE, size, address)?;
+                }
+                AccessKind::Prefetch => self.put(prefetch(decoded.mnemonic), size, address)?,
+                // DynamoRIO has it read nothing there.
+                AccessKind::Invalidate => self.put(kind::READ, 0, address)?,
             }
         }
         Ok(())

@@ -171,6 +171,8 @@ impl<F: FnMut(&Shown) -> io::Result<()>> Dump<F> {
                 AccessKind::Read => "r",
                 AccessKind::Write => "w",
                 AccessKind::ReadWrite => "rw",
+                AccessKind::Prefetch => "prefetch",
+                AccessKind::Invalidate => "invalidate",
             },
             size: access.size_bytes,
             address: access.address,

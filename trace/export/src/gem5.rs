@@ -87,7 +87,7 @@ fn class(step: &Step<'_>, decoded: &Decoded) -> Class {
     if accesses().any(|access| access.kind.writes()) {
         return Class::MemoryWrite;
     }
-    if accesses().next().is_some() {
+    if accesses().any(|access| access.kind.reads()) {
         return Class::MemoryRead;
     }
     let known = CLASSES.iter().find(|(_, mnemonics)| mnemonics.contains(&decoded.mnemonic));
@@ -219,7 +219,7 @@ impl<W: Write> Gem5<W> {
         self.message.number(inst::CPU, u64::from(self.cpu));
         self.message.fixed(inst::TICK, tick);
         self.message.number(inst::CLASS, class(step, decoded) as u64);
-        for one in step.accesses() {
+        for one in step.accesses().filter(|access| access.kind.touches_memory()) {
             self.part.0.clear();
             self.part.number(access::ADDRESS, one.address);
             self.part.number(access::SIZE, u64::from(one.size_bytes));

@@ -22,7 +22,7 @@
 //! repeated instruction that retired, [`Batch::counts`] says how often its whole list of accesses was
 //! made. At most [`MAX_RUN_ACCESSES`] belong to one run: a longer REP is cut in pieces. If
 //! [`super::Contents`] says so, [`Batch::physical`] runs in parallel with the addresses (same place
-//! in the page), [`Batch::values`] has each access's value in little-endian eight-byte words
+//! in the page; [`super::NOWHERE_PAGE`] for what leads nowhere), [`Batch::values`] has each access's value in little-endian eight-byte words
 //! ([`super::StaticAccess::value_words`]), and [`Batch::registers`] has the values that each retired
 //! instruction wrote to registers. Otherwise they are empty.
 //!

@@ -71,19 +71,38 @@ pub enum AccessKind {
     Write,
     /// Reads and then writes the same bytes, as `add [mem], eax` does: one address in a trace.
     ReadWrite,
+    /// Accesses nothing: a prefetch names the address, which may lead nowhere.
+    Prefetch,
+    /// Accesses nothing: INVLPG names the address whose translation it forgets.
+    Invalidate,
 }
 
-const ACCESS_KINDS: [AccessKind; 3] = [AccessKind::Read, AccessKind::Write, AccessKind::ReadWrite];
+const ACCESS_KINDS: [AccessKind; 5] = [
+    AccessKind::Read,
+    AccessKind::Write,
+    AccessKind::ReadWrite,
+    AccessKind::Prefetch,
+    AccessKind::Invalidate,
+];
+
+/// The guest-physical page that an address has in a batch if it leads nowhere: which only a prefetch's
+/// or an INVLPG's may.
+pub const NOWHERE_PAGE: u64 = 0x000f_ffff_ffff_f000;
 
 impl AccessKind {
     /// Whether memory is read.
     pub fn reads(self) -> bool {
-        self != Self::Write
+        matches!(self, Self::Read | Self::ReadWrite)
     }
 
     /// Whether memory is written.
     pub fn writes(self) -> bool {
-        self != Self::Read
+        matches!(self, Self::Write | Self::ReadWrite)
+    }
+
+    /// Whether memory is accessed at all.
+    pub fn touches_memory(self) -> bool {
+        self.reads() || self.writes()
     }
 
     pub(crate) fn from_byte(byte: u8) -> Option<Self> {
@@ -122,10 +141,10 @@ impl StaticAccess {
     }
 
     /// Eight-byte words that the access takes in [`super::Batch::values`]: a read-write brings what
-    /// it read, then what it wrote.
+    /// it read, then what it wrote, and what accesses nothing has no value.
     pub fn value_words(&self) -> usize {
         let words = usize::from(self.size_bytes).div_ceil(8);
-        if self.kind == AccessKind::ReadWrite { 2 * words } else { words }
+        words * (usize::from(self.kind.reads()) + usize::from(self.kind.writes()))
     }
 }
 

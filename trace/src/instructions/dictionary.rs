@@ -17,6 +17,9 @@ const REGISTERS: u8 = 1 << 6;
 const LENGTH: u8 = 0x0f;
 /// Bit of an access's first byte: it has hints.
 const HINTS: u8 = 1 << 2;
+/// Bits of an access's first byte: its kind, the lower two and the upper one.
+const KIND_LOW: u8 = 3;
+const KIND_HIGH: u8 = 1 << 3;
 /// Bit of a block's first byte: its bytes reach into a next page.
 const NEXT_PAGE: u8 = 1 << 6;
 
@@ -79,7 +82,9 @@ pub(super) fn put_block(columns: &mut Columns, previous: &mut Previous, block: B
 fn put_access(out: &mut Vec<u8>, access: &StaticAccess) {
     let plain = StaticAccess::plain(access.kind, access.size_bytes);
     let hints = *access != plain;
-    out.push(access.kind as u8 | if hints { HINTS } else { 0 });
+    let kind = access.kind as u8;
+    let (low, high) = (kind & KIND_LOW, if kind > KIND_LOW { KIND_HIGH } else { 0 });
+    out.push(low | high | if hints { HINTS } else { 0 });
     put(out, u64::from(access.size_bytes));
     if hints {
         out.push(access.base);
@@ -174,11 +179,12 @@ impl<'a> DefinitionTaker<'a> {
     fn access(&mut self) -> Result<Option<StaticAccess>, TakeError> {
         let first = self.accesses.byte()?;
         let size = self.accesses.varint()?;
-        let (Some(kind), Ok(size_bytes)) = (AccessKind::from_byte(first & 3), u16::try_from(size))
+        let kind = first & KIND_LOW | if first & KIND_HIGH != 0 { KIND_LOW + 1 } else { 0 };
+        let (Some(kind), Ok(size_bytes)) = (AccessKind::from_byte(kind), u16::try_from(size))
         else {
             return Ok(None);
         };
-        if first & !(3 | HINTS) != 0 {
+        if first & !(KIND_LOW | KIND_HIGH | HINTS) != 0 {
             return Ok(None);
         }
         let mut access = StaticAccess::plain(kind, size_bytes);

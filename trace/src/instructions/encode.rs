@@ -383,7 +383,8 @@ impl SegmentEncoder {
                 for access in step.accesses() {
                     let size = usize::from(access.size_bytes);
                     let words = size.div_ceil(8);
-                    missing(access.values.is_empty() || access.values.len() % words != 0)?;
+                    let has_none = access.values.is_empty() && access.kind.touches_memory();
+                    missing(has_none || access.values.len() % words != 0)?;
                     access.values.chunks(words).for_each(|value| put_value(out, value, size));
                 }
             }

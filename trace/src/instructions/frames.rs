@@ -11,8 +11,10 @@ use crate::header::CpuModelInfo;
 use crate::moment::TickKind;
 use crate::varint::{Taker, put};
 
-/// The format that this crate writes, and the only one that it reads.
-pub const FORMAT_VERSION: u32 = 2;
+/// The format that this crate writes.
+pub const FORMAT_VERSION: u32 = 3;
+/// The oldest that it reads: what came later only adds to it.
+pub(super) const OLDEST_VERSION: u32 = 2;
 /// How every version of the format starts. The first byte is no ASCII, so no text starts so.
 const MAGIC: [u8; 8] = *b"\xf2rrtrace";
 /// Magic, format version, CRC32C of both.
@@ -235,7 +237,8 @@ pub(super) fn read_preamble(input: &mut impl Read) -> Result<(), TraceError> {
     if bytes != preamble(found) {
         return Err(TraceError::Header);
     }
-    if found == FORMAT_VERSION { Ok(()) } else { Err(TraceError::Version { found }) }
+    let is_read = (OLDEST_VERSION..=FORMAT_VERSION).contains(&found);
+    if is_read { Ok(()) } else { Err(TraceError::Version { found }) }
 }
 
 /// How a finished trace ends.

@@ -36,8 +36,8 @@ pub use batch::{Batch, CUT, Definition, EVENT, MAX_BLOCKS, MAX_RUN_ACCESSES};
 pub use block::{
     AccessKind, BlockDefinition, BlockEnd, BlockRef, Blocks, CodeWidth, InstructionDefinition,
     InstructionRef, MAX_ACCESS_BYTES, MAX_BLOCK_ACCESSES, MAX_BLOCK_INSTRUCTIONS,
-    MAX_INSTRUCTION_BYTES, MAX_REGISTER_WRITES, MAX_STATIC_ACCESSES, Mode, NO_BASE, RegisterWrite,
-    StaticAccess,
+    MAX_INSTRUCTION_BYTES, MAX_REGISTER_WRITES, MAX_STATIC_ACCESSES, Mode, NO_BASE, NOWHERE_PAGE,
+    RegisterWrite, StaticAccess,
 };
 pub use concat::{Concat, joined_header};
 pub use event::{Delivery, Direction, Event, Marker, SystemAccessKind};
@@ -93,7 +93,8 @@ pub enum TraceError {
     Foreign,
     /// Another version of the format.
     #[error(
-        "the trace has format version {found}, and this Reprise reads {}: use the Reprise that wrote it",
+        "the trace has format version {found}, and this Reprise reads {} to {}: use the Reprise that wrote it",
+        frames::OLDEST_VERSION,
         frames::FORMAT_VERSION
     )]
     Version {

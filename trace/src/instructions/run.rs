@@ -2,7 +2,9 @@
 
 use super::TraceError;
 use super::batch::is_cut;
-use super::block::{AccessKind, BlockRef, Blocks, InstructionRef, PAGE_BYTES, StaticAccess};
+use super::block::{
+    AccessKind, BlockRef, Blocks, InstructionRef, NOWHERE_PAGE, PAGE_BYTES, StaticAccess,
+};
 use super::event::{Event, Marker};
 
 /// Where in an execution a trace, or a piece of one, begins.
@@ -209,7 +211,8 @@ impl<'a> Run<'a> {
         self.addresses
     }
 
-    /// Guest-physical addresses of all accesses, in order, or nothing.
+    /// Guest-physical addresses of all accesses, in order, or nothing. What leads nowhere lies in
+    /// [`super::NOWHERE_PAGE`].
     #[inline]
     pub fn physical(&self) -> &'a [u64] {
         self.physical
@@ -299,7 +302,7 @@ pub struct Step<'a> {
     pub repetitions: u32,
     /// Linear addresses, one an access.
     pub addresses: &'a [u64],
-    /// Guest-physical addresses, one an access, or nothing.
+    /// Guest-physical addresses, one an access, or nothing: as [`Run::physical`].
     pub physical: &'a [u64],
     /// Values of all accesses, or nothing.
     pub values: &'a [u64],
@@ -365,7 +368,7 @@ pub(super) fn value_words(list: &[StaticAccess], accesses: usize) -> usize {
 pub struct Access<'a> {
     /// Linear address.
     pub address: u64,
-    /// Guest-physical address, if the trace has it.
+    /// Guest-physical address, if the trace has it and the linear one leads anywhere.
     pub physical: Option<u64>,
     /// What it does.
     pub kind: AccessKind,
@@ -389,13 +392,19 @@ impl<'a> Step<'a> {
             }
             Access {
                 address: *address,
-                physical: step.physical.get(number).copied(),
+                physical: place_of(access.kind, step.physical.get(number).copied()),
                 kind: access.kind,
                 size_bytes: access.size_bytes,
                 values: slice(step.values, first_value, values_taken),
             }
         })
     }
+}
+
+/// A guest-physical address as an observer sees it.
+#[inline]
+fn place_of(kind: AccessKind, physical: Option<u64>) -> Option<u64> {
+    physical.filter(|place| kind.touches_memory() || place & !(PAGE_BYTES - 1) != NOWHERE_PAGE)
 }
 
 /// Whether each physical address is at the same place in its page as the linear one.

@@ -208,7 +208,7 @@ fn a_file_of_version_2_still_reads() {
 fn make_a_file_of_this_version() {
     let options = Options { functions: 8, interrupt_period: 40, ..Options::with_everything(2) };
     let sample = Sample::new(options, 1_500, 800);
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/instructions/version-2.trace");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/instructions/version-3.trace");
     std::fs::write(path, &sample.file).expect("can be written");
     println!("{:#x}", crc32c::crc32c(format!("{:?}", sample.entries).as_bytes()));
 }

@@ -9,6 +9,7 @@ pub(crate) mod tlb;
 pub(crate) mod walk;
 
 use reprise_machine::ram::GuestRam;
+use reprise_trace::instructions::NOWHERE_PAGE;
 
 use crate::fault::Fault;
 use crate::mode::Mode;
@@ -229,11 +230,12 @@ impl Memory {
         self.rights_of(self.accessor())
     }
 
-    /// The guest-physical address that an access by an instruction has just had, under these rights.
+    /// The guest-physical address that an access by an instruction has just had, under these rights, or
+    /// that it would have had: as [`Physical::to_guest`] takes it.
     pub(crate) fn seen_address(&self, rights: usize, write: bool, linear: u64) -> u64 {
         let known = self.tlb.known_data(rights, write, linear);
         let page = known.or_else(|| self.paging.look(&self.physical, linear));
-        page.unwrap_or(0) + linear % PAGE_BYTES
+        Physical::guest_place(page.unwrap_or(NOWHERE_PAGE) + linear % PAGE_BYTES)
     }
 
     /// The guest-physical address of a byte to fetch.

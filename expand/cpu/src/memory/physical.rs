@@ -24,6 +24,10 @@ struct Capture {
     kept: Vec<(u64, Box<[u8; PAGE_BYTES as usize]>)>,
 }
 
+/// Set in a place that is a guest-physical address: of 52 bits, while a process has its memory in the
+/// lower half of the host's address space.
+const GUEST_PLACE: u64 = 1 << 63;
+
 /// RAM, owned, and the map of decoded code in it.
 #[derive(Debug)]
 pub(crate) struct Physical {
@@ -86,16 +90,22 @@ impl Physical {
         }
     }
 
-    /// Makes guest-physical addresses of host addresses of RAM; what is none stays.
-    pub(crate) fn to_guest(&self, addresses: &mut [u64]) {
+    /// Makes guest-physical addresses of places: each is a host address in RAM, as translated code has
+    /// it, or what [`Physical::guest_place`] gave.
+    pub(crate) fn to_guest(&self, places: &mut [u64]) {
         let (low, high) = (self.low as u64, self.high as u64);
         let high_bytes = self.ram_bytes - HOLE_END;
-        for address in addresses {
-            let in_high = address.wrapping_sub(high.wrapping_add(HOLE_END)) < high_bytes;
-            let in_low = address.wrapping_sub(low) < HOLE_START;
+        for place in places {
+            let in_high = place.wrapping_sub(high.wrapping_add(HOLE_END)) < high_bytes;
             let base = if in_high { high } else { low };
-            *address = if in_high || in_low { address.wrapping_sub(base) } else { *address };
+            let is_guest = *place & GUEST_PLACE != 0;
+            *place = if is_guest { *place & !GUEST_PLACE } else { place.wrapping_sub(base) };
         }
+    }
+
+    /// A guest-physical address, of RAM or not, as a place that is no host address.
+    pub(crate) fn guest_place(address: u64) -> u64 {
+        address | GUEST_PLACE
     }
 
     /// Whether there is RAM at an address.
@@ -247,4 +257,22 @@ pub(crate) fn chunk_mask(offset: u64, size_bytes: u64) -> u64 {
     let last = (offset + size_bytes.max(1) - 1) / CHUNK_BYTES;
     let upto_last = if last >= 63 { u64::MAX } else { (1 << (last + 1)) - 1 };
     upto_last & !((1 << first) - 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_physical_address_stays_even_if_it_is_some_host_address() {
+        let physical = Physical::new(GuestRam::new(16).expect("16 MiB"));
+        let host = physical.host_page(0x5000).expect("RAM") as u64;
+        let nowhere = physical.ram_bytes + 0x1234;
+        let guest = [0x5008, nowhere, host, host + 0x123, physical.high as u64];
+        let mut places: Vec<u64> = guest.into_iter().map(Physical::guest_place).collect();
+        places.extend([host, host + 0x123]);
+        physical.to_guest(&mut places);
+        assert_eq!(places[..guest.len()], guest);
+        assert_eq!(places[guest.len()..], [0x5000, 0x5123]);
+    }
 }

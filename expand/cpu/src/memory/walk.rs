@@ -129,6 +129,9 @@ impl Paging {
         if self.cr0 & CR0_PG == 0 {
             return Some(linear & 0xffff_f000);
         }
+        if self.efer & EFER_LMA != 0 && !canonical(linear) {
+            return None;
+        }
         self.walk(memory, linear).ok().map(|leaf| leaf.physical_page)
     }
 

@@ -45,6 +45,8 @@ pub(crate) struct OpAccesses {
     pub(crate) list: Box<[Planned]>,
     /// They are made as often as the instruction repeats.
     pub(crate) repeated: bool,
+    /// More may be made: see `far.rs`.
+    pub(crate) far: bool,
 }
 
 impl Planned {
@@ -128,7 +130,13 @@ pub(crate) fn of(op: &Op, mode: Mode, info: &mut InstructionInfoFactory) -> OpAc
     if let Some(frame_bytes) = returned_frame(instruction) {
         let slots = if mode.has(Mode::CODE_64) { 5 } else { 3 };
         let list = (0..slots).map(|slot| returned_slot(slot * frame_bytes, frame_bytes, mode));
-        return OpAccesses { list: list.collect(), repeated: false };
+        // IRET of 64-bit code pops the stack pointer at any rate.
+        let far = !mode.has(Mode::CODE_64);
+        return OpAccesses { list: list.collect(), repeated: false, far };
+    }
+    if let Some(kind) = names_only(instruction.mnemonic()) {
+        let list = Box::new([named(op, kind)]);
+        return OpAccesses { list, repeated: false, far: false };
     }
     let step = instruction.stack_pointer_increment() as i16;
     let has_operand =
@@ -146,13 +154,21 @@ pub(crate) fn of(op: &Op, mode: Mode, info: &mut InstructionInfoFactory) -> OpAc
         .filter_map(|(number, memory)| planned(op, memory, has_operand && number == 0, mode, step))
         .collect();
     list.sort_by_key(|planned| planned.access.kind == AccessKind::Write);
-    OpAccesses { list: list.into_boxed_slice(), repeated: repeats(instruction) }
+    let (repeated, far) = (repeats(instruction), is_far(instruction.code()));
+    OpAccesses { list: list.into_boxed_slice(), repeated, far }
 }
 
 /// Whether an instruction's accesses are made as often as its counter says.
 fn repeats(instruction: &Instruction) -> bool {
     instruction.is_string_instruction()
         && (instruction.has_rep_prefix() || instruction.has_repne_prefix())
+}
+
+/// Whether an instruction may take up another stack: a far call or return.
+fn is_far(code: Code) -> bool {
+    use Code::{Retfd, Retfd_imm16, Retfq, Retfq_imm16, Retfw, Retfw_imm16};
+    let returns = matches!(code, Retfd | Retfd_imm16 | Retfq | Retfq_imm16 | Retfw | Retfw_imm16);
+    returns || code.is_call_far() || code.is_call_far_indirect()
 }
 
 /// Bytes of each value that IRET pops.
@@ -252,6 +268,39 @@ fn planned(
         index: number(memory.index()),
         scale: memory.scale().trailing_zeros() as u8,
     })
+}
+
+/// What an instruction does that names an address and accesses nothing there.
+fn names_only(mnemonic: Mnemonic) -> Option<AccessKind> {
+    use Mnemonic::{Invlpg, Prefetchw, Prefetchwt1};
+    use Mnemonic::{Prefetch, Prefetchnta, Prefetcht0, Prefetcht1, Prefetcht2};
+    match mnemonic {
+        Prefetch | Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw | Prefetchwt1 => {
+            Some(AccessKind::Prefetch)
+        }
+        Invlpg => Some(AccessKind::Invalidate),
+        _ => None,
+    }
+}
+
+/// The memory operand of an instruction that accesses nothing there, of which the decoder says nothing.
+fn named(op: &Op, kind: AccessKind) -> Planned {
+    let instruction: &Instruction = &op.instruction;
+    let base = number(instruction.memory_base());
+    Planned {
+        access: StaticAccess {
+            base: if usize::from(base) < 16 { base } else { NO_BASE },
+            displacement: instruction.memory_displacement64() as i32,
+            ..StaticAccess::plain(kind, 1)
+        },
+        address: Address::Plain,
+        displacement: op.displacement,
+        mask: op.address_mask,
+        segment: segment_index(instruction.memory_segment()),
+        base: op.base,
+        index: op.index,
+        scale: op.scale,
+    }
 }
 
 /// The displacement of an access that is no operand, with its sign: the decoder cuts it to the code's

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Sender, channel};
 
 use iced_x86::{Code, MemoryOperand, Mnemonic, Register};
-use reprise_trace::cpu_state::{CS, CpuState, RCX, RDI, RSP};
+use reprise_trace::cpu_state::{CS, CpuState, RBX, RCX, RDI, RSI, RSP};
 use reprise_trace::instructions::{
     AccessKind, Batch, Contents, Event, Feed, Observer, Run, TraceError,
 };
@@ -63,7 +63,9 @@ impl Observer for Bytes {
             self.retired += usize::from(step.retired);
             for access in step.accesses() {
                 // Memory is mapped to itself.
-                assert_eq!(access.physical, Some(access.address));
+                if access.kind.touches_memory() {
+                    assert_eq!(access.physical, Some(access.address));
+                }
                 self.add(access.address, u64::from(access.size_bytes), access.kind);
             }
         }
@@ -321,4 +323,65 @@ fn a_walk_that_marks_a_page_in_code_ends_the_run_in_every_way_of_execution() {
     let interpreted = run(Translation::Never);
     assert_eq!(interpreted.addresses, [0x5000]);
     assert_eq!(run(Translation::AtOnce), interpreted);
+}
+
+#[test]
+fn what_accesses_nothing_has_its_address_in_a_trace() {
+    use AccessKind::{Invalidate, Prefetch};
+    let run = |translation| {
+        let code: [&[u8]; 6] = [
+            &[0x0f, 0x18, 0x4f, 0x40], // prefetcht0 [rdi+0x40]
+            &[0x0f, 0x0d, 0x0e],       // prefetchw [rsi], where nothing is mapped
+            &[0x0f, 0x0d, 0x0b],       // prefetchw [rbx], which is no address
+            &[0x8a, 0x07],             // mov al, [rdi]
+            &[0x0f, 0x01, 0x3f],       // invlpg [rdi]
+            &[HALT],
+        ];
+        let mut machine = Machine::long_64(&code.concat());
+        let mut state = machine.cpu.state();
+        (state.gpr[RDI], state.gpr[RSI], state.gpr[RBX]) = (DATA, UNMAPPED, NO_ADDRESS);
+        machine.cpu.set_state(&state);
+        let cpu = &mut machine.cpu;
+        cpu.translator.as_mut().expect("BMI2").set_translation(translation);
+        let (send, batches) = channel();
+        cpu.start_trace(Box::new(Collect(send)), CONTENTS);
+        let kick = AtomicBool::new(false);
+        with_guest_fpu(cpu, |cpu| cpu.execute(u64::MAX >> 1, &kick, false));
+        cpu.stop_trace();
+        let (mut named, mut feed) = (Named::default(), Feed::new(CONTENTS));
+        for batch in batches {
+            feed.push(&batch, &mut named).expect("the batch keeps the contract");
+        }
+        named.0
+    };
+    let expected = [
+        (Prefetch, DATA + 0x40, Some(DATA + 0x40)),
+        (Prefetch, UNMAPPED, None),
+        (Prefetch, NO_ADDRESS, None),
+        (AccessKind::Read, DATA, Some(DATA)),
+        (Invalidate, DATA, Some(DATA)),
+    ];
+    for translation in [Translation::Never, Translation::AtOnce] {
+        assert_eq!(run(translation), expected, "{translation:?}");
+    }
+}
+
+/// What [`Machine`] does not map, and what is not canonical.
+const UNMAPPED: u64 = 1 << 40;
+const NO_ADDRESS: u64 = 1 << 60;
+
+/// Accesses with their places.
+#[derive(Debug, Default)]
+struct Named(Vec<(AccessKind, u64, Option<u64>)>);
+
+impl Observer for Named {
+    fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
+        let accesses = run.steps().flat_map(|step| step.accesses());
+        self.0.extend(accesses.map(|access| (access.kind, access.address, access.physical)));
+        Ok(())
+    }
+
+    fn event(&mut self, _event: &Event) -> Result<(), TraceError> {
+        Ok(())
+    }
 }

@@ -552,7 +552,8 @@ fn emit_block(emission: &mut Emission<'_>, block: &Block, first: usize, goes_on:
 /// Emits an operation in line; `None`, with nothing emitted, if it must be run in Rust.
 fn emit_operation(emission: &mut Emission<'_>, op: &Op) -> Option<()> {
     if ops::does_nothing(op) {
-        return Some(());
+        // A prefetch does nothing either, but a trace has its address.
+        return if emission.names_address() { None } else { Some(()) };
     }
     if op.instruction.inline {
         return computation::emit_lea(emission, op).or_else(|| computation::emit(emission, op));

@@ -229,8 +229,10 @@ impl Stats {
             for access in step.accesses() {
                 let (kind, size_bytes) = (access.kind, access.size_bytes);
                 self.tally.access(&StaticAccess::plain(kind, size_bytes), 1);
-                let place = self.spaces.place(access.address, access.physical);
-                self.data.touch(place, u64::from(size_bytes));
+                if kind.touches_memory() {
+                    let place = self.spaces.place(access.address, access.physical);
+                    self.data.touch(place, u64::from(size_bytes));
+                }
             }
             if step.retired {
                 let (offset, length) = (step.instruction.offset(), step.instruction.bytes().len());
@@ -254,8 +256,10 @@ impl Stats {
         }
         let physical = run.physical();
         for (number, (linear, access)) in run.addresses().iter().zip(&seen.accesses).enumerate() {
-            let place = self.spaces.place(*linear, physical.get(number).copied());
-            self.data.touch(place, u64::from(access.size_bytes));
+            if access.kind.touches_memory() {
+                let place = self.spaces.place(*linear, physical.get(number).copied());
+                self.data.touch(place, u64::from(access.size_bytes));
+            }
         }
     }
 
@@ -339,7 +343,9 @@ impl Tally {
             accesses.count += runs;
             accesses.bytes += runs * size_bytes;
         }
-        self.access_sizes[size_class(size_bytes)] += runs;
+        if access.kind.touches_memory() {
+            self.access_sizes[size_class(size_bytes)] += runs;
+        }
     }
 }
 

@@ -112,7 +112,7 @@ impl Reader {
                 assert_eq!((last.address, last.kind), (address, 10), "a repetition of the last");
                 assert_eq!(last.bytes.len(), usize::from(size));
             }
-            0 | 1 => {
+            0 | 1 | 3 | 8 => {
                 assert!(self.pages.contains_key(&(address >> 12)), "its page was told");
                 let last = self.fetched.last_mut().expect("a fetch comes first");
                 last.accesses.push((kind, size, address));
@@ -209,7 +209,14 @@ fn kinds(bytes: &[u8]) -> &'static [u16] {
 /// What a reader should show of an instruction's accesses.
 fn accesses(executed: &Executed) -> Vec<(u16, u16, u64)> {
     let both = executed.accesses.iter().flat_map(|one| {
-        let read = one.kind.reads().then_some((0, one.size_bytes, one.address));
+        let read = match one.kind {
+            // PREFETCHT0 and PREFETCHW are the machine's; INVLPG reads nothing there.
+            AccessKind::Prefetch => {
+                Some((if executed.bytes[1] == 0x18 { 3 } else { 8 }, 1, one.address))
+            }
+            AccessKind::Invalidate => Some((0, 0, one.address)),
+            kind => kind.reads().then_some((0, one.size_bytes, one.address)),
+        };
         let write = one.kind.writes().then_some((1, one.size_bytes, one.address));
         read.into_iter().chain(write)
     });

@@ -42,7 +42,7 @@ pub(super) const fn form(
     Form { bytes, place, writes }
 }
 
-use AccessKind::{Read, ReadWrite, Write};
+use AccessKind::{Invalidate, Prefetch, Read, ReadWrite, Write};
 use Place::{Array, Global, Local, Object, Pop, Push, Strings, Table};
 
 pub(super) const FORMS: &[Form] = &[
@@ -60,6 +60,9 @@ pub(super) const FORMS: &[Form] = &[
     form(&[0x31, 0xd2], None, Some((2, 1))),
     form(&[0x90], None, None),
     form(&[0x48, 0x8d, 0x34, 0x17], None, Some((6, 1))),
+    form(&[0x0f, 0x18, 0x4b, 0x30], Some((Object(48), Prefetch, 1)), None),
+    form(&[0x0f, 0x0d, 0x4b, 0x38], Some((Object(56), Prefetch, 1)), None),
+    form(&[0x0f, 0x01, 0x7b, 0x40], Some((Object(64), Invalidate, 1)), None),
 ];
 pub(super) const TABLE_READ: Form = form(&[0x49, 0x8b, 0x01], Some((Table, Read, 8)), Some((0, 1)));
 pub(super) const VECTOR_READ: Form =

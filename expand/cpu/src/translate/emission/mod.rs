@@ -217,6 +217,11 @@ impl<'a> Emission<'a> {
         }
     }
 
+    /// Whether a trace wants to know an address of the operation in hand.
+    pub(super) fn names_address(&self) -> bool {
+        self.traced && !self.sites[self.number].accesses().is_empty()
+    }
+
     /// Begins the operation `number` of the unit.
     pub(super) fn begin(&mut self, number: usize) {
         self.number = number;
