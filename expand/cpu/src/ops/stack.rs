@@ -58,6 +58,12 @@ impl Cpu {
         })
     }
 
+    /// Where [`Cpu::peek`] reads.
+    pub(crate) fn peeked_address(&mut self, above: u64, size_bytes: u64) -> Result<u64, Stop> {
+        let pointer = self.registers.gpr[RSP].wrapping_add(above);
+        self.stack_address(pointer, size_bytes, false)
+    }
+
     /// Drops `size_bytes` from the stack's top.
     #[inline(always)]
     pub(crate) fn drop_stack(&mut self, size_bytes: u64) {

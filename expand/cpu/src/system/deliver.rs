@@ -408,6 +408,7 @@ impl Cpu {
         let written = self.write_pages(linear, &bytes[..frame_bytes as usize]);
         self.update_memory_mode();
         written?;
+        self.note_frame(linear, frame.len, push_bytes);
         Ok(pointer)
     }
 

@@ -136,8 +136,8 @@ handler!(return_far(cpu, op) {
         0 => 0,
         _ => u64::from(op.instruction.immediate16()),
     };
-    let rip = cpu.peek(0, size)?;
-    let selector = cpu.peek(size, size)? as u16;
+    let rip = cpu.peek_far(0, size)?;
+    let selector = cpu.peek_far(size, size)? as u16;
     if !cpu.protected() {
         let code = cpu.real_mode_segment(CS, selector);
         cpu.check_code_offset(&code, rip)?;
@@ -148,8 +148,8 @@ handler!(return_far(cpu, op) {
     let code = cpu.return_code(selector)?;
     let target = code.segment(rpl(selector));
     let stack = if rpl(selector) > cpu.cpl {
-        let pointer = cpu.peek(2 * size + released, size)?;
-        let stack = cpu.peek(3 * size + released, size)? as u16;
+        let pointer = cpu.peek_far(2 * size + released, size)?;
+        let stack = cpu.peek_far(3 * size + released, size)? as u16;
         Some(cpu.return_stack(stack, pointer.wrapping_add(released), &target)?)
     } else {
         None
@@ -265,7 +265,7 @@ impl Cpu {
         frame.push(u64::from(self.system.segments[SS].selector));
         frame.push(self.registers.gpr[RSP]);
         for parameter in (0..gate.parameters).rev() {
-            frame.push(self.peek(parameter * gate.push_bytes, gate.push_bytes)?);
+            frame.push(self.peek_far(parameter * gate.push_bytes, gate.push_bytes)?);
         }
         frame.push(u64::from(self.system.segments[CS].selector));
         frame.push(return_rip);

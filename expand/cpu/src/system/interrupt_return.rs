@@ -36,9 +36,9 @@ handler!(interrupt_return(cpu, op) {
         }
         return cpu.unsupported("a return to another task in hardware (IRET with NT set)");
     }
-    let rip = cpu.peek(0, size)?;
-    let selector = cpu.peek(size, size)? as u16;
-    let image = cpu.peek(2 * size, size)?;
+    let rip = cpu.peek_far(0, size)?;
+    let selector = cpu.peek_far(size, size)? as u16;
+    let image = cpu.peek_far(2 * size, size)?;
     if !cpu.protected() {
         return cpu.return_in_real_mode(rip, selector, image, size);
     }
@@ -50,8 +50,8 @@ handler!(interrupt_return(cpu, op) {
     let target = code.segment(rpl(selector));
     let outer = rpl(selector) > cpu.cpl;
     let stack = if outer || cpu.mode_64() {
-        let pointer = cpu.peek(3 * size, size)?;
-        let stack = cpu.peek(4 * size, size)? as u16;
+        let pointer = cpu.peek_far(3 * size, size)?;
+        let stack = cpu.peek_far(4 * size, size)? as u16;
         Some(cpu.return_stack(stack, pointer, &target)?)
     } else {
         None

@@ -63,7 +63,7 @@ impl Numbers {
     }
 
     /// The number of a definition, and whether it is new.
-    fn of(&mut self, definition: &BlockDefinition) -> (u32, bool) {
+    pub(super) fn of(&mut self, definition: &BlockDefinition) -> (u32, bool) {
         let place = definition.linear ^ definition.physical.rotate_left(20);
         let same_place = self.known.entry(place).or_default();
         if let Some((id, _)) = same_place.iter().find(|(_, other)| other == definition) {
@@ -128,7 +128,13 @@ impl Cpu {
         })
     }
 
-    fn definition(&mut self, block: &Block, linear: u64, first: usize) -> BlockDefinition {
+    /// The part of a block from operation `first` on, as it runs now.
+    pub(super) fn definition(
+        &mut self,
+        block: &Block,
+        linear: u64,
+        first: usize,
+    ) -> BlockDefinition {
         let physical = self.code_physical(block, linear);
         let trace = block.trace.get().expect("a block is described before it is numbered");
         let instructions = block.ops[first..].iter().map(|op| {
@@ -166,7 +172,7 @@ impl Cpu {
     }
 }
 
-fn width(mode: Mode) -> CodeWidth {
+pub(super) fn width(mode: Mode) -> CodeWidth {
     match mode.code_bits() {
         64 => CodeWidth::Bits64,
         32 => CodeWidth::Bits32,

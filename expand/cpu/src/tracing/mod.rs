@@ -9,6 +9,7 @@
 
 mod accesses;
 mod blocks;
+mod far;
 #[cfg(test)]
 mod tests;
 
@@ -74,6 +75,8 @@ pub(crate) struct Tracer {
     run_start: usize,
     /// When the clocks were last told.
     marker_tick: u64,
+    /// What the far transfer in hand has done.
+    far: Option<Vec<far::Made>>,
 }
 
 impl std::fmt::Debug for Tracer {
@@ -94,6 +97,7 @@ impl Tracer {
             unretired: 0,
             run_start: 0,
             marker_tick: tick,
+            far: None,
         }
     }
 
@@ -315,6 +319,9 @@ impl Cpu {
         let accesses = block.trace_of(op);
         if accesses.repeated {
             return self.run_repeated(block, op);
+        }
+        if accesses.far {
+            return self.run_far(block, op);
         }
         let before = self.tracer.as_ref().map_or(0, |tracer| tracer.batch.addresses.len());
         for planned in &accesses.list {
