@@ -9,6 +9,7 @@ mod approach;
 mod counting;
 pub mod pieces;
 mod pipeline;
+pub mod resimulate;
 
 use reprise_cpu::engine::SoftEngine;
 use reprise_machine::engine::Engine;

@@ -74,7 +74,7 @@ impl Registers {
 }
 
 /// MSRs, control and descriptor registers: what only system instructions touch.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SystemState {
     pub(crate) segments: [Segment; 6],
     pub(crate) ldtr: Segment,

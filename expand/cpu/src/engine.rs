@@ -67,9 +67,7 @@ impl SoftEngine {
     }
 
     /// Traces everything that the guest executes from here on.
-    ///
-    /// # Panics
-    /// If values are asked for, which no trace has yet.
+    /// Values of accesses or registers make it run instruction by instruction.
     pub fn start_trace(&mut self, sink: Box<dyn BatchSink>, contents: Contents) {
         self.cpu.start_trace(sink, contents);
     }
@@ -129,7 +127,10 @@ impl SoftEngine {
     fn hand_over(&mut self, exit: Exit) -> Exit {
         match &exit {
             Exit::Access(access) => self.unfinished = Some(*access),
-            Exit::Halt => self.halted = true,
+            Exit::Halt => {
+                self.halted = true;
+                self.cpu.trace_halted(true);
+            }
             _ => {}
         }
         exit
@@ -184,6 +185,7 @@ impl Engine for SoftEngine {
     fn inject(&mut self, vector: u8) -> Result<(), EngineError> {
         assert!(self.cpu.interruptible(), "the guest takes no interrupt here");
         self.halted = false;
+        self.cpu.trace_halted(false);
         if self.cpu.deliver_interrupt(vector).is_err() {
             self.queued = Some(self.cpu.pending_exit.take().unwrap_or(Exit::TripleFault));
         }

@@ -2,10 +2,13 @@
 
 use std::io::Write;
 
-use reprise_trace::instructions::{AccessKind, Event, Observer, Position, Run, TraceError};
+use reprise_trace::instructions::{
+    Access, AccessKind, Event, Observer, Position, Run, TraceError, register,
+};
 
 /// The columns. Numbers are decimal, addresses hexadecimal with `0x`; what a row does not have is
-/// empty. `instruction` counts retired instructions since the machine started.
+/// empty. The bytes of an access are its value, where the trace has values. `instruction` counts retired
+/// instructions since the machine started.
 pub const HEADING: &str = "instruction,what,cpl,cr3,address,size,physical,bytes";
 
 /// Writes comma-separated values.
@@ -50,6 +53,14 @@ fn names(kind: AccessKind) -> &'static [&'static str] {
     }
 }
 
+/// What an access read or wrote, or what it did second of both; nothing if the trace does not tell.
+fn value_bytes(access: &Access<'_>, side: usize) -> String {
+    let size = usize::from(access.size_bytes);
+    let words = access.values.chunks(size.div_ceil(8)).nth(side).unwrap_or_default();
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).take(size).collect();
+    hexadecimal(&bytes)
+}
+
 /// An event's name.
 fn name(event: &Event) -> &'static str {
     match event {
@@ -60,6 +71,9 @@ fn name(event: &Event) -> &'static str {
         Event::Mmio { .. } => "mmio",
         Event::Dma { .. } => "dma",
         Event::SystemAccess { .. } => "system-access",
+        Event::MemoryWrite { .. } => "memory-write",
+        Event::SecondPage { .. } => "second-page",
+        Event::Register { .. } => "register",
         Event::Marker(_) => "marker",
         Event::Skipped { .. } => "skipped",
     }
@@ -86,10 +100,11 @@ impl<W: Write> Observer for Csv<W> {
             for access in step.accesses() {
                 let (address, size) = (access.address, access.size_bytes);
                 let physical = access.physical.map_or(String::new(), |one| format!("{one:#x}"));
-                for what in names(access.kind) {
+                for (side, what) in names(access.kind).iter().enumerate() {
+                    let bytes = value_bytes(&access, side);
                     writeln!(
                         self.out,
-                        "{number},{what},{cpl},{cr3:#x},{address:#x},{size},{physical},"
+                        "{number},{what},{cpl},{cr3:#x},{address:#x},{size},{physical},{bytes}"
                     )
                     .map_err(TraceError::Write)?;
                 }
@@ -106,18 +121,34 @@ impl<W: Write> Observer for Csv<W> {
         let address = match *event {
             Event::Delivery { address, .. } | Event::Return { address } => Some(address),
             Event::Skipped { address, .. } => address,
+            Event::MemoryWrite { linear, .. } => linear,
             _ => None,
         };
         let physical = match *event {
             Event::Mmio { physical, .. }
             | Event::Dma { physical, .. }
-            | Event::SystemAccess { physical, .. } => format!("{physical:#x}"),
+            | Event::SystemAccess { physical, .. }
+            | Event::MemoryWrite { physical, .. }
+            | Event::SecondPage { physical, .. } => format!("{physical:#x}"),
             _ => String::new(),
+        };
+        let (size, bytes) = match *event {
+            Event::MemoryWrite { size_bytes, value, .. } => {
+                let bytes = &value.to_le_bytes()[..usize::from(size_bytes.min(8))];
+                (size_bytes.to_string(), hexadecimal(bytes))
+            }
+            Event::Register { register, value } => {
+                let bytes: Vec<u8> = value.iter().flat_map(|word| word.to_le_bytes()).collect();
+                let bytes = &bytes[..usize::from(register::words(register)) * 8];
+                let name = register::name(register).unwrap_or("unknown");
+                (String::new(), format!("{name}={}", hexadecimal(bytes)))
+            }
+            _ => (String::new(), String::new()),
         };
         let address = address.map_or(String::new(), |one| format!("{one:#x}"));
         let Position { instruction, cr3, .. } = self.position;
         let what = name(event);
-        writeln!(self.out, "{instruction},{what},,{cr3:#x},{address},,{physical},")
+        writeln!(self.out, "{instruction},{what},,{cr3:#x},{address},{size},{physical},{bytes}")
             .map_err(TraceError::Write)
     }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use iced_x86::{Formatter as _, GasFormatter, Instruction, SymbolResolver, SymbolResult};
 use reprise_trace::instructions::{
     AccessKind, Delivery, Direction, Event, Observer, Position, Run, Step, SystemAccessKind,
-    TraceError,
+    TraceError, register,
 };
 use serde::Serialize;
 
@@ -49,6 +49,29 @@ pub struct ShownInstruction {
     pub retired: bool,
     /// What it accessed.
     pub accesses: Vec<ShownAccess>,
+    /// Registers that it wrote, if the trace has them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub registers: Vec<ShownRegister>,
+}
+
+/// A register that was written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ShownRegister {
+    /// Its name.
+    pub register: &'static str,
+    /// Its value in hexadecimal.
+    pub value: String,
+}
+
+impl ShownRegister {
+    fn new(register: u8, words: &[u64]) -> Self {
+        let value = match words {
+            [low, high, ..] if *high != 0 => format!("{high:#x}{low:016x}"),
+            [low, ..] => format!("{low:#x}"),
+            [] => "unknown".to_owned(),
+        };
+        Self { register: register::name(register).unwrap_or("unknown"), value }
+    }
 }
 
 /// An access.
@@ -96,7 +119,8 @@ impl Display for ShownInstruction {
         if !self.retired {
             f.write_str("  (not retired)")?;
         }
-        self.accesses.iter().try_for_each(|access| access.fmt(f))
+        self.accesses.iter().try_for_each(|access| access.fmt(f))?;
+        self.registers.iter().try_for_each(|one| write!(f, "  {}={}", one.register, one.value))
     }
 }
 
@@ -179,6 +203,12 @@ impl<F: FnMut(&Shown) -> io::Result<()>> Dump<F> {
             physical: access.physical,
             values: access.values.to_vec(),
         });
+        let mut words = step.registers;
+        let registers = step.instruction.register_writes().iter().map_while(|write| {
+            let (value, rest) = words.split_at_checked(usize::from(write.words))?;
+            words = rest;
+            Some(ShownRegister::new(write.register, value))
+        });
         ShownInstruction {
             number,
             cpl: mode.cpl,
@@ -188,6 +218,7 @@ impl<F: FnMut(&Shown) -> io::Result<()>> Dump<F> {
             text,
             retired: step.retired,
             accesses: accesses.collect(),
+            registers: if step.retired { registers.collect() } else { Vec::new() },
         }
     }
 
@@ -233,15 +264,21 @@ impl<F: FnMut(&Shown) -> io::Result<()>> Dump<F> {
                 format!("a device {verb} {bytes} bytes @{physical:#x}")
             }
             Event::SystemAccess { kind, linear, physical, size_bytes } => {
-                let what = match kind {
-                    SystemAccessKind::WalkRead => "page walk reads",
-                    SystemAccessKind::WalkWrite => "page walk writes",
-                    SystemAccessKind::DescriptorRead => "descriptor is read:",
-                    SystemAccessKind::DescriptorWrite => "descriptor is written:",
-                    SystemAccessKind::FrameWrite => "frame is pushed:",
-                };
-                let linear = linear.map(|linear| format!(" {linear:#x}")).unwrap_or_default();
-                format!("{what}{linear} @{physical:#x}, {size_bytes} bytes")
+                format!("{} @{physical:#x}, {size_bytes} bytes", system_access(kind, linear))
+            }
+            Event::MemoryWrite { kind, linear, physical, size_bytes, value, accesses_behind } => {
+                let what = system_access(kind, linear);
+                let place = before_accesses(accesses_behind);
+                format!("{what} @{physical:#x} ={value:#x}, {size_bytes} bytes{place}")
+            }
+            Event::SecondPage { physical, accesses_behind } => {
+                let place = before_accesses(accesses_behind);
+                format!("the access reaches into the page @{physical:#x}{place}")
+            }
+            Event::Register { register, value } => {
+                let words = &value[..usize::from(register::words(register))];
+                let ShownRegister { register, value } = ShownRegister::new(register, words);
+                format!("{register}={value}")
             }
             Event::Marker(marker) => {
                 let (seconds, rest) =
@@ -268,6 +305,28 @@ impl<F: FnMut(&Shown) -> io::Result<()>> Dump<F> {
 
     fn put(&mut self, entry: &Shown) -> Result<(), TraceError> {
         (self.show)(entry).map_err(TraceError::Write)
+    }
+}
+
+fn system_access(kind: SystemAccessKind, linear: Option<u64>) -> String {
+    let what = match kind {
+        SystemAccessKind::WalkRead => "page walk reads",
+        SystemAccessKind::WalkWrite => "page walk writes",
+        SystemAccessKind::DescriptorRead => "descriptor is read:",
+        SystemAccessKind::DescriptorWrite => "descriptor is written:",
+        SystemAccessKind::FrameWrite => "frame is pushed:",
+        SystemAccessKind::OtherWrite => "also writes",
+    };
+    let linear = linear.map(|linear| format!(" {linear:#x}")).unwrap_or_default();
+    format!("{what}{linear}")
+}
+
+/// Where in the run before something happened.
+fn before_accesses(count: u32) -> String {
+    match count {
+        0 => String::new(),
+        1 => ", before the last access".to_owned(),
+        _ => format!(", before the last {count} accesses"),
     }
 }
 

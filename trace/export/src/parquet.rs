@@ -308,6 +308,20 @@ fn event_cells(event: &Event) -> (&'static str, [Cell<'static>; 11]) {
             (*physical, *size) = (Number(at), Number(u64::from(size_bytes)));
             "system-access"
         }
+        Event::MemoryWrite { linear, physical: at, size_bytes, value: what, .. } => {
+            *address = linear.map_or(Null, Unsigned);
+            (*physical, *write) = (Number(at), Flag(true));
+            (*size, *value) = (Number(u64::from(size_bytes)), Unsigned(what));
+            "memory-write"
+        }
+        Event::SecondPage { physical: at, .. } => {
+            *physical = Number(at);
+            "second-page"
+        }
+        Event::Register { register, value: [low, _] } => {
+            (*vector, *value) = (Small(i32::from(register)), Unsigned(low));
+            "register"
+        }
         Event::Marker(marker) => {
             (*tick, *time) = (Number(marker.tick), Number(marker.virtual_ns));
             "marker"

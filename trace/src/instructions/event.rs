@@ -1,5 +1,6 @@
 //! What a trace holds beside runs of blocks, and how each event is stored.
 
+use super::register;
 use crate::varint::{TakeError, Taker, put};
 
 /// Why control went to a handler.
@@ -31,14 +32,18 @@ pub enum SystemAccessKind {
     DescriptorWrite,
     /// The frame of an exception or interrupt is pushed.
     FrameWrite,
+    /// An instruction writes what its block does not list: one that then did not retire, or whose stores
+    /// go elsewhere, as a far call's that changes stacks.
+    OtherWrite,
 }
 
-const SYSTEM_ACCESSES: [SystemAccessKind; 5] = [
+const SYSTEM_ACCESSES: [SystemAccessKind; 6] = [
     SystemAccessKind::WalkRead,
     SystemAccessKind::WalkWrite,
     SystemAccessKind::DescriptorRead,
     SystemAccessKind::DescriptorWrite,
     SystemAccessKind::FrameWrite,
+    SystemAccessKind::OtherWrite,
 ];
 
 /// Which way data goes, seen from the guest's CPU or, for DMA, from its memory.
@@ -128,6 +133,36 @@ pub enum Event {
         /// Bytes.
         size_bytes: u8,
     },
+    /// The CPU writes memory by itself: in traces with values of accesses.
+    MemoryWrite {
+        /// What for: one of the kinds that write.
+        kind: SystemAccessKind,
+        /// Linear address; a page walk has none.
+        linear: Option<u64>,
+        /// Guest-physical address.
+        physical: u64,
+        /// 1 to 8; a larger write is several of them.
+        size_bytes: u8,
+        /// What is written.
+        value: u64,
+        /// How many accesses of the run before come after it.
+        accesses_behind: u32,
+    },
+    /// An access of the run before reaches into a second page: in traces with values of accesses.
+    SecondPage {
+        /// The guest-physical page.
+        physical: u64,
+        /// How many accesses of the run come behind the one that is meant.
+        accesses_behind: u32,
+    },
+    /// A register has this value from here on, other than by what its instruction's block lists: in traces
+    /// with register writes. Numbers are those of [`super::register`].
+    Register {
+        /// The register.
+        register: u8,
+        /// Its value; the second word is zero where it has one only.
+        value: [u64; 2],
+    },
     /// What the clocks say here.
     Marker(Marker),
     /// Something was left out here, by a filter or because a share of the trace is missing.
@@ -150,6 +185,9 @@ mod tag {
     pub(super) const SYSTEM_ACCESS: u8 = 7;
     pub(super) const MARKER: u8 = 8;
     pub(super) const SKIPPED: u8 = 9;
+    pub(super) const MEMORY_WRITE: u8 = 10;
+    pub(super) const SECOND_PAGE: u8 = 11;
+    pub(super) const REGISTER: u8 = 12;
 }
 
 fn put_option(out: &mut Vec<u8>, value: Option<u64>) {
@@ -200,6 +238,23 @@ impl Event {
                 put_option(out, linear);
                 put(out, physical);
             }
+            Self::MemoryWrite { kind, linear, physical, size_bytes, value, accesses_behind } => {
+                out.extend([tag::MEMORY_WRITE, kind as u8, size_bytes]);
+                put_option(out, linear);
+                for number in [physical, value, u64::from(accesses_behind)] {
+                    put(out, number);
+                }
+            }
+            Self::SecondPage { physical, accesses_behind } => {
+                out.push(tag::SECOND_PAGE);
+                put(out, physical);
+                put(out, u64::from(accesses_behind));
+            }
+            Self::Register { register, value } => {
+                out.extend([tag::REGISTER, register]);
+                let words = usize::from(register::words(register));
+                value[..words].iter().for_each(|word| put(out, *word));
+            }
             Self::Marker(Marker { tick, virtual_ns }) => {
                 out.push(tag::MARKER);
                 put(out, tick);
@@ -242,6 +297,21 @@ impl Event {
                 };
                 Self::SystemAccess { kind, linear, physical, size_bytes }
             }
+            tag::MEMORY_WRITE => return Self::take_write(taker),
+            tag::SECOND_PAGE => {
+                let (physical, behind) = (taker.varint()?, taker.varint()?);
+                let Ok(accesses_behind) = u32::try_from(behind) else { return Ok(None) };
+                Self::SecondPage { physical, accesses_behind }
+            }
+            tag::REGISTER => {
+                let register = taker.byte()?;
+                if register::name(register).is_none() {
+                    return Ok(None);
+                }
+                let first = taker.varint()?;
+                let second = if register::words(register) == 2 { taker.varint()? } else { 0 };
+                Self::Register { register, value: [first, second] }
+            }
             tag::MARKER => {
                 Self::Marker(Marker { tick: taker.varint()?, virtual_ns: taker.varint()? })
             }
@@ -252,6 +322,18 @@ impl Event {
             }
             _ => return Ok(None),
         }))
+    }
+
+    fn take_write(taker: &mut Taker<'_>) -> Result<Option<Self>, TakeError> {
+        let (kind, size_bytes) = (pick(&SYSTEM_ACCESSES, taker)?, taker.byte()?);
+        let (linear, physical) = (take_option(taker)?, taker.varint()?);
+        let (value, behind) = (taker.varint()?, u32::try_from(taker.varint()?));
+        let (Some(kind), Some(linear), Ok(accesses_behind)) = (kind, linear, behind) else {
+            return Ok(None);
+        };
+        let write =
+            Self::MemoryWrite { kind, linear, physical, size_bytes, value, accesses_behind };
+        Ok((1..=8).contains(&size_bytes).then_some(write))
     }
 
     /// The events that have a direction.
@@ -307,6 +389,9 @@ mod tests {
             Event::Marker(Marker { tick: 1 << 40, virtual_ns: 3 }),
             Event::Skipped { instructions: 12, address: None },
             Event::Skipped { instructions: 12, address: Some(7) },
+            Event::SecondPage { physical: 0x5000, accesses_behind: 3 },
+            Event::Register { register: 0, value: [u64::MAX, 0] },
+            Event::Register { register: 95, value: [1, u64::MAX] },
         ];
         for kind in DELIVERIES {
             let (error_code, fault_address) = match kind {
@@ -319,6 +404,14 @@ mod tests {
         for kind in SYSTEM_ACCESSES {
             for linear in [None, Some(0)] {
                 events.push(Event::SystemAccess { kind, linear, physical: 0x2000, size_bytes: 8 });
+                events.push(Event::MemoryWrite {
+                    kind,
+                    linear,
+                    physical: 0x2000,
+                    size_bytes: 8,
+                    value: 1 << 63,
+                    accesses_behind: 2,
+                });
             }
         }
         events
@@ -342,14 +435,18 @@ mod tests {
 
     #[test]
     fn numbers_that_name_nothing_are_no_event() {
-        let cases: [&[u8]; 7] = [
+        let cases: [&[u8]; 11] = [
             &[1, 4, 0, 0, 0, 0],
             &[1, 0, 0, 2, 0, 0],
             &[4, 2, 1, 1, 1],
             &[4, 0, 0x80, 0x80, 0x04, 1, 1],
-            &[7, 5, 1, 0, 0],
+            &[7, 6, 1, 0, 0],
             &[9, 1, 2],
-            &[10],
+            &[10, 1, 9, 0, 0, 0, 0],
+            &[10, 1, 0, 0, 0, 0, 0],
+            &[11, 0, 0x80, 0x80, 0x80, 0x80, 0x10],
+            &[12, 70, 0, 0],
+            &[13],
         ];
         for bytes in cases {
             let mut taker = Taker::new(bytes);

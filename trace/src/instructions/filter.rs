@@ -408,7 +408,17 @@ impl<O: Observer> Observer for Parts<O> {
                 self.held.push(*event);
                 Ok(())
             }
-            Event::Port { .. } | Event::Mmio { .. } | Event::SystemAccess { .. } => {
+            // What a delivery writes goes with it.
+            Event::MemoryWrite { .. } | Event::Register { .. } if !self.held.is_empty() => {
+                self.held.push(*event);
+                Ok(())
+            }
+            Event::Port { .. }
+            | Event::Mmio { .. }
+            | Event::SystemAccess { .. }
+            | Event::MemoryWrite { .. }
+            | Event::SecondPage { .. }
+            | Event::Register { .. } => {
                 if self.kept_last {
                     self.observer.event(event)
                 } else {

@@ -23,6 +23,7 @@ mod head;
 mod idle;
 mod predict;
 mod reader;
+pub mod register;
 mod run;
 mod segment_writer;
 mod streams;

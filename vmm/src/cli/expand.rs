@@ -43,6 +43,16 @@ pub struct ExpandArgs {
     /// Leave out the guest-physical addresses of accesses
     #[arg(long)]
     pub(crate) no_physical: bool,
+    /// Also trace the value of each access, and what the CPU writes by itself: instruction by
+    /// instruction, which takes longer
+    #[arg(long)]
+    pub(crate) values: bool,
+    /// Also trace the value of each register that is written
+    #[arg(long)]
+    pub(crate) registers: bool,
+    /// All of that: what `trace check --against` needs
+    #[arg(long, conflicts_with = "no_physical")]
+    pub(crate) full: bool,
     /// Overwrite OUT if it exists
     #[arg(long)]
     pub(crate) force: bool,

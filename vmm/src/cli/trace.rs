@@ -68,6 +68,10 @@ pub struct CheckArgs {
     /// The trace
     #[arg(value_name = "TRACE")]
     pub(crate) file: PathBuf,
+    /// Carry out the trace's writes alone, and compare: loads with RAM on the way, RAM and CPU with each
+    /// checkpoint of this recording and with its replay at the end. For traces made with --full
+    #[arg(long, value_name = "FILE.rr")]
+    pub(crate) against: Option<PathBuf>,
 }
 
 /// `trace concat`.

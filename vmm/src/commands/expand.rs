@@ -63,7 +63,11 @@ fn options(arguments: &ExpandArgs, window: Window) -> Result<ExpandOptions> {
     Ok(ExpandOptions {
         target: target(arguments)?,
         window,
-        contents: Contents { physical: !arguments.no_physical, values: false, registers: false },
+        contents: Contents {
+            physical: !arguments.no_physical,
+            values: arguments.values || arguments.full,
+            registers: arguments.registers || arguments.full,
+        },
         selection: arguments.filters.selection(),
         filters: arguments.filters.as_given(),
         jobs: arguments.jobs.map_or_else(available_jobs, |jobs| jobs as usize),

@@ -1,5 +1,6 @@
 //! `reprise trace`: what can be done with a trace.
 
+mod against;
 mod check;
 mod concat;
 mod convert;

@@ -4,8 +4,10 @@
 
 use reprise_machine::engine::{Access, Exit};
 use reprise_trace::cpu_state::SS;
+use reprise_trace::instructions::SystemAccessKind::DescriptorWrite;
 
 use super::Page;
+use super::journal::By;
 use super::physical::PAGE_BYTES;
 use super::walk::canonical;
 use crate::cpu::{AnsweredAccess, Cpu};
@@ -97,12 +99,14 @@ impl Cpu {
         self.check_access(linear, segment, bytes.len() as u64, false)?;
         #[cfg(test)]
         self.memory.spy.note(linear, bytes.len() as u64, false);
-        let mut done = 0;
+        let (mut done, mut places) = (0, [0; 2]);
         while done < bytes.len() {
             let address = self.wrap(linear.wrapping_add(done as u64));
             let piece = piece_bytes(address, bytes.len() - done);
             let target = &mut bytes[done..done + piece];
-            match self.data_page(address, false)? {
+            let page = self.data_page(address, false)?;
+            places[usize::from(done > 0)] = page.physical() + address % PAGE_BYTES;
+            match page {
                 Page::Ram { physical } => {
                     self.memory.physical.read(physical + address % PAGE_BYTES, target);
                 }
@@ -111,6 +115,9 @@ impl Cpu {
                 }
             }
             done += piece;
+        }
+        if let Some(journal) = &mut self.memory.physical.journal {
+            journal.note(By::Load, Some(linear), places, bytes);
         }
         Ok(())
     }
@@ -129,17 +136,23 @@ impl Cpu {
         // What the board answers first: for that the instruction starts again, and must find RAM as
         // it was.
         self.store_pieces(linear, bytes, false)?;
-        self.store_pieces(linear, bytes, true)
+        let places = self.store_pieces(linear, bytes, true)?;
+        if let Some(journal) = &mut self.memory.physical.journal {
+            journal.note(By::Store, Some(linear), places, bytes);
+        }
+        Ok(())
     }
 
-    /// Stores the pieces that lie in RAM, or those that do not.
-    fn store_pieces(&mut self, linear: u64, bytes: &[u8], in_ram: bool) -> Result<(), Stop> {
-        let mut done = 0;
+    /// Stores the pieces that lie in RAM, or those that do not. Gives where both begin.
+    fn store_pieces(&mut self, linear: u64, bytes: &[u8], in_ram: bool) -> Result<[u64; 2], Stop> {
+        let (mut done, mut places) = (0, [0; 2]);
         while done < bytes.len() {
             let address = self.wrap(linear.wrapping_add(done as u64));
             let piece = piece_bytes(address, bytes.len() - done);
             let source = &bytes[done..done + piece];
-            match self.data_page(address, true)? {
+            let page = self.data_page(address, true)?;
+            places[usize::from(done > 0)] = page.physical() + address % PAGE_BYTES;
+            match page {
                 Page::Ram { physical } if in_ram => {
                     self.memory.physical.write(physical + address % PAGE_BYTES, source);
                 }
@@ -150,7 +163,7 @@ impl Cpu {
             }
             done += piece;
         }
-        Ok(())
+        Ok(places)
     }
 
     /// Checks that a store of `size_bytes` would not fault, without storing.
@@ -224,7 +237,8 @@ impl Cpu {
             }
         }
         self.system_bytes(linear, T::BYTES as usize, |cpu, address, piece| {
-            cpu.memory.physical.write(address, &bytes[piece])
+            let at = Some(linear.wrapping_add(piece.start as u64));
+            cpu.memory.physical.write_for(DescriptorWrite, at, address, &bytes[piece])
         })
     }
 

@@ -1,6 +1,7 @@
 //! Guest memory as instructions see it: linear addresses, rights, and what lies behind them.
 
 pub(crate) mod access;
+pub(crate) mod journal;
 pub(crate) mod low_memory;
 pub(crate) mod physical;
 #[cfg(test)]
@@ -13,6 +14,7 @@ use reprise_trace::instructions::NOWHERE_PAGE;
 
 use crate::fault::Fault;
 use crate::mode::Mode;
+use journal::Journal;
 use physical::{PAGE_BYTES, Physical};
 use tlb::{Tlb, TlbState, rights};
 use walk::{Accessor, Kind, Paging, Translation};
@@ -24,6 +26,14 @@ pub(crate) enum Page {
     Ram { physical: u64 },
     /// No RAM: the guest-physical page.
     Mmio { physical: u64 },
+}
+
+impl Page {
+    /// The guest-physical page.
+    pub(crate) fn physical(self) -> u64 {
+        let (Self::Ram { physical } | Self::Mmio { physical }) = self;
+        physical
+    }
 }
 
 /// Paging, the software TLB and physical memory.
@@ -128,8 +138,16 @@ impl Memory {
         self.choose_table();
     }
 
+    /// Keeps a journal of what is done to memory from now on, or no longer.
+    pub(crate) fn keep_journal(&mut self, wanted: bool) {
+        self.physical.journal = wanted.then(Box::<Journal>::default);
+        self.choose_table();
+    }
+
     fn choose_table(&mut self) {
-        self.table = if self.check_alignment || self.check_breakpoints {
+        let asks_always = self.check_alignment || self.check_breakpoints;
+        // Only what asks is noted.
+        self.table = if asks_always || self.physical.journal.is_some() {
             rights::NONE
         } else {
             self.rights_of(self.accessor())
@@ -236,6 +254,13 @@ impl Memory {
         let known = self.tlb.known_data(rights, write, linear);
         let page = known.or_else(|| self.paging.look(&self.physical, linear));
         Physical::guest_place(page.unwrap_or(NOWHERE_PAGE) + linear % PAGE_BYTES)
+    }
+
+    /// [`Memory::seen_address`] as it is in the guest.
+    pub(crate) fn seen_guest_address(&self, rights: usize, write: bool, linear: u64) -> u64 {
+        let mut place = [self.seen_address(rights, write, linear)];
+        self.physical.to_guest(&mut place);
+        place[0]
     }
 
     /// The guest-physical address of a byte to fetch.

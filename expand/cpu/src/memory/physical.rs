@@ -3,7 +3,10 @@
 #![allow(unsafe_code)]
 
 use reprise_machine::ram::{GuestRam, HOLE_END, HOLE_START};
+use reprise_trace::instructions::SystemAccessKind;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
+
+use super::journal::{By, Journal};
 
 /// Bytes of a page.
 pub(crate) const PAGE_BYTES: u64 = 4096;
@@ -42,6 +45,8 @@ pub(crate) struct Physical {
     /// For each page, whether the software TLB may let it be written without asking.
     writes_permitted: Vec<bool>,
     capture: Capture,
+    /// What is done to memory, if anybody wants to know.
+    pub(crate) journal: Option<Box<Journal>>,
     /// Pages whose decoded code was written since the block cache last looked, with the chunks.
     code_written: Vec<(u64, u64)>,
 }
@@ -69,6 +74,7 @@ impl Physical {
             code_chunks: vec![0; pages],
             writes_permitted: vec![false; pages],
             capture: Capture::default(),
+            journal: None,
             code_written: Vec::new(),
         }
     }
@@ -143,6 +149,21 @@ impl Physical {
         }
         self.note_write(address, bytes.len() as u64);
         true
+    }
+
+    /// The same by the CPU itself, which a journal has.
+    pub(crate) fn write_for(
+        &mut self,
+        kind: SystemAccessKind,
+        linear: Option<u64>,
+        address: u64,
+        bytes: &[u8],
+    ) -> bool {
+        let written = self.write(address, bytes);
+        if written && let Some(journal) = &mut self.journal {
+            journal.note(By::System(kind), linear, [address, 0], bytes);
+        }
+        written
     }
 
     /// Notes that a range within one page of RAM was written behind [`Physical::write`].

@@ -1,6 +1,7 @@
 //! Page walks: linear to guest-physical addresses, with rights, accessed and dirty bits.
 
 use reprise_devices::cpu_model::PHYSICAL_ADDRESS_BITS;
+use reprise_trace::instructions::SystemAccessKind;
 
 use super::physical::Physical;
 use crate::cpu::{
@@ -246,7 +247,8 @@ impl Paging {
                 wanted |= DIRTY;
             }
             if wanted != entry {
-                memory.write(address, &wanted.to_le_bytes()[..shape.entry_bytes as usize]);
+                let bytes = &wanted.to_le_bytes()[..shape.entry_bytes as usize];
+                memory.write_for(SystemAccessKind::WalkWrite, None, address, bytes);
             }
         }
     }

@@ -229,6 +229,22 @@ impl FpuImage {
         area
     }
 
+    /// The state as stored, with these XMM registers.
+    pub(crate) fn live_state(&self, xmm: &[u128; 16]) -> FpuState {
+        let area = self.live_area();
+        FpuState {
+            fcw: area.u16(fxsave::FCW),
+            fsw: area.u16(fxsave::FSW),
+            ftw: area.0[fxsave::FTW],
+            fop: area.u16(fxsave::FOP),
+            fip: area.u64(fxsave::FIP),
+            fdp: area.u64(fxsave::FDP),
+            st: std::array::from_fn(|index| area.bytes(fxsave::ST + index * 16)),
+            mxcsr: area.u32(fxsave::MXCSR),
+            xmm: *xmm,
+        }
+    }
+
     /// Takes over the x87 part of an FXSAVE image that the guest made, MXCSR included.
     pub(crate) fn set_live_area(&mut self, mut area: Area) {
         self.fcw = control_word(area.u16(fxsave::FCW));

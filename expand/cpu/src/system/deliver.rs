@@ -5,6 +5,7 @@
 
 use reprise_trace::cpu_state::{CS, RSP, SS, Segment};
 use reprise_trace::instructions::Delivery;
+use reprise_trace::instructions::SystemAccessKind::FrameWrite;
 use serde::{Deserialize, Serialize};
 
 use super::segment::{Descriptor, is_null, null_stack, selector_code, within_limit};
@@ -422,10 +423,11 @@ impl Cpu {
         if !second.is_empty()
             && let Page::Ram { physical, .. } = self.data_page(next, true)?
         {
-            self.memory.physical.write(physical, second);
+            self.memory.physical.write_for(FrameWrite, Some(next), physical, second);
         }
         if let Page::Ram { physical, .. } = first_page {
-            self.memory.physical.write(physical + linear % PAGE_BYTES, first);
+            let address = physical + linear % PAGE_BYTES;
+            self.memory.physical.write_for(FrameWrite, Some(linear), address, first);
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use iced_x86::{
 use reprise_trace::cpu_state::{RCX, RSP};
 use reprise_trace::instructions::{AccessKind, MAX_ACCESS_BYTES, NO_BASE, StaticAccess};
 
+use super::registers::OpRegisters;
 use crate::cpu::{Cpu, ZERO};
 use crate::decode::op::{Op, segment_index};
 use crate::flags;
@@ -39,7 +40,7 @@ enum Address {
     },
 }
 
-/// The accesses of one instruction.
+/// The accesses of one instruction, and the registers that it writes.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct OpAccesses {
     pub(crate) list: Box<[Planned]>,
@@ -47,6 +48,8 @@ pub(crate) struct OpAccesses {
     pub(crate) repeated: bool,
     /// More may be made: see `far.rs`.
     pub(crate) far: bool,
+    /// Nothing unless the trace has them.
+    pub(crate) registers: OpRegisters,
 }
 
 impl Planned {
@@ -90,6 +93,7 @@ pub(super) struct Repeated {
     mask: u64,
     stride: u64,
     pub(super) writes: bool,
+    pub(super) size_bytes: u16,
 }
 
 impl Repeated {
@@ -102,6 +106,7 @@ impl Repeated {
             mask: planned.mask,
             stride: stride(cpu, &planned.access),
             writes: planned.access.kind.writes(),
+            size_bytes: planned.access.size_bytes,
         }
     }
 
@@ -132,11 +137,11 @@ pub(crate) fn of(op: &Op, mode: Mode, info: &mut InstructionInfoFactory) -> OpAc
         let list = (0..slots).map(|slot| returned_slot(slot * frame_bytes, frame_bytes, mode));
         // IRET of 64-bit code pops the stack pointer at any rate.
         let far = !mode.has(Mode::CODE_64);
-        return OpAccesses { list: list.collect(), repeated: false, far };
+        return OpAccesses { list: list.collect(), far, ..OpAccesses::default() };
     }
     if let Some(kind) = names_only(instruction.mnemonic()) {
         let list = Box::new([named(op, kind)]);
-        return OpAccesses { list, repeated: false, far: false };
+        return OpAccesses { list, ..OpAccesses::default() };
     }
     let step = instruction.stack_pointer_increment() as i16;
     let has_operand =
@@ -155,7 +160,7 @@ pub(crate) fn of(op: &Op, mode: Mode, info: &mut InstructionInfoFactory) -> OpAc
         .collect();
     list.sort_by_key(|planned| planned.access.kind == AccessKind::Write);
     let (repeated, far) = (repeats(instruction), is_far(instruction.code()));
-    OpAccesses { list: list.into_boxed_slice(), repeated, far }
+    OpAccesses { list: list.into_boxed_slice(), repeated, far, registers: OpRegisters::default() }
 }
 
 /// Whether an instruction's accesses are made as often as its counter says.

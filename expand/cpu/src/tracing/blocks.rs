@@ -9,6 +9,7 @@ use reprise_trace::instructions::{
 };
 
 use super::accesses::{self, OpAccesses};
+use super::registers::OpRegisters;
 use crate::cpu::Cpu;
 use crate::decode::block_cache::Block;
 use crate::decode::op::Op;
@@ -95,7 +96,16 @@ impl Cpu {
             let physical = self.code_physical(block, linear);
             let bytes = self.code_bytes(block, physical);
             let (mode, tracer) = (self.mode, self.tracer.as_mut().expect("somebody traces"));
-            let operations = block.ops.iter().map(|op| accesses::of(op, mode, &mut tracer.info));
+            let operations = block.ops.iter().map(|op| {
+                let mut operation = accesses::of(op, mode, &mut tracer.info);
+                if tracer.contents.registers {
+                    let is_last = usize::from(op.number) + 1 == block.ops.len();
+                    let branches = is_last && block.ends_in_branch;
+                    operation.registers =
+                        OpRegisters::of(&op.instruction, branches, &mut tracer.info);
+                }
+                operation
+            });
             let trace = BlockTrace { operations: operations.collect(), bytes };
             block.trace.set(Box::new(trace)).expect("it was not set");
         }
@@ -144,7 +154,7 @@ impl Cpu {
                 bytes: trace.bytes[start..start + usize::from(op.length)].to_vec(),
                 accesses: accesses.list.iter().map(|planned| planned.access).collect(),
                 repeated: accesses.repeated,
-                register_writes: Vec::new(),
+                register_writes: accesses.registers.writes(),
             }
         });
         let offset = u64::from(block.ops[first].offset);

@@ -70,6 +70,7 @@ impl Cpu {
         let flow = unsafe { (op.handler)(self, op) };
         let made = self.tracer.as_mut().and_then(|tracer| tracer.far.take()).unwrap_or_default();
         if !flow.retires() {
+            self.trace_writes_between();
             return flow;
         }
         // A far pointer in memory is no part of the stack.
@@ -78,24 +79,33 @@ impl Cpu {
         let (operand, stack) = described.split_at(usize::from(reads_pointer));
         let sizes = stack.iter().map(|one| (one.access.kind, u64::from(one.access.size_bytes)));
         let as_described = bytes(sizes) == bytes(made.iter().map(|one| (one.kind, one.size_bytes)));
-        let accesses: Vec<(AccessKind, u64)> = if as_described {
-            described.iter().zip(linear).map(|(one, linear)| (one.access.kind, linear)).collect()
+        let accesses: Vec<(StaticAccess, u64)> = if as_described {
+            described.iter().zip(linear).map(|(one, linear)| (one.access, linear)).collect()
         } else {
             let accesses = operand.iter().map(|one| one.access);
             let stack = made.iter().map(|one| StaticAccess::plain(one.kind, one.size_bytes as u16));
-            self.replace_run(block, op, (start, mode), accesses.chain(stack).collect());
-            let operand = operand.iter().zip(linear).map(|(one, at)| (one.access.kind, at));
-            operand.chain(made.iter().map(|one| (one.kind, one.linear))).collect()
+            self.replace_run(block, op, (start, mode), accesses.chain(stack.clone()).collect());
+            let operand = operand.iter().zip(linear).map(|(one, at)| (one.access, at));
+            operand.chain(stack.zip(made.iter().map(|one| one.linear))).collect()
         };
-        let Some(tracer) = &mut self.tracer else { return flow };
-        for (kind, linear) in accesses {
-            tracer.batch.addresses.push(linear);
-            if tracer.physical {
-                let place = self.memory.seen_address(rights, kind.writes(), linear);
-                tracer.batch.physical.push(place);
-            }
-        }
+        self.note_far_accesses(&accesses, rights);
         flow
+    }
+
+    fn note_far_accesses(&mut self, accesses: &[(StaticAccess, u64)], rights: usize) {
+        let Some(tracer) = &mut self.tracer else { return };
+        let first = tracer.batch.addresses.len();
+        tracer.batch.addresses.extend(accesses.iter().map(|(_, linear)| linear));
+        let has_physical = tracer.contents.physical;
+        let kinds: Vec<StaticAccess> = accesses.iter().map(|(access, _)| *access).collect();
+        if self.note_values(&kinds, first, rights) || !has_physical {
+            return;
+        }
+        let Some(tracer) = &mut self.tracer else { return };
+        for (access, linear) in accesses {
+            let place = self.memory.seen_address(rights, access.kind.writes(), *linear);
+            tracer.batch.physical.push(place);
+        }
     }
 
     /// The block's last operation has a run of its own, with these accesses. The block lies at a linear
@@ -120,9 +130,9 @@ impl Cpu {
         let run = words.iter().rposition(|word| *word != EVENT).expect("a run has begun");
         // What happened in the run stands behind it.
         let events = words.split_off(run + 1);
-        match number {
+        match number - std::mem::replace(&mut tracer.run_start, number) {
             0 => drop(words.pop()),
-            _ => words.extend([CUT | number as u32, 0]),
+            before => words.extend([CUT | before as u32, 0]),
         }
         words.push(id);
         words.extend(events);

@@ -10,8 +10,10 @@
 mod accesses;
 mod blocks;
 mod far;
+mod registers;
 #[cfg(test)]
 mod tests;
+mod values;
 
 use std::ops::Range;
 
@@ -28,10 +30,13 @@ use crate::decode::op::Op;
 use crate::fault::Flow;
 use crate::memory::Memory;
 use crate::memory::physical::{PAGE_BYTES, Physical};
+use crate::translate::Translator;
 pub(crate) use accesses::Planned;
-use accesses::Repeated;
+use accesses::{OpAccesses, Repeated};
 use blocks::Numbers;
 pub(crate) use blocks::{BlockTrace, TraceId};
+use registers::Told;
+use values::Elements;
 
 /// Takes the pieces of a trace as the CPU makes them.
 pub trait BatchSink: Send {
@@ -63,7 +68,11 @@ const MARKER_INTERVAL: u64 = 1 << 20;
 pub(crate) struct Tracer {
     /// Its physical addresses are host addresses where they lie in RAM, until it is handed over.
     batch: Batch,
-    physical: bool,
+    contents: Contents,
+    /// What is known of the registers, if they are traced.
+    told: Option<Box<Told>>,
+    /// Set aside: with values or registers, instructions run one by one.
+    translator: Option<Translator>,
     sink: Box<dyn BatchSink>,
     /// The sink wants no more.
     refused: bool,
@@ -86,10 +95,12 @@ impl std::fmt::Debug for Tracer {
 }
 
 impl Tracer {
-    fn new(sink: Box<dyn BatchSink>, physical: bool, tick: u64) -> Self {
+    fn new(sink: Box<dyn BatchSink>, contents: Contents, tick: u64) -> Self {
         Self {
             batch: Batch { restart: true, ..Batch::default() },
-            physical,
+            contents,
+            told: None,
+            translator: None,
             sink,
             refused: false,
             numbers: Numbers::default(),
@@ -99,6 +110,11 @@ impl Tracer {
             marker_tick: tick,
             far: None,
         }
+    }
+
+    /// Whether it has more than addresses.
+    fn is_full(&self) -> bool {
+        self.contents.values || self.contents.registers
     }
 
     fn is_due(&self) -> bool {
@@ -124,7 +140,7 @@ impl Tracer {
         let words = batch.words.as_mut_ptr().wrapping_add(batch.words.len());
         let addresses = batch.addresses.as_mut_ptr().wrapping_add(batch.addresses.len());
         let words = words.wrapping_sub(ahead.words as usize) as u64;
-        if self.physical {
+        if self.contents.physical {
             batch.physical.reserve(SLICE_ADDRESSES);
         }
         let physical = batch.physical.as_mut_ptr().wrapping_add(batch.physical.len());
@@ -140,7 +156,7 @@ impl Tracer {
         let addresses =
             length(addresses, batch.addresses.as_ptr() as u64, 8) + ahead.addresses as usize;
         assert!(words <= batch.words.capacity() && addresses <= batch.addresses.capacity());
-        let physical = if self.physical {
+        let physical = if self.contents.physical {
             length(physical, batch.physical.as_ptr() as u64, 8) + ahead.addresses as usize
         } else {
             0
@@ -190,7 +206,7 @@ impl Ahead {
 impl Cpu {
     /// Whether translated code appends host addresses, beside linear ones.
     pub(crate) fn traces_physical(&self) -> bool {
-        self.tracer.as_ref().is_some_and(|tracer| tracer.physical)
+        self.tracer.as_ref().is_some_and(|tracer| tracer.contents.physical)
     }
 
     /// What the clocks say.
@@ -210,19 +226,28 @@ impl Cpu {
 
     /// Begins to trace: everything from here on goes to `sink`.
     pub(crate) fn start_trace(&mut self, sink: Box<dyn BatchSink>, contents: Contents) {
-        let Contents { physical, values, registers } = contents;
-        assert!(!values && !registers, "no values are traced");
         // A store to a place that is known to hold code ends its block, and so its run. What is known
         // must not depend on what ran before.
         self.forget_code();
         // Numbers that blocks have from an earlier trace mean nothing in this one.
         self.trace_generation += 1;
-        self.tracer = Some(Box::new(Tracer::new(sink, physical, self.tick)));
+        let mut tracer = Tracer::new(sink, contents, self.tick);
+        if tracer.is_full() {
+            tracer.translator = self.translator.take();
+            tracer.told = contents.registers.then(|| Box::new(Told::new(self)));
+            self.memory.keep_journal(contents.values);
+        }
+        self.tracer = Some(Box::new(tracer));
     }
 
     /// Ends the trace: the sink gets what is left, and goes.
     pub(crate) fn stop_trace(&mut self) {
+        self.trace_between();
         if let Some(mut tracer) = self.tracer.take() {
+            if tracer.is_full() {
+                self.translator = tracer.translator.take();
+                self.memory.keep_journal(false);
+            }
             tracer.hand_over(&self.memory.physical, self.tick);
             self.forget_translated_code();
         }
@@ -305,8 +330,17 @@ impl Cpu {
         self.wrap(self.registers.segment_base[CS].wrapping_add(rip))
     }
 
+    /// Notes what has been written since the last run, where that is wanted.
+    fn trace_between(&mut self) {
+        if self.tracer.as_ref().is_some_and(|tracer| tracer.is_full()) {
+            self.trace_writes_between();
+            self.trace_registers_between();
+        }
+    }
+
     /// Begins a run of `block`, which is about to run at RIP.
     pub(crate) fn trace_run(&mut self, block: &Block) {
+        self.trace_between();
         let id = self.trace_id(block, self.code_address());
         let tracer = self.tracer.as_mut().expect("somebody traces");
         tracer.run_start = 0;
@@ -316,13 +350,28 @@ impl Cpu {
     /// Runs an operation and notes what it accesses.
     #[inline]
     pub(crate) fn run_traced(&mut self, block: &Block, op: &Op) -> Flow {
+        if self.tracer.as_ref().is_some_and(|tracer| tracer.is_full()) {
+            self.run_in_full(block, op)
+        } else {
+            self.run_noted(block, op)
+        }
+    }
+
+    #[inline]
+    fn run_noted(&mut self, block: &Block, op: &Op) -> Flow {
         let accesses = block.trace_of(op);
         if accesses.repeated {
-            return self.run_repeated(block, op);
+            self.run_repeated(block, op)
+        } else if accesses.far {
+            self.run_far(block, op)
+        } else {
+            self.run_once(block, op)
         }
-        if accesses.far {
-            return self.run_far(block, op);
-        }
+    }
+
+    /// Appends the addresses of what an operation is about to access, and gives the first one's place.
+    #[inline(always)]
+    fn push_addresses(&mut self, accesses: &OpAccesses) -> usize {
         let before = self.tracer.as_ref().map_or(0, |tracer| tracer.batch.addresses.len());
         for planned in &accesses.list {
             let linear = planned.linear(self);
@@ -330,13 +379,20 @@ impl Cpu {
                 tracer.batch.addresses.push(linear);
             }
         }
+        before
+    }
+
+    #[inline]
+    fn run_once(&mut self, block: &Block, op: &Op) -> Flow {
+        let accesses = block.trace_of(op);
+        let before = self.push_addresses(accesses);
         let rights = self.memory.present_rights();
         // SAFETY: the handler is a function of this crate or a native sequence, made for this operation.
         let flow = unsafe { (op.handler)(self, op) };
         if let Some(tracer) = &mut self.tracer {
             if !flow.retires() {
                 tracer.batch.addresses.truncate(before);
-            } else if tracer.physical {
+            } else if tracer.contents.physical {
                 let batch = &mut tracer.batch;
                 let kinds = accesses.list.iter().map(|planned| planned.access.kind);
                 let seen = batch.addresses[before..].iter().zip(kinds);
@@ -346,7 +402,13 @@ impl Cpu {
                 batch.physical.extend(seen.map(place));
             }
         }
-        // A walk has set an accessed bit in code. Translated code leaves its unit for that.
+        self.end_where_code_was_marked(flow)
+    }
+
+    /// Ends the block where a walk has set an accessed bit in code. Translated code leaves its unit for
+    /// that.
+    #[inline(always)]
+    fn end_where_code_was_marked(&self, flow: Flow) -> Flow {
         let over = flow == Flow::NEXT && self.memory.physical.code_was_written();
         if over { Flow::END_BLOCK } else { flow }
     }
@@ -355,12 +417,14 @@ impl Cpu {
     fn run_repeated(&mut self, block: &Block, op: &Op) -> Flow {
         let accesses = block.trace_of(op);
         let before = accesses::counter(self, accesses);
-        let starts = accesses.list.iter().map(|planned| Repeated::new(self, planned)).collect();
+        let starts: Vec<Repeated> =
+            accesses.list.iter().map(|planned| Repeated::new(self, planned)).collect();
         let rights = self.memory.present_rights();
         // SAFETY: as in `run_traced`.
         let flow = unsafe { (op.handler)(self, op) };
-        let done = before.wrapping_sub(accesses::counter(self, accesses));
-        let made = Repetition { starts, rights, done: done as usize };
+        let done = before.wrapping_sub(accesses::counter(self, accesses)) as usize;
+        let elements = self.elements(&starts, done);
+        let made = Repetition { starts, rights, done, elements };
         let long = made.count() > LONG_REPETITION;
         if long {
             self.trace_long_repetition(block, op, &made, flow.retires());
@@ -383,8 +447,8 @@ impl Cpu {
         let linear = self.linear_rip(op.rip(self)).wrapping_sub(u64::from(op.offset));
         let rest = self.trace_rest(block, linear, number);
         let Some(tracer) = &mut self.tracer else { return };
-        if number > 0 {
-            let cut = tracer.batch.cut_last_run(number as u32, 0);
+        if number > tracer.run_start {
+            let cut = tracer.batch.cut_last_run((number - tracer.run_start) as u32, 0);
             assert!(cut, "a run has begun");
             tracer.batch.words.push(rest);
         }
@@ -458,6 +522,8 @@ struct Repetition {
     starts: Vec<Repeated>,
     rights: usize,
     done: usize,
+    /// Their values, if they are traced.
+    elements: Option<Elements>,
 }
 
 impl Repetition {
@@ -473,7 +539,12 @@ impl Repetition {
                 addresses.push(repeated.linear(element));
             }
         }
-        if !tracer.physical {
+        if let Some(made) = &self.elements {
+            let per_element = self.starts.len();
+            made.append(elements.start * per_element..elements.end * per_element, tracer);
+            return;
+        }
+        if !tracer.contents.physical {
             return;
         }
         // Neighbours lie in one page mostly.

@@ -417,7 +417,12 @@ impl Observer for Stats {
                 self.events.dma.count(direction);
                 self.events.dma_bytes = self.events.dma_bytes.saturating_add(bytes);
             }
-            Event::Return { .. } | Event::SystemAccess { .. } | Event::Marker(_) => {}
+            Event::Return { .. }
+            | Event::SystemAccess { .. }
+            | Event::MemoryWrite { .. }
+            | Event::SecondPage { .. }
+            | Event::Register { .. }
+            | Event::Marker(_) => {}
         }
         self.position.pass_event(event);
         self.look_at_the_time();

@@ -4,6 +4,7 @@ use anyhow::{Context, Result};
 use reprise_export::check::Check;
 use serde::Serialize;
 
+use super::against::{self, AgainstReport};
 use crate::cli::CheckArgs;
 use crate::output::{Output, counted, grouped};
 use crate::session::trace_file::{Reached, TraceFile};
@@ -20,6 +21,9 @@ struct CheckReport {
     /// Why the file is not whole.
     file: Option<String>,
     findings: Vec<FindingReport>,
+    /// What carrying out its writes came to, if that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    against: Option<AgainstReport>,
 }
 
 /// A kind of finding.
@@ -58,12 +62,17 @@ pub(super) fn run(arguments: &CheckArgs, output: Output) -> Result<u8> {
         count: found.count,
     });
     let findings: Vec<_> = findings.collect();
+    let is_sound = file.is_none() && findings.is_empty();
+    let recording = arguments.against.as_deref().filter(|_| is_sound);
+    let against = recording.map(|recording| against::check(&arguments.file, recording, output));
+    let against = against.transpose()?;
     let report = CheckReport {
-        sound: file.is_none() && findings.is_empty(),
+        sound: is_sound && against.as_ref().is_none_or(|against| against.verified),
         instructions: check.instructions(),
         segments: trace.reader.segments_read(),
         file,
         findings,
+        against,
     };
     output.result(&report, text(&report));
     let shown = arguments.file.display();
@@ -79,6 +88,9 @@ fn text(report: &CheckReport) -> String {
         counted(report.instructions, "instruction"),
         counted(report.segments, "segment")
     );
+    if let Some(against) = &report.against {
+        return format!("sound: {read}; {}", against.text());
+    }
     match (report.sound, report.findings.len()) {
         (true, _) => format!("sound: {read}"),
         (false, 0) => format!("NOT WHOLE: {read} are sound"),
@@ -97,5 +109,6 @@ fn problems(report: &CheckReport) -> Vec<String> {
             count => format!("{place}, first of {}: {}", grouped(count), found.what),
         }
     });
-    findings.chain(report.file.clone()).collect()
+    let against = report.against.as_ref().and_then(AgainstReport::problem);
+    findings.chain(report.file.clone()).chain(against).collect()
 }

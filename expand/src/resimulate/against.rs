@@ -1,0 +1,174 @@
+//! A trace file re-simulated against its recording.
+
+use std::io::Read;
+
+use reprise_cpu::engine::SoftEngine;
+use reprise_machine::engine::Engine;
+use reprise_machine::inputs::Replaying;
+use reprise_machine::machine::Machine;
+use reprise_machine::ram::GuestRam;
+use reprise_machine::outcome::{Conclusion, MachineError};
+use reprise_replay::{ReplayError, Replayable};
+use reprise_trace::cpu_state::CpuState;
+use reprise_trace::instructions::TraceReader;
+use reprise_trace::instructions::register::{self, take_changes};
+
+use super::{Counts, Mismatch, Resimulator};
+use crate::ExpandError;
+use crate::pieces::start;
+
+/// What a re-simulation came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Against {
+    /// What was compared and carried out.
+    pub counts: Counts,
+    /// Checkpoints whose RAM and CPU came out.
+    pub checkpoints: u64,
+    /// RAM and CPU came out as a replay has them where the trace ends.
+    pub end_verified: bool,
+    /// The first thing that is wrong.
+    pub mismatch: Option<Mismatch>,
+    /// How many things are.
+    pub mismatches: u64,
+}
+
+/// Re-simulates a trace that has values, registers and physical addresses, from where it begins, at
+/// `first_instruction`, to its end. `go_on` is asked after each segment, with the offset in the trace.
+///
+/// # Errors
+/// If the recording or the trace cannot be used.
+pub fn check_against<R: Read>(
+    trace: &mut TraceReader<R>,
+    first_instruction: u64,
+    replayable: &Replayable,
+    mut go_on: impl FnMut(u64) -> bool,
+) -> Result<Against, ExpandError> {
+    let mut machine = start(replayable, replayable.nearest(first_instruction), &|_| {})?;
+    run_to(&mut machine, first_instruction)?;
+    let (ram, cpu) = copy_of(&mut machine, replayable)?;
+    let mut resimulator = Resimulator::new(ram, cpu);
+    let mut passed = Passed { replayable, verified: 0, failed: None };
+    let ended = loop {
+        let ending = trace.drive_segment(&mut resimulator)?;
+        passed.look(&mut resimulator);
+        if ending.is_some() || !go_on(trace.offset()) {
+            break ending.is_some();
+        }
+    };
+    if let Some(tick) = passed.failed {
+        resimulator.find(|| format!("RAM or CPU is not that of the checkpoint at tick {tick}"));
+    }
+    let mut against = Against { checkpoints: passed.verified, ..Against::default() };
+    if ended && resimulator.mismatch().is_none() {
+        run_to(&mut machine, resimulator.instruction())?;
+        compare_end(&mut resimulator, &mut machine)?;
+        against.end_verified = resimulator.mismatch().is_none();
+    }
+    against.counts = resimulator.counts();
+    if let Some((first, count)) = resimulator.mismatch() {
+        (against.mismatch, against.mismatches) = (Some(first.clone()), count);
+    }
+    // Its memory goes with the process.
+    std::mem::forget(machine);
+    Ok(against)
+}
+
+/// The checkpoints that were passed.
+struct Passed<'a> {
+    replayable: &'a Replayable,
+    verified: u64,
+    /// The tick of one that did not come out.
+    failed: Option<u64>,
+}
+
+impl Passed<'_> {
+    /// Behind a segment: where pieces of an expansion end, checkpoints may stand.
+    fn look(&mut self, resimulator: &mut Resimulator) {
+        let tick = resimulator.instruction_behind();
+        let checkpoints = self.replayable.checkpoints();
+        let Some(info) = checkpoints.iter().find(|info| info.moment.tick == tick) else { return };
+        let came_out = resimulator.cpu().digest().as_bytes() == &info.digest.cpu
+            && resimulator.ram_digest() == info.digest.ram;
+        if came_out {
+            self.verified += 1;
+        }
+        // A piece that ends may have one more segment, of events alone.
+        if came_out && self.failed == Some(tick) {
+            self.failed = None;
+        } else if !came_out {
+            self.failed.get_or_insert(tick);
+        }
+    }
+}
+
+fn run_to(machine: &mut Machine<SoftEngine, Replaying>, tick: u64) -> Result<(), ExpandError> {
+    if machine.engine().tick() < tick {
+        let outcome = machine.run_until(tick)?;
+        if let Conclusion::Diverged(divergence) = outcome.conclusion {
+            let (tick, what) = (divergence.moment.tick, divergence.difference.to_string());
+            return Err(ExpandError::Diverged { tick, what });
+        }
+    }
+    Ok(())
+}
+
+/// The machine's RAM and CPU.
+fn copy_of(
+    machine: &mut Machine<SoftEngine, Replaying>,
+    replayable: &Replayable,
+) -> Result<(GuestRam, CpuState), ExpandError> {
+    const PAGE_BYTES: usize = 4096;
+    let ram_mib = replayable.recording().header().machine.ram_mib;
+    let mut ram = GuestRam::new(ram_mib).map_err(ReplayError::from)?;
+    let engine = machine.engine();
+    engine.visit_ram(&mut |start, bytes| {
+        for (address, page) in (start..).step_by(PAGE_BYTES).zip(bytes.chunks(PAGE_BYTES)) {
+            // A page that is only zeros need not be touched.
+            let placed = page.iter().all(|byte| *byte == 0) || ram.place(address, page);
+            assert!(placed, "both machines have the same RAM");
+        }
+    });
+    let cpu = engine.cpu_state().map_err(MachineError::from)?;
+    Ok((ram, cpu))
+}
+
+fn compare_end(
+    resimulator: &mut Resimulator,
+    machine: &mut Machine<SoftEngine, Replaying>,
+) -> Result<(), ExpandError> {
+    let engine = machine.engine();
+    let mut now = engine.cpu_state().map_err(MachineError::from)?;
+    let mut then = resimulator.cpu().clone();
+    let mut registers = Vec::new();
+    take_changes(&mut then, &mut now, register::all(), |number, value| {
+        registers.push(format!("{}={value:x?}", register::name(number).unwrap_or("unknown")));
+    });
+    if !registers.is_empty() {
+        let registers = registers.join(", ");
+        resimulator.find(|| format!("at the end the guest has {registers}"));
+    }
+    let mut differing = None;
+    let mut note = |start: u64, one: &[u8], other: &[u8]| {
+        if differing.is_none()
+            && let Some(at) = one.iter().zip(other).position(|(one, other)| one != other)
+        {
+            differing = Some(start + at as u64);
+        }
+    };
+    let mut buffer = Vec::new();
+    let ram = resimulator.ram();
+    engine.visit_ram(&mut |start, bytes| {
+        buffer.resize(bytes.len(), 0);
+        ram.read(start, &mut buffer);
+        note(start, bytes, &buffer);
+    });
+    ram.visit(&mut |start, bytes| {
+        buffer.resize(bytes.len(), 0);
+        engine.read_ram(start, &mut buffer);
+        note(start, bytes, &buffer);
+    });
+    if let Some(address) = differing {
+        resimulator.find(|| format!("at the end the guest's RAM @{address:#x} is another"));
+    }
+    Ok(())
+}
