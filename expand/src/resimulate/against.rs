@@ -10,7 +10,7 @@ use reprise_machine::ram::GuestRam;
 use reprise_machine::outcome::{Conclusion, MachineError};
 use reprise_replay::{ReplayError, Replayable};
 use reprise_trace::cpu_state::CpuState;
-use reprise_trace::instructions::TraceReader;
+use reprise_trace::instructions::{Observer, TraceReader};
 use reprise_trace::instructions::register::{self, take_changes};
 
 use super::{Counts, Mismatch, Resimulator};
@@ -58,6 +58,7 @@ pub fn check_against<R: Read>(
     if let Some(tick) = passed.failed {
         resimulator.find(|| format!("RAM or CPU is not that of the checkpoint at tick {tick}"));
     }
+    resimulator.end()?;
     let mut against = Against { checkpoints: passed.verified, ..Against::default() };
     if ended && resimulator.mismatch().is_none() {
         run_to(&mut machine, resimulator.instruction())?;

@@ -170,7 +170,9 @@ impl Resimulator {
                             self.store(&place, &bytes_of(written, size));
                         }
                         (true, false) => self.compare(&place, &bytes_of(value, size)),
-                        (false, _) => self.store(&place, &bytes_of(value, size)),
+                        (false, true) => self.store(&place, &bytes_of(value, size)),
+                        // It only names an address.
+                        (false, false) => {}
                     }
                     made += 1;
                 }
