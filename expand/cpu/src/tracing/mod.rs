@@ -13,6 +13,8 @@ mod far;
 mod registers;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod value_tests;
 mod values;
 
 use std::ops::Range;

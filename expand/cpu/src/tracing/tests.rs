@@ -20,7 +20,7 @@ use crate::translate::Translation;
 const CONTENTS: Contents = Contents { physical: true, values: false, registers: false };
 /// Where most operands lie.
 const MIDDLE: u64 = DATA + 0x8000;
-const HALT: u8 = 0xf4;
+pub(super) const HALT: u8 = 0xf4;
 
 /// Keeps the batches.
 pub(super) struct Collect(pub(super) Sender<Batch>);
@@ -103,7 +103,7 @@ fn trace_one(machine: &mut Machine) -> (Bytes, Bytes) {
     (said, did)
 }
 
-fn operand(random: &mut Random, bits: u32) -> MemoryOperand {
+pub(super) fn operand(random: &mut Random, bits: u32) -> MemoryOperand {
     let pick = |random: &mut Random, of: &[Register]| of[random.below(of.len() as u64) as usize];
     let (bases, indices): (&[Register], &[Register]) = if bits == 64 {
         (
@@ -122,7 +122,7 @@ fn operand(random: &mut Random, bits: u32) -> MemoryOperand {
     MemoryOperand::with_base_index_scale_displ_size(base, index, scale, displacement, 1)
 }
 
-fn state(random: &mut Random, base: &CpuState) -> CpuState {
+pub(super) fn state(random: &mut Random, base: &CpuState) -> CpuState {
     let mut state = base.clone();
     state.gpr = std::array::from_fn(|_| random.below(64) * 16);
     for register in [3, 5, RSP, 6, 7, 12, 13] {
