@@ -6,12 +6,12 @@ use reprise_cpu::engine::SoftEngine;
 use reprise_machine::engine::Engine;
 use reprise_machine::inputs::Replaying;
 use reprise_machine::machine::Machine;
-use reprise_machine::ram::GuestRam;
 use reprise_machine::outcome::{Conclusion, MachineError};
+use reprise_machine::ram::GuestRam;
 use reprise_replay::{ReplayError, Replayable};
 use reprise_trace::cpu_state::CpuState;
-use reprise_trace::instructions::{Observer, TraceReader};
 use reprise_trace::instructions::register::{self, take_changes};
+use reprise_trace::instructions::{Observer, TraceReader};
 
 use super::{Counts, Mismatch, Resimulator};
 use crate::ExpandError;

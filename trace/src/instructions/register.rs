@@ -34,11 +34,53 @@ const GENERAL: [&str; 18] = [
     "r14", "r15", "rip", "rflags",
 ];
 const SYSTEM: [&str; 47] = [
-    "es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr", "gdtr", "idtr", "cr0", "cr2", "cr3", "cr4",
-    "cr8", "dr0", "dr1", "dr2", "dr3", "dr6", "dr7", "efer", "star", "lstar", "cstar", "sfmask",
-    "kernel_gs_base", "sysenter_cs", "sysenter_esp", "sysenter_eip", "pat", "tsc_offset", "tsc_aux",
-    "x87", "fip", "fdp", "st0", "st1", "st2", "st3", "st4", "st5", "st6", "st7", "mxcsr",
-    "interrupt_shadow", "halted",
+    "es",
+    "cs",
+    "ss",
+    "ds",
+    "fs",
+    "gs",
+    "ldtr",
+    "tr",
+    "gdtr",
+    "idtr",
+    "cr0",
+    "cr2",
+    "cr3",
+    "cr4",
+    "cr8",
+    "dr0",
+    "dr1",
+    "dr2",
+    "dr3",
+    "dr6",
+    "dr7",
+    "efer",
+    "star",
+    "lstar",
+    "cstar",
+    "sfmask",
+    "kernel_gs_base",
+    "sysenter_cs",
+    "sysenter_esp",
+    "sysenter_eip",
+    "pat",
+    "tsc_offset",
+    "tsc_aux",
+    "x87",
+    "fip",
+    "fdp",
+    "st0",
+    "st1",
+    "st2",
+    "st3",
+    "st4",
+    "st5",
+    "st6",
+    "st7",
+    "mxcsr",
+    "interrupt_shadow",
+    "halted",
 ];
 const XMM: [&str; 16] = [
     "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",
@@ -233,7 +275,8 @@ mod tests {
             assert_eq!((name(none), replace(&mut state, none, [0; 2])), (None, None), "{none}");
         }
         // Nothing of the state is left out: RFLAGS and its like are zero now.
-        let mut zero = CpuState { rflags: 0, cr0: 0, dr6: 0, dr7: 0, pat: 0, ..CpuState::default() };
+        let mut zero =
+            CpuState { rflags: 0, cr0: 0, dr6: 0, dr7: 0, pat: 0, ..CpuState::default() };
         (zero.fpu.fcw, zero.fpu.mxcsr) = (0, 0);
         assert_eq!(state, zero);
     }

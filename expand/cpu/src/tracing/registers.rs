@@ -143,7 +143,8 @@ impl Cpu {
         }
         self.tell_changes(&mut told);
         if registers.has_fpu {
-            let mut now = CpuState { fpu: self.fpu.live_state(&self.registers.xmm), ..self.state() };
+            let mut now =
+                CpuState { fpu: self.fpu.live_state(&self.registers.xmm), ..self.state() };
             let fpu = register::X87_STATE..=register::MXCSR;
             self.tell(&mut told.state, &mut now, fpu);
         }

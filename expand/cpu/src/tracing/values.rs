@@ -167,9 +167,9 @@ impl Elements {
         value[..length].copy_from_slice(&bytes[..length]);
         self.values[number] = u64::from_le_bytes(value);
         self.physical[number] = entry.physical();
-        if let Some((_, physical, _)) = entry.pieces().find(|(at, place, _)| {
-            *at > 0 && place.is_multiple_of(PAGE_BYTES)
-        }) {
+        if let Some((_, physical, _)) =
+            entry.pieces().find(|(at, place, _)| *at > 0 && place.is_multiple_of(PAGE_BYTES))
+        {
             let event = Event::SecondPage { physical, accesses_behind: 0 };
             self.events.push((number, event));
         }
@@ -195,9 +195,8 @@ impl Elements {
             batch.physical.extend(places.map(|place| Physical::guest_place(*place)));
         }
         let is_last = accesses.end == self.values.len();
-        let is_here = |before: usize| {
-            before >= accesses.start && (before < accesses.end || is_last)
-        };
+        let is_here =
+            |before: usize| before >= accesses.start && (before < accesses.end || is_last);
         for (before, event) in self.events.iter().filter(|(before, _)| is_here(*before)) {
             let behind = (accesses.end - before) as u32;
             batch.push_event(match *event {
