@@ -130,7 +130,8 @@ impl Cpu {
         let run = words.iter().rposition(|word| *word != EVENT).expect("a run has begun");
         // What happened in the run stands behind it.
         let events = words.split_off(run + 1);
-        match number - std::mem::replace(&mut tracer.run_start, number) {
+        // It ends its block, so nothing asks any more where the run began.
+        match number - std::mem::take(&mut tracer.run_start) {
             0 => drop(words.pop()),
             before => words.extend([CUT | before as u32, 0]),
         }
