@@ -4,12 +4,11 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
 
-use reprise_cpu::engine::SoftEngine;
-use reprise_machine::engine::Engine;
 use reprise_machine::inputs::Inputs;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{MachineError, Outcome};
 use reprise_machine::watch::Watch;
+use reprise_replay::OnSoftware;
 
 use crate::{Control, ExpandError};
 
@@ -50,15 +49,14 @@ impl Journey {
 ///
 /// # Errors
 /// If the replay fails or is stopped: [`ExpandError::StoppedBefore`]. A divergence is an outcome.
-pub fn approach<I: Inputs>(
-    machine: &mut Machine<SoftEngine, I>,
+pub fn approach<E: OnSoftware, I: Inputs>(
+    machine: &mut Machine<E, I>,
     to: Towards,
     control: &Control,
 ) -> Result<Outcome, ExpandError> {
-    let position = machine.engine().trace_position();
     let from = match to {
-        Towards::Tick(_) => position.instruction,
-        Towards::Time(_) => position.virtual_ns(),
+        Towards::Tick(_) => machine.engine().tick(),
+        Towards::Time(_) => machine.engine().software().trace_position().virtual_ns(),
     };
     let watch = Watch::stopped_by(control.stop_flag());
     control.set_journey(Some(Journey { watch: watch.clone(), from, to }));

@@ -11,12 +11,11 @@ pub mod pieces;
 mod pipeline;
 pub mod resimulate;
 
-use reprise_cpu::engine::SoftEngine;
 use reprise_machine::engine::Engine;
 use reprise_machine::inputs::Inputs;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{MachineError, Outcome};
-use reprise_replay::ReplayError;
+use reprise_replay::{OnSoftware, ReplayError};
 use reprise_trace::instructions::{Contents, Observer, TraceError};
 
 pub use approach::{Towards, approach};
@@ -94,8 +93,8 @@ impl Default for Window {
 ///
 /// # Errors
 /// If the replay or the observer fails. A divergence is an outcome.
-pub fn expand<O, I>(
-    machine: &mut Machine<SoftEngine, I>,
+pub fn expand<O, E, I>(
+    machine: &mut Machine<E, I>,
     window: Window,
     mut observer: O,
     contents: Contents,
@@ -104,24 +103,25 @@ pub fn expand<O, I>(
 ) -> Result<Expanded<O>, ExpandError>
 where
     O: Observer + Send + 'static,
+    E: OnSoftware,
     I: Inputs,
 {
     if machine.engine().tick() < window.from {
         let outcome = approach(machine, Towards::Tick(window.from), control)?;
         if outcome.ticks < window.from {
-            observer.begin(&machine.engine().trace_position())?;
+            observer.begin(&machine.engine().software().trace_position())?;
             observer.end()?;
             return Ok(Expanded { observer, outcome: Some(outcome), instructions: 0 });
         }
     }
-    let first = machine.engine().tick();
-    observer.begin(&machine.engine().trace_position())?;
+    let first = machine.engine().software().tick();
+    observer.begin(&machine.engine().software().trace_position())?;
     let (sink, receiver) = pipeline::lay(observer, contents, threads, control, first)?;
-    machine.engine().start_trace(sink, contents);
+    machine.engine().software().start_trace(sink, contents);
     let outcome = machine.run_until(window.to);
-    machine.engine().stop_trace();
+    machine.engine().software().stop_trace();
     let observer = receiver.finish()?;
-    let instructions = machine.engine().tick() - first;
+    let instructions = machine.engine().software().tick() - first;
     let outcome = match outcome {
         Ok(outcome) => Some(outcome),
         Err(_) if control.is_stopped() => None,

@@ -14,9 +14,10 @@ use std::thread;
 use reprise_cpu::engine::SoftEngine;
 use reprise_machine::engine::Engine;
 use reprise_machine::inputs::Replaying;
+use reprise_machine::lawful::SetAside;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, Outcome};
-use reprise_replay::{Replayable, Start, compare, verification};
+use reprise_replay::{OnSoftware, RecordedClock, Replayable, Start, compare, verification};
 use reprise_trace::instructions::filter::{Filter, LeftOut, Selection};
 use reprise_trace::instructions::{
     Contents, EncodedSegment, SegmentOptions, SegmentWriter, TraceError, TraceWriter,
@@ -55,11 +56,13 @@ pub struct Pieces {
     pub outcome: Option<Outcome>,
     /// Checkpoints at which the machine was as they say.
     pub checkpoints_verified: u64,
+    /// What the comparison with the recording left out.
+    pub set_aside: Vec<SetAside>,
 }
 
 /// The window's pieces: each ends at a checkpoint, or with the window.
 pub fn pieces(replayable: &Replayable, window: Window) -> Vec<Window> {
-    let ticks = replayable.checkpoints().iter().map(|info| info.moment.tick);
+    let ticks = replayable.on_soft().map(|info| info.moment.tick);
     let within = ticks.filter(|tick| (window.from + 1..window.to).contains(tick));
     let bounds: Vec<u64> = [window.from].into_iter().chain(within).chain([window.to]).collect();
     bounds.windows(2).map(|bounds| Window { from: bounds[0], to: bounds[1] }).collect()
@@ -126,7 +129,10 @@ fn collect<W: Write>(
                     all.instructions += expanded.instructions;
                     all.left_out.add(expanded.observer);
                     all.checkpoints_verified += u64::from(verified);
-                    all.outcome = expanded.outcome;
+                    let outcome = expanded.outcome;
+                    let left_out = outcome.iter().flat_map(|outcome| &outcome.set_aside);
+                    left_out.for_each(|more| SetAside::add(&mut all.set_aside, *more));
+                    all.outcome = outcome;
                     break;
                 }
                 // The worker ended without a word: it panicked, which the scope tells.
@@ -153,7 +159,7 @@ struct Worker<'a> {
     threads: Threads,
     control: &'a Control,
     /// The machine that stands at the end of the last piece.
-    machine: Option<Machine<SoftEngine, Replaying>>,
+    machine: Option<Machine<RecordedClock, Replaying>>,
 }
 
 impl Worker<'_> {
@@ -215,10 +221,10 @@ impl Worker<'_> {
     }
 
     /// Compares the machine with the checkpoint that it stands at, if there is one.
-    fn verify(&self, machine: &mut Machine<SoftEngine, Replaying>) -> Result<bool, ExpandError> {
+    fn verify(&self, machine: &mut Machine<RecordedClock, Replaying>) -> Result<bool, ExpandError> {
         let tick = machine.engine().tick();
-        let checkpoints = self.plan.replayable.checkpoints();
-        let Some(info) = checkpoints.iter().find(|info| info.moment.tick == tick) else {
+        let mut checkpoints = self.plan.replayable.on_soft();
+        let Some(info) = checkpoints.find(|info| info.moment.tick == tick) else {
             return Ok(false);
         };
         match compare(machine, info)? {
@@ -228,7 +234,7 @@ impl Worker<'_> {
     }
 
     /// A machine that stands at `tick`, or at the checkpoint before it.
-    fn machine_at(&mut self, tick: u64) -> Result<Machine<SoftEngine, Replaying>, ExpandError> {
+    fn machine_at(&mut self, tick: u64) -> Result<Machine<RecordedClock, Replaying>, ExpandError> {
         if let Some(machine) = self.machine.take_if(|machine| machine.engine().tick() == tick) {
             return Ok(machine);
         }
@@ -247,11 +253,12 @@ pub fn start(
     replayable: &Replayable,
     at: Start,
     set_up: &dyn Fn(&mut SoftEngine),
-) -> Result<Machine<SoftEngine, Replaying>, ExpandError> {
-    let verification = verification(replayable.recording().header(), "soft");
+) -> Result<Machine<RecordedClock, Replaying>, ExpandError> {
+    let header = replayable.recording().header();
+    let verification = verification(header, "soft");
     let make = |ram| {
-        let mut engine = SoftEngine::new(ram)?;
-        set_up(&mut engine);
+        let mut engine = RecordedClock::new(ram, header)?;
+        set_up(engine.software());
         Ok(engine)
     };
     let beginning = replayable.begin(at)?;

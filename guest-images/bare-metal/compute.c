@@ -77,6 +77,12 @@ static void open_user_pages(void)
     __asm__ volatile("mov %%cr3, %0; mov %0, %%cr3" : "=r"(tables) : : "memory");
 }
 
+/* IRETQ to user code does so with the kernel's, except that hypervisors which interpret it forget to. */
+static void null_data_segments(void)
+{
+    __asm__ volatile("mov %0, %%ds; mov %0, %%es" : : "r"(0));
+}
+
 static _Noreturn void enter_user(uint32_t scale)
 {
     __asm__ volatile("push %0; push %1; push %2; push %3; push %4; iretq"
@@ -95,5 +101,6 @@ void kernel_main(const char *command_line)
     open_user_pages();
     uint32_t scale = command_line_number("scale", DEFAULT_SCALE);
     timer_start(TIMER_HZ);
+    null_data_segments();
     enter_user(scale);
 }

@@ -3,13 +3,13 @@
 use reprise_guest_images::COMPUTE_AT_SCALE_1;
 use serde_json::Value;
 
-use crate::program::{Workplace, assert_equal_runs, record, replay, replayed_console, run};
+use crate::program::{Workplace, assert_equal_runs, record, replay, run};
 
 /// How often each recording must replay equal, and each guest be recorded.
 const TIMES: usize = 10;
 
 /// Whether this process may use KVM; says why not.
-fn kvm_opens() -> bool {
+pub(crate) fn kvm_opens() -> bool {
     let opened = std::fs::File::options().read(true).write(true).open("/dev/kvm");
     if let Err(error) = &opened {
         eprintln!("skipped: /dev/kvm: {error}");
@@ -37,7 +37,7 @@ fn ten_of_ten(guest: &[&str], clock: &str) -> Option<Value> {
 }
 
 /// A file with what is typed into `echo`.
-fn typed(workplace: &Workplace) -> String {
+pub(crate) fn typed(workplace: &Workplace) -> String {
     workplace.file("typed", "one\rtwo\rquit\r")
 }
 
@@ -85,38 +85,6 @@ fn compute_under_sync_prints_what_its_sources_compute() {
     let guest = ["--image", "compute", "--cmdline", "scale=1", "--console", &console];
     run(&[&engine[..], &guest[..]].concat()).expect_code(0);
     assert_eq!(std::fs::read_to_string(&console).expect("a console"), COMPUTE_AT_SCALE_1);
-}
-
-#[test]
-fn a_stepped_recording_replays_on_the_software_cpu_to_the_same_hash() {
-    if !kvm_opens() {
-        return;
-    }
-    let workplace = Workplace::new();
-    let (file, console) = (workplace.path("ticks.rr"), workplace.path("console"));
-    let guest = ["--clock", "step", "--image", "ticks", "--cmdline", "count=20"];
-    let recorded = record(&[&guest[..], &["--console", &console]].concat(), &file, 0);
-    let replayed = replay(&file, &["--engine", "soft"]);
-    assert_eq!(replayed["engine"], "soft");
-    assert_eq!(replayed["verification"], "across-engines");
-    assert_eq!(replayed["ticks"], recorded["ticks"]);
-    assert_eq!(replayed["console_digest"], recorded["console_digest"]);
-    let printed = std::fs::read_to_string(&console).expect("the console was written");
-    assert!(printed.contains("position hash "), "{printed:?}");
-    let replayed = replayed_console(&file, &["--engine", "soft"]);
-    assert!(replayed.contains(printed.trim_end()), "{replayed:?} lacks {printed:?}");
-}
-
-#[test]
-fn exits_count_only_where_they_happen() {
-    if !kvm_opens() {
-        return;
-    }
-    let workplace = Workplace::new();
-    let file = workplace.path("hello.rr");
-    record(&["--engine", "kvm", "--clock", "sync", "--image", "hello"], &file, 0);
-    let refused = run(&["replay", "--engine", "soft", &file]);
-    assert!(refused.expect_reason().contains("clock sync"), "{}", refused.stderr);
 }
 
 #[test]

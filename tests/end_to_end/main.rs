@@ -6,6 +6,7 @@
 mod bad_input;
 mod broken_recordings;
 mod checkpoints;
+mod crossing;
 mod embedded_guests;
 mod expansion;
 mod inspection;

@@ -1,21 +1,29 @@
 //! One guest, recorded and replayed on simulated hardware.
 
+use std::fs::File;
+use std::path::Path;
+
 use reprise::boot::{self, GuestSource};
 use reprise_branch_clock::engine::{BranchClock, Counts, Parameters};
 use reprise_branch_clock::settle::Stand;
-use reprise_cpu::engine::SoftEngine;
 use reprise_devices::board::{Board, BoardConfig};
+use reprise_devices::cpu_model;
 use reprise_machine::clock::TimeSource;
 use reprise_machine::engine::Engine;
-use reprise_machine::inputs::{Recording, Replaying, Verification};
+use reprise_machine::inputs::{Recording, Replaying};
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, MachineError, Outcome};
 use reprise_machine::ram::GuestRam;
-use reprise_simulated_hardware::resolve::resolve;
+use reprise_replay::RecordedClock;
 use reprise_simulated_hardware::{Disturbance, SimulatedVcpu};
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::event::Record;
+use reprise_trace::header::{
+    CpuModelInfo, GuestInfo, Header, HostInfo, ImageInfo, ImageRole, MachineInfo,
+};
 use reprise_trace::log::{LogWriter, MemorySink};
+use reprise_trace::moment::TickKind;
+use reprise_trace::recording::RecordingWriter;
 
 use crate::world::SeededWorld;
 
@@ -75,23 +83,57 @@ impl Case<'_> {
         (engine, board)
     }
 
-    /// Resolves a recording's moments to instruction counts and replays it so on the soft engine.
-    pub(crate) fn replay_resolved(&self, recorded: &Recorded) {
+    /// Replays a recording on the software CPU, which finds every moment by itself. Gives how many
+    /// instructions it executed.
+    pub(crate) fn replay_on_software(&self, recorded: &Recorded) -> u64 {
         let (ram, state, board) = self.load();
-        let log = log_of(&recorded.records);
-        let resolved =
-            resolve(ram, &state, board, log, Verification::Exact).expect("the host has memory");
-        assert_equal(&recorded.outcome, &resolved.outcome, 0);
-        let (ram, state, board) = self.load();
-        let mut engine = SoftEngine::new(ram).expect("the host has memory");
-        engine.hide_time_stamp_counter();
+        let mut engine = RecordedClock::new(ram, &self.header()).expect("the host has memory");
         engine.set_cpu_state(&state).expect("a first state");
-        let inputs = Replaying::new(log_of(&resolved.records));
-        let mut machine =
-            Machine::new(engine, board, inputs, TimeSource::Host).of_free_running_hardware();
+        let inputs = Replaying::new(log_of(&recorded.records));
+        let mut machine = Machine::new(engine, board, inputs, TimeSource::Host);
         let outcome = machine.run().expect("the machine runs");
-        assert_same_end(&recorded.outcome, &outcome, 0);
-        assert_eq!(outcome.ticks, resolved.instructions);
+        assert_equal(&recorded.outcome, &outcome, 0);
+        machine.engine().instructions_executed()
+    }
+
+    /// What a host with a PMU writes at the head of such a recording.
+    fn header(&self) -> Header {
+        let kernel = ImageInfo::of(ImageRole::Kernel, "kernel", self.source.kernel);
+        let initrd = self.source.initrd.map(|it| ImageInfo::of(ImageRole::Initrd, "initrd", it));
+        Header {
+            machine: MachineInfo { ram_mib: self.ram_mib, rtc_start_s: RTC_START_S },
+            cpu_model: CpuModelInfo {
+                name: cpu_model::NAME.to_owned(),
+                version: cpu_model::VERSION,
+            },
+            tick_kind: TickKind::ConditionalBranch,
+            ns_per_tick: 0,
+            engine: "kvm".to_owned(),
+            clock: "pmu".to_owned(),
+            host: HostInfo::default(),
+            guest: GuestInfo {
+                name: "simulated".to_owned(),
+                command_line: self.source.cmdline.to_owned(),
+                images: [Some(kernel), initrd].into_iter().flatten().collect(),
+            },
+            created_unix_s: RTC_START_S,
+            reprise_version: "0".to_owned(),
+        }
+    }
+
+    /// Writes the recording's file.
+    pub(crate) fn write(&self, recorded: &Recorded, path: &Path) {
+        let file = File::create(path).expect("a file");
+        let mut writer = RecordingWriter::create(file, &self.header()).expect("a header");
+        let images = [Some(self.source.kernel), self.source.initrd];
+        for (index, image) in images.into_iter().flatten().enumerate() {
+            writer.write_image(index, image).expect("an image");
+        }
+        let mut log = LogWriter::new(writer);
+        for record in &recorded.records {
+            log.append(record.clone()).expect("a record");
+        }
+        log.finish().expect("a log").finish().expect("an end");
     }
 
     pub(crate) fn record(&self, hardware: &Hardware) -> Recorded {
@@ -140,7 +182,6 @@ pub(crate) fn assert_equal(recording: &Outcome, replay: &Outcome, seed: u64) {
     assert_eq!(recording.ticks, replay.ticks, "seed {seed}");
 }
 
-/// The same for a replay under another clock.
 #[track_caller]
 fn assert_same_end(recording: &Outcome, replay: &Outcome, seed: u64) {
     let (Conclusion::Ended(recorded), Conclusion::Ended(replayed)) =

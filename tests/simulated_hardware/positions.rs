@@ -51,7 +51,7 @@ fn check(name: &str, stand: Stand, seed: u64) -> Recorded {
         replay_on(&case, &recorded, &kicked_often(other, stand));
         replay_on(&case, &recorded, &Hardware::zen(other));
     }
-    case.replay_resolved(&recorded);
+    case.replay_on_software(&recorded);
     recorded
 }
 

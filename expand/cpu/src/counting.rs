@@ -47,6 +47,11 @@ impl SoftEngine {
         self.cpu_mut().counts_branches = true;
     }
 
+    /// Goes on counting from so many.
+    pub fn set_conditional_branches(&mut self, branches: u64) {
+        self.cpu_mut().registers.gpr[usize::from(BRANCHES)] = branches;
+    }
+
     /// Conditional branches retired since [`SoftEngine::count_conditional_branches`].
     pub fn conditional_branches(&self) -> u64 {
         self.cpu().registers.gpr[usize::from(BRANCHES)]

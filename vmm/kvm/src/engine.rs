@@ -366,9 +366,7 @@ impl Engine for KvmEngine {
         if amid {
             return Ok(None);
         }
-        // What the host's TLB holds nobody can ask for: under KVM stale translations are the host's
-        // affair in a recording and in its replay alike.
-        let hidden = HiddenState { engine: "kvm".to_owned(), version: 1, bytes: Vec::new() };
+        let hidden = HiddenState::of_kvm();
         Ok(Some(EngineState { tick: self.tick, cpu: self.cpu_state()?, hidden }))
     }
 

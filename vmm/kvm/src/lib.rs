@@ -37,4 +37,4 @@ pub use branch_vcpu::{PmuEngine, PmuVcpu, pmu_clock, pmu_engine};
 pub use engine::{KvmClock, KvmEngine};
 pub use error::KvmError;
 pub use host::KvmKind;
-pub use report::{ByLevel, Capability, Finding, KvmReport, probe};
+pub use report::{ByLevel, Capability, Finding, KvmReport, opens, probe};

@@ -39,6 +39,11 @@ impl fmt::Display for Finding {
     }
 }
 
+/// Whether this host's KVM may be used, as far as opening it tells.
+pub fn opens() -> bool {
+    open(DEVICE).is_ok()
+}
+
 /// Something that holds for kernel code (CPL0) and for user code (CPL3) on its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ByLevel {

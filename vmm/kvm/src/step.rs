@@ -33,6 +33,9 @@ use reprise_branch_clock::register_bits::{RFLAGS_IF, RFLAGS_RF, RFLAGS_TF};
 /// What cannot be stepped because the guest does it already.
 const SELF_STEPPING: &str = "a guest that steps itself (TF)";
 
+/// KVM's single-step ends where user code begins.
+const INTO_USER_CODE: &str = "the way into user code (CPL3)";
+
 /// Vectors of exceptions, as against interrupts.
 const EXCEPTIONS: std::ops::RangeInclusive<u8> = 0..=31;
 
@@ -215,6 +218,10 @@ impl KvmEngine {
             Code::Iretq if self.loads_trap_flag(instruction) => {
                 return self.cannot_step(SELF_STEPPING).map(Some);
             }
+            // KVM would run user code up to its next exit as part of this step.
+            Code::Iretq if stack_word(&self.ram, view, 8, 2).is_some_and(|cs| cs & 3 == 3) => {
+                return self.cannot_step(INTO_USER_CODE).map(Some);
+            }
             Code::Iretq => transfer::iretq(&self.ram, view),
             Code::Int_imm8 => {
                 let vector = instruction.immediate8();
@@ -227,7 +234,7 @@ impl KvmEngine {
                 return self.cannot_step(SELF_STEPPING).map(Some);
             }
             Code::Sysretq | Code::Sysretd | Code::Sysexitq | Code::Sysexitd => {
-                return self.cannot_step("the way into user code (CPL3)").map(Some);
+                return self.cannot_step(INTO_USER_CODE).map(Some);
             }
             _ => None,
         };

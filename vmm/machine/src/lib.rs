@@ -10,6 +10,7 @@ pub mod effects;
 pub mod engine;
 pub mod host;
 pub mod inputs;
+pub mod lawful;
 pub mod machine;
 pub mod outcome;
 pub mod ram;

@@ -38,6 +38,8 @@ pub struct Machine<E: Engine, I: Inputs> {
     /// The recording's own boundaries are exits and places that it names, not ticks: it was made on
     /// hardware that runs freely between them, whatever replays it.
     runs_freely: bool,
+    /// Whether the digests of this recording count accessed bits.
+    accessed_bits: AccessedBits,
     /// The tick at which the last interrupt was delivered. Until that tick has passed the delivery
     /// may be half done (on KVM it happens with the handler's first instruction), so nothing enters.
     delivered_at: Option<u64>,
@@ -76,8 +78,13 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
         let base = TimeBase { tick: engine.tick(), ns: 0, ns_per_tick: time.ns_per_tick() };
         engine.set_time_base(base);
         let runs_freely = engine.tick_kind() == TickKind::ConditionalBranch;
+        let accessed_bits = match engine.tick_kind() {
+            TickKind::Instruction => AccessedBits::Exact,
+            TickKind::ConditionalBranch | TickKind::Exit => AccessedBits::SetAside,
+        };
         Self {
             runs_freely,
+            accessed_bits,
             engine,
             board,
             inputs,
@@ -99,11 +106,12 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
         }
     }
 
-    /// The machine replays what hardware recorded that ran freely between exits, under another clock:
-    /// the moments of [`TickKind::ConditionalBranch`], told by the engine's own ticks.
+    /// Chooses whether digests count accessed bits: what a recording's digests are made of is the
+    /// recording's affair. Unless told otherwise, they do where ticks are instructions, and do not where
+    /// the guest's code runs on hardware freely.
     #[must_use]
-    pub fn of_free_running_hardware(mut self) -> Self {
-        self.runs_freely = true;
+    pub fn with_accessed_bits(mut self, accessed_bits: AccessedBits) -> Self {
+        self.accessed_bits = accessed_bits;
         self
     }
 
@@ -155,11 +163,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     /// # Errors
     /// If the engine fails.
     pub fn state_digest(&mut self) -> Result<StateDigest, EngineError> {
-        let accessed_bits = match self.runs_freely {
-            true => AccessedBits::SetAside,
-            false => AccessedBits::Exact,
-        };
-        StateDigest::of(&mut self.engine, &self.board, accessed_bits)
+        StateDigest::of(&mut self.engine, &self.board, self.accessed_bits)
     }
 
     /// The engine, for looking at the guest.
@@ -330,7 +334,11 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
             TickKind::ConditionalBranch => self.inputs.place(),
             TickKind::Instruction | TickKind::Exit => None,
         };
-        let exit = match place.filter(|place| place.moment.tick < target.tick) {
+        let on_the_way = |place: &Stamp| {
+            // A checkpoint may be due before it.
+            place.moment.tick <= until && place.moment.tick < target.tick
+        };
+        let exit = match place.filter(on_the_way) {
             Some(place) => self.engine.run_to(&place)?,
             None => self.engine.run(until)?,
         };
@@ -458,18 +466,16 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
 
     /// The run ended at this boundary, or, if not `exact`, somewhere behind this tick.
     fn end(&mut self, ending: &Ending, exact: bool) -> Result<(Stamp, Option<StateDigest>), Stop> {
-        let (stamp, state) = match exact {
-            true => {
-                let state = self.state_digest()?;
-                (
-                    Stamp { moment: self.engine.moment()?, cpu_digest: state.cpu_short() },
-                    Some(state),
-                )
-            }
-            false => (Stamp::of_tick(self.engine.tick()), None),
-        };
-        self.inputs.end(stamp, self.effects.digest(), ending, state.as_ref())?;
-        Ok((stamp, state))
+        let effects = self.effects.digest();
+        if !exact {
+            let stamp = Stamp::of_tick(self.engine.tick());
+            self.inputs.end(stamp, effects, ending, None)?;
+            return Ok((stamp, None));
+        }
+        let (state, cpu) = (self.state_digest()?, self.engine.cpu_state()?);
+        let stamp = Stamp { moment: self.engine.moment()?, cpu_digest: state.cpu_short() };
+        self.inputs.end(stamp, effects, ending, Some((&state, &cpu)))?;
+        Ok((stamp, Some(state)))
     }
 
     /// The outcome of a replay that stops at a boundary.
@@ -489,6 +495,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
             state,
             events: self.inputs.events(),
             verified_until: self.inputs.confirmed_until(),
+            set_aside: self.inputs.set_aside().to_vec(),
             accesses: self.accesses,
             interrupts: self.interrupts,
         }

@@ -7,6 +7,7 @@ use reprise_trace::moment::Moment;
 use crate::digest::StateDigest;
 use crate::divergence::Divergence;
 use crate::engine::EngineError;
+use crate::lawful::SetAside;
 
 /// Why a run is over.
 #[derive(Debug)]
@@ -45,6 +46,8 @@ pub struct Outcome {
     pub events: u64,
     /// Replay only: the last record that agreed with the replay.
     pub verified_until: Option<Moment>,
+    /// Replay only: what the comparison left out, because hardware may lawfully differ there.
+    pub set_aside: Vec<SetAside>,
     /// Accesses to the board.
     pub accesses: u64,
     /// Interrupts delivered.

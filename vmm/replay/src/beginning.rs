@@ -5,6 +5,7 @@ use reprise_devices::board::{Board, BoardConfig};
 use reprise_devices::cpu_model;
 use reprise_machine::checkpoint;
 use reprise_machine::clock::TimeSource;
+use reprise_machine::digest::AccessedBits;
 use reprise_machine::engine::{Engine, EngineError};
 use reprise_machine::inputs::{Replaying, Verification};
 use reprise_machine::machine::Machine;
@@ -43,6 +44,7 @@ pub struct Beginning {
     at: At,
     log: LogReader,
     time: TimeSource,
+    accessed_bits: AccessedBits,
 }
 
 impl Beginning {
@@ -61,7 +63,8 @@ impl Beginning {
             cmdline: &header.guest.command_line,
         };
         let at = At::Run(Box::new(reprise_boot::load(&source, &ram)?));
-        Ok(Self { ram, board, at, log: recording.log(), time: time_source(header) })
+        let (log, time) = (recording.log(), time_source(header));
+        Ok(Self { ram, board, at, log, time, accessed_bits: accessed_bits(header) })
     }
 
     pub(crate) fn of_checkpoint(
@@ -80,7 +83,8 @@ impl Beginning {
             return Err(CheckpointError::OtherRecording.into());
         }
         let at = At::Checkpoint(Box::new(state));
-        Ok(Self { ram, board, at, log, time: time_source(header) })
+        let time = time_source(header);
+        Ok(Self { ram, board, at, log, time, accessed_bits: accessed_bits(header) })
     }
 
     /// The tick at which the machine will stand.
@@ -101,16 +105,17 @@ impl Beginning {
         make_engine: impl FnOnce(GuestRam) -> Result<E, EngineError>,
         set_up: impl FnOnce(Replaying) -> Replaying,
     ) -> Result<Machine<E, Replaying>, ReplayError> {
-        let Self { ram, board, at, log, time } = self;
+        let Self { ram, board, at, log, time, accessed_bits } = self;
         let (mut engine, board) = (make_engine(ram)?, Board::new(&board));
         let inputs = set_up(Replaying::new(log));
-        match at {
+        let machine = match at {
             At::Run(state) => {
                 engine.set_cpu_state(&state)?;
-                Ok(Machine::new(engine, board, inputs, time))
+                Machine::new(engine, board, inputs, time)
             }
-            At::Checkpoint(state) => Ok(Machine::resume(engine, board, inputs, time, &state)?),
-        }
+            At::Checkpoint(state) => Machine::resume(engine, board, inputs, time, &state)?,
+        };
+        Ok(machine.with_accessed_bits(accessed_bits))
     }
 }
 
@@ -128,11 +133,17 @@ fn ram_and_board(header: &Header) -> Result<(GuestRam, BoardConfig), ReplayError
 }
 
 /// How the recording's virtual time came about.
-fn time_source(header: &Header) -> TimeSource {
+pub fn time_source(header: &Header) -> TimeSource {
     match header.ns_per_tick {
         0 => TimeSource::Host,
         ns_per_tick => TimeSource::Ticks { ns_per_tick },
     }
+}
+
+/// Whether a recording's final digest counts accessed bits: not if hardware ran the guest, which may set
+/// them early.
+pub fn accessed_bits(header: &Header) -> AccessedBits {
+    if header.engine == "soft" { AccessedBits::Exact } else { AccessedBits::SetAside }
 }
 
 /// How much of a recording a replay by this engine can compare.

@@ -8,8 +8,12 @@
 
 mod beginning;
 mod error;
+mod recorded_clock;
 mod replayable;
+mod software;
 
-pub use beginning::{Beginning, Start, compare, verification};
+pub use beginning::{Beginning, Start, accessed_bits, compare, time_source, verification};
 pub use error::ReplayError;
+pub use recorded_clock::RecordedClock;
 pub use replayable::{Replayable, checkpoints_path};
+pub use software::OnSoftware;

@@ -5,14 +5,14 @@ use std::fs::File;
 use std::io::{BufReader, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use reprise_cpu::engine::SoftEngine;
 use reprise_machine::inputs::Replaying;
 use reprise_machine::machine::Machine;
-use reprise_trace::checkpoint::{CheckpointError, CheckpointInfo, Checkpoints};
+use reprise_trace::checkpoint::{CheckpointError, CheckpointInfo, Checkpoints, HiddenState};
 use reprise_trace::recording::Recording;
 
 use crate::beginning::{Beginning, Start, verification};
 use crate::error::ReplayError;
+use crate::recorded_clock::RecordedClock;
 
 /// Where a recording's checkpoints lie: beside it, its name with `.checkpoints` added.
 pub fn checkpoints_path(recording: &Path) -> PathBuf {
@@ -106,10 +106,25 @@ impl Replayable {
         notes
     }
 
-    /// The last checkpoint at or before this tick, or else the start of the run.
+    /// Whether the software CPU can begin at the checkpoint of this number. At KVM's it cannot: they do not
+    /// say how many instructions lie before them, nor what was in a TLB.
+    pub fn begins_on_soft(&self, index: usize) -> bool {
+        let made_by_kvm = HiddenState::of_kvm().digest();
+        self.checkpoints().get(index).is_some_and(|info| info.digest.engine != made_by_kvm)
+    }
+
+    /// The checkpoints at which the software CPU can begin.
+    pub fn on_soft(&self) -> impl Iterator<Item = &CheckpointInfo> {
+        let list = self.checkpoints().iter().enumerate();
+        list.filter(|(index, _)| self.begins_on_soft(*index)).map(|(_, info)| info)
+    }
+
+    /// The last checkpoint at or before this tick at which the software CPU can begin, or else the start of
+    /// the run.
     pub fn nearest(&self, tick: u64) -> Start {
         let before = self.checkpoints().partition_point(|info| info.moment.tick <= tick);
-        before.checked_sub(1).map_or(Start::Run, Start::Checkpoint)
+        let last = (0..before).rev().find(|index| self.begins_on_soft(*index));
+        last.map_or(Start::Run, Start::Checkpoint)
     }
 
     /// RAM, CPU, board and log at the start of the run or at a checkpoint.
@@ -128,15 +143,17 @@ impl Replayable {
         }
     }
 
-    /// A machine that replays the recording on the software CPU.
+    /// A machine that replays the recording on the software CPU, whatever recorded it.
     ///
     /// # Errors
     /// As [`Replayable::begin`], and if the software CPU cannot be had.
     pub fn soft_machine(
         &self,
         start: Start,
-    ) -> Result<Machine<SoftEngine, Replaying>, ReplayError> {
-        let verification = verification(self.recording.header(), "soft");
-        self.begin(start)?.into_machine(SoftEngine::new, |inputs| inputs.verifying(verification))
+    ) -> Result<Machine<RecordedClock, Replaying>, ReplayError> {
+        let header = self.recording.header();
+        let verification = verification(header, "soft");
+        let make = |ram| RecordedClock::new(ram, header);
+        self.begin(start)?.into_machine(make, |inputs| inputs.verifying(verification))
     }
 }

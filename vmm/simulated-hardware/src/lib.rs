@@ -8,13 +8,12 @@
 //! it has executed it tells nobody.
 //!
 //! All of it follows from a seed. With [`Disturbance::none`] it is the third kind of vCPU: the
-//! software CPU, exact, which does tell its instruction count and so resolves a recording's moments.
+//! software CPU, exact.
 #![forbid(unsafe_code)]
 
 pub mod disturbance;
 mod page_tables;
 mod random;
-pub mod resolve;
 pub mod vcpu;
 
 pub use disturbance::{Disturbance, Skid};

@@ -1,6 +1,7 @@
 //! `reprise checkpoint`: adds checkpoints to a recording by replaying it.
 
 use anyhow::{Result, bail};
+use reprise_replay::time_source;
 use serde::Serialize;
 
 use super::replay::{bar, failure, verdict};
@@ -27,14 +28,17 @@ struct AddedReport {
 pub fn run(arguments: &CheckpointArgs, output: Output) -> Result<u8> {
     let replayable = replay::open_replayable(&arguments.file)?;
     let recording = replayable.recording();
-    let kind = choice::for_replay(EngineArg::Auto, recording.header())?;
-    let Some(every) = arguments.every.every(kind.time_source(), checkpoints::default_ticks())
+    let header = recording.header();
+    // Only the software CPU's checkpoints hold an instruction count, which expansion needs.
+    choice::for_replay(EngineArg::Soft, header, || false)?;
+    let Some(every) = arguments.every.every(time_source(header), checkpoints::default_ticks())
     else {
         bail!("--every: give ticks (500000000) or seconds (2s)");
     };
     replayable.notes().iter().for_each(|note| output.note(note));
     let (checkpointer, thread) = checkpoints::of_replay(&replayable, &arguments.file, every)?;
     let options = ReplayOptions {
+        engine: EngineArg::Soft,
         soft: arguments.soft.options(),
         checkpointer: Some(checkpointer),
         progress: progress_shows().then(|| bar(recording, output)),

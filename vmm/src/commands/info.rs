@@ -35,6 +35,7 @@ struct InfoReport {
     clock: String,
     tick_kind: &'static str,
     ns_per_tick: u64,
+    replays_on: Vec<ReplaysOn>,
     host: HostInfo,
     complete: bool,
     damage: Option<String>,
@@ -59,6 +60,33 @@ struct InfoReport {
     checkpoints: Vec<CheckpointReport>,
     checkpoint_file_bytes: u64,
     checkpoint_trouble: Option<String>,
+}
+
+/// An engine that can replay a recording.
+#[derive(Debug, Serialize)]
+struct ReplaysOn {
+    engine: &'static str,
+    /// What it takes, and how much of the recording it reaches.
+    condition: &'static str,
+}
+
+impl ReplaysOn {
+    /// By what a recording's ticks are and who counted them.
+    fn of(header: &Header) -> Vec<Self> {
+        let on_kvm = match (header.tick_kind, header.engine.as_str()) {
+            (TickKind::Exit, _) => "on a host with KVM",
+            (TickKind::ConditionalBranch, _) => "on a host with KVM and a PMU",
+            (TickKind::Instruction, "kvm") => "on a host whose KVM can step (clock step)",
+            (TickKind::Instruction, _) => {
+                "on a host whose KVM can step, and while the guest stays in the kernel (CPL0)"
+            }
+        };
+        let on_soft = match header.engine.as_str() {
+            "soft" => "anywhere",
+            _ => "anywhere; every moment gets its instruction count",
+        };
+        vec![Self { engine: "soft", condition: on_soft }, Self { engine: "kvm", condition: on_kvm }]
+    }
 }
 
 /// One checkpoint that can be started from.
@@ -148,6 +176,7 @@ impl InfoReport {
             clock: header.clock.clone(),
             tick_kind: tick_kind_name(header),
             ns_per_tick: header.ns_per_tick,
+            replays_on: ReplaysOn::of(header),
             host: header.host.clone(),
             complete: summary.complete,
             damage: summary.damage.as_ref().map(ToString::to_string),
@@ -202,6 +231,9 @@ impl InfoReport {
         }
         rows.push(("CPU model", format!("{} version {}", self.cpu_model, self.cpu_model_version)));
         rows.push(("engine", format!("{}, clock {}", self.engine, self.clock)));
+        for ReplaysOn { engine, condition } in &self.replays_on {
+            rows.push(("replays on", format!("{engine}: {condition}")));
+        }
         rows.push(("recorded on", cpu));
         rows.push(("recorded by", format!("Reprise {}", self.reprise_version)));
         rows.push(("state", self.state_text()));

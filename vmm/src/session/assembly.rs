@@ -7,7 +7,9 @@ use reprise_devices::board::{Board, BoardConfig};
 use reprise_kvm::KvmEngine;
 use reprise_machine::engine::{Engine, EngineError};
 use reprise_machine::ram::{GuestRam, RamError};
+use reprise_replay::{OnSoftware, RecordedClock};
 use reprise_trace::cpu_state::CpuState;
+use reprise_trace::header::Header;
 
 use super::choice::EngineKind;
 use super::profile_report::ProfileReport;
@@ -96,18 +98,36 @@ impl LoadedGuest {
 /// It cannot be had.
 pub fn soft_engine(ram: GuestRam, soft: SoftOptions) -> Result<SoftEngine, EngineError> {
     let mut engine = SoftEngine::new(ram)?;
+    set_up(&mut engine, soft);
+    Ok(engine)
+}
+
+/// The software CPU that counts what a recording counts, set up as asked.
+///
+/// # Errors
+/// It cannot be had.
+pub fn replaying_soft_engine(
+    ram: GuestRam,
+    header: &Header,
+    soft: SoftOptions,
+) -> Result<RecordedClock, EngineError> {
+    let mut engine = RecordedClock::new(ram, header)?;
+    set_up(engine.software(), soft);
+    Ok(engine)
+}
+
+fn set_up(engine: &mut SoftEngine, soft: SoftOptions) {
     engine.set_translation(soft.translation);
     if soft.profile {
         engine.start_profile();
     }
-    Ok(engine)
 }
 
 /// Gives up the software CPU at the end of a session, and says where its time went, if it was to count
 /// that. Its blocks are hundreds of thousands of small pieces of memory, which would be given back one
 /// by one. The process's end, which is near, gives them back at once.
-pub fn leave(engine: SoftEngine) -> Option<ProfileReport> {
-    let profile = engine.profile().as_ref().map(ProfileReport::from);
+pub fn leave(mut engine: impl OnSoftware) -> Option<ProfileReport> {
+    let profile = engine.software().profile().as_ref().map(ProfileReport::from);
     std::mem::forget(engine);
     profile
 }

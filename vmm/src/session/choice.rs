@@ -3,6 +3,7 @@
 use clap::ValueEnum;
 use reprise_kvm::KvmClock;
 use reprise_machine::clock::TimeSource;
+use reprise_machine::digest::AccessedBits;
 use reprise_trace::header::Header;
 use reprise_trace::moment::TickKind;
 
@@ -57,8 +58,11 @@ pub enum ChoiceError {
     #[error("--clock pmu is not built into this version: use --clock sync or --clock step")]
     NoPmuClock,
     /// A recording whose ticks the asked engine cannot count.
-    #[error("this recording counts exits (clock sync), which only kvm can: leave --engine out")]
-    CountsExits,
+    #[error(
+        "this recording counts conditional branches (clock pmu), and this version's kvm has no such \
+         clock: leave --engine out, or --engine soft"
+    )]
+    CountsBranches,
     /// A recording whose ticks no engine of this version counts.
     #[error(
         "this recording was made by engine {engine} with clock {clock}, \
@@ -107,6 +111,15 @@ impl EngineKind {
         }
     }
 
+    /// Whether the final digest of its recordings counts accessed bits.
+    pub fn accessed_bits(self) -> AccessedBits {
+        match self {
+            Self::Soft => AccessedBits::Exact,
+            // Hardware may set them early.
+            Self::Kvm(_) => AccessedBits::SetAside,
+        }
+    }
+
     /// How virtual time comes about in a new run.
     pub fn time_source(self) -> TimeSource {
         match self {
@@ -142,19 +155,30 @@ pub fn for_new_run(engine: EngineArg, clock: ClockArg) -> Result<Choice, ChoiceE
     }
 }
 
-/// The engine of a replay: the one that recorded, unless another is asked for.
+/// The engine of a replay: the one that recorded, unless another is asked for. The software CPU replays
+/// everything, and so stands in for a KVM that this version or this host does not have.
 ///
 /// # Errors
-/// An engine that cannot count this recording's ticks.
-pub fn for_replay(engine: EngineArg, header: &Header) -> Result<EngineKind, ChoiceError> {
-    let recorded = recorded_kind(header);
+/// An engine that cannot count this recording's ticks, or a recording of neither engine.
+pub fn for_replay(
+    engine: EngineArg,
+    header: &Header,
+    kvm_opens: impl FnOnce() -> bool,
+) -> Result<EngineKind, ChoiceError> {
+    let engines = ["soft", "kvm"];
+    if !engines.contains(&header.engine.as_str()) {
+        return Err(unknown(header));
+    }
     match (engine, header.tick_kind) {
-        (EngineArg::Auto, _) => recorded.ok_or_else(|| unknown(header)),
-        (EngineArg::Soft, TickKind::Instruction) => Ok(EngineKind::Soft),
+        (EngineArg::Auto, _) => {
+            let recorded = recorded_kind(header);
+            let there = recorded.filter(|kind| *kind == EngineKind::Soft || kvm_opens());
+            Ok(there.unwrap_or(EngineKind::Soft))
+        }
+        (EngineArg::Soft, _) => Ok(EngineKind::Soft),
         (EngineArg::Kvm, TickKind::Instruction) => Ok(EngineKind::Kvm(KvmClock::Step)),
         (EngineArg::Kvm, TickKind::Exit) => Ok(EngineKind::Kvm(KvmClock::Sync)),
-        (EngineArg::Soft, TickKind::Exit) => Err(ChoiceError::CountsExits),
-        (_, TickKind::ConditionalBranch) => Err(unknown(header)),
+        (EngineArg::Kvm, TickKind::ConditionalBranch) => Err(ChoiceError::CountsBranches),
     }
 }
 

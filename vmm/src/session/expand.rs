@@ -6,12 +6,13 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use reprise_cpu::engine::SoftEngine;
-use reprise_expand::pieces::{self, Plan};
+use reprise_expand::pieces::{self, Pieces, Plan};
 use reprise_expand::{
     Control, Counting, ExpandError, Expanded, Threads, Towards, Window, approach, expand,
 };
 use reprise_export::output::PendingFile;
 use reprise_export::{Destination, ExportOptions, Format};
+use reprise_machine::lawful::SetAside;
 use reprise_machine::outcome::{Conclusion, Outcome};
 use reprise_replay::{Replayable, Start};
 use reprise_trace::checkpoint::CheckpointInfo;
@@ -19,11 +20,10 @@ use reprise_trace::instructions::filter::{Filter, Selection};
 use reprise_trace::instructions::{
     Contents, Observer, SegmentOptions, Share, TraceHeader, TraceWriter,
 };
-use reprise_trace::moment::TickKind;
 
 use super::assembly::SoftOptions;
 use super::expand_report::ExpandReport;
-use super::replay::At;
+use super::replay::{At, set_aside};
 use crate::output::grouped;
 
 /// What becomes of the trace.
@@ -75,14 +75,6 @@ pub fn expand_recording(
     options: ExpandOptions,
     control: &Control,
 ) -> Result<ExpandReport> {
-    let header = replayable.recording().header();
-    if header.tick_kind != TickKind::Instruction {
-        bail!(
-            "the recording's clock is `{}`, and expansion needs one that counts instructions: record \
-             with --engine soft",
-            header.clock
-        );
-    }
     let last = replayable.recording().summary().last_moment.map_or(0, |moment| moment.tick);
     if options.window.from > last {
         bail!(
@@ -180,13 +172,15 @@ impl Session<'_> {
             set_up: self.set_up,
         };
         let done = plan.write(&mut writer, self.control)?;
+        let checkpoints_verified = done.checkpoints_verified;
         let mut notes = done.left_out.notes();
         notes.extend(stopped_note(done.outcome.as_ref()));
         let totals = writer.totals();
         let bytes = writer.finish(&notes)?.finish().context("the trace cannot be finished")?;
         let kept = Kept { bytes: Some(bytes), accesses: Some(totals.accesses), notes };
-        let ran = Ran { instructions: done.instructions, outcome: done.outcome };
-        Ok(self.report(started, &ran, kept, done.checkpoints_verified))
+        let Pieces { instructions, outcome, set_aside, .. } = done;
+        let ran = Ran { instructions, outcome, set_aside };
+        Ok(self.report(started, &ran, kept, checkpoints_verified))
     }
 
     /// Shows everything to one observer; `keep` makes its output whole.
@@ -208,13 +202,13 @@ impl Session<'_> {
         let (observer, ran, notes) = if self.options.selection == Selection::default() {
             let Expanded { observer, outcome, instructions } =
                 expand(&mut machine, window, observer, contents, threads, self.control)?;
-            (observer, Ran { outcome, instructions }, Vec::new())
+            (observer, Ran::of(instructions, outcome), Vec::new())
         } else {
             let filter = Filter::new(self.options.selection.clone(), observer);
             let Expanded { observer, outcome, instructions } =
                 expand(&mut machine, window, filter, contents, threads, self.control)?;
             let left_out = observer.left_out().notes();
-            (observer.into_observer(), Ran { outcome, instructions }, left_out)
+            (observer.into_observer(), Ran::of(instructions, outcome), left_out)
         };
         // Its memory goes with the process.
         std::mem::forget(machine);
@@ -237,6 +231,7 @@ impl Session<'_> {
         report.format = self.options.target.name();
         report.filters.clone_from(&self.options.filters);
         report.checkpoints_verified = verified;
+        report.set_aside = set_aside(recording.header(), &ran.set_aside, ran.outcome.as_ref());
         report.set_trace(kept.bytes, kept.accesses);
         report.notes = kept.notes;
         report
@@ -262,6 +257,14 @@ fn share_of(all: &[Window], last_tick: u64, number: u32, count: u32) -> (Window,
 struct Ran {
     outcome: Option<Outcome>,
     instructions: u64,
+    set_aside: Vec<SetAside>,
+}
+
+impl Ran {
+    fn of(instructions: u64, outcome: Option<Outcome>) -> Self {
+        let set_aside = outcome.as_ref().map(|outcome| outcome.set_aside.clone());
+        Self { outcome, instructions, set_aside: set_aside.unwrap_or_default() }
+    }
 }
 
 /// The tick at which a run comes to a point. Guest time is looked for by replaying from the nearest
@@ -280,8 +283,8 @@ pub fn tick_of(
         At::Time(virtual_ns) => virtual_ns,
     };
     let before = |info: &CheckpointInfo| info.virtual_ns <= virtual_ns;
-    let nearest = replayable.checkpoints().partition_point(before).checked_sub(1);
-    let start = nearest.map_or(Start::Run, Start::Checkpoint);
+    let nearest = replayable.on_soft().filter(|info| before(info)).last();
+    let start = nearest.map_or(Start::Run, |info| replayable.nearest(info.moment.tick));
     let set_up = move |engine: &mut SoftEngine| engine.set_translation(soft.translation);
     let mut machine = pieces::start(replayable, start, &set_up)?;
     let outcome = approach(&mut machine, Towards::Time(virtual_ns), control)?;

@@ -6,6 +6,8 @@ use reprise_machine::outcome::{Conclusion, Outcome};
 use reprise_trace::recording::Recording;
 use serde::Serialize;
 
+use super::report::SetAsideReport;
+
 use crate::output::{byte_size, counted, grouped, hex, table};
 
 /// An expansion's report. Fields that an expansion does not have are null.
@@ -36,6 +38,8 @@ pub struct ExpandReport {
     pub verified: Option<bool>,
     /// Checkpoints on the way at which the whole machine was as they say.
     pub checkpoints_verified: u64,
+    /// What the comparison with the recording left out.
+    pub set_aside: Vec<SetAsideReport>,
     /// BLAKE3 over CPU, devices and RAM at the end.
     pub final_digest: Option<String>,
     /// The filters that it went through.
@@ -69,6 +73,7 @@ impl ExpandReport {
             end_tick: outcome.map(|outcome| outcome.ticks),
             verified,
             checkpoints_verified: 0,
+            set_aside: Vec::new(),
             final_digest: outcome.and_then(Outcome::final_digest).map(|digest| hex(&digest)),
             filters: Vec::new(),
             notes: Vec::new(),
@@ -105,6 +110,7 @@ impl ExpandReport {
             (None, _) => "no: stopped before the end".to_owned(),
         };
         rows.push(("verified", verified));
+        rows.extend(self.set_aside.iter().map(|left_out| ("not compared", left_out.to_text())));
         for note in &self.notes {
             rows.push(("note", note.clone()));
         }

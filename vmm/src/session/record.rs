@@ -15,6 +15,7 @@ use reprise_host::{
 };
 use reprise_machine::checkpoint::Checkpointer;
 use reprise_machine::clock::TimeSource;
+use reprise_machine::digest::AccessedBits;
 use reprise_machine::engine::Engine;
 use reprise_machine::inputs::Recording;
 use reprise_machine::machine::Machine;
@@ -186,15 +187,16 @@ fn execute<S: FrameSink>(
     let RunPlan { guest, choice, memory_mib, soft, host } = plan;
     let loaded = LoadedGuest::load(&guest.source(), memory_mib, now_unix_s)
         .with_context(|| format!("cannot start {}", guest.name))?;
-    let time = choice.kind.time_source();
+    let (time, accessed_bits) = (choice.kind.time_source(), choice.kind.accessed_bits());
     let (finished, profile) =
-        loaded.with_engine(choice.kind, soft, Run { time, host, open_sinks })?;
+        loaded.with_engine(choice.kind, soft, Run { time, accessed_bits, host, open_sinks })?;
     Ok(Finished { profile, ..finished? })
 }
 
 /// Starts the machine once there is an engine: only then is a file created.
 struct Run<F> {
     time: TimeSource,
+    accessed_bits: AccessedBits,
     host: HostOptions,
     open_sinks: F,
 }
@@ -203,7 +205,7 @@ impl<S: FrameSink, F: FnOnce() -> Result<Sinks<S>>> EngineVisitor for Run<F> {
     type Output = Result<Finished<S>>;
 
     fn visit<E: Engine>(self, engine: E, board: Board) -> (Self::Output, E) {
-        let Self { time, host, open_sinks } = self;
+        let Self { time, accessed_bits, host, open_sinks } = self;
         let opened =
             open_sinks().and_then(|sinks| Ok((sinks, RealHost::start(host, engine.kicker())?)));
         let ((sink, checkpoints), host) = match opened {
@@ -211,7 +213,8 @@ impl<S: FrameSink, F: FnOnce() -> Result<Sinks<S>>> EngineVisitor for Run<F> {
             Err(error) => return (Err(error), engine),
         };
         let recording = Recording::new(host, LogWriter::new(sink));
-        let mut machine = Machine::new(engine, board, recording, time);
+        let machine = Machine::new(engine, board, recording, time);
+        let mut machine = machine.with_accessed_bits(accessed_bits);
         let checkpoint_thread = checkpoints.map(|(checkpointer, thread)| {
             machine.set_checkpointer(checkpointer);
             thread

@@ -13,19 +13,22 @@ use anyhow::{Context, Result, anyhow, bail};
 use reprise_host::host_info;
 use reprise_kvm::KvmEngine;
 use reprise_machine::checkpoint::Checkpointer;
+use reprise_machine::digest::AccessedBits;
 use reprise_machine::engine::{Engine, EngineError, Kick};
 use reprise_machine::inputs::{Replaying, Verification};
+use reprise_machine::lawful::SetAside;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, MachineError, Outcome};
 use reprise_machine::ram::GuestRam;
-use reprise_replay::{Beginning, ReplayError, Replayable, Start};
+use reprise_replay::{Beginning, ReplayError, Replayable, Start, accessed_bits};
 use reprise_trace::header::Header;
+use reprise_trace::moment::TickKind;
 use reprise_trace::recording::Recording;
 
 use super::assembly::{self, SoftOptions};
 use super::choice::{self, EngineArg, EngineKind};
 use super::file_kind::NoFile;
-use super::report::{SessionReport, damage_of};
+use super::report::{SessionReport, SetAsideReport, damage_of};
 
 /// How often a replay that is watched says how far it is.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
@@ -114,9 +117,9 @@ pub fn open_replayable(path: &Path) -> Result<Replayable> {
 pub fn replay(replayable: &Replayable, options: ReplayOptions) -> Result<Replayed> {
     let recording = replayable.recording();
     let header = recording.header();
-    let kind = choice::for_replay(options.engine, header)?;
-    let mut notes = Vec::new();
-    let beginning = begin(replayable, options.from, &mut notes)?;
+    let kind = choice::for_replay(options.engine, header, reprise_kvm::opens)?;
+    let (mut notes, mut instructions) = (Vec::new(), None);
+    let beginning = begin(replayable, options.from, kind, &mut notes)?;
     let from_tick = beginning.tick();
     let same_engine = choice::recorded_kind(header) == Some(kind);
     let verification = if same_engine { Verification::Exact } else { Verification::AcrossEngines };
@@ -125,7 +128,8 @@ pub fn replay(replayable: &Replayable, options: ReplayOptions) -> Result<Replaye
     let (outcome, wall, profile) = match kind {
         EngineKind::Soft => {
             let (outcome, wall, engine) =
-                drive.run(beginning, |ram| assembly::soft_engine(ram, soft))?;
+                drive.run(beginning, |ram| assembly::replaying_soft_engine(ram, header, soft))?;
+            instructions = Some(engine.instructions_executed());
             (outcome, wall, assembly::leave(engine))
         }
         EngineKind::Kvm(clock) => {
@@ -133,10 +137,15 @@ pub fn replay(replayable: &Replayable, options: ReplayOptions) -> Result<Replaye
             (outcome, wall, None)
         }
     };
-    let mut report = report(recording, kind, verification, &outcome?, wall);
+    let outcome = outcome?;
+    let mut report = report(recording, kind, verification, &outcome, wall);
     if from_tick > 0 {
         report = report.beginning_at(from_tick);
     }
+    if let Some(instructions) = instructions {
+        report = report.having_executed(instructions, tick_name(header.tick_kind));
+    }
+    report.set_aside = set_aside(header, &outcome.set_aside, Some(&outcome));
     report.profile = profile;
     notes.extend(self::notes(header, same_engine, kind));
     Ok(Replayed { report, notes, kind })
@@ -144,7 +153,12 @@ pub fn replay(replayable: &Replayable, options: ReplayOptions) -> Result<Replaye
 
 /// The last usable beginning at or before the place asked for. A damaged checkpoint is no reason not to
 /// replay: the one before it serves as well, only later.
-fn begin(replayable: &Replayable, from: Option<At>, notes: &mut Vec<String>) -> Result<Beginning> {
+fn begin(
+    replayable: &Replayable,
+    from: Option<At>,
+    kind: EngineKind,
+    notes: &mut Vec<String>,
+) -> Result<Beginning> {
     let Some(from) = from else { return Ok(replayable.begin(Start::Run)?) };
     if let Some(trouble) = replayable.trouble() {
         bail!("--from: {trouble}");
@@ -154,7 +168,8 @@ fn begin(replayable: &Replayable, from: Option<At>, notes: &mut Vec<String>) -> 
         At::Tick(tick) => info.moment.tick <= tick,
         At::Time(ns) => info.virtual_ns <= ns,
     });
-    for index in (0..before).rev() {
+    let usable = |index: &usize| kind != EngineKind::Soft || replayable.begins_on_soft(*index);
+    for index in (0..before).rev().filter(usable) {
         match replayable.begin(Start::Checkpoint(index)) {
             Err(ReplayError::Checkpoint(error)) => {
                 notes.push(format!("{error}; the one before it is used"));
@@ -302,12 +317,38 @@ fn report(
     report
 }
 
+/// What ticks are, as a clock is called.
+fn tick_name(kind: TickKind) -> &'static str {
+    match kind {
+        TickKind::Instruction => "instructions",
+        TickKind::ConditionalBranch => "pmu",
+        TickKind::Exit => "sync",
+    }
+}
+
+/// What the comparison with a recording left out: `at_records`, and what is in no final digest of it.
+pub(super) fn set_aside(
+    header: &Header,
+    at_records: &[SetAside],
+    outcome: Option<&Outcome>,
+) -> Vec<SetAsideReport> {
+    let mut all: Vec<_> = at_records.iter().map(SetAsideReport::from).collect();
+    let compared = |outcome: &&Outcome| {
+        matches!(outcome.conclusion, Conclusion::Ended(_)) && outcome.state.is_some()
+    };
+    if let Some(end) = outcome.filter(compared)
+        && accessed_bits(header) == AccessedBits::SetAside
+    {
+        all.push(SetAsideReport::of_accessed_bits(end.moment));
+    }
+    all
+}
+
 fn notes(header: &Header, same_engine: bool, kind: EngineKind) -> Vec<String> {
     let mut notes = Vec::new();
     if !same_engine {
         notes.push(format!(
-            "recorded on engine {} (clock {}), replayed on {}: positions and console output are \
-             compared, digests of CPU and RAM are not",
+            "recorded on engine {} (clock {}), replayed on {}",
             header.engine,
             header.clock,
             kind.engine_name()

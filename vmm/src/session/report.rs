@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use reprise_machine::divergence::Divergence;
+use reprise_machine::lawful::{Lawful, SetAside};
 use reprise_machine::outcome::{Conclusion, Outcome};
 use reprise_trace::event::Ending;
 use reprise_trace::log::LogError;
@@ -12,7 +13,7 @@ use serde::Serialize;
 use super::checkpoints::CheckpointReport;
 use super::choice::EngineKind;
 use super::profile_report::ProfileReport;
-use crate::output::{byte_size, grouped, hex, seconds, table};
+use crate::output::{byte_size, counted, grouped, hex, seconds, table};
 
 /// A point in guest execution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -28,6 +29,40 @@ pub struct MomentReport {
 impl From<Moment> for MomentReport {
     fn from(Moment { tick, rip, rcx }: Moment) -> Self {
         Self { tick, rip, rcx }
+    }
+}
+
+/// What a comparison left out, because hardware may lawfully differ there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SetAsideReport {
+    /// What.
+    pub what: String,
+    /// Records at which it was.
+    pub records: u64,
+    /// The first of them.
+    pub first: MomentReport,
+}
+
+impl From<&SetAside> for SetAsideReport {
+    fn from(left_out: &SetAside) -> Self {
+        let SetAside { what, records, first } = left_out;
+        Self { what: what.to_string(), records: *records, first: (*first).into() }
+    }
+}
+
+impl SetAsideReport {
+    /// Accessed bits, in the final digest of a recording that hardware made.
+    pub fn of_accessed_bits(end: Moment) -> Self {
+        Self { what: Lawful::AccessedBits.to_string(), records: 1, first: end.into() }
+    }
+
+    /// For a person.
+    pub fn to_text(&self) -> String {
+        let at = grouped(self.first.tick);
+        match self.records {
+            1 => format!("{}, at tick {at}", self.what),
+            records => format!("{}, at {} from tick {at} on", self.what, counted(records, "event")),
+        }
     }
 }
 
@@ -64,11 +99,11 @@ pub struct SessionReport {
     pub guest: String,
     /// `kvm` or `soft`.
     pub engine: &'static str,
-    /// `instructions`, `step` or `sync`.
+    /// What ticks count: `instructions`, `step`, `sync` or `pmu`.
     pub clock: &'static str,
     /// Why this engine, where the program chose it.
     pub engine_reason: Option<&'static str>,
-    /// Instructions executed; null where the clock does not count them.
+    /// Instructions executed; null where neither clock nor engine counts them.
     pub instructions: Option<u64>,
     /// Ticks of the clock since the machine started.
     pub ticks: u64,
@@ -111,8 +146,11 @@ pub struct SessionReport {
     pub verified: Option<bool>,
     /// Replay: the last record that agreed.
     pub verified_until: Option<MomentReport>,
-    /// Replay: `exact`, or `across-engines` where the digests of CPU and RAM were not compared.
+    /// Replay: `exact`, or `across-engines` where another engine recorded: what hardware may lawfully
+    /// keep otherwise is then in `set_aside`.
     pub verification: Option<&'static str>,
+    /// Replay: what the comparison left out.
+    pub set_aside: Vec<SetAsideReport>,
     /// Replay: the recording has its end.
     pub complete: Option<bool>,
     /// Replay: the first difference.
@@ -169,6 +207,7 @@ impl SessionReport {
             verified: None,
             verified_until: None,
             verification: None,
+            set_aside: Vec::new(),
             complete: None,
             divergence: outcome.divergence().map(DivergenceReport::from),
             damage: None,
@@ -186,6 +225,15 @@ impl SessionReport {
         let count = self.instructions;
         self.mips = count.map(|count| count as f64 / 1e6 / self.wall_seconds.max(1e-9));
         self.bytes_per_kiloinstruction = None;
+        self
+    }
+
+    /// A replay on the software CPU, which knows how many instructions it has executed whatever the
+    /// recording's `clock` counts.
+    pub fn having_executed(mut self, instructions: u64, clock: &'static str) -> Self {
+        self.clock = clock;
+        self.instructions = Some(instructions);
+        self.mips = Some(instructions as f64 / 1e6 / self.wall_seconds.max(1e-9));
         self
     }
 
@@ -212,6 +260,9 @@ impl SessionReport {
             }
             _ => rows.push(("ticks", grouped(self.ticks))),
         }
+        if self.clock != "instructions" && self.instructions.is_some() {
+            rows.push(("ticks", grouped(self.ticks)));
+        }
         let times =
             format!("{:.2} s, guest clock {:.2} s", self.wall_seconds, self.virtual_seconds);
         rows.push(("time", times));
@@ -231,6 +282,7 @@ impl SessionReport {
         rows.push(("console", console));
         let digest = self.final_digest.as_deref().unwrap_or("none: not at an exact moment");
         rows.push(("final digest", digest.to_owned()));
+        rows.extend(self.set_aside.iter().map(|left_out| ("not compared", left_out.to_text())));
         let profile = self.profile.as_ref();
         let profile = profile.map(|profile| profile.to_table(self.ticks)).unwrap_or_default();
         table(&rows) + &profile

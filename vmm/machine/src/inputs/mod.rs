@@ -12,6 +12,7 @@ mod typing;
 
 use reprise_devices::time::VirtualTime;
 use reprise_trace::checkpoint::LastRecord;
+use reprise_trace::cpu_state::CpuState;
 use reprise_trace::event::{EffectDigest, Ending};
 use reprise_trace::log::LogError;
 use reprise_trace::logged::Logged;
@@ -24,6 +25,7 @@ use crate::digest::StateDigest;
 use crate::divergence::Divergence;
 use crate::effects::Effects;
 use crate::engine::{Access, Engine, EngineError};
+use crate::lawful::SetAside;
 
 /// So often at most does virtual time move to a deadline within one sleep of the guest before a
 /// record says how far it is: a replay that is not what was recorded, or a forged recording, does
@@ -205,12 +207,17 @@ pub trait Inputs: sealed::Sealed {
         stamp: Stamp,
         effects: EffectDigest,
         ending: &Ending,
-        state: Option<&StateDigest>,
+        state: Option<(&StateDigest, &CpuState)>,
     ) -> Result<(), Stop>;
 
     /// The engine failed, so that where the run ends cannot be said: closes the log behind its last
     /// record.
     fn close_without_end(&mut self) -> Result<(), Stop>;
+
+    /// What the comparison left out so far.
+    fn set_aside(&self) -> &[SetAside] {
+        &[]
+    }
 
     /// Records written or replayed so far.
     fn events(&self) -> u64;

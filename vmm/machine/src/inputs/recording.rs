@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 
 use reprise_devices::time::VirtualTime;
 use reprise_trace::checkpoint::LastRecord;
+use reprise_trace::cpu_state::CpuState;
 use reprise_trace::event::{EffectDigest, Ending, Event, LoggedEvent, Record};
 use reprise_trace::log::{FrameSink, LogError, LogWriter};
 use reprise_trace::logged::Logged;
@@ -340,9 +341,9 @@ impl<H: Host, S: FrameSink> Inputs for Recording<H, S> {
         stamp: Stamp,
         effects: EffectDigest,
         ending: &Ending,
-        state: Option<&StateDigest>,
+        state: Option<(&StateDigest, &CpuState)>,
     ) -> Result<(), Stop> {
-        let final_digest = state.map(StateDigest::whole);
+        let final_digest = state.map(|(state, _)| state.whole());
         self.append(stamp, Event::End { ending: ending.clone(), effects, final_digest })?;
         self.close_without_end()
     }

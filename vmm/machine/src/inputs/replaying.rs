@@ -4,6 +4,7 @@ use std::fmt;
 
 use reprise_devices::time::VirtualTime;
 use reprise_trace::checkpoint::LastRecord;
+use reprise_trace::cpu_state::CpuState;
 use reprise_trace::event::{EffectDigest, Ending, Event, LoggedEvent, Record};
 use reprise_trace::log::LogReader;
 use reprise_trace::logged::Logged;
@@ -14,6 +15,7 @@ use crate::clock::{MAX_VIRTUAL_NS, TimeSource};
 use crate::digest::StateDigest;
 use crate::divergence::{Difference, Divergence, describe, describe_ending};
 use crate::engine::{Access, Engine};
+use crate::lawful::{Lawful, SetAside, explained};
 
 /// How much of the machine a replay compares.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,8 +23,8 @@ pub enum Verification {
     /// Everything: position, CPU state, effects, final state.
     #[default]
     Exact,
-    /// Position and effects, and not the digests of CPU and final state: for another engine than the
-    /// one that recorded, which may keep hidden state (unused segments, accessed bits) differently.
+    /// The same for another engine than the one that recorded: what hardware may lawfully keep otherwise
+    /// is set aside and told ([`crate::lawful`]).
     AcrossEngines,
 }
 
@@ -43,6 +45,7 @@ pub struct Replaying {
     records: u64,
     verified_until: Option<Moment>,
     last: Option<LastRecord>,
+    set_aside: Vec<SetAside>,
     /// Jumps to deadlines since the last record or the sleep's start, and the sleep's tick.
     unlogged_jumps: u64,
     sleep_tick: u64,
@@ -72,6 +75,7 @@ impl Replaying {
             records: 0,
             verified_until: None,
             last: None,
+            set_aside: Vec::new(),
             unlogged_jumps: 0,
             sleep_tick: 0,
         }
@@ -176,21 +180,43 @@ impl Replaying {
         }
         let Some(place) = self.place() else { return Ok(false) };
         debug_assert_eq!(place, stamp_of(record));
-        Ok(self.compare_position(place, here.stamp()?).is_err())
+        Ok(self.compare_here(place, here)?.is_err())
     }
 
-    fn compare_position(&self, recorded: Stamp, found: Stamp) -> Result<(), Divergence> {
+    /// Compares a place that the log has with where the machine stands.
+    fn compare_here<E: Engine>(
+        &self,
+        recorded: Stamp,
+        here: &mut Boundary<'_, E>,
+    ) -> Result<Result<Option<Lawful>, Divergence>, Stop> {
+        let (moment, state) = (here.engine.moment()?, here.engine.cpu_state()?);
+        let found = Stamp { moment, cpu_digest: state.short_digest() };
+        Ok(self
+            .compare_position(recorded, found, &state)
+            .map(|lawful| lawful.map(|(what, _)| what)))
+    }
+
+    /// Gives the lawful difference that is left, and the state as hardware has it.
+    fn compare_position(
+        &self,
+        recorded: Stamp,
+        found: Stamp,
+        state: &CpuState,
+    ) -> Result<Option<(Lawful, CpuState)>, Divergence> {
         let (was, is) = (recorded.moment, found.moment);
         let difference = if was.rip != is.rip {
             (Difference::Rip, was.rip, is.rip)
         } else if was.rcx != is.rcx {
             (Difference::Rcx, was.rcx, is.rcx)
-        } else if recorded.cpu_digest != found.cpu_digest
-            && self.verification == Verification::Exact
-        {
-            (Difference::CpuState, recorded.cpu_digest, found.cpu_digest)
+        } else if recorded.cpu_digest == found.cpu_digest {
+            return Ok(None);
         } else {
-            return Ok(());
+            if self.verification == Verification::AcrossEngines
+                && let Some(lawful) = explained(state, recorded.cpu_digest)
+            {
+                return Ok(Some(lawful));
+            }
+            (Difference::CpuState, recorded.cpu_digest, found.cpu_digest)
         };
         let (difference, expected, found) = difference;
         Err(divergence(was, difference, format!("{expected:#x}"), format!("{found:#x}")))
@@ -204,7 +230,7 @@ impl Replaying {
         state: &StateDigest,
     ) -> Result<(), Divergence> {
         let found = state.whole();
-        if found == *recorded || self.verification == Verification::AcrossEngines {
+        if found == *recorded {
             return Ok(());
         }
         let found = format!("{} (the CPU agrees: devices or RAM differ)", hex(&found));
@@ -286,7 +312,9 @@ impl Inputs for Replaying {
                 // Taken and compared by `end`.
                 return Ok(Some(Arrival::Stop { ending, exact: final_digest.is_some() }));
             }
-            self.compare_position(stamp_of(&record), here.stamp()?)?;
+            if let Some(what) = self.compare_here(stamp_of(&record), here)?? {
+                SetAside::note(&mut self.set_aside, what, record.moment);
+            }
             match record.event {
                 Event::Time(ns) => compare_time(record.moment, ns, here.now)?,
                 Event::Mark(mark) => {
@@ -371,7 +399,7 @@ impl Inputs for Replaying {
         stamp: Stamp,
         effects: EffectDigest,
         ending: &Ending,
-        state: Option<&StateDigest>,
+        state: Option<(&StateDigest, &CpuState)>,
     ) -> Result<(), Stop> {
         let record = self.peek()?.clone();
         let moment = record.moment;
@@ -388,16 +416,20 @@ impl Inputs for Replaying {
             let found = format!("{} at {}", describe_ending(ending), stamp.moment);
             return Err(divergence(moment, Difference::Ending, expected, found).into());
         }
-        if final_digest.is_some() {
-            self.compare_position(stamp_of(&record), stamp)?;
+        let mut state_there = state.map(|(digest, _)| *digest);
+        if let (Some(_), Some((digest, cpu))) = (final_digest, state)
+            && let Some((what, cpu)) = self.compare_position(stamp_of(&record), stamp, cpu)?
+        {
+            SetAside::note(&mut self.set_aside, what, moment);
+            state_there = Some(StateDigest { cpu: *cpu.digest().as_bytes(), ..*digest });
         }
         compare_effects(
             moment,
             (recorded_effects.console_bytes, recorded_effects.console_digest),
             (effects.console_bytes, effects.console_digest),
         )?;
-        if let (Some(recorded), Some(state)) = (final_digest, state) {
-            self.compare_final(moment, recorded, state)?;
+        if let (Some(recorded), Some(state)) = (final_digest, state_there) {
+            self.compare_final(moment, recorded, &state)?;
         }
         self.take()?;
         Ok(())
@@ -405,6 +437,10 @@ impl Inputs for Replaying {
 
     fn close_without_end(&mut self) -> Result<(), Stop> {
         Ok(())
+    }
+
+    fn set_aside(&self) -> &[SetAside] {
+        &self.set_aside
     }
 
     fn events(&self) -> u64 {

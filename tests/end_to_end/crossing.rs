@@ -1,0 +1,175 @@
+//! Recordings that cross engines: made on the host's KVM, replayed and expanded on the software CPU, and
+//! the other way.
+
+use serde_json::Value;
+
+use crate::kvm::{kvm_opens, typed};
+use crate::program::{Workplace, record, replay, replayed_console, run};
+
+const KVM: [&str; 3] = ["--engine", "kvm", "--clock"];
+/// What a recording of hardware leaves out of its final digest.
+const ACCESSED_BITS: &str = "accessed bits of the guest's page tables";
+
+/// Fields that an engine gives again, whatever it is.
+#[track_caller]
+fn assert_same_run(recorded: &Value, again: &Value, fields: &[&str]) {
+    for field in fields {
+        assert!(!recorded[field].is_null(), "{field}: {recorded:#}");
+        assert_eq!(recorded[field], again[field], "{field}: {recorded:#} {again:#}");
+    }
+}
+
+/// Records on KVM; replays and expands on the software CPU.
+fn crosses(clock: &str, guest: &[&str]) {
+    if !kvm_opens() {
+        return;
+    }
+    let workplace = Workplace::new();
+    let (file, trace) = (workplace.path("kvm.rr"), workplace.path("trace"));
+    let recorded = record(&[&KVM[..], &[clock], guest].concat(), &file, 0);
+    let replayed = replay(&file, &["--engine", "soft"]);
+    assert_eq!(
+        (&replayed["engine"], &replayed["verification"]),
+        (&"soft".into(), &"across-engines".into())
+    );
+    let fields = ["final_digest", "console_digest", "ticks", "events", "interrupts", "ending"];
+    assert_same_run(&recorded, &replayed, &fields);
+    let set_aside = replayed["set_aside"].as_array().expect("a list");
+    let what: Vec<_> = set_aside.iter().map(|left_out| &left_out["what"]).collect();
+    assert_eq!(what, [ACCESSED_BITS], "{replayed:#}");
+    let expanded = run(&["--json", "expand", &file, "-o", &trace]).expect_code(0).json();
+    assert_eq!(expanded["verified"], true, "{expanded:#}");
+    assert_same_run(&recorded, &expanded, &["final_digest"]);
+    assert_eq!(expanded["instructions"], replayed["instructions"]);
+    assert!(expanded["instructions"].as_u64() >= recorded["ticks"].as_u64(), "{expanded:#}");
+}
+
+#[test]
+fn ticks_from_sync() {
+    crosses("sync", &["--image", "ticks", "--cmdline", "count=8"]);
+}
+
+#[test]
+fn ticks_from_step() {
+    crosses("step", &["--image", "ticks", "--cmdline", "count=3"]);
+}
+
+#[test]
+fn echo_from_sync() {
+    let workplace = Workplace::new();
+    crosses("sync", &["--image", "echo", "--input", &typed(&workplace)]);
+}
+
+#[test]
+fn echo_from_step() {
+    let workplace = Workplace::new();
+    crosses("step", &["--image", "echo", "--input", &typed(&workplace)]);
+}
+
+#[test]
+fn compute_from_sync() {
+    crosses("sync", &["--image", "compute", "--cmdline", "scale=1"]);
+}
+
+#[test]
+fn a_stepped_recording_replays_on_the_software_cpu_to_the_same_hash() {
+    if !kvm_opens() {
+        return;
+    }
+    let workplace = Workplace::new();
+    let (file, console) = (workplace.path("ticks.rr"), workplace.path("console"));
+    let guest = ["step", "--image", "ticks", "--cmdline", "count=20", "--console", &console];
+    record(&[&KVM[..], &guest].concat(), &file, 0);
+    let printed = std::fs::read_to_string(&console).expect("the console was written");
+    assert!(printed.contains("position hash "), "{printed:?}");
+    let replayed = replayed_console(&file, &["--engine", "soft"]);
+    assert!(replayed.contains(printed.trim_end()), "{replayed:?} lacks {printed:?}");
+}
+
+/// Checkpoints, windows and threads, all in the ticks that `info` shows: exits.
+#[test]
+fn a_recording_of_exits_is_expanded_in_pieces_and_windows() {
+    if !kvm_opens() {
+        return;
+    }
+    let workplace = Workplace::new();
+    let path = |name: &str| workplace.path(name);
+    let (file, part) = (path("ticks.rr"), path("part"));
+    // KVM's own checkpoints are in the way of nothing.
+    let guest = ["sync", "--image", "ticks", "--cmdline", "count=60", "--checkpoint-every", "70"];
+    let recorded = record(&[&KVM[..], &guest].concat(), &file, 0);
+    let end = recorded["ticks"].as_u64().expect("ticks");
+    let expand = |arguments: &[&str], out: &str| {
+        let words = [&["--json", "expand", &file, "--force", "-o", out], arguments].concat();
+        let expanded = run(&words).expect_code(0).json();
+        assert_eq!(expanded["verified"], true, "{expanded:#}");
+        expanded
+    };
+    let whole = expand(&[], &part);
+    run(&["--json", "checkpoint", &file, "--every", "25"]).expect_code(0);
+    let pieces: Vec<Value> =
+        ["1", "3"].map(|jobs| expand(&["--jobs", jobs], &path(jobs))).into_iter().collect();
+    for expanded in &pieces {
+        assert_same_run(&recorded, expanded, &["final_digest"]);
+        assert_eq!(expanded["instructions"], whole["instructions"]);
+        assert!(expanded["checkpoints_verified"].as_u64() >= Some(3), "{expanded:#}");
+    }
+    let trace = |name: &str| std::fs::read(path(name)).expect("a trace");
+    assert!(trace("1") == trace("3"), "the trace hangs on the number of threads");
+    let middle = (end / 2).to_string();
+    let halves = [["--to", &middle], ["--from", &middle]].map(|window| expand(&window, &part));
+    let count = |expanded: &Value| expanded["instructions"].as_u64().expect("a count");
+    assert_eq!(halves.iter().map(count).sum::<u64>(), count(&whole));
+    assert_eq!(halves[0]["end_tick"].to_string(), middle);
+    let later = replay(&file, &["--engine", "soft", "--from", &middle]);
+    assert!(later["from_tick"].as_u64() > Some(0), "{later:#}");
+    assert_same_run(&recorded, &later, &["final_digest"]);
+}
+
+#[test]
+fn info_says_where_a_recording_replays() {
+    let workplace = Workplace::new();
+    let file = workplace.path("hello.rr");
+    record(&["--engine", "soft", "--image", "hello"], &file, 0);
+    let info = run(&["--json", "info", &file]).expect_code(0).json();
+    let engines: Vec<_> = info["replays_on"].as_array().expect("a list").iter().collect();
+    assert_eq!((&engines[0]["engine"], &engines[1]["engine"]), (&"soft".into(), &"kvm".into()));
+    assert!(engines[1]["condition"].to_string().contains("CPL0"), "{info:#}");
+}
+
+/// Stepped, a guest that stays in the kernel does on KVM what it did on the software CPU.
+#[test]
+fn a_soft_recording_replays_on_kvm() {
+    if !kvm_opens() {
+        return;
+    }
+    let workplace = Workplace::new();
+    let keys = typed(&workplace);
+    let guests: [&[&str]; 2] = [&["--image", "hello"], &["--image", "echo", "--input", &keys]];
+    for guest in guests {
+        let file = workplace.path(guest[1]);
+        let recorded = record(&[&["--engine", "soft"], guest].concat(), &file, 0);
+        let replayed = replay(&file, &["--engine", "kvm"]);
+        assert_eq!(replayed["engine"], "kvm");
+        let fields = ["final_digest", "console_digest", "ticks", "events", "ending"];
+        assert_same_run(&recorded, &replayed, &fields);
+    }
+}
+
+/// What KVM's single-step cannot count is told, and never counted wrong.
+#[test]
+fn user_code_is_not_stepped_and_says_so() {
+    if !kvm_opens() {
+        return;
+    }
+    let workplace = Workplace::new();
+    let (soft, step) = (workplace.path("soft.rr"), workplace.path("step.rr"));
+    let guest = ["--image", "compute", "--cmdline", "scale=1"];
+    record(&[&["--engine", "soft"], &guest[..]].concat(), &soft, 0);
+    let replayed = run(&["replay", &soft, "--engine", "kvm"]).expect_code(1);
+    assert!(replayed.stderr.contains("(CPL3)"), "{}", replayed.stderr);
+    let words = [&["--json", "record"], &KVM[..], &["step"], &guest, &["-o", &step]].concat();
+    let recorded = run(&words).expect_code(1).json();
+    assert_eq!(recorded["ending"], "engine-failed", "{recorded:#}");
+    assert!(recorded["ending_detail"].to_string().contains("(CPL3)"), "{recorded:#}");
+}
