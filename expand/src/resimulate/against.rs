@@ -2,16 +2,16 @@
 
 use std::io::Read;
 
-use reprise_cpu::engine::SoftEngine;
 use reprise_machine::engine::Engine;
 use reprise_machine::inputs::Replaying;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, MachineError};
 use reprise_machine::ram::GuestRam;
-use reprise_replay::{ReplayError, Replayable};
+use reprise_replay::{OnSoftware, RecordedClock, ReplayError, Replayable};
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::instructions::register::{self, take_changes};
 use reprise_trace::instructions::{Observer, TraceReader};
+use reprise_trace::moment::TickKind;
 
 use super::{Counts, Mismatch, Resimulator};
 use crate::ExpandError;
@@ -43,7 +43,9 @@ pub fn check_against<R: Read>(
     replayable: &Replayable,
     mut go_on: impl FnMut(u64) -> bool,
 ) -> Result<Against, ExpandError> {
-    let mut machine = start(replayable, replayable.nearest(first_instruction), &|_| {})?;
+    let counts_instructions = replayable.recording().header().tick_kind == TickKind::Instruction;
+    let nearest = if counts_instructions { first_instruction } else { 0 };
+    let mut machine = start(replayable, replayable.nearest(nearest), &|_| {})?;
     run_to(&mut machine, first_instruction)?;
     let (ram, cpu) = copy_of(&mut machine, replayable)?;
     let mut resimulator = Resimulator::new(ram, cpu);
@@ -85,6 +87,9 @@ struct Passed<'a> {
 impl Passed<'_> {
     /// Behind a segment: where pieces of an expansion end, checkpoints may stand.
     fn look(&mut self, resimulator: &mut Resimulator) {
+        if self.replayable.recording().header().tick_kind != TickKind::Instruction {
+            return;
+        }
         let tick = resimulator.instruction_behind();
         let checkpoints = self.replayable.checkpoints();
         let Some(info) = checkpoints.iter().find(|info| info.moment.tick == tick) else { return };
@@ -102,20 +107,29 @@ impl Passed<'_> {
     }
 }
 
-fn run_to(machine: &mut Machine<SoftEngine, Replaying>, tick: u64) -> Result<(), ExpandError> {
-    if machine.engine().tick() < tick {
-        let outcome = machine.run_until(tick)?;
-        if let Conclusion::Diverged(divergence) = outcome.conclusion {
-            let (tick, what) = (divergence.moment.tick, divergence.difference.to_string());
-            return Err(ExpandError::Diverged { tick, what });
-        }
+/// Replays up to an instruction. Where ticks are none, only the recording's two ends are found.
+fn run_to(
+    machine: &mut Machine<RecordedClock, Replaying>,
+    instruction: u64,
+) -> Result<(), ExpandError> {
+    if machine.engine().software().tick() >= instruction {
+        return Ok(());
+    }
+    let counts_instructions = machine.engine().tick_kind() == TickKind::Instruction;
+    let outcome = machine.run_until(if counts_instructions { instruction } else { u64::MAX })?;
+    if let Conclusion::Diverged(divergence) = outcome.conclusion {
+        let (tick, what) = (divergence.moment.tick, divergence.difference.to_string());
+        return Err(ExpandError::Diverged { tick, what });
+    }
+    if !counts_instructions && machine.engine().software().tick() != instruction {
+        return Err(ExpandError::NoPlaces);
     }
     Ok(())
 }
 
 /// The machine's RAM and CPU.
 fn copy_of(
-    machine: &mut Machine<SoftEngine, Replaying>,
+    machine: &mut Machine<RecordedClock, Replaying>,
     replayable: &Replayable,
 ) -> Result<(GuestRam, CpuState), ExpandError> {
     const PAGE_BYTES: usize = 4096;
@@ -135,7 +149,7 @@ fn copy_of(
 
 fn compare_end(
     resimulator: &mut Resimulator,
-    machine: &mut Machine<SoftEngine, Replaying>,
+    machine: &mut Machine<RecordedClock, Replaying>,
 ) -> Result<(), ExpandError> {
     let engine = machine.engine();
     let mut now = engine.cpu_state().map_err(MachineError::from)?;
