@@ -17,3 +17,4 @@ mod misbehaviour;
 mod program;
 mod terminal;
 mod translation;
+mod values;

@@ -11,9 +11,12 @@ use iced_x86::{Decoder, DecoderOptions, InstructionInfoFactory, OpAccess, Regist
 use reprise_expand::pieces;
 use reprise_expand::{Control, Threads, Window, expand};
 use reprise_kvm::{KvmClock, KvmEngine};
+use reprise_machine::engine::Engine;
 use reprise_replay::{Replayable, Start};
-use reprise_trace::cpu_state::CpuState;
-use reprise_trace::instructions::{Contents, Event, Observer, Run, TraceError};
+use reprise_trace::cpu_state::{CpuState, Segment};
+use reprise_trace::instructions::{
+    CodeWidth, Contents, Event, Observer, Run, TraceError, register,
+};
 use tempfile::TempDir;
 use watching::Watching;
 
@@ -27,32 +30,79 @@ struct Traced {
     bytes: Vec<u8>,
     bits: u32,
     accesses: Vec<Access>,
+    /// The registers before it, as the trace's writes have made them.
+    before: Core,
+}
+
+/// The registers that are compared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Core {
+    general: [u64; 16],
+    rip: u64,
+    rflags: u64,
+    control: [u64; 5],
+    /// Selectors, attributes, limits and bases.
+    segments: [Segment; 6],
+}
+
+impl Core {
+    fn of(state: &CpuState) -> Self {
+        Self {
+            general: state.gpr,
+            rip: state.rip,
+            rflags: state.rflags,
+            control: [state.cr0, state.cr2, state.cr3, state.cr4, state.efer],
+            segments: state.segments,
+        }
+    }
 }
 
 /// Address, bytes, and whether memory is read and written.
 type Access = (u64, u64, bool, bool);
 
-#[derive(Debug, Default)]
-struct Listing(Vec<Traced>);
+/// The trace, and the registers as far as it has come: its writes are all that changes them.
+#[derive(Debug)]
+struct Listing {
+    traced: Vec<Traced>,
+    cpu: CpuState,
+}
 
 impl Observer for Listing {
     fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
+        let mask = match run.block().mode().width {
+            CodeWidth::Bits64 => u64::MAX,
+            _ => 0xffff_ffff,
+        };
         for step in run.steps().filter(|step| step.retired) {
+            let before = Core::of(&self.cpu);
+            self.cpu.rip += step.instruction.bytes().len() as u64;
+            self.cpu.rip &= mask;
+            let mut words = step.registers;
+            for write in step.instruction.register_writes() {
+                let (value, rest) = words.split_at(usize::from(write.words));
+                words = rest;
+                let value = [value[0], value.get(1).copied().unwrap_or(0)];
+                register::replace(&mut self.cpu, write.register, value).expect("a register");
+            }
             let accesses = step.accesses().map(|access| {
                 let (reads, writes) = (access.kind.reads(), access.kind.writes());
                 (access.address, u64::from(access.size_bytes), reads, writes)
             });
-            self.0.push(Traced {
+            self.traced.push(Traced {
                 linear: step.instruction.linear(),
                 bytes: step.instruction.bytes().to_vec(),
                 bits: run.block().mode().width.bits(),
                 accesses: accesses.collect(),
+                before,
             });
         }
         Ok(())
     }
 
-    fn event(&mut self, _event: &Event) -> Result<(), TraceError> {
+    fn event(&mut self, event: &Event) -> Result<(), TraceError> {
+        if let Event::Register { register, value } = *event {
+            register::replace(&mut self.cpu, register, value).expect("a register");
+        }
         Ok(())
     }
 }
@@ -128,15 +178,22 @@ fn compare(guest: &[&str], at_least: usize) {
     let states = states_on_kvm(&replayable);
     let mut machine = pieces::start(&replayable, Start::Run, &|_| {}).expect("a machine");
     let window = Window { from: 0, to: TICKS };
-    let (contents, control) = (Contents::default(), Control::default());
-    let expanded =
-        expand(&mut machine, window, Listing::default(), contents, Threads::One, &control);
-    let listing = expanded.expect("it expands").observer.0;
+    let contents = Contents { registers: true, ..Contents::default() };
+    let cpu = machine.engine().cpu_state().expect("a state");
+    let listing = Listing { traced: Vec::new(), cpu };
+    let control = Control::default();
+    let expanded = expand(&mut machine, window, listing, contents, Threads::One, &control);
+    let listing = expanded.expect("it expands").observer.traced;
     let (mut instructions, mut with_accesses) = (0, 0);
     for (tick, state) in states {
         let Some(traced) = listing.get(tick as usize) else { continue };
         let linear = state.segments[1].base.wrapping_add(state.rip);
         assert_eq!(traced.linear, linear, "{guest:?}: instruction {tick}");
+        assert_eq!(
+            traced.before,
+            Core::of(&state),
+            "{guest:?}: registers before instruction {tick}"
+        );
         instructions += 1;
         if let Some(expected) = accesses_by_registers(traced, &state) {
             let mut accesses = traced.accesses.clone();
