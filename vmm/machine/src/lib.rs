@@ -14,5 +14,6 @@ pub mod lawful;
 pub mod machine;
 pub mod outcome;
 pub mod ram;
+pub mod stepping;
 mod touched;
 pub mod watch;

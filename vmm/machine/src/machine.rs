@@ -59,10 +59,10 @@ pub struct Machine<E: Engine, I: Inputs> {
 
 /// Where a run stops: at whichever comes first.
 #[derive(Clone, Copy, Debug)]
-struct Target {
-    tick: u64,
+pub(crate) struct Target {
+    pub(crate) tick: u64,
     /// Virtual time.
-    ns: u64,
+    pub(crate) ns: u64,
 }
 
 /// The guest is in HLT.
@@ -151,11 +151,17 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     }
 
     fn run_to(&mut self, target: Target) -> Result<Outcome, MachineError> {
+        let stop = self.go(target);
+        self.conclude(stop)
+    }
+
+    /// Runs until something stops the run, and knows whether the machine is at rest then.
+    pub(crate) fn go(&mut self, target: Target) -> Stop {
         self.at_rest = false;
         let stop = self.run_loop(target);
         self.continue_checkpoint(true);
         self.at_rest = matches!(stop, Stop::TargetReached);
-        self.conclude(stop)
+        stop
     }
 
     /// The digest of the machine's state. Costs a pass over guest RAM.
@@ -199,7 +205,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     }
 
     /// Does what is to be done at this boundary. Gives whether the guest executes next.
-    fn visit(&mut self, stands: bool, target: Target) -> Result<bool, Stop> {
+    pub(crate) fn visit(&mut self, stands: bool, target: Target) -> Result<bool, Stop> {
         self.continue_checkpoint(false);
         let tick = self.engine.tick();
         if !stands || self.delivered_at == Some(tick) {
@@ -437,7 +443,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     }
 
     /// Closes the log or compares with its end, and says what the run came to.
-    fn conclude(&mut self, stop: Stop) -> Result<Outcome, MachineError> {
+    pub(crate) fn conclude(&mut self, stop: Stop) -> Result<Outcome, MachineError> {
         match stop {
             Stop::Ended { ending, exact } => match self.end(&ending, exact) {
                 Ok((stamp, state)) => Ok(self.outcome(Conclusion::Ended(ending), stamp, state)),

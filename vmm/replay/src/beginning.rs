@@ -87,6 +87,20 @@ impl Beginning {
         Ok(Self { ram, board, at, log, time, accessed_bits: accessed_bits(header) })
     }
 
+    /// At a state that a machine of this recording was in, whose RAM is `ram`.
+    pub(crate) fn of_state(
+        recording: &Recording,
+        state: MachineState,
+        fill: &mut dyn FnMut(&mut GuestRam),
+    ) -> Result<Self, ReplayError> {
+        let header = recording.header();
+        let (mut ram, board) = ram_and_board(header)?;
+        fill(&mut ram);
+        let (log, _) = recording.log_behind(state.records)?;
+        let at = At::Checkpoint(Box::new(state));
+        Ok(Self { ram, board, at, log, time: time_source(header) })
+    }
+
     /// The tick at which the machine will stand.
     pub fn tick(&self) -> u64 {
         match &self.at {

@@ -7,7 +7,10 @@ use std::path::{Path, PathBuf};
 
 use reprise_machine::inputs::Replaying;
 use reprise_machine::machine::Machine;
-use reprise_trace::checkpoint::{CheckpointError, CheckpointInfo, Checkpoints, HiddenState};
+use reprise_machine::ram::GuestRam;
+use reprise_trace::checkpoint::{
+    CheckpointError, CheckpointInfo, Checkpoints, HiddenState, MachineState,
+};
 use reprise_trace::recording::Recording;
 
 use crate::beginning::{Beginning, Start, verification};
@@ -141,6 +144,18 @@ impl Replayable {
                 Beginning::of_checkpoint(&self.recording, file, index)
             }
         }
+    }
+
+    /// The same at a state that a machine of this recording was in, whose RAM `fill` puts into a new one.
+    ///
+    /// # Errors
+    /// The log cannot be read from there on, or there is no RAM.
+    pub fn begin_from(
+        &self,
+        state: MachineState,
+        fill: &mut dyn FnMut(&mut GuestRam),
+    ) -> Result<Beginning, ReplayError> {
+        Beginning::of_state(&self.recording, state, fill)
     }
 
     /// A machine that replays the recording on the software CPU, whatever recorded it.

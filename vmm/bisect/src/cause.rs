@@ -1,0 +1,331 @@
+//! Why two machines may have parted: a table of causes, each with its test.
+
+use iced_x86::{Instruction, Mnemonic, Register};
+use reprise_trace::cpu_state::CpuState;
+use serde::Serialize;
+
+use crate::input::InputDifference;
+use crate::memory::PageDifference;
+use crate::replica::Look;
+use crate::state_rows::flags;
+
+/// A likely cause.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Cause {
+    /// The row's name.
+    pub name: &'static str,
+    /// In words.
+    pub text: String,
+}
+
+/// All that the tests look at.
+#[derive(Debug)]
+pub(crate) struct Evidence<'a> {
+    /// What the two are called.
+    pub(crate) names: [&'a str; 2],
+    /// Header fields that decide what the machine is and that differ.
+    pub(crate) machines: &'a [String],
+    /// They differ where the comparison begins.
+    pub(crate) from_the_start: bool,
+    /// They differ in what enters before the instruction.
+    pub(crate) entering: bool,
+    /// Right before the instruction, before anything enters.
+    pub(crate) before: &'a [Look; 2],
+    /// With all in that enters there.
+    pub(crate) entered: &'a [Look; 2],
+    /// Behind it.
+    pub(crate) after: &'a [Look; 2],
+    /// What each is about to execute; `None` where it cannot be fetched.
+    pub(crate) instructions: [Option<Instruction>; 2],
+    /// Its bytes are not the same on both sides.
+    pub(crate) other_code: bool,
+    /// RAM that differs afterwards.
+    pub(crate) pages: &'a [PageDifference],
+    /// There are more pages than those.
+    pub(crate) more_pages: bool,
+    /// The first input that differs between the two logs.
+    pub(crate) input: Option<&'a InputDifference>,
+    /// A replay ended here because it is not what its recording says.
+    pub(crate) contradicted: Option<(&'a str, &'a str)>,
+    /// What executes the two is not the same.
+    pub(crate) other_engines: bool,
+}
+
+impl Evidence<'_> {
+    fn tick(&self) -> u64 {
+        self.before[0].tick
+    }
+
+    fn mnemonic(&self) -> Option<Mnemonic> {
+        self.instructions[0].map(|instruction| instruction.mnemonic())
+    }
+
+    fn cpus(&self) -> [&CpuState; 2] {
+        [&self.after[0].cpu, &self.after[1].cpu]
+    }
+
+    /// The bits of RFLAGS that differ, if no other part of machine and RAM does.
+    fn only_flags(&self) -> Option<u64> {
+        let [a, b] = self.cpus();
+        let masked = CpuState { rflags: b.rflags, ..a.clone() };
+        let only = a.rflags != b.rflags && masked == *b && self.pages.is_empty();
+        only.then_some(a.rflags ^ b.rflags)
+    }
+
+    fn port_read(&self) -> Option<u16> {
+        let instruction = self.instructions[0]?;
+        match instruction.mnemonic() {
+            Mnemonic::In if instruction.op1_register() == Register::DX => {
+                Some(self.before[0].cpu.gpr[2] as u16)
+            }
+            Mnemonic::In => Some(u16::from(instruction.immediate8())),
+            Mnemonic::Insb | Mnemonic::Insw | Mnemonic::Insd => {
+                Some(self.before[0].cpu.gpr[2] as u16)
+            }
+            _ => None,
+        }
+    }
+
+    /// Everything that the instruction could depend on is the same on both sides.
+    fn same_before(&self) -> bool {
+        let [a, b] = self.entered;
+        a == b && !self.other_code && !self.from_the_start
+    }
+}
+
+type Test = fn(&Evidence<'_>) -> Option<String>;
+
+/// A row a cause, the most telling first: its name, and the test that gives it in words.
+const CAUSES: [(&str, Test); 13] = [
+    ("other-machine", other_machine),
+    ("other-start", other_start),
+    ("input", input),
+    ("contradiction", contradiction),
+    ("interrupt-moment", interrupt_moment),
+    ("time-stamp", time_stamp),
+    ("accessed-bit", accessed_bit),
+    ("undefined-flag", undefined_flag),
+    ("approximation", approximation),
+    ("host-dependent", host_dependent),
+    ("other-code", other_code),
+    ("stale-translation", stale_translation),
+    ("engine", engine),
+];
+
+/// The likely causes, the most telling first.
+pub(crate) fn causes(evidence: &Evidence<'_>) -> Vec<Cause> {
+    let rows = CAUSES.iter();
+    rows.filter_map(|(name, test)| test(evidence).map(|text| Cause { name, text })).collect()
+}
+
+fn other_machine(evidence: &Evidence<'_>) -> Option<String> {
+    (!evidence.machines.is_empty()).then(|| {
+        format!(
+            "not the same machine or guest: {} differ; compare recordings of one guest",
+            evidence.machines.join(", ")
+        )
+    })
+}
+
+fn other_start(evidence: &Evidence<'_>) -> Option<String> {
+    (evidence.from_the_start && evidence.machines.is_empty()).then(|| {
+        "they differ where the comparison begins: a checkpoint was altered, or was not made by \
+         the run that it belongs to"
+            .to_owned()
+    })
+}
+
+/// Ports of the serial port.
+const SERIAL: std::ops::RangeInclusive<u16> = 0x3f8..=0x3ff;
+/// Ports of PIT, port B and RTC, which tell time.
+const CLOCKS: [u16; 7] = [0x40, 0x41, 0x42, 0x43, 0x61, 0x70, 0x71];
+
+fn input(evidence: &Evidence<'_>) -> Option<String> {
+    let input = evidence.input.filter(|input| input.is_of_input())?;
+    if evidence.tick() == input.tick() && evidence.entering {
+        return Some(format!("the recordings hold different input here: {input}"));
+    }
+    let reads = evidence.port_read().is_some_and(|port| SERIAL.contains(&port));
+    let same_devices = evidence.entered[0].devices == evidence.entered[1].devices;
+    if evidence.tick() < input.tick() || same_devices && !evidence.entering {
+        return None;
+    }
+    let how = if reads { "the guest reads what was typed" } else { "it follows from other input" };
+    Some(format!("{how}: {input}"))
+}
+
+fn contradiction(evidence: &Evidence<'_>) -> Option<String> {
+    let (name, text) = evidence.contradicted?;
+    Some(format!(
+        "the {name} recording contradicts itself, so it was altered or made by a faulty engine: {text}"
+    ))
+}
+
+fn interrupt_moment(evidence: &Evidence<'_>) -> Option<String> {
+    let taken = [0, 1].map(|side| {
+        let count = |look: &Look| look.surroundings.interrupts;
+        count(&evidence.entered[side]) - count(&evidence.before[side])
+    });
+    let [here, other] = match taken {
+        [a, b] if a > b => evidence.names,
+        [a, b] if a < b => [evidence.names[1], evidence.names[0]],
+        _ => return None,
+    };
+    Some(format!(
+        "an interrupt is taken before this instruction on the {here} side and not on the {other} \
+         one: virtual time or device state differs, or a counter's skid was passed over"
+    ))
+}
+
+fn time_stamp(evidence: &Evidence<'_>) -> Option<String> {
+    let reads = match evidence.mnemonic()? {
+        Mnemonic::Rdtsc | Mnemonic::Rdtscp => "the time-stamp counter".to_owned(),
+        _ => {
+            let port = evidence.port_read().filter(|port| CLOCKS.contains(port))?;
+            format!("a clock through port {port:#x}")
+        }
+    };
+    let [a, b] = evidence.entered;
+    let [one, other] = evidence.names;
+    let times = match (a.surroundings.virtual_ns, b.surroundings.virtual_ns) {
+        (a, b) if a == b => format!("virtual time is the same, {a} ns, so the value was altered"),
+        (a, b) => format!("virtual time is {a} ns on the {one} side and {b} ns on the {other} one"),
+    };
+    Some(format!("the guest reads {reads}, and {times}"))
+}
+
+fn accessed_bit(evidence: &Evidence<'_>) -> Option<String> {
+    let tables = || evidence.pages.iter().map(|page| page.table.as_ref());
+    let walked = tables().all(|table| table.is_some_and(|table| table.only_accessed_or_dirty));
+    let first = tables().next()??;
+    (walked && !evidence.more_pages).then(|| {
+        format!(
+            "{} of the page-table entry for {:#x} (level {}) is set on one side only, and no other \
+             byte of RAM differs: a page walk that one side made and the other did not, or hardware \
+             that set the bit early",
+            first.bits(),
+            first.linear,
+            first.level
+        )
+    })
+}
+
+fn undefined_flag(evidence: &Evidence<'_>) -> Option<String> {
+    let differing = evidence.only_flags()?;
+    let instruction = evidence.instructions[0]?;
+    let undefined = rflags_of(instruction.rflags_undefined());
+    (differing & !undefined == 0).then(|| {
+        format!(
+            "only {} differ, which {:?} leaves undefined: processors differ in them",
+            flags(differing).split_once(' ').map_or("flags", |(_, names)| names),
+            instruction.mnemonic()
+        )
+    })
+}
+
+/// Bits of RFLAGS from the decoder's.
+fn rflags_of(bits: u32) -> u64 {
+    use iced_x86::RflagsBits;
+    let table = [
+        (RflagsBits::CF, 0),
+        (RflagsBits::PF, 2),
+        (RflagsBits::AF, 4),
+        (RflagsBits::ZF, 6),
+        (RflagsBits::SF, 7),
+        (RflagsBits::OF, 11),
+    ];
+    table.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, place)| 1 << place).sum()
+}
+
+/// Instructions whose results the manuals give only up to an error.
+const APPROXIMATE: [Mnemonic; 12] = [
+    Mnemonic::Rcpps,
+    Mnemonic::Rcpss,
+    Mnemonic::Rsqrtps,
+    Mnemonic::Rsqrtss,
+    Mnemonic::F2xm1,
+    Mnemonic::Fyl2x,
+    Mnemonic::Fyl2xp1,
+    Mnemonic::Fsin,
+    Mnemonic::Fcos,
+    Mnemonic::Fsincos,
+    Mnemonic::Fptan,
+    Mnemonic::Fpatan,
+];
+
+fn approximation(evidence: &Evidence<'_>) -> Option<String> {
+    let mnemonic = evidence.mnemonic().filter(|mnemonic| APPROXIMATE.contains(mnemonic))?;
+    let [a, b] = evidence.cpus();
+    (a.gpr == b.gpr && a.fpu != b.fpu).then(|| {
+        format!("{mnemonic:?} gives an approximation, in which processors of different vendors differ")
+    })
+}
+
+/// Instructions that ask the processor itself.
+const ASKING: [Mnemonic; 7] = [
+    Mnemonic::Cpuid,
+    Mnemonic::Rdrand,
+    Mnemonic::Rdseed,
+    Mnemonic::Rdpmc,
+    Mnemonic::Rdmsr,
+    Mnemonic::Xgetbv,
+    Mnemonic::Rdpid,
+];
+
+fn host_dependent(evidence: &Evidence<'_>) -> Option<String> {
+    let mnemonic = evidence.mnemonic().filter(|mnemonic| ASKING.contains(mnemonic))?;
+    Some(format!(
+        "{mnemonic:?} asks the processor itself, whose answer is no part of a recording where \
+         nothing traps it"
+    ))
+}
+
+fn other_code(evidence: &Evidence<'_>) -> Option<String> {
+    (evidence.other_code && !evidence.entering).then(|| {
+        "they execute different instructions here: RIP or the code in RAM differs already".to_owned()
+    })
+}
+
+fn stale_translation(evidence: &Evidence<'_>) -> Option<String> {
+    let [a, b] = evidence.entered;
+    let other_tlb = a.hidden.is_some() && b.hidden.is_some() && a.hidden != b.hidden;
+    let [one, other] = evidence.cpus();
+    let one_faults = one.cr2 != other.cr2 && one.rip != other.rip;
+    let accesses = evidence.instructions[0].is_some_and(|instruction| {
+        instruction.op_count() > 0 && instruction.memory_base() != Register::None
+            || instruction.is_stack_instruction()
+    });
+    let what = match (one_faults, other_tlb) {
+        (true, _) => "one side takes a page fault where the other does not",
+        (false, true) if accesses && !evidence.other_code => {
+            "the TLBs do not hold the same translations, and the instruction accesses memory"
+        }
+        _ => return None,
+    };
+    Some(format!(
+        "{what}: the guest changed a page table without a flush, and one side still used the old \
+         translation"
+    ))
+}
+
+fn engine(evidence: &Evidence<'_>) -> Option<String> {
+    if !evidence.same_before() || evidence.entering || evidence.contradicted.is_some() {
+        return None;
+    }
+    let others = [time_stamp, undefined_flag, approximation, host_dependent];
+    if others.iter().any(|test| test(evidence).is_some()) {
+        return None;
+    }
+    let what = match evidence.other_engines {
+        true => "one of the two engines executes it wrongly",
+        false => "the engine did not do the same twice",
+    };
+    Some(format!(
+        "the same instruction on the same machine gave two results: {what}; keep both recordings \
+         and report this"
+    ))
+}
+
+#[cfg(test)]
+#[path = "cause_tests.rs"]
+mod tests;

@@ -1,0 +1,317 @@
+//! Finds where two machines part, and looks at them there.
+
+use std::collections::BTreeSet;
+
+use iced_x86::Instruction;
+use reprise_branch_clock::guest_code::{decode_at, linear_of};
+use reprise_machine::ram::GuestRam;
+use serde::Serialize;
+
+use crate::cause::{Evidence, causes};
+use crate::finding::{Finding, Kind};
+use crate::image::Image;
+use crate::listing::{Disassembler, Line};
+use crate::memory::{PageDifference, PageTables, page_difference};
+use crate::pair::Pair;
+use crate::replica::{Depth, Look, Runner};
+use crate::search::{BisectError, Gap, Search, Watch, evenly, ever_farther};
+use crate::side::Side;
+use crate::state_rows::{cpu_rows, flags, other_rows};
+use crate::{Question, machine_differences};
+
+/// Instructions listed before the place and behind it.
+const LISTED: u64 = 8;
+/// Pages of RAM that are described.
+const SHOWN_PAGES: usize = 8;
+
+/// What a comparison came to.
+#[derive(Clone, Debug, Serialize)]
+pub struct Compared {
+    /// Where CPU or RAM differ first; else where devices and the like do. `None` if nothing was found.
+    pub finding: Option<Box<Finding>>,
+    /// Where devices, time or TLB differ that CPU and RAM show only at `finding`.
+    pub origin: Option<Box<Finding>>,
+    /// How it was compared.
+    pub comparison: Comparison,
+}
+
+/// How two machines were compared.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Comparison {
+    /// The tick at which both replays began.
+    pub from: u64,
+    /// The last tick at which they were compared and alike; CPU and RAM, if an origin was found.
+    pub equal_until: u64,
+    /// How often they were compared.
+    pub times: u64,
+    /// How the replays ended that came to an end.
+    pub endings: [Option<String>; 2],
+    /// Which of them ended because they are not what was recorded.
+    pub diverged: [bool; 2],
+}
+
+/// Compares.
+pub(crate) struct Examiner<'a> {
+    sides: &'a [Side<'a>; 2],
+    question: &'a Question<'a>,
+    search: Search<'a>,
+    disassembler: Disassembler,
+    machines: Vec<String>,
+}
+
+impl<'a> Examiner<'a> {
+    pub(crate) fn new(
+        sides: &'a [Side<'a>; 2],
+        question: &'a Question<'a>,
+        watch: &'a mut dyn Watch,
+    ) -> Self {
+        Self {
+            sides,
+            question,
+            search: Search::new(sides, watch),
+            disassembler: Disassembler::new(question.symbols.clone()),
+            machines: machine_differences(sides),
+        }
+    }
+
+    pub(crate) fn compare(mut self) -> Result<Compared, BisectError> {
+        let (mut pair, alike) = self.search.begin(self.question.starts)?;
+        let from = pair.runners[0].tick();
+        if !alike {
+            let finding = Some(Box::new(self.at_the_start(pair)?));
+            return Ok(self.compared(from, from, finding, None));
+        }
+        let until = self.question.until.max(from);
+        let input = self.question.input.map(|input| input.tick());
+        let gap = match input.filter(|input| (from..until).contains(input)) {
+            // The same code on the same input does the same: the first comparison is where that ends.
+            Some(input) => {
+                let ticks = (input > from).then_some(input).into_iter();
+                let ticks = ticks.chain(ever_farther(input, until));
+                self.search.scan(&mut pair, Depth::Everything, ticks)?
+            }
+            None => self.search.scan(&mut pair, Depth::Everything, evenly(from, until))?,
+        };
+        drop(pair);
+        let Some(gap) = gap else { return Ok(self.compared(from, until, None, None)) };
+        let gap = self.search.narrow(gap, Depth::Everything)?;
+        let mut pair = self.search.return_to(gap.equal)?;
+        self.search.advance(&mut pair, gap.differs)?;
+        if pair.differs(Depth::Visible)? {
+            drop(pair);
+            let finding = Some(Box::new(self.examine(gap, Depth::Everything)?));
+            return Ok(self.compared(from, gap.equal, finding, None));
+        }
+        let origin = self.examine(gap, Depth::Everything)?;
+        let ticks = ever_farther(gap.differs, until);
+        let visible = self.search.scan(&mut pair, Depth::Visible, ticks)?;
+        drop(pair);
+        match visible {
+            None => Ok(self.compared(from, until, Some(Box::new(origin)), None)),
+            Some(gap) => {
+                let gap = self.search.narrow(gap, Depth::Visible)?;
+                let finding = Some(Box::new(self.examine(gap, Depth::Visible)?));
+                Ok(self.compared(from, gap.equal, finding, Some(Box::new(origin))))
+            }
+        }
+    }
+
+    fn compared(
+        self,
+        from: u64,
+        equal_until: u64,
+        finding: Option<Box<Finding>>,
+        origin: Option<Box<Finding>>,
+    ) -> Compared {
+        let over = self.search.over;
+        let diverged = over.each_ref().map(|over| over.as_ref().is_some_and(|over| over.diverged));
+        let endings = over.map(|over| over.map(|over| over.text));
+        let ended = finding.as_ref().is_none_or(|finding| finding.endings.iter().any(Option::is_some));
+        let endings = if ended { endings } else { [None, None] };
+        let diverged = if ended { diverged } else { [false; 2] };
+        let times = self.search.comparisons;
+        let comparison = Comparison { from, equal_until, times, endings, diverged };
+        Compared { finding, origin, comparison }
+    }
+
+    /// Both machines where they begin, which are not alike.
+    fn at_the_start(&mut self, mut pair: Pair) -> Result<Finding, BisectError> {
+        let looks = pair.looks()?;
+        let empty = Image::default();
+        let images = [0, 1].map(|side| pair.image_of(side, &empty));
+        let stages = [looks.clone(), looks.clone(), looks];
+        let mut lines = Pair::begin(self.sides, self.question.starts)?;
+        lines.differing_pages(0);
+        let listings = self.listings(&mut lines, &images)?;
+        self.finding(Kind::Start, &stages, &images, pair, (Vec::new(), listings))
+    }
+
+    /// Looks at a step after which they are not alike, as far as `depth` goes.
+    fn examine(&mut self, gap: Gap, depth: Depth) -> Result<Finding, BisectError> {
+        let (mut pair, before) = self.search.looks_at(gap.equal)?;
+        let common = self.search.newest().image.clone();
+        let images_before = [0, 1].map(|side| pair.image_of(side, &common));
+        for runner in &mut pair.runners {
+            runner.enter()?;
+        }
+        let entered = pair.looks()?;
+        let entering = pair.differs(depth)?;
+        let entered_images = [0, 1].map(|side| pair.image_of(side, &common));
+        if !entering {
+            self.search.advance(&mut pair, gap.differs)?;
+        }
+        let after = pair.looks()?;
+        let kind = if entering { Kind::Entering } else { Kind::Instruction };
+        let listed_before = self.before(gap.equal, &images_before[0])?;
+        let mut lines = self.search.return_to(gap.equal)?;
+        let listings = self.listings(&mut lines, &images_before)?;
+        let stages = [before, entered, after];
+        self.finding(kind, &stages, &entered_images, pair, (listed_before, listings))
+    }
+
+    /// What differs, and why.
+    fn finding(
+        &mut self,
+        kind: Kind,
+        stages: &[[Look; 2]; 3],
+        images: &[Image; 2],
+        mut pair: Pair,
+        (before, behind): (Vec<Line>, [Vec<Line>; 2]),
+    ) -> Result<Finding, BisectError> {
+        let [looks_before, entered, after] = stages;
+        let rams = self.rams(images)?;
+        let instructions: [Option<Instruction>; 2] = [0, 1].map(|side: usize| {
+            let cpu = &entered[side].cpu;
+            decode_at(&rams[side], cpu, cpu.rip)
+        });
+        let (memory, pages) = self.memory(&mut pair, &rams, after);
+        let endings = [0, 1].map(|side| pair.runners[side].over().map(|over| over.text.clone()));
+        let contradicted = pair.runners.iter().zip(self.sides).find_map(|(runner, side)| {
+            let over = runner.over().filter(|over| over.diverged)?;
+            Some((side.name.as_str(), over.text.as_str()))
+        });
+        let taken = |side: usize| {
+            let count = |look: &Look| look.surroundings.interrupts;
+            count(&entered[side]) - count(&looks_before[side])
+        };
+        let names = self.sides.each_ref().map(|side| side.name.as_str());
+        let recording =
+            self.sides.each_ref().map(|side| std::ptr::from_ref(side.replayable()).addr());
+        let evidence = Evidence {
+            names,
+            machines: &self.machines,
+            from_the_start: kind == Kind::Start,
+            entering: kind == Kind::Entering,
+            before: looks_before,
+            entered,
+            after,
+            instructions,
+            other_code: instructions[0] != instructions[1],
+            pages: &memory,
+            more_pages: pages > memory.len(),
+            input: self.question.input,
+            contradicted,
+            other_engines: recording[0] == recording[1],
+        };
+        let (cpu, first) = (&entered[0].cpu, behind[0].first());
+        Ok(Finding {
+            kind,
+            sides: names.map(str::to_owned),
+            tick: looks_before[0].tick,
+            address: linear_of(cpu, cpu.rip),
+            symbol: self.question.symbols.describe(linear_of(cpu, cpu.rip)),
+            instruction: first.map(|line| line.text.clone()).unwrap_or_default(),
+            cpl: cpu.cpl(),
+            cr3: cpu.cr3,
+            rflags: flags(looks_before[0].cpu.rflags),
+            virtual_ns: looks_before[0].surroundings.virtual_ns,
+            interrupts: [taken(0), taken(1)],
+            cpu: cpu_rows(&after[0].cpu, &after[1].cpu),
+            other: other_rows(&after[0], &after[1]),
+            causes: causes(&evidence),
+            memory,
+            pages,
+            before,
+            behind,
+            endings,
+        })
+    }
+
+    fn rams(&self, images: &[Image; 2]) -> Result<[GuestRam; 2], BisectError> {
+        Ok([
+            images[0].to_ram(self.sides[0].ram_mib())?,
+            images[1].to_ram(self.sides[1].ram_mib())?,
+        ])
+    }
+
+    /// The first pages of RAM that differ now, and how many there are.
+    fn memory(
+        &self,
+        pair: &mut Pair,
+        rams: &[GuestRam; 2],
+        after: &[Look; 2],
+    ) -> (Vec<PageDifference>, usize) {
+        let differing = pair.differing_pages(SHOWN_PAGES);
+        if differing.is_empty() {
+            return (Vec::new(), 0);
+        }
+        let tables = PageTables::of(&rams[0], &after[0].cpu);
+        let described = differing.iter().filter_map(|&address| {
+            let [one, other] = &mut pair.runners;
+            let (one, other) = (one.page(address), other.page(address));
+            page_difference(address, [&one, &other], &tables)
+        });
+        let described = described.collect();
+        (described, pair.count_differing_pages())
+    }
+
+    /// What ran before `tick`, on both sides.
+    fn before(&mut self, tick: u64, image: &Image) -> Result<Vec<Line>, BisectError> {
+        let mut pair = self.search.return_before(tick, LISTED)?;
+        let mut ram = image.to_ram(self.sides[0].ram_mib())?;
+        let here = pair.runners[0].tick();
+        self.list(&mut pair.runners[0], &mut ram, tick - here)
+    }
+
+    /// What both execute from where they stand.
+    fn listings(
+        &mut self,
+        pair: &mut Pair,
+        images: &[Image; 2],
+    ) -> Result<[Vec<Line>; 2], BisectError> {
+        let [mut one, mut other] = self.rams(images)?;
+        let [a, b] = &mut pair.runners;
+        Ok([self.list(a, &mut one, LISTED)?, self.list(b, &mut other, LISTED)?])
+    }
+
+    /// The next instructions of a machine, whose RAM `ram` is and becomes.
+    fn list(
+        &mut self,
+        runner: &mut Runner,
+        ram: &mut GuestRam,
+        count: u64,
+    ) -> Result<Vec<Line>, BisectError> {
+        let mut lines = Vec::new();
+        for _ in 0..count {
+            let interrupts = runner.look()?.surroundings.interrupts;
+            runner.enter()?;
+            if runner.over().is_some() {
+                break;
+            }
+            let mut changed = BTreeSet::new();
+            runner.add_changed_pages(&mut changed);
+            for page in changed {
+                // It comes from RAM of the same size.
+                let placed = ram.place(page, &runner.page(page)[..]);
+                debug_assert!(placed, "page {page:#x} lies in RAM");
+            }
+            let look = runner.look()?;
+            let mut line = self.disassembler.line(ram, look.tick, &look.cpu);
+            let taken = look.surroundings.interrupts - interrupts;
+            line.note = (taken > 0).then(|| "an interrupt was taken right before".to_owned());
+            lines.push(line);
+            runner.advance(look.tick + 1)?;
+        }
+        Ok(lines)
+    }
+}

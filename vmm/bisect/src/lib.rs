@@ -1,0 +1,113 @@
+//! The first instruction after which two replays differ, and why.
+//!
+//! [`compare`] takes two [`Side`]s: two recordings, or one recording on two engines. It moves both
+//! machines together, narrows the gap in which they part to one instruction (`search.rs`), and says what
+//! differs behind it (`state_rows.rs`, `memory.rs`), what ran around it (`listing.rs`) and what the
+//! likely cause is (`cause.rs`, a table).//!
+//! What enters a machine before an instruction (input, the end of a sleep, an interrupt) is a step of
+//! its own. A difference that is in devices, virtual time or the TLB alone is told as the *origin*; the
+//! search then goes on to the first instruction after which CPU or RAM differ.
+#![forbid(unsafe_code)]
+
+mod cause;
+mod examine;
+mod finding;
+mod image;
+pub mod input;
+mod listing;
+mod memory;
+mod pair;
+mod replica;
+mod search;
+mod side;
+mod state_rows;
+
+use std::sync::Arc;
+
+use reprise_export::symbols::Symbols;
+use reprise_replay::Start;
+use reprise_trace::diff::header_differences;
+use reprise_trace::moment::TickKind;
+
+pub use crate::cause::Cause;
+pub use crate::examine::{Compared, Comparison};
+pub use crate::finding::{Finding, Kind};
+pub use crate::listing::Line;
+pub use crate::memory::{PageDifference, TableEntry};
+pub use crate::replica::{Depth, Look};
+pub use crate::search::{BisectError, Unwatched, Watch};
+pub use crate::side::Side;
+pub use crate::state_rows::{Row, cpu_rows, other_rows};
+
+use crate::examine::Examiner;
+use crate::input::InputDifference;
+
+/// What is known before machines are compared.
+#[derive(Clone, Debug)]
+pub struct Question<'a> {
+    /// Where the replays begin, at the same tick.
+    pub starts: [Start; 2],
+    /// The tick behind which nothing is compared.
+    pub until: u64,
+    /// The first input that differs: before its tick the machines cannot differ.
+    pub input: Option<&'a InputDifference>,
+    /// Names for addresses.
+    pub symbols: Arc<Symbols>,
+}
+
+/// Finds the first instruction after which two replays differ.
+///
+/// # Errors
+/// A recording cannot be used or does not count instructions, an engine fails, or somebody asked to
+/// stop.
+pub fn compare(
+    sides: &[Side<'_>; 2],
+    question: &Question<'_>,
+    watch: &mut dyn Watch,
+) -> Result<Compared, BisectError> {
+    for side in sides {
+        let header = side.replayable().recording().header();
+        if header.tick_kind != TickKind::Instruction {
+            let (name, clock) = (side.name.clone(), header.clock.clone());
+            return Err(BisectError::Clock { name, clock });
+        }
+    }
+    Examiner::new(sides, question, watch).compare()
+}
+
+/// The fields of two recordings' headers that decide what the machine is, as far as they differ.
+pub fn machine_differences(sides: &[Side<'_>; 2]) -> Vec<String> {
+    const DECIDING: [&str; 9] = [
+        "machine.ram_mib",
+        "machine.rtc_start_s",
+        "cpu_model.name",
+        "cpu_model.version",
+        "tick_kind",
+        "ns_per_tick",
+        "guest.name",
+        "guest.command_line",
+        "guest.images",
+    ];
+    let [a, b] = [0, 1].map(|side: usize| sides[side].replayable().recording().header());
+    let all = header_differences(a, b).into_iter().map(|found| found.field);
+    all.filter(|field| DECIDING.contains(field)).map(str::to_owned).collect()
+}
+
+/// The last place at which two recordings of one machine are known to be alike without replaying
+/// either: their last checkpoints at one tick with one digest, or the start of the run. At or before
+/// `tick`.
+pub fn common_start(sides: &[Side<'_>; 2], tick: u64) -> [Start; 2] {
+    let [one, other] = [0, 1].map(|side: usize| sides[side].replayable().checkpoints());
+    for (index, a) in one.iter().enumerate().rev().filter(|(_, info)| info.moment.tick <= tick) {
+        let same = |b: &&reprise_trace::checkpoint::CheckpointInfo| {
+            let (x, y) = (a.digest, b.digest);
+            // The rest holds the last record, which may be a mark.
+            a.moment == b.moment
+                && (x.cpu, x.devices, x.ram, x.engine) == (y.cpu, y.devices, y.ram, y.engine)
+        };
+        if let Some(other_index) = other.iter().position(|b| same(&b)) {
+            return [Start::Checkpoint(index), Start::Checkpoint(other_index)];
+        }
+    }
+    [Start::Run, Start::Run]
+}

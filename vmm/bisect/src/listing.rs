@@ -1,0 +1,105 @@
+//! Disassembly of what machines are about to execute.
+
+use std::fmt::{self, Display, Formatter};
+use std::sync::Arc;
+
+use iced_x86::{Formatter as _, GasFormatter, Instruction, SymbolResolver, SymbolResult};
+use reprise_branch_clock::guest_code::{MAX_BYTES, decode_at, linear_of};
+use reprise_branch_clock::paging::Paging;
+use reprise_export::symbols::Symbols;
+use reprise_machine::ram::GuestRam;
+use reprise_trace::cpu_state::CpuState;
+use serde::Serialize;
+
+/// Bytes of an instruction that a line has room for; most have fewer.
+const BYTES_COLUMNS: usize = 20;
+
+/// An instruction about to be executed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Line {
+    /// Instructions retired before it, since the machine started.
+    pub tick: u64,
+    /// The privilege level.
+    pub cpl: u8,
+    /// Linear address.
+    pub address: u64,
+    /// The symbol there.
+    pub symbol: Option<String>,
+    /// The encoding, in hexadecimal; empty where it cannot be fetched.
+    pub bytes: String,
+    /// The disassembly.
+    pub text: String,
+    /// What happened right before it, an interrupt say.
+    pub note: Option<String>,
+}
+
+impl Display for Line {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let Self { tick, cpl, address, symbol, bytes, text, note } = self;
+        write!(f, "{tick:>12} {cpl} {address:016x} ")?;
+        if let Some(symbol) = symbol {
+            write!(f, "<{symbol}> ")?;
+        }
+        write!(f, " {bytes:<BYTES_COLUMNS$}  {text}")?;
+        match note {
+            Some(note) => write!(f, "   ({note})"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Names operands.
+struct Names(Arc<Symbols>);
+
+impl SymbolResolver for Names {
+    fn symbol(
+        &mut self,
+        _: &Instruction,
+        _: u32,
+        _: Option<u32>,
+        address: u64,
+        _: u32,
+    ) -> Option<SymbolResult<'_>> {
+        let name = self.0.describe(address)?;
+        Some(SymbolResult::with_string(address, name))
+    }
+}
+
+/// Makes lines.
+pub(crate) struct Disassembler {
+    symbols: Arc<Symbols>,
+    formatter: GasFormatter,
+}
+
+impl Disassembler {
+    pub(crate) fn new(symbols: Arc<Symbols>) -> Self {
+        let names: Option<Box<dyn SymbolResolver>> =
+            if symbols.is_empty() { None } else { Some(Box::new(Names(symbols.clone()))) };
+        Self { formatter: GasFormatter::with_options(names, None), symbols }
+    }
+
+    /// The instruction that the CPU is about to execute, `ram` being its RAM.
+    pub(crate) fn line(&mut self, ram: &GuestRam, tick: u64, cpu: &CpuState) -> Line {
+        let address = linear_of(cpu, cpu.rip);
+        let mut bytes = [0; MAX_BYTES];
+        let fetched = Paging::from(cpu).read_prefix(ram, address, &mut bytes);
+        let (length, text) = match decode_at(ram, cpu, cpu.rip) {
+            Some(instruction) => {
+                let mut text = String::new();
+                self.formatter.format(&instruction, &mut text);
+                (instruction.len(), text)
+            }
+            None if fetched == 0 => (0, "(not mapped: a page fault)".to_owned()),
+            None => (fetched, "(no instruction)".to_owned()),
+        };
+        Line {
+            tick,
+            cpl: cpu.cpl(),
+            address,
+            symbol: self.symbols.describe(address),
+            bytes: bytes[..length].iter().map(|byte| format!("{byte:02x}")).collect(),
+            text,
+            note: None,
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! A machine that is compared with another: moved to a tick, let in what enters there, and looked at.
+
+use std::collections::BTreeSet;
+
+use reprise_devices::board::BoardState;
+use reprise_machine::checkpoint::checkpoint;
+use reprise_machine::engine::{Engine, EngineError};
+use reprise_machine::inputs::Replaying;
+use reprise_machine::machine::Machine;
+use reprise_machine::outcome::{Conclusion, MachineError, Outcome};
+use reprise_machine::stepping::Surroundings;
+use reprise_trace::checkpoint::{HiddenState, MachineState, PAGE_BYTES};
+use reprise_trace::cpu_state::CpuState;
+
+use crate::image::Page;
+
+/// How much of two machines has to be the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Depth {
+    /// CPU and RAM: what the guest's programs can see at once.
+    Visible,
+    /// That, and all that decides what they will see: devices, virtual time, TLB, and console output.
+    Everything,
+}
+
+/// A machine at a tick, RAM apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Look {
+    /// Ticks since the machine started.
+    pub tick: u64,
+    /// The CPU.
+    pub cpu: CpuState,
+    /// The board.
+    pub devices: BoardState,
+    /// What the engine keeps beside the CPU state; `None` amid an instruction.
+    pub hidden: Option<HiddenState>,
+    /// Time, output and counters.
+    pub surroundings: Surroundings,
+    /// Whether the run is over here.
+    pub over: bool,
+}
+
+impl Look {
+    /// Whether both are the same, as far as `depth` goes.
+    pub fn is_like(&self, other: &Self, depth: Depth) -> bool {
+        let visible = self.tick == other.tick && self.cpu == other.cpu && self.over == other.over;
+        match depth {
+            Depth::Visible => visible,
+            Depth::Everything => visible && self == other,
+        }
+    }
+}
+
+/// A replaying machine, whatever its engine.
+pub(crate) trait Replica {
+    fn advance(&mut self, tick: u64) -> Result<Option<Outcome>, MachineError>;
+    fn enter(&mut self) -> Result<Option<Outcome>, MachineError>;
+    fn tick(&mut self) -> u64;
+    fn look(&mut self) -> Result<Look, EngineError>;
+    /// The CPU alone.
+    fn cpu(&mut self) -> Result<CpuState, EngineError>;
+    /// Adds the pages of RAM that may have been written since this was last asked.
+    fn add_changed_pages(&mut self, pages: &mut BTreeSet<u64>);
+    fn page(&mut self, address: u64) -> Page;
+    /// Everything but RAM, where the machine can be gone on from.
+    fn state(&mut self) -> Result<Option<MachineState>, EngineError>;
+}
+
+impl<E: Engine> Replica for Machine<E, Replaying> {
+    fn advance(&mut self, tick: u64) -> Result<Option<Outcome>, MachineError> {
+        self.advance_to(tick)
+    }
+
+    fn enter(&mut self) -> Result<Option<Outcome>, MachineError> {
+        Machine::enter(self)
+    }
+
+    fn tick(&mut self) -> u64 {
+        self.engine().tick()
+    }
+
+    fn look(&mut self) -> Result<Look, EngineError> {
+        let hidden = self.engine().save()?.map(|saved| saved.hidden);
+        Ok(Look {
+            tick: self.engine().tick(),
+            cpu: self.engine().cpu_state()?,
+            devices: self.board().save(),
+            hidden,
+            surroundings: self.surroundings(),
+            over: false,
+        })
+    }
+
+    fn cpu(&mut self) -> Result<CpuState, EngineError> {
+        self.engine().cpu_state()
+    }
+
+    fn add_changed_pages(&mut self, pages: &mut BTreeSet<u64>) {
+        let mut add = |start: u64, piece: &[u8]| {
+            pages.extend((start..start + piece.len() as u64).step_by(PAGE_BYTES));
+        };
+        self.engine().start_capture(&mut add);
+        while !self.engine().continue_capture(usize::MAX, &mut add) {}
+    }
+
+    fn page(&mut self, address: u64) -> Page {
+        let mut page = Box::new([0; PAGE_BYTES]);
+        self.engine().read_ram(address, &mut page[..]);
+        page
+    }
+
+    fn state(&mut self) -> Result<Option<MachineState>, EngineError> {
+        match self.consistent()? {
+            None => Ok(None),
+            // The pages have been asked for already, and have not changed since.
+            Some(consistent) => checkpoint(consistent, &mut |_, _| {}).map(Some),
+        }
+    }
+}
+
+/// A replica, and whether its run is over.
+pub(crate) struct Runner {
+    replica: Box<dyn Replica>,
+    over: Option<Over>,
+}
+
+/// How a replay ended.
+#[derive(Clone, Debug)]
+pub(crate) struct Over {
+    /// In words.
+    pub(crate) text: String,
+    /// The replay is not what was recorded.
+    pub(crate) diverged: bool,
+}
+
+impl From<Outcome> for Over {
+    fn from(outcome: Outcome) -> Self {
+        let (text, diverged) = match outcome.conclusion {
+            Conclusion::Ended(ending) => (format!("{ending}"), false),
+            Conclusion::CutShort { .. } => ("its log goes no further".to_owned(), false),
+            Conclusion::TargetReached => ("it stands".to_owned(), false),
+            Conclusion::Diverged(divergence) => (divergence.to_string(), true),
+        };
+        Self { text, diverged }
+    }
+}
+
+impl Runner {
+    pub(crate) fn new(replica: Box<dyn Replica>) -> Self {
+        Self { replica, over: None }
+    }
+
+    pub(crate) fn over(&self) -> Option<&Over> {
+        self.over.as_ref()
+    }
+
+    pub(crate) fn tick(&mut self) -> u64 {
+        self.replica.tick()
+    }
+
+    pub(crate) fn advance(&mut self, tick: u64) -> Result<(), MachineError> {
+        if self.over.is_none() && self.replica.tick() < tick {
+            self.over = self.replica.advance(tick)?.map(Over::from);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn enter(&mut self) -> Result<(), MachineError> {
+        if self.over.is_none() {
+            self.over = self.replica.enter()?.map(Over::from);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn look(&mut self) -> Result<Look, EngineError> {
+        Ok(Look { over: self.over.is_some(), ..self.replica.look()? })
+    }
+
+    pub(crate) fn cpu(&mut self) -> Result<CpuState, EngineError> {
+        self.replica.cpu()
+    }
+
+    pub(crate) fn add_changed_pages(&mut self, pages: &mut BTreeSet<u64>) {
+        self.replica.add_changed_pages(pages);
+    }
+
+    pub(crate) fn page(&mut self, address: u64) -> Page {
+        self.replica.page(address)
+    }
+
+    pub(crate) fn state(&mut self) -> Result<Option<MachineState>, EngineError> {
+        if self.over.is_some() { Ok(None) } else { self.replica.state() }
+    }
+}

@@ -1,0 +1,303 @@
+//! The search for the first instruction after which two machines differ.
+//!
+//! Both machines are moved forward together and compared at chosen ticks. Wherever they are alike, what
+//! they have in common is kept, a checkpoint in memory; once they are not, both go back to the last of
+//! them and are compared at sixteen ticks in between, until the gap is one instruction. Of RAM only the
+//! pages are looked at that either may have written since.
+
+use std::collections::VecDeque;
+
+use reprise_machine::engine::EngineError;
+use reprise_machine::outcome::MachineError;
+use reprise_machine::ram::RamError;
+use reprise_replay::{ReplayError, Start};
+
+use crate::pair::{Base, Pair};
+use crate::replica::{Depth, Look, Over};
+use crate::side::Side;
+
+/// Ticks that a machine runs between two looks at whether to stop: a fraction of a second.
+const SLICE_TICKS: u64 = 50_000_000;
+/// Comparisons in a gap that is searched again.
+const COMPARISONS: u64 = 16;
+/// What is in common is kept at each comparison that is so far from the last one, in ticks, and at every
+/// sixteenth in any case.
+const WORTH_KEEPING_TICKS: u64 = 4096;
+/// So many of them are kept: what ran before a difference is shown from one of these.
+const KEPT_BASES: usize = 8;
+
+/// Why no answer was found.
+#[derive(Debug, thiserror::Error)]
+pub enum BisectError {
+    /// A recording or a checkpoint cannot be used.
+    #[error(transparent)]
+    Replay(#[from] ReplayError),
+    /// An engine fails.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// A replay fails.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// No RAM.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// Somebody asked to stop.
+    #[error("stopped: the two were the same up to tick {equal_until}; run it again to go on")]
+    Stopped {
+        /// The last tick at which they were compared and alike.
+        equal_until: u64,
+    },
+    /// The same machine did not do the same twice.
+    #[error(
+        "a difference between tick {equal} and tick {differs} was not there when both replayed it \
+         again: the host or Reprise is at fault; run `reprise doctor`, and report this"
+    )]
+    NotAgain {
+        /// Alike here.
+        equal: u64,
+        /// Not alike here, the first time.
+        differs: u64,
+    },
+    /// The clock counts something else than instructions.
+    #[error(
+        "{name} was recorded under the clock `{clock}`, which does not count instructions, so only the \
+         first record that differs can be told"
+    )]
+    Clock {
+        /// Which recording.
+        name: String,
+        /// Its clock.
+        clock: String,
+    },
+}
+
+/// Watches a search, and may stop it.
+pub trait Watch {
+    /// The machine `side` (0 or 1) stands at `tick`, on its way to `until`.
+    fn progress(&mut self, side: usize, tick: u64, until: u64);
+    /// Whether somebody asked to stop.
+    fn is_stopped(&self) -> bool;
+}
+
+/// Nobody watches.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Unwatched;
+
+impl Watch for Unwatched {
+    fn progress(&mut self, _side: usize, _tick: u64, _until: u64) {}
+
+    fn is_stopped(&self) -> bool {
+        false
+    }
+}
+
+/// Both machines are alike at one tick and not at the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Gap {
+    pub(crate) equal: u64,
+    pub(crate) differs: u64,
+}
+
+/// A search under way.
+pub(crate) struct Search<'a> {
+    pub(crate) sides: &'a [Side<'a>; 2],
+    watch: &'a mut dyn Watch,
+    /// What both had in common, at rising ticks; never empty once the search has begun.
+    bases: VecDeque<Base>,
+    equal_until: u64,
+    /// How often they were compared.
+    pub(crate) comparisons: u64,
+    /// How the replays ended that came to an end.
+    pub(crate) over: [Option<Over>; 2],
+}
+
+impl<'a> Search<'a> {
+    pub(crate) fn new(sides: &'a [Side<'a>; 2], watch: &'a mut dyn Watch) -> Self {
+        Self {
+            sides,
+            watch,
+            bases: VecDeque::new(),
+            equal_until: 0,
+            comparisons: 0,
+            over: [None, None],
+        }
+    }
+
+    /// Both where their replays begin; `None` behind it if they are not alike there.
+    pub(crate) fn begin(&mut self, starts: [Start; 2]) -> Result<(Pair, bool), BisectError> {
+        let mut pair = Pair::begin(self.sides, starts)?;
+        self.comparisons += 1;
+        let alike = !pair.differs(Depth::Everything)?;
+        if alike {
+            self.keep(&mut pair)?;
+        }
+        Ok((pair, alike))
+    }
+
+    fn keep(&mut self, pair: &mut Pair) -> Result<(), BisectError> {
+        let none = crate::image::Image::default();
+        let before = self.bases.back().map_or(&none, |base| &base.image);
+        if let Some(base) = pair.common(before)? {
+            if self.bases.len() == KEPT_BASES {
+                self.bases.pop_front();
+            }
+            self.bases.push_back(base);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn newest(&self) -> &Base {
+        self.bases.back().expect("the search has begun where both are alike")
+    }
+
+    /// The last moment in common at or before a tick, or the first that is known.
+    fn base_before(&self, tick: u64) -> &Base {
+        let before = self.bases.iter().rev().find(|base| base.tick <= tick);
+        before.unwrap_or_else(|| self.bases.front().expect("the search has begun"))
+    }
+
+    /// Both at `tick`, where they are alike; what they had in common is as [`Self::newest`] has it.
+    pub(crate) fn return_to(&mut self, tick: u64) -> Result<Pair, BisectError> {
+        let mut pair = Pair::resume(self.sides, self.newest())?;
+        self.advance(&mut pair, tick)?;
+        Ok(pair)
+    }
+
+    /// Both at so many ticks before `tick`, or less if that far back nothing is kept.
+    pub(crate) fn return_before(&mut self, tick: u64, ticks: u64) -> Result<Pair, BisectError> {
+        let target = tick.saturating_sub(ticks);
+        let base = self.base_before(target);
+        let from = base.tick.max(target);
+        let mut pair = Pair::resume(self.sides, base)?;
+        self.advance(&mut pair, from)?;
+        Ok(pair)
+    }
+
+    pub(crate) fn advance(&mut self, pair: &mut Pair, tick: u64) -> Result<(), BisectError> {
+        for (side, runner) in pair.runners.iter_mut().enumerate() {
+            while runner.over().is_none() && runner.tick() < tick {
+                let here = runner.tick();
+                runner.advance(tick.min(here.saturating_add(SLICE_TICKS)))?;
+                self.watch.progress(side, runner.tick(), tick);
+                if self.watch.is_stopped() {
+                    return Err(BisectError::Stopped { equal_until: self.equal_until });
+                }
+            }
+        }
+        for (over, runner) in self.over.iter_mut().zip(&pair.runners) {
+            if let Some(found) = runner.over() {
+                *over = Some(found.clone());
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares at each of `ticks`, which rise, up to the first at which they are not alike.
+    pub(crate) fn scan(
+        &mut self,
+        pair: &mut Pair,
+        depth: Depth,
+        ticks: impl Iterator<Item = u64>,
+    ) -> Result<Option<Gap>, BisectError> {
+        let mut equal = pair.runners[0].tick();
+        for tick in ticks {
+            self.advance(pair, tick)?;
+            self.comparisons += 1;
+            if pair.differs(depth)? {
+                return Ok(Some(Gap { equal, differs: tick }));
+            }
+            if self.watch.is_stopped() {
+                return Err(BisectError::Stopped { equal_until: self.equal_until });
+            }
+            let far = tick - self.newest().tick >= WORTH_KEEPING_TICKS;
+            if far || self.comparisons.is_multiple_of(COMPARISONS) {
+                self.keep(pair)?;
+            }
+            equal = tick;
+            self.equal_until = self.equal_until.max(equal);
+            if pair.is_over() {
+                break;
+            }
+        }
+        Ok(None)
+    }
+
+    /// Narrows a gap to one instruction.
+    pub(crate) fn narrow(&mut self, mut gap: Gap, depth: Depth) -> Result<Gap, BisectError> {
+        while gap.differs - gap.equal > 1 {
+            let Gap { equal, differs } = gap;
+            let step = (differs - equal).div_ceil(COMPARISONS);
+            let mut pair = self.return_to(equal)?;
+            let ticks = (1..=COMPARISONS).map(|number| differs.min(equal + number * step));
+            let found = self.scan(&mut pair, depth, ticks.take_while_inclusive(differs))?;
+            gap = found.ok_or(BisectError::NotAgain { equal, differs })?;
+        }
+        Ok(gap)
+    }
+
+    /// Both machines right before the instruction of a gap, before anything enters there.
+    pub(crate) fn looks_at(&mut self, tick: u64) -> Result<(Pair, [Look; 2]), BisectError> {
+        let mut pair = self.return_to(tick)?;
+        let looks = pair.looks()?;
+        Ok((pair, looks))
+    }
+}
+
+/// Ends a rising sequence with the first element that is `last`.
+trait TakeWhileInclusive: Iterator<Item = u64> + Sized {
+    fn take_while_inclusive(self, last: u64) -> impl Iterator<Item = u64> {
+        let mut done = false;
+        self.take_while(move |tick| !std::mem::replace(&mut done, *tick >= last))
+    }
+}
+
+impl<I: Iterator<Item = u64>> TakeWhileInclusive for I {}
+
+/// Ticks behind `from` up to `until`: one after the other at first, then ever farther apart.
+pub(crate) fn ever_farther(from: u64, until: u64) -> impl Iterator<Item = u64> {
+    let next = move |tick: &u64| {
+        let step = 1 + (tick - from) / DENSITY;
+        (*tick < until).then(|| until.min(tick + step))
+    };
+    std::iter::successors(Some(from), next).skip(1)
+}
+
+/// Behind a place where a difference is expected, the distance to the next comparison is this part of
+/// the distance to that place.
+const DENSITY: u64 = 256;
+
+/// Ticks from `from` to `until` in equal steps.
+pub(crate) fn evenly(from: u64, until: u64) -> impl Iterator<Item = u64> {
+    const STEPS: u64 = 64;
+    let step = (until - from).div_ceil(STEPS).max(1);
+    (1..=STEPS).map(move |number| from + number * step).map(move |tick| tick.min(until)).take_while(
+        {
+            let mut last = from;
+            move |tick| *tick > std::mem::replace(&mut last, *tick)
+        },
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_are_each_compared_at_first_and_reach_the_end() {
+        let ticks: Vec<u64> = ever_farther(1000, 1_000_000).collect();
+        assert_eq!(&ticks[..256], (1001..=1256).collect::<Vec<_>>());
+        assert_eq!(ticks.last(), Some(&1_000_000));
+        assert!(ticks.windows(2).all(|pair| pair[0] < pair[1]) && ticks.len() < 4000);
+        assert_eq!(ever_farther(5, 5).count(), 0);
+    }
+
+    #[test]
+    fn equal_steps_end_at_the_end() {
+        for (from, until) in [(0, 1), (0, 63), (7, 71), (0, 1_000_003)] {
+            let ticks: Vec<u64> = evenly(from, until).collect();
+            assert_eq!(ticks.last(), Some(&until), "{from} to {until}");
+            assert!(ticks[0] > from && ticks.windows(2).all(|pair| pair[0] < pair[1]));
+        }
+        assert_eq!(evenly(9, 9).count(), 0);
+    }
+}
