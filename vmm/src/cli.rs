@@ -20,10 +20,10 @@ use crate::session::replay::At;
 use reprise_cpu::translate::Translation;
 
 pub use expand::ExpandArgs;
-pub(crate) use trace::TraceAction;
 pub use trace::{
     CheckArgs, ConcatArgs, ConvertArgs, DumpArgs, StatsArgs, SymbolFile, TraceArgs, WindowArgs,
 };
+pub(crate) use trace::{SymbolArgs, TraceAction};
 
 /// Exit status of a command that failed.
 pub(crate) const FAILED: u8 = 1;
@@ -64,7 +64,7 @@ enum Command {
     Info(InfoArgs),
     /// Add checkpoints to a recording by replaying it
     Checkpoint(CheckpointArgs),
-    /// Find the first place where two recordings part
+    /// Find the first record and the first instruction where two recordings part
     Diff(DiffArgs),
     /// Show what this host can do, and why
     Doctor,
@@ -270,6 +270,11 @@ pub struct DiffArgs {
     /// The other
     #[arg(value_name = "B.rr")]
     pub(crate) b: PathBuf,
+    /// Compare the records alone: replay neither, and look for no instruction
+    #[arg(long)]
+    pub(crate) records_only: bool,
+    #[command(flatten)]
+    pub(crate) symbols: SymbolArgs,
 }
 
 /// A moment: a tick, or seconds of guest time.

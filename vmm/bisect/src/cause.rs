@@ -257,7 +257,9 @@ fn approximation(evidence: &Evidence<'_>) -> Option<String> {
     let mnemonic = evidence.mnemonic().filter(|mnemonic| APPROXIMATE.contains(mnemonic))?;
     let [a, b] = evidence.cpus();
     (a.gpr == b.gpr && a.fpu != b.fpu).then(|| {
-        format!("{mnemonic:?} gives an approximation, in which processors of different vendors differ")
+        format!(
+            "{mnemonic:?} gives an approximation, in which processors of different vendors differ"
+        )
     })
 }
 
@@ -282,7 +284,8 @@ fn host_dependent(evidence: &Evidence<'_>) -> Option<String> {
 
 fn other_code(evidence: &Evidence<'_>) -> Option<String> {
     (evidence.other_code && !evidence.entering).then(|| {
-        "they execute different instructions here: RIP or the code in RAM differs already".to_owned()
+        "they execute different instructions here: RIP or the code in RAM differs already"
+            .to_owned()
     })
 }
 

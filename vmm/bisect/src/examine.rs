@@ -126,7 +126,8 @@ impl<'a> Examiner<'a> {
         let over = self.search.over;
         let diverged = over.each_ref().map(|over| over.as_ref().is_some_and(|over| over.diverged));
         let endings = over.map(|over| over.map(|over| over.text));
-        let ended = finding.as_ref().is_none_or(|finding| finding.endings.iter().any(Option::is_some));
+        let ended =
+            finding.as_ref().is_none_or(|finding| finding.endings.iter().any(Option::is_some));
         let endings = if ended { endings } else { [None, None] };
         let diverged = if ended { diverged } else { [false; 2] };
         let times = self.search.comparisons;
@@ -238,10 +239,7 @@ impl<'a> Examiner<'a> {
     }
 
     fn rams(&self, images: &[Image; 2]) -> Result<[GuestRam; 2], BisectError> {
-        Ok([
-            images[0].to_ram(self.sides[0].ram_mib())?,
-            images[1].to_ram(self.sides[1].ram_mib())?,
-        ])
+        Ok([images[0].to_ram(self.sides[0].ram_mib())?, images[1].to_ram(self.sides[1].ram_mib())?])
     }
 
     /// The first pages of RAM that differ now, and how many there are.

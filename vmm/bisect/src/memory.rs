@@ -163,9 +163,12 @@ mod tests {
     /// Four levels of tables, a page each from 0x1000, that map linear 0xffff_8000_0000_3000.
     fn ram() -> GuestRam {
         let mut ram = GuestRam::new(4).expect("4 MiB");
-        for (page, index, entry) in
-            [(0x1000, 256, 0x2003_u64), (0x2000, 0, 0x3003), (0x3000, 0, 0x4003), (0x4000, 3, 0x9003)]
-        {
+        for (page, index, entry) in [
+            (0x1000, 256, 0x2003_u64),
+            (0x2000, 0, 0x3003),
+            (0x3000, 0, 0x4003),
+            (0x4000, 3, 0x9003),
+        ] {
             let mut bytes = [0; PAGE_BYTES];
             bytes[index * 8..index * 8 + 8].copy_from_slice(&entry.to_le_bytes());
             assert!(ram.place(page, &bytes));

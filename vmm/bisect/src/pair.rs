@@ -34,7 +34,8 @@ impl Pair {
 
     /// Both at a moment that they had in common.
     pub(crate) fn resume(sides: &[Side<'_>; 2], base: &Base) -> Result<Self, ReplayError> {
-        let [one, other] = [0, 1].map(|which| sides[which].resume(&base.states[which], &base.image));
+        let [one, other] =
+            [0, 1].map(|which| sides[which].resume(&base.states[which], &base.image));
         let mut pair = Self { runners: [one?, other?], changed: BTreeSet::new() };
         // All of RAM, which is the image.
         pair.see_changes();

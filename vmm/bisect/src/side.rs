@@ -45,7 +45,8 @@ impl<'a> Side<'a> {
     ) -> Self {
         let verification: Verification = verification(replayable.recording().header(), "soft");
         let make = move |beginning: Beginning| -> Result<Box<dyn Replica>, ReplayError> {
-            let set_up = |inputs: reprise_machine::inputs::Replaying| inputs.verifying(verification);
+            let set_up =
+                |inputs: reprise_machine::inputs::Replaying| inputs.verifying(verification);
             Ok(Box::new(beginning.into_machine(&make_engine, set_up)?))
         };
         Self { name: name.to_owned(), replayable, make: Box::new(make) }

@@ -1,13 +1,24 @@
-//! `reprise diff`: the first place where two recordings part.
+//! `reprise diff`: the first place where two recordings part: the first record, and the first
+//! instruction.
+
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use reprise_bisect::input::{InputDifference, Numbered, first_input_difference};
+use reprise_bisect::{
+    BisectError, Compared, Kind, Question, Side, common_start, compare, machine_differences,
+};
+use reprise_cpu::translate::Translation;
+use reprise_replay::Replayable;
 use reprise_trace::diff::{Difference, first_difference, header_differences};
 use reprise_trace::event::Record;
 use serde::Serialize;
 
+use super::trace::symbols;
 use crate::cli::DiffArgs;
-use crate::output::Output;
-use crate::session::replay::open;
+use crate::output::{Output, grouped};
+use crate::session::bisection::Watched;
+use crate::session::replay::open_replayable;
 use crate::session::report::{MomentReport, damage_text};
 
 /// How two recordings differ.
@@ -17,9 +28,17 @@ struct DiffReport {
     same_log: bool,
     /// Header and log are the same.
     same: bool,
+    /// Both machines are given the same, so far as both logs go: what differs, if anything, are marks.
+    same_input: bool,
     header: Vec<HeaderReport>,
     /// The first record that differs.
     first_difference: Option<RecordReport>,
+    /// The first record that differs and is no mark.
+    first_input_difference: Option<InputReport>,
+    /// What replaying both found.
+    bisection: Option<Compared>,
+    /// Why neither was replayed.
+    not_bisected: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -40,6 +59,15 @@ struct RecordReport {
     text: String,
 }
 
+/// A record in each log, or a log's end.
+#[derive(Debug, Serialize)]
+struct InputReport {
+    record_a: Option<u64>,
+    record_b: Option<u64>,
+    tick: u64,
+    text: String,
+}
+
 impl From<&Difference> for RecordReport {
     fn from(difference: &Difference) -> Self {
         let moment = |record: &Option<Record>| record.as_ref().map(|record| record.moment.into());
@@ -55,29 +83,123 @@ impl From<&Difference> for RecordReport {
     }
 }
 
+impl From<&InputDifference> for InputReport {
+    fn from(difference: &InputDifference) -> Self {
+        let number = |found: &Option<Numbered>| found.as_ref().map(|found| found.number);
+        Self {
+            record_a: number(&difference.a),
+            record_b: number(&difference.b),
+            tick: difference.tick(),
+            text: difference.to_string(),
+        }
+    }
+}
+
 /// Compares two recordings. The exit status says whether it could be done to the end, not what it
 /// found: with a damaged file it is 1 also where the logs part before the damage.
 ///
 /// # Errors
 /// A recording cannot be used, or is damaged before a difference is found.
 pub fn run(arguments: &DiffArgs, output: Output) -> Result<u8> {
-    let (a, b) = (open(&arguments.a)?, open(&arguments.b)?);
+    let names = Arc::new(symbols(&arguments.symbols.files)?);
+    let (first, second) = (open_replayable(&arguments.a)?, open_replayable(&arguments.b)?);
+    let sides = [
+        Side::soft("first", &first, Translation::default()),
+        Side::soft("second", &second, Translation::default()),
+    ];
+    let (a, b) = (first.recording(), second.recording());
+    let both = || format!("{} and {}", arguments.a.display(), arguments.b.display());
     let header: Vec<HeaderReport> = header_differences(a.header(), b.header())
         .into_iter()
         .map(|found| HeaderReport { field: found.field, a: found.a, b: found.b })
         .collect();
-    let first = first_difference(&mut a.log(), &mut b.log())
-        .with_context(|| format!("{} and {}", arguments.a.display(), arguments.b.display()))?;
+    let difference = first_difference(&mut a.log(), &mut b.log()).with_context(both)?;
+    let input = first_input_difference(&mut a.log(), &mut b.log()).with_context(both)?;
+    let reason = match (arguments.records_only, &difference) {
+        (true, _) | (_, None) => None,
+        (false, Some(difference)) => not_worth_replaying(&sides, difference, input.as_ref()),
+    };
+    let replays = difference.is_some() && !arguments.records_only && reason.is_none();
+    let mut not_bisected = reason;
+    let bisection = match replays {
+        false => None,
+        true => {
+            let question = Question {
+                starts: common_start(&sides, hint(difference.as_ref(), input.as_ref())),
+                until: last_tick(&first).max(last_tick(&second)).saturating_add(1),
+                input: input.as_ref(),
+                symbols: names,
+            };
+            let mut watch = Watched::start(output, ["first", "second"])?;
+            match compare(&sides, &question, &mut watch) {
+                Err(error @ BisectError::Clock { .. }) => {
+                    not_bisected = Some(error.to_string());
+                    None
+                }
+                compared => Some(compared?),
+            }
+        }
+    };
     let report = DiffReport {
-        same_log: first.is_none(),
-        same: first.is_none() && header.is_empty(),
+        same_log: difference.is_none(),
+        same: difference.is_none() && header.is_empty(),
+        same_input: input.is_none(),
         header,
-        first_difference: first.as_ref().map(RecordReport::from),
+        first_difference: difference.as_ref().map(RecordReport::from),
+        first_input_difference: input.as_ref().map(InputReport::from),
+        bisection,
+        not_bisected,
     };
     output.result(&report, text(&report));
+    Ok(tell_damage(arguments, [&first, &second], output))
+}
+
+/// Where the machines cannot have parted yet.
+fn hint(difference: Option<&Difference>, input: Option<&InputDifference>) -> u64 {
+    let record = difference.into_iter().flat_map(|found| [&found.a, &found.b]).flatten();
+    let ticks = record.map(|record| record.moment.tick).chain(input.map(InputDifference::tick));
+    ticks.min().unwrap_or(0)
+}
+
+fn last_tick(replayable: &Replayable) -> u64 {
+    replayable.recording().summary().last_moment.map_or(0, |moment| moment.tick)
+}
+
+/// Why replaying both would tell nothing that the logs do not; `None` where it would.
+fn not_worth_replaying(
+    sides: &[Side<'_>; 2],
+    difference: &Difference,
+    input: Option<&InputDifference>,
+) -> Option<String> {
+    let machines = machine_differences(sides);
+    if !machines.is_empty() {
+        return Some(format!(
+            "not the same machine or guest ({}): they part before the first instruction",
+            machines.join(", ")
+        ));
+    }
+    // What was recorded at one and the same tick is not the same: the machines were not either.
+    let same_tick = match (&difference.a, &difference.b) {
+        (Some(a), Some(b)) => a.moment.tick == b.moment.tick,
+        _ => false,
+    };
+    match input {
+        Some(InputDifference { a: Some(_), b: Some(_) }) => None,
+        _ if same_tick => None,
+        Some(_) => Some("one log ends where the other goes on, with the same input before".to_owned()),
+        None => Some(
+            "the input is the same: the logs differ in marks alone, which tell how far a recorder had \
+             come when its host's clock said so"
+                .to_owned(),
+        ),
+    }
+}
+
+/// Says what is wrong with the files; the exit status.
+fn tell_damage(arguments: &DiffArgs, both: [&Replayable; 2], output: Output) -> u8 {
     let mut damage = Vec::new();
-    for (path, recording) in [(&arguments.a, &a), (&arguments.b, &b)] {
-        let (summary, shown) = (recording.summary(), path.display());
+    for (path, replayable) in [&arguments.a, &arguments.b].into_iter().zip(both) {
+        let (summary, shown) = (replayable.recording().summary(), path.display());
         if let Some(found) = &summary.damage {
             let text = damage_text(&found.to_string(), summary.record_count);
             damage.push(format!("{shown}: {text}"));
@@ -88,7 +210,7 @@ pub fn run(arguments: &DiffArgs, output: Output) -> Result<u8> {
     if !damage.is_empty() {
         output.note(damage.join("; "));
     }
-    Ok(u8::from(!damage.is_empty()))
+    u8::from(!damage.is_empty())
 }
 
 fn text(report: &DiffReport) -> String {
@@ -97,9 +219,64 @@ fn text(report: &DiffReport) -> String {
         .iter()
         .map(|found| format!("header {}: first: {}; second: {}", found.field, found.a, found.b))
         .collect();
-    lines.push(match &report.first_difference {
-        Some(difference) => difference.text.clone(),
-        None => "the logs are the same".to_owned(),
+    lines.push(match (&report.first_difference, report.same) {
+        (Some(difference), _) => difference.text.clone(),
+        (None, true) => "identical: the headers and the logs are the same".to_owned(),
+        (None, false) => "the logs are the same".to_owned(),
     });
+    let other_record = report.first_difference.as_ref().map(|found| Some(found.record));
+    if let Some(input) = &report.first_input_difference
+        && other_record != Some(input.record_a)
+    {
+        lines.push(format!("the first input that differs: {}", input.text));
+    }
+    lines.extend(report.not_bisected.clone());
+    if let Some(compared) = &report.bisection {
+        lines.push(String::new());
+        lines.push(bisection_text(compared));
+    }
     lines.join("\n")
+}
+
+/// What replaying both found, for a person.
+fn bisection_text(compared: &Compared) -> String {
+    let comparison = &compared.comparison;
+    let (from, until) = (grouped(comparison.from), grouped(comparison.equal_until));
+    let times = grouped(comparison.times);
+    let how = format!("replayed both from tick {from}, compared {times} times");
+    let Some(finding) = &compared.finding else {
+        let mut text = format!(
+            "{how}: they are the same machine up to tick {until}, so at least one recording is not \
+             what its machine did"
+        );
+        for (name, ending) in ["first", "second"].iter().zip(&comparison.endings) {
+            if let Some(ending) = ending {
+                text += &format!("\nthe {name} replay ends: {ending}");
+            }
+        }
+        return text;
+    };
+    let alike = match (&compared.origin, finding.kind) {
+        (_, Kind::Start) => "they are not alike there".to_owned(),
+        (None, _) => format!("they are alike up to tick {until}"),
+        (Some(origin), _) => format!(
+            "they are alike up to tick {}; from there on what differs is not in CPU or RAM, up to \
+             tick {until}",
+            grouped(origin.tick)
+        ),
+    };
+    let mut text = format!("{how}: {alike}\n\n");
+    if let Some(origin) = &compared.origin {
+        let parts: Vec<String> = origin
+            .other
+            .iter()
+            .map(|row| format!("{} {} and {}", row.name, row.a, row.b))
+            .collect();
+        text += &format!("where it comes from: {}\n  {}\n", origin.headline(), parts.join("; "));
+        for cause in origin.causes.iter().take(1) {
+            text += &format!("  {}\n", cause.text);
+        }
+        text += "\n";
+    }
+    text + &finding.to_string()
 }

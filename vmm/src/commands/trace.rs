@@ -34,7 +34,7 @@ pub fn run(arguments: &TraceArgs, output: Output) -> Result<u8> {
 }
 
 /// Reads all files of `--symbols`.
-fn symbols(files: &[SymbolFile]) -> Result<Symbols> {
+pub(super) fn symbols(files: &[SymbolFile]) -> Result<Symbols> {
     let mut symbols = Symbols::new();
     for SymbolFile { path, offset } in files {
         symbols.add_file(path, *offset)?;

@@ -2,6 +2,7 @@
 //! replays.
 
 pub mod assembly;
+pub mod bisection;
 pub mod checkpoints;
 pub mod choice;
 pub mod expand;
