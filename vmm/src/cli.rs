@@ -218,6 +218,12 @@ pub struct ReplayArgs {
     /// Write the console output, from --from on, to standard output (with --json: to standard error)
     #[arg(long)]
     pub(crate) show_console: bool,
+    /// Where the replay differs from the recording, narrow that down to as few instructions as the
+    /// recording's digests and checkpoints allow
+    #[arg(long, conflicts_with_all = ["from", "until"])]
+    pub(crate) bisect: bool,
+    #[command(flatten)]
+    pub(crate) symbols: SymbolArgs,
     #[command(flatten)]
     pub(crate) soft: SoftArgs,
 }

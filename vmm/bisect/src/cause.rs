@@ -25,6 +25,8 @@ pub(crate) struct Evidence<'a> {
     pub(crate) names: [&'a str; 2],
     /// Header fields that decide what the machine is and that differ.
     pub(crate) machines: &'a [String],
+    /// What the real-time clocks were set to when the machines started, in seconds since 1970.
+    pub(crate) clocks_set: [u64; 2],
     /// They differ where the comparison begins.
     pub(crate) from_the_start: bool,
     /// They differ in what enters before the instruction.
@@ -96,8 +98,9 @@ impl Evidence<'_> {
 type Test = fn(&Evidence<'_>) -> Option<String>;
 
 /// A row a cause, the most telling first: its name, and the test that gives it in words.
-const CAUSES: [(&str, Test); 13] = [
+const CAUSES: [(&str, Test); 14] = [
     ("other-machine", other_machine),
+    ("clock-set", clock_set),
     ("other-start", other_start),
     ("input", input),
     ("contradiction", contradiction),
@@ -127,12 +130,30 @@ fn other_machine(evidence: &Evidence<'_>) -> Option<String> {
     })
 }
 
-fn other_start(evidence: &Evidence<'_>) -> Option<String> {
-    (evidence.from_the_start && evidence.machines.is_empty()).then(|| {
-        "they differ where the comparison begins: a checkpoint was altered, or was not made by \
-         the run that it belongs to"
-            .to_owned()
+/// Index and data port of the real-time clock.
+const RTC_DATA: u16 = 0x71;
+
+fn clock_set(evidence: &Evidence<'_>) -> Option<String> {
+    let [a, b] = evidence.clocks_set;
+    let read = evidence.port_read() == Some(RTC_DATA);
+    let start = evidence.from_the_start && evidence.before[0].cpu == evidence.before[1].cpu;
+    (a != b && (read || start)).then(|| {
+        let verb = if start { "was set" } else { "is read, which was set" };
+        format!(
+            "the real-time clock {verb} to {a} and {b} seconds since 1970 when the machines started, as \
+             the host's clock was"
+        )
     })
+}
+
+fn other_start(evidence: &Evidence<'_>) -> Option<String> {
+    (evidence.from_the_start && evidence.machines.is_empty() && clock_set(evidence).is_none()).then(
+        || {
+            "they differ where the comparison begins: a checkpoint was altered, or was not made by \
+         the run that it belongs to"
+                .to_owned()
+        },
+    )
 }
 
 /// Ports of the serial port.
@@ -178,6 +199,9 @@ fn interrupt_moment(evidence: &Evidence<'_>) -> Option<String> {
 }
 
 fn time_stamp(evidence: &Evidence<'_>) -> Option<String> {
+    if clock_set(evidence).is_some() {
+        return None;
+    }
     let reads = match evidence.mnemonic()? {
         Mnemonic::Rdtsc | Mnemonic::Rdtscp => "the time-stamp counter".to_owned(),
         _ => {
@@ -238,7 +262,7 @@ fn rflags_of(bits: u32) -> u64 {
 }
 
 /// Instructions whose results the manuals give only up to an error.
-const APPROXIMATE: [Mnemonic; 12] = [
+pub(crate) const APPROXIMATE: [Mnemonic; 12] = [
     Mnemonic::Rcpps,
     Mnemonic::Rcpss,
     Mnemonic::Rsqrtps,

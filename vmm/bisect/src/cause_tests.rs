@@ -13,6 +13,7 @@ use crate::memory::TableEntry;
 /// Everything owned, the same on both sides until a test changes it.
 struct Scene {
     machines: Vec<String>,
+    clocks_set: [u64; 2],
     start: bool,
     entering: bool,
     before: [Look; 2],
@@ -39,6 +40,7 @@ impl Scene {
         let both = || [look.clone(), look.clone()];
         Self {
             machines: Vec::new(),
+            clocks_set: [0; 2],
             start: false,
             entering: false,
             before: both(),
@@ -56,6 +58,7 @@ impl Scene {
         let evidence = Evidence {
             names: ["first", "second"],
             machines: &self.machines,
+            clocks_set: self.clocks_set,
             from_the_start: self.start,
             entering: self.entering,
             before: &self.before,
@@ -89,6 +92,18 @@ fn machines_that_are_not_the_same_come_first() {
     assert_eq!(scene.names(), ["other-start"]);
     scene.machines.push("guest.images".to_owned());
     assert_eq!(scene.names()[0], "other-machine");
+}
+
+#[test]
+fn the_clock_that_was_set_otherwise_is_told_at_the_start_and_where_it_is_read() {
+    let mut scene = Scene::of(IN_AL_DX);
+    scene.clocks_set = [1, 2];
+    scene.before.iter_mut().for_each(|look| look.cpu.gpr[2] = 0x71);
+    assert_eq!(scene.names()[0], "clock-set");
+    scene.before.iter_mut().for_each(|look| look.cpu.gpr[2] = 0x40);
+    assert_eq!(scene.names()[0], "time-stamp");
+    scene.start = true;
+    assert_eq!(scene.names()[0], "clock-set");
 }
 
 #[test]

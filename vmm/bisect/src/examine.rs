@@ -75,12 +75,19 @@ impl<'a> Examiner<'a> {
     }
 
     pub(crate) fn compare(mut self) -> Result<Compared, BisectError> {
-        let (mut pair, alike) = self.search.begin(self.question.starts)?;
+        let mut pair = self.search.begin(self.question.starts)?;
         let from = pair.runners[0].tick();
-        if !alike {
+        let mut origin = None;
+        if pair.differs(Depth::Everything)? {
+            let visible = pair.differs(Depth::Visible)?;
             let finding = Some(Box::new(self.at_the_start(pair)?));
-            return Ok(self.compared(from, from, finding, None));
+            if visible {
+                return Ok(self.compared(from, from, finding, None));
+            }
+            origin = finding;
+            pair = self.search.return_to(from)?;
         }
+        let depth = if origin.is_some() { Depth::Visible } else { Depth::Everything };
         let until = self.question.until.max(from);
         let input = self.question.input.map(|input| input.tick());
         let gap = match input.filter(|input| (from..until).contains(input)) {
@@ -88,32 +95,44 @@ impl<'a> Examiner<'a> {
             Some(input) => {
                 let ticks = (input > from).then_some(input).into_iter();
                 let ticks = ticks.chain(ever_farther(input, until));
-                self.search.scan(&mut pair, Depth::Everything, ticks)?
+                self.search.scan(&mut pair, depth, ticks)?
             }
-            None => self.search.scan(&mut pair, Depth::Everything, evenly(from, until))?,
+            None => self.search.scan(&mut pair, depth, evenly(from, until))?,
         };
         drop(pair);
-        let Some(gap) = gap else { return Ok(self.compared(from, until, None, None)) };
-        let gap = self.search.narrow(gap, Depth::Everything)?;
+        let Some(gap) = gap else { return Ok(self.compared(from, until, origin, None)) };
+        let gap = self.search.narrow(gap, depth)?;
+        if depth == Depth::Visible {
+            let finding = Some(Box::new(self.examine(gap, depth)?));
+            return Ok(self.compared(from, gap.equal, finding, origin));
+        }
+        self.go_on_from(gap, from, until)
+    }
+
+    /// How the two differ at a tick, which at least one of them has to be brought to.
+    pub(crate) fn at(mut self, tick: u64) -> Result<Finding, BisectError> {
+        let mut pair = Pair::begin(self.sides, self.question.starts)?;
+        self.search.advance(&mut pair, tick)?;
+        let mut lines = Pair::begin(self.sides, self.question.starts)?;
+        self.search.advance(&mut lines, tick)?;
+        self.not_alike(pair, lines)
+    }
+
+    /// Everything is alike up to a gap: finds where CPU and RAM are not.
+    fn go_on_from(mut self, gap: Gap, from: u64, until: u64) -> Result<Compared, BisectError> {
         let mut pair = self.search.return_to(gap.equal)?;
         self.search.advance(&mut pair, gap.differs)?;
+        let origin = Some(Box::new(self.examine(gap, Depth::Everything)?));
         if pair.differs(Depth::Visible)? {
-            drop(pair);
-            let finding = Some(Box::new(self.examine(gap, Depth::Everything)?));
-            return Ok(self.compared(from, gap.equal, finding, None));
+            return Ok(self.compared(from, gap.equal, origin, None));
         }
-        let origin = self.examine(gap, Depth::Everything)?;
         let ticks = ever_farther(gap.differs, until);
         let visible = self.search.scan(&mut pair, Depth::Visible, ticks)?;
         drop(pair);
-        match visible {
-            None => Ok(self.compared(from, until, Some(Box::new(origin)), None)),
-            Some(gap) => {
-                let gap = self.search.narrow(gap, Depth::Visible)?;
-                let finding = Some(Box::new(self.examine(gap, Depth::Visible)?));
-                Ok(self.compared(from, gap.equal, finding, Some(Box::new(origin))))
-            }
-        }
+        let Some(gap) = visible else { return Ok(self.compared(from, until, origin, None)) };
+        let gap = self.search.narrow(gap, Depth::Visible)?;
+        let finding = Some(Box::new(self.examine(gap, Depth::Visible)?));
+        Ok(self.compared(from, gap.equal, finding, origin))
     }
 
     fn compared(
@@ -136,13 +155,18 @@ impl<'a> Examiner<'a> {
     }
 
     /// Both machines where they begin, which are not alike.
-    fn at_the_start(&mut self, mut pair: Pair) -> Result<Finding, BisectError> {
+    fn at_the_start(&mut self, pair: Pair) -> Result<Finding, BisectError> {
+        let lines = Pair::begin(self.sides, self.question.starts)?;
+        self.not_alike(pair, lines)
+    }
+
+    /// Two machines that are not alike where they stand; `lines` are the same once more.
+    fn not_alike(&mut self, mut pair: Pair, mut lines: Pair) -> Result<Finding, BisectError> {
         let looks = pair.looks()?;
         let empty = Image::default();
         let images = [0, 1].map(|side| pair.image_of(side, &empty));
         let stages = [looks.clone(), looks.clone(), looks];
-        let mut lines = Pair::begin(self.sides, self.question.starts)?;
-        lines.differing_pages(0);
+        lines.forget_changes();
         let listings = self.listings(&mut lines, &images)?;
         self.finding(Kind::Start, &stages, &images, pair, (Vec::new(), listings))
     }
@@ -201,6 +225,10 @@ impl<'a> Examiner<'a> {
         let evidence = Evidence {
             names,
             machines: &self.machines,
+            clocks_set: self
+                .sides
+                .each_ref()
+                .map(|side| side.replayable().recording().header().machine.rtc_start_s),
             from_the_start: kind == Kind::Start,
             entering: kind == Kind::Entering,
             before: looks_before,

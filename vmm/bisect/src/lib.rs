@@ -1,9 +1,11 @@
 //! The first instruction after which two replays differ, and why.
 //!
-//! [`compare`] takes two [`Side`]s: two recordings, or one recording on two engines. It moves both
+//! [`compare()`] takes two [`Side`]s: two recordings, or one recording on two engines. It moves both
 //! machines together, narrows the gap in which they part to one instruction (`search.rs`), and says what
 //! differs behind it (`state_rows.rs`, `memory.rs`), what ran around it (`listing.rs`) and what the
-//! likely cause is (`cause.rs`, a table).//!
+//! likely cause is (`cause.rs`, a table). [`interval`] does what can be done for a recording whose replay
+//! diverges, where the recorded side is known at its records and checkpoints alone.
+//!//!
 //! What enters a machine before an instruction (input, the end of a sleep, an interrupt) is a step of
 //! its own. A difference that is in devices, virtual time or the TLB alone is told as the *origin*; the
 //! search then goes on to the first instruction after which CPU or RAM differ.
@@ -14,9 +16,12 @@ mod examine;
 mod finding;
 mod image;
 pub mod input;
+pub mod interval;
+mod interval_text;
 mod listing;
 mod memory;
 mod pair;
+pub mod ran;
 mod replica;
 mod search;
 mod side;
@@ -75,11 +80,11 @@ pub fn compare(
     Examiner::new(sides, question, watch).compare()
 }
 
-/// The fields of two recordings' headers that decide what the machine is, as far as they differ.
+/// The fields of two recordings' headers that decide what the machine is, as far as they differ. When
+/// its real-time clock was set to is not among them: any two recordings differ in that.
 pub fn machine_differences(sides: &[Side<'_>; 2]) -> Vec<String> {
-    const DECIDING: [&str; 9] = [
+    const DECIDING: [&str; 8] = [
         "machine.ram_mib",
-        "machine.rtc_start_s",
         "cpu_model.name",
         "cpu_model.version",
         "tick_kind",

@@ -3,7 +3,10 @@
 use std::fmt::{self, Display, Formatter};
 use std::sync::Arc;
 
-use iced_x86::{Formatter as _, GasFormatter, Instruction, SymbolResolver, SymbolResult};
+use iced_x86::{
+    Decoder, DecoderOptions, Formatter as _, GasFormatter, Instruction, SymbolResolver,
+    SymbolResult,
+};
 use reprise_branch_clock::guest_code::{MAX_BYTES, decode_at, linear_of};
 use reprise_branch_clock::paging::Paging;
 use reprise_export::symbols::Symbols;
@@ -92,14 +95,27 @@ impl Disassembler {
             None if fetched == 0 => (0, "(not mapped: a page fault)".to_owned()),
             None => (fetched, "(no instruction)".to_owned()),
         };
-        Line {
-            tick,
-            cpl: cpu.cpl(),
-            address,
-            symbol: self.symbols.describe(address),
-            bytes: bytes[..length].iter().map(|byte| format!("{byte:02x}")).collect(),
-            text,
-            note: None,
-        }
+        self.shown(tick, cpu.cpl(), address, &bytes[..length], text)
+    }
+
+    /// An instruction whose bytes are at hand.
+    pub(crate) fn decoded(
+        &mut self,
+        tick: u64,
+        cpl: u8,
+        address: u64,
+        bytes: &[u8],
+        bits: u32,
+    ) -> Line {
+        let mut text = String::new();
+        let decoded = Decoder::with_ip(bits, bytes, address, DecoderOptions::NONE).decode();
+        self.formatter.format(&decoded, &mut text);
+        self.shown(tick, cpl, address, bytes, text)
+    }
+
+    fn shown(&self, tick: u64, cpl: u8, address: u64, bytes: &[u8], text: String) -> Line {
+        let bytes = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        let symbol = self.symbols.describe(address);
+        Line { tick, cpl, address, symbol, bytes, text, note: None }
     }
 }

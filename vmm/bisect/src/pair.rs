@@ -38,9 +38,14 @@ impl Pair {
             [0, 1].map(|which| sides[which].resume(&base.states[which], &base.image));
         let mut pair = Self { runners: [one?, other?], changed: BTreeSet::new() };
         // All of RAM, which is the image.
-        pair.see_changes();
-        pair.changed.clear();
+        pair.forget_changes();
         Ok(pair)
+    }
+
+    /// From here on only pages count that are written from here on.
+    pub(crate) fn forget_changes(&mut self) {
+        self.see_changes();
+        self.changed.clear();
     }
 
     pub(crate) fn looks(&mut self) -> Result<[Look; 2], EngineError> {

@@ -123,15 +123,14 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// Both where their replays begin; `None` behind it if they are not alike there.
-    pub(crate) fn begin(&mut self, starts: [Start; 2]) -> Result<(Pair, bool), BisectError> {
+    /// Both where their replays begin.
+    pub(crate) fn begin(&mut self, starts: [Start; 2]) -> Result<Pair, BisectError> {
         let mut pair = Pair::begin(self.sides, starts)?;
         self.comparisons += 1;
-        let alike = !pair.differs(Depth::Everything)?;
-        if alike {
+        if !pair.differs(Depth::Visible)? {
             self.keep(&mut pair)?;
         }
-        Ok((pair, alike))
+        Ok(pair)
     }
 
     fn keep(&mut self, pair: &mut Pair) -> Result<(), BisectError> {

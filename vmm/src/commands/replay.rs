@@ -1,12 +1,19 @@
 //! `reprise replay`: runs a recording again and verifies it.
 
 use std::io::{self, Write};
+use std::sync::Arc;
 
 use anyhow::Result;
+use reprise_bisect::interval::{self, Interval};
+use reprise_export::symbols::Symbols;
+use reprise_replay::Replayable;
 use reprise_trace::recording::Recording;
+use serde::Serialize;
 
+use super::trace::symbols;
 use crate::cli::ReplayArgs;
 use crate::output::{Output, counted, grouped, progress_shows, seconds};
+use crate::session::bisection::Watched;
 use crate::session::replay::{self, At, ReplayOptions, TickObserver};
 use crate::session::report::{SessionReport, damage_text};
 
@@ -15,6 +22,7 @@ use crate::session::report::{SessionReport, damage_text};
 /// # Errors
 /// The recording cannot be used at all.
 pub fn run(arguments: &ReplayArgs, output: Output) -> Result<u8> {
+    let names = Arc::new(symbols(&arguments.symbols.files)?);
     let replayable = replay::open_replayable(&arguments.file)?;
     let console: Option<Box<dyn Write>> = match (arguments.show_console, output.json) {
         (false, _) => None,
@@ -39,9 +47,23 @@ pub fn run(arguments: &ReplayArgs, output: Output) -> Result<u8> {
         output.note(note);
     }
     let report = replayed.report;
-    output.result(&report, format_args!("{}{}", report.to_table(), verdict(&report)));
+    let bisection = match arguments.bisect {
+        true => Some(bisect(&replayable, &names, output)?),
+        false => None,
+    };
+    let narrowed = bisection.as_ref().map(|found| format!("\n\n{found}")).unwrap_or_default();
+    let text = format!("{}{}{narrowed}", report.to_table(), verdict(&report));
+    let report = BisectedReport { report, bisection };
+    output.result(&report, text);
+    let report = report.report;
     if report.verified == Some(false) {
-        output.note(failure(&report));
+        let offer = match (&report.divergence, arguments.bisect) {
+            (Some(_), false) => {
+                format!("; `reprise replay {} --bisect` narrows it down", arguments.file.display())
+            }
+            _ => String::new(),
+        };
+        output.note(failure(&report) + &offer);
     } else if let Some(beyond) = [arguments.from, arguments.until]
         .into_iter()
         .flatten()
@@ -59,6 +81,21 @@ pub fn run(arguments: &ReplayArgs, output: Output) -> Result<u8> {
         });
     }
     Ok(report.exit_code)
+}
+
+/// A replay's report, and where it parts from the recording, if that was asked for.
+#[derive(Debug, Serialize)]
+struct BisectedReport {
+    #[serde(flatten)]
+    report: SessionReport,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bisection: Option<Interval>,
+}
+
+/// Narrows a divergence down.
+fn bisect(replayable: &Replayable, names: &Arc<Symbols>, output: Output) -> Result<Interval> {
+    let mut watch = Watched::start(output, ["replaying", "again"])?;
+    Ok(interval::narrow(replayable, names, &mut watch)?)
 }
 
 /// A bar over the recording's ticks.

@@ -1,0 +1,311 @@
+//! What can be said of one recording whose replay diverges.
+//!
+//! The recorded machine is known at its records, each of which has a digest of the CPU, and at the
+//! checkpoints that were taken while recording, which hold all of it. In between only the replay's own
+//! side can be looked at. So the divergence is narrowed to the interval between the last moment that
+//! agreed and the first that did not; the replay shows what ran there; and the two ways in which the
+//! software CPU can execute it are compared with each other.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use reprise_cpu::engine::SoftEngine;
+use reprise_cpu::translate::Translation;
+use reprise_export::symbols::Symbols;
+use reprise_machine::engine::Engine;
+use reprise_machine::inputs::Replaying;
+use reprise_machine::machine::Machine;
+use reprise_machine::outcome::{Conclusion, Outcome};
+use reprise_replay::{ReplayError, Replayable, Start, compare as compare_checkpoint, verification};
+use reprise_trace::event::Record;
+use reprise_trace::moment::TickKind;
+use serde::Serialize;
+
+use crate::examine::{Compared, Examiner};
+use crate::finding::Finding;
+use crate::search::{BisectError, Watch};
+use crate::side::Side;
+use crate::{Cause, Question, ran};
+
+/// Ticks between two looks at whether to stop.
+const SLICE_TICKS: u64 = 50_000_000;
+
+/// Where a replay parts from its recording, as closely as that is known.
+#[derive(Clone, Debug, Serialize)]
+pub struct Interval {
+    /// The divergence; `None` if there was none.
+    pub divergence: Option<String>,
+    /// The last record at which the CPU was as recorded; `None` if there is none before.
+    pub agreed: Option<Place>,
+    /// The machines part behind this tick...
+    pub from: u64,
+    /// ...and at this one at the latest.
+    pub to: u64,
+    /// Recorded checkpoints that the replay was compared with.
+    pub checkpoints: Vec<Checked>,
+    /// How the replay differs from the first checkpoint that it is not like.
+    pub at_checkpoint: Option<Box<Finding>>,
+    /// What ran in the interval, on the replay's side.
+    pub ran: ran::Ran,
+    /// Translated and interpreted execution of the interval, compared.
+    pub engines: Option<Compared>,
+    /// The likely causes, the most telling first.
+    pub causes: Vec<Cause>,
+}
+
+/// A record that agreed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Place {
+    /// Its number in the log, from 0.
+    pub record: u64,
+    /// Its tick.
+    pub tick: u64,
+}
+
+/// A recorded checkpoint that the replay came to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Checked {
+    /// Its tick.
+    pub tick: u64,
+    /// In what the replay differs from it.
+    pub differs_in: Option<String>,
+}
+
+/// What the replay came to.
+struct Replayed {
+    outcome: Outcome,
+    agreed: Option<Place>,
+    checkpoints: Vec<Checked>,
+}
+
+/// Narrows a divergence. What comes out without one says so.
+///
+/// # Errors
+/// The recording cannot be used or does not count instructions, an engine fails, or somebody asked to
+/// stop.
+pub fn narrow(
+    replayable: &Replayable,
+    symbols: &Arc<Symbols>,
+    watch: &mut dyn Watch,
+) -> Result<Interval, BisectError> {
+    let header = replayable.recording().header();
+    if header.tick_kind != TickKind::Instruction {
+        let (name, clock) = ("the recording".to_owned(), header.clock.clone());
+        return Err(BisectError::Clock { name, clock });
+    }
+    let Replayed { outcome, agreed, checkpoints } = replay(replayable, watch)?;
+    let divergence = match &outcome.conclusion {
+        Conclusion::Diverged(divergence) => Some(divergence.to_string()),
+        _ => None,
+    };
+    let unlike = checkpoints.iter().position(|checked| checked.differs_in.is_some());
+    let last_alike = unlike.unwrap_or(checkpoints.len()).checked_sub(1);
+    let alike_tick = last_alike.map_or(0, |index| checkpoints[index].tick);
+    let unlike_tick = unlike.map(|index| checkpoints[index].tick);
+    let to = unlike_tick.map_or(outcome.ticks, |tick| tick.min(outcome.ticks));
+    // Where RAM was other already the CPU may have agreed for long.
+    let from = match agreed {
+        Some(Place { tick, .. }) if tick <= to => alike_tick.max(tick),
+        _ => alike_tick,
+    };
+    let at_checkpoint = match unlike {
+        Some(index) => Some(Box::new(at_checkpoint(replayable, index, symbols, watch)?)),
+        None => None,
+    };
+    let start = last_alike.map_or(Start::Run, Start::Checkpoint);
+    let parted = divergence.is_some() || unlike.is_some();
+    let ran = match parted {
+        true => ran::between(replayable, start, (from, to), symbols)?,
+        false => ran::Ran::default(),
+    };
+    let engines = match parted {
+        true => Some(engines(replayable, start, to, symbols, watch)?),
+        false => None,
+    };
+    let mut interval = Interval {
+        divergence,
+        agreed,
+        from,
+        to,
+        checkpoints,
+        at_checkpoint,
+        ran,
+        engines,
+        causes: Vec::new(),
+    };
+    interval.causes = causes(&interval, replayable);
+    Ok(interval)
+}
+
+/// Replays from the start to the divergence, and compares with each checkpoint on the way.
+fn replay(replayable: &Replayable, watch: &mut dyn Watch) -> Result<Replayed, BisectError> {
+    let recording = replayable.recording();
+    let agreed = Rc::new(RefCell::new(None));
+    let (into, mut number) = (agreed.clone(), 0);
+    let verification = verification(recording.header(), "soft");
+    let set_up = |inputs: Replaying| {
+        inputs.verifying(verification).on_record(move |record: &Record| {
+            let tick = record.moment.tick;
+            *into.borrow_mut() = Some(Place { record: number, tick });
+            number += 1;
+        })
+    };
+    let beginning = replayable.begin(Start::Run)?;
+    let mut machine = beginning.into_machine(SoftEngine::new, set_up)?;
+    let last = recording.summary().last_moment.map_or(0, |moment| moment.tick);
+    let mut checkpoints = Vec::new();
+    for info in replayable.checkpoints() {
+        let tick = info.moment.tick;
+        if let Some(outcome) = advance(&mut machine, tick, last, watch)? {
+            return Ok(Replayed { outcome, agreed: *agreed.borrow(), checkpoints });
+        }
+        let differs_in = match compare_checkpoint(&mut machine, info) {
+            // Checkpoints are of machines that are awake.
+            Err(ReplayError::NotConsistent { .. }) => Some("position".to_owned()),
+            compared => compared?,
+        };
+        let unlike = differs_in.is_some();
+        checkpoints.push(Checked { tick, differs_in });
+        if unlike {
+            break;
+        }
+    }
+    match advance(&mut machine, u64::MAX, last, watch)? {
+        Some(outcome) => Ok(Replayed { outcome, agreed: *agreed.borrow(), checkpoints }),
+        // Nothing runs that long.
+        None => Err(BisectError::Stopped { equal_until: machine.engine().tick() }),
+    }
+}
+
+fn advance(
+    machine: &mut Machine<SoftEngine, Replaying>,
+    tick: u64,
+    last: u64,
+    watch: &mut dyn Watch,
+) -> Result<Option<Outcome>, BisectError> {
+    loop {
+        let here = machine.engine().tick();
+        if here >= tick {
+            return Ok(None);
+        }
+        let over = machine.advance_to(tick.min(here.saturating_add(SLICE_TICKS)))?;
+        watch.progress(0, machine.engine().tick(), last);
+        if over.is_some() {
+            return Ok(over);
+        }
+        if watch.is_stopped() {
+            return Err(BisectError::Stopped { equal_until: here });
+        }
+    }
+}
+
+/// How the replay, which starts at the checkpoint before, differs from a recorded checkpoint.
+fn at_checkpoint(
+    replayable: &Replayable,
+    index: usize,
+    symbols: &Arc<Symbols>,
+    watch: &mut dyn Watch,
+) -> Result<Finding, BisectError> {
+    let before = index.checked_sub(1).map_or(Start::Run, Start::Checkpoint);
+    let sides = [
+        Side::soft("recorded", replayable, Translation::default()),
+        Side::soft("replayed", replayable, Translation::default()),
+    ];
+    let question = Question {
+        starts: [Start::Checkpoint(index), before],
+        until: 0,
+        input: None,
+        symbols: symbols.clone(),
+    };
+    let tick = replayable.checkpoints()[index].moment.tick;
+    Examiner::new(&sides, &question, watch).at(tick)
+}
+
+/// Compares the two ways in which the software CPU executes.
+fn engines(
+    replayable: &Replayable,
+    start: Start,
+    until: u64,
+    symbols: &Arc<Symbols>,
+    watch: &mut dyn Watch,
+) -> Result<Compared, BisectError> {
+    let sides = [
+        Side::soft("translated", replayable, Translation::default()),
+        Side::soft("interpreted", replayable, Translation::Never),
+    ];
+    let question = Question { starts: [start; 2], until, input: None, symbols: symbols.clone() };
+    crate::compare(&sides, &question, watch)
+}
+
+type Test = fn(&Interval, &Replayable) -> Option<String>;
+
+/// A row a cause, the most telling first.
+const CAUSES: [(&str, Test); 6] = [
+    ("engine", |interval, _| {
+        let finding = interval.engines.as_ref()?.finding.as_ref()?;
+        Some(format!(
+            "translated and interpreted execution part, so one of them is wrong: {}; `--no-translate` \
+             avoids one, and please report this",
+            finding.headline()
+        ))
+    }),
+    ("checkpoint-altered", |interval, _| {
+        let unlike = interval.checkpoints.iter().find(|checked| checked.differs_in.is_some())?;
+        let later = interval.agreed.is_some_and(|agreed| agreed.tick > unlike.tick);
+        (interval.divergence.is_none() || later).then(|| {
+            format!(
+                "the log agrees beyond tick {}, and only the checkpoint there does not: it was altered, \
+                 or taken by a faulty build; remove the file of checkpoints and run `reprise checkpoint`",
+                unlike.tick
+            )
+        })
+    }),
+    ("time-stamp", |interval, replayable| {
+        let reads = interval.ran.of_interest("time-stamp counter read")?;
+        let on_hardware = replayable.recording().header().engine != "soft";
+        on_hardware.then(|| {
+            format!(
+                "the time-stamp counter is read {} times in the interval, first at tick {}: hardware \
+                 answers that without asking Reprise unless it is trapped",
+                reads.count, reads.tick
+            )
+        })
+    }),
+    ("accessed-bit", |interval, _| {
+        let pages = &interval.at_checkpoint.as_ref()?.memory;
+        let walked = |table: &crate::TableEntry| table.only_accessed_or_dirty;
+        let only =
+            !pages.is_empty() && pages.iter().all(|page| page.table.as_ref().is_some_and(walked));
+        only.then(|| "nothing but accessed and dirty bits of page tables differs".to_owned())
+    }),
+    ("other-processor", |interval, replayable| {
+        let uncertain = interval.ran.of_interest("approximate result");
+        let undefined = interval.ran.of_interest("flags left undefined");
+        let found = uncertain.or(undefined)?;
+        let on_hardware = replayable.recording().header().engine != "soft";
+        on_hardware.then(|| {
+            format!(
+                "{} instructions in the interval have results that processors may differ in, first at \
+                 tick {}",
+                found.count, found.tick
+            )
+        })
+    }),
+    ("altered", |interval, _| {
+        let alike = interval.engines.as_ref().is_some_and(|engines| engines.finding.is_none());
+        (alike && interval.divergence.is_some()).then(|| {
+            "translated and interpreted execution agree with each other, so the recording is what \
+             differs: it was altered, or made by another build, another processor or a faulty host; \
+             take another copy, and replay it with the build that recorded it"
+                .to_owned()
+        })
+    }),
+];
+
+fn causes(interval: &Interval, replayable: &Replayable) -> Vec<Cause> {
+    let rows = CAUSES.iter();
+    let found =
+        rows.filter_map(|(name, test)| test(interval, replayable).map(|text| Cause { name, text }));
+    found.collect()
+}

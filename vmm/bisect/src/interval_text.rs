@@ -1,0 +1,110 @@
+//! An interval as text.
+
+use std::fmt::{self, Display, Formatter, Write as _};
+
+use crate::interval::Interval;
+
+impl Display for Interval {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let mut text = String::new();
+        let Self { from, to, .. } = self;
+        if self.divergence.is_none() && self.at_checkpoint.is_none() {
+            return f.write_str("the replay is what was recorded: there is nothing to narrow");
+        }
+        match self.agreed {
+            Some(agreed) => {
+                let _ = writeln!(
+                    text,
+                    "the CPU was last as recorded at record {}, tick {}",
+                    agreed.record, agreed.tick
+                );
+            }
+            None => text += "at no record was the CPU as recorded\n",
+        }
+        self.write_checkpoints(&mut text);
+        let _ = writeln!(
+            text,
+            "they part behind tick {from}, at tick {to} at the latest: {} instructions. The recorded \
+             side is known at records and checkpoints alone; what ran in between is the replay's",
+            self.ran.instructions
+        );
+        self.write_ran(&mut text);
+        if let Some(finding) = &self.at_checkpoint {
+            let _ = writeln!(text, "\nthe recorded checkpoint and the replay there: {finding}");
+        }
+        self.write_engines(&mut text);
+        text += "\n";
+        for (index, cause) in self.causes.iter().enumerate() {
+            let which = if index == 0 { "likely cause" } else { "or" };
+            let _ = writeln!(text, "{which}: {} ({})", cause.text, cause.name);
+        }
+        if self.causes.is_empty() {
+            text += "likely cause: none of those that Reprise knows\n";
+        }
+        f.write_str(text.trim_end())
+    }
+}
+
+impl Interval {
+    fn write_checkpoints(&self, text: &mut String) {
+        let alike = self.checkpoints.iter().filter(|checked| checked.differs_in.is_none()).count();
+        if let Some(last) = alike.checked_sub(1) {
+            let tick = self.checkpoints[last].tick;
+            let _ = writeln!(
+                text,
+                "all of the machine was as recorded at {alike} checkpoints, the last at tick {tick}"
+            );
+        }
+        for checked in &self.checkpoints {
+            if let Some(parts) = &checked.differs_in {
+                let _ = writeln!(
+                    text,
+                    "it was not at the checkpoint at tick {}: {parts} differ",
+                    checked.tick
+                );
+            }
+        }
+        if self.checkpoints.is_empty() {
+            *text += "there is no checkpoint before: `reprise record` keeps one every 1000000000 \
+                      ticks, or more with --checkpoint-every\n";
+        }
+    }
+
+    fn write_ran(&self, text: &mut String) {
+        for line in &self.ran.first {
+            let _ = writeln!(text, "    {line}");
+        }
+        let shown = (self.ran.first.len() + self.ran.last.len()) as u64;
+        if self.ran.instructions > shown {
+            let _ = writeln!(text, "    ... {} more ...", self.ran.instructions - shown);
+        }
+        for line in &self.ran.last {
+            let _ = writeln!(text, "    {line}");
+        }
+        for interest in &self.ran.interest {
+            let _ = writeln!(
+                text,
+                "  {}: {} of them, the first at tick {}, {:#x}",
+                interest.kind, interest.count, interest.tick, interest.address
+            );
+        }
+    }
+
+    fn write_engines(&self, text: &mut String) {
+        let Some(engines) = &self.engines else { return };
+        let times = engines.comparison.times;
+        match &engines.finding {
+            None => {
+                let _ = writeln!(
+                    text,
+                    "\ntranslated and interpreted execution are alike up to tick {} (compared {times} \
+                     times)",
+                    engines.comparison.equal_until
+                );
+            }
+            Some(finding) => {
+                let _ = writeln!(text, "\ntranslated and interpreted execution part: {finding}");
+            }
+        }
+    }
+}
