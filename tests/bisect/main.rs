@@ -187,7 +187,7 @@ fn an_altered_end_is_a_recording_that_is_not_what_its_machine_did() {
     let ran = reprise(&["diff", text(&a), text(&b)]);
     assert_eq!(ran.code, 0, "{}", ran.stderr);
     for part in
-        ["same machine", "at least one recording is not what its machine did", "second replay"]
+        ["the same machine", "at least one recording is not what its machine did", "second replay"]
     {
         assert!(ran.stdout.contains(part), "no {part:?} in {}", ran.stdout);
     }

@@ -163,8 +163,8 @@ impl<'a> Examiner<'a> {
     /// Two machines that are not alike where they stand; `lines` are the same once more.
     fn not_alike(&mut self, mut pair: Pair, mut lines: Pair) -> Result<Finding, BisectError> {
         let looks = pair.looks()?;
-        let empty = Image::default();
-        let images = [0, 1].map(|side| pair.image_of(side, &empty));
+        let common = self.search.newest_image();
+        let images = [0, 1].map(|side| pair.image_of(side, &common));
         let stages = [looks.clone(), looks.clone(), looks];
         lines.forget_changes();
         let listings = self.listings(&mut lines, &images)?;

@@ -65,8 +65,8 @@ impl Interval {
             }
         }
         if self.checkpoints.is_empty() {
-            *text += "there is no checkpoint before: `reprise record` keeps one every 1000000000 \
-                      ticks, or more with --checkpoint-every\n";
+            *text += "there is no checkpoint to compare with: the closer `reprise record \
+                      --checkpoint-every` sets them, the closer they narrow this\n";
         }
     }
 

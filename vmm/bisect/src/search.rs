@@ -12,6 +12,7 @@ use reprise_machine::outcome::MachineError;
 use reprise_machine::ram::RamError;
 use reprise_replay::{ReplayError, Start};
 
+use crate::image::Image;
 use crate::pair::{Base, Pair};
 use crate::replica::{Depth, Look, Over};
 use crate::side::Side;
@@ -134,15 +135,19 @@ impl<'a> Search<'a> {
     }
 
     fn keep(&mut self, pair: &mut Pair) -> Result<(), BisectError> {
-        let none = crate::image::Image::default();
-        let before = self.bases.back().map_or(&none, |base| &base.image);
-        if let Some(base) = pair.common(before)? {
+        let before = self.newest_image();
+        if let Some(base) = pair.common(&before)? {
             if self.bases.len() == KEPT_BASES {
                 self.bases.pop_front();
             }
             self.bases.push_back(base);
         }
         Ok(())
+    }
+
+    /// RAM that both had in common last; of zeros before there was any.
+    pub(crate) fn newest_image(&self) -> Image {
+        self.bases.back().map(|base| base.image.clone()).unwrap_or_default()
     }
 
     pub(crate) fn newest(&self) -> &Base {

@@ -243,11 +243,11 @@ fn bisection_text(compared: &Compared) -> String {
     let comparison = &compared.comparison;
     let (from, until) = (grouped(comparison.from), grouped(comparison.equal_until));
     let times = grouped(comparison.times);
-    let how = format!("replayed both from tick {from}, compared {times} times");
+    let how = format!("replayed both from tick {from}, and compared them {times} times");
     let Some(finding) = &compared.finding else {
         let mut text = format!(
-            "{how}: they are the same machine up to tick {until}, so at least one recording is not \
-             what its machine did"
+            "{how}: at each they are the same machine, up to tick {until}, so at least one recording is \
+             not what its machine did"
         );
         for (name, ending) in ["first", "second"].iter().zip(&comparison.endings) {
             if let Some(ending) = ending {
@@ -256,12 +256,14 @@ fn bisection_text(compared: &Compared) -> String {
         }
         return text;
     };
-    let alike = match (&compared.origin, finding.kind) {
-        (_, Kind::Start) => "they are not alike there".to_owned(),
-        (None, _) => format!("they are alike up to tick {until}"),
-        (Some(origin), _) => format!(
-            "they are alike up to tick {}; from there on what differs is not in CPU or RAM, up to \
-             tick {until}",
+    let alike = match &compared.origin {
+        _ if finding.kind == Kind::Start => "they are not alike where they begin".to_owned(),
+        None => format!("they are alike up to tick {until}"),
+        Some(origin) if origin.kind == Kind::Start => {
+            format!("CPU and RAM are alike up to tick {until}")
+        }
+        Some(origin) => format!(
+            "they are alike up to tick {}, and CPU and RAM up to tick {until}",
             grouped(origin.tick)
         ),
     };
@@ -274,7 +276,7 @@ fn bisection_text(compared: &Compared) -> String {
             .collect();
         text += &format!("where it comes from: {}\n  {}\n", origin.headline(), parts.join("; "));
         for cause in origin.causes.iter().take(1) {
-            text += &format!("  {}\n", cause.text);
+            text += &format!("  {} ({})\n", cause.text, cause.name);
         }
         text += "\n";
     }
