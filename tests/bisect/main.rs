@@ -15,7 +15,7 @@ use reprise_branch_clock::guest_code::decode_at;
 use reprise_cpu::translate::Translation;
 use reprise_machine::engine::Engine;
 use reprise_machine::ram::GuestRam;
-use reprise_replay::{Replayable, Start};
+use reprise_replay::{RecordedClock, Replayable, Start};
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::event::Event;
 
@@ -93,7 +93,7 @@ fn first_differing_tick(a: &Replayable, b: &Replayable, from: u64) -> u64 {
         assert!(other.advance_to(tick).expect("it runs").is_none());
         let state = |machine: &mut reprise_machine::machine::Machine<_, _>| {
             let machine: &mut reprise_machine::machine::Machine<
-                reprise_cpu::engine::SoftEngine,
+                RecordedClock,
                 reprise_machine::inputs::Replaying,
             > = machine;
             machine.engine().cpu_state().expect("a state")
@@ -242,7 +242,7 @@ fn unused_entry(recording: &Replayable) -> u64 {
     let mut table = machine.engine().cpu_state().expect("a state").cr3 & !0xfff;
     let entry_at = |machine: &mut reprise_machine::machine::Machine<_, _>, at: u64| {
         let machine: &mut reprise_machine::machine::Machine<
-            reprise_cpu::engine::SoftEngine,
+            RecordedClock,
             reprise_machine::inputs::Replaying,
         > = machine;
         let mut word = [0; 8];

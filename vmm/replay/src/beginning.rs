@@ -98,7 +98,8 @@ impl Beginning {
         fill(&mut ram);
         let (log, _) = recording.log_behind(state.records)?;
         let at = At::Checkpoint(Box::new(state));
-        Ok(Self { ram, board, at, log, time: time_source(header) })
+        let time = time_source(header);
+        Ok(Self { ram, board, at, log, time, accessed_bits: accessed_bits(header) })
     }
 
     /// The tick at which the machine will stand.
