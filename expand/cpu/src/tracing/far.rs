@@ -66,8 +66,7 @@ impl Cpu {
         if let Some(tracer) = &mut self.tracer {
             tracer.far = Some(Vec::new());
         }
-        // SAFETY: as in `run_traced`.
-        let flow = unsafe { (op.handler)(self, op) };
+        let flow = self.run_handler(op);
         let made = self.tracer.as_mut().and_then(|tracer| tracer.far.take()).unwrap_or_default();
         if !flow.retires() {
             self.trace_writes_between();

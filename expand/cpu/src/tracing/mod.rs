@@ -371,6 +371,13 @@ impl Cpu {
         }
     }
 
+    #[inline(always)]
+    fn run_handler(&mut self, op: &Op) -> Flow {
+        // SAFETY: the handler is a function of this crate or a native sequence, made for this operation
+        // by `ops::select`; the block, which holds the operation, outlives this call.
+        unsafe { (op.handler)(self, op) }
+    }
+
     /// Appends the addresses of what an operation is about to access, and gives the first one's place.
     #[inline(always)]
     fn push_addresses(&mut self, accesses: &OpAccesses) -> usize {
@@ -389,8 +396,7 @@ impl Cpu {
         let accesses = block.trace_of(op);
         let before = self.push_addresses(accesses);
         let rights = self.memory.present_rights();
-        // SAFETY: the handler is a function of this crate or a native sequence, made for this operation.
-        let flow = unsafe { (op.handler)(self, op) };
+        let flow = self.run_handler(op);
         if let Some(tracer) = &mut self.tracer {
             if !flow.retires() {
                 tracer.batch.addresses.truncate(before);
@@ -422,8 +428,7 @@ impl Cpu {
         let starts: Vec<Repeated> =
             accesses.list.iter().map(|planned| Repeated::new(self, planned)).collect();
         let rights = self.memory.present_rights();
-        // SAFETY: as in `run_traced`.
-        let flow = unsafe { (op.handler)(self, op) };
+        let flow = self.run_handler(op);
         let done = before.wrapping_sub(accesses::counter(self, accesses)) as usize;
         let elements = self.elements(&starts, done);
         let made = Repetition { starts, rights, done, elements };

@@ -1,7 +1,6 @@
 //! Values of accesses, and what the CPU writes by itself: made of the memory's journal, instruction by
 //! instruction. What of an instruction no list of accesses holds becomes events behind its run, which then
 //! ends with it.
-#![allow(unsafe_code)]
 
 use std::ops::Range;
 
@@ -78,8 +77,7 @@ impl Cpu {
         let accesses = block.trace_of(op);
         let first = self.push_addresses(accesses);
         let rights = self.memory.present_rights();
-        // SAFETY: as in `run_once`.
-        let flow = unsafe { (op.handler)(self, op) };
+        let flow = self.run_handler(op);
         if flow.retires() {
             let accesses: Vec<StaticAccess> =
                 accesses.list.iter().map(|planned| planned.access).collect();
