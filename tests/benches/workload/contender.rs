@@ -11,9 +11,19 @@ pub(crate) struct Sample {
     pub(crate) process_seconds: f64,
     /// The processor's time for the whole process, which other load disturbs less than the clock's.
     pub(crate) cpu_seconds: Option<f64>,
+    /// The part of it that is user mode's, a guest's included.
+    pub(crate) user_seconds: Option<f64>,
     pub(crate) instructions: Option<f64>,
     pub(crate) log_bytes: Option<f64>,
     pub(crate) trace_bytes: Option<f64>,
+}
+
+/// What several rounds came to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Spread {
+    pub(crate) median: f64,
+    pub(crate) least: f64,
+    pub(crate) greatest: f64,
 }
 
 /// One way to run one workload.
@@ -46,15 +56,19 @@ impl Contender {
         median(self.samples.iter().filter_map(value).collect())
     }
 
-    /// The median of this contender's value by `other`'s in the same round: rounds that other load
-    /// slows count no more than the rest.
-    pub(crate) fn median_ratio(
+    /// This contender's value by `other`'s in the same round: the median, since rounds that other load
+    /// slows are to count no more than the rest, the least and the greatest.
+    pub(crate) fn ratio(
         &self,
         other: &Self,
         value: impl Fn(&Sample) -> Option<f64>,
-    ) -> Option<f64> {
+    ) -> Option<Spread> {
         let rounds = self.samples.iter().zip(&other.samples);
-        median(rounds.filter_map(|(own, other)| Some(value(own)? / value(other)?)).collect())
+        let ratio = |(own, other)| Some(value(own)? / value(other)?);
+        let mut ratios: Vec<f64> = rounds.filter_map(ratio).collect();
+        ratios.sort_by(f64::total_cmp);
+        let (least, greatest) = (*ratios.first()?, *ratios.last()?);
+        Some(Spread { median: median(ratios)?, least, greatest })
     }
 }
 

@@ -3,14 +3,14 @@
 //!     cargo bench -p reprise-tests --bench workload -- [--runs N] [--small] [--traces] [--without-qemu]
 //!         [--json]
 //!
-//! Two races, each of N rounds (5 where no number is given) in which every contender runs once; every
+//! Races, each of N rounds (5 where no number is given) in which every contender runs once; every
 //! other round goes backwards, so that a drift of the machine's speed falls on all alike. Printed are
 //! medians.
 //!
 //! - Linux with the workload W: `reprise run`, `record` and `replay` on the software CPU; where QEMU is
 //!   installed, its translator with the same kernel, initramfs and commands, plain and recording.
 //! - `compute`, nearly all of it user code: the software CPU, and, where there is KVM, the processor
-//!   itself.
+//!   itself, with and without recording; then user code alone, against the same program as a process.
 //!
 //! `--traces` runs another race instead: the recording of W expanded into nothing and into a file, and
 //! QEMU with a plugin that traces blocks and accesses and forgets them, which takes it minutes.
@@ -25,7 +25,7 @@ mod report;
 mod reprise;
 
 use std::path::Path;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
 use contender::{Contender, race};
@@ -38,6 +38,27 @@ const MEMORY_MIB: &str = "512";
 const COMPUTE: &str = "scale=100";
 /// The same for `--small`: 400 million.
 const COMPUTE_SMALL: &str = "scale=20";
+
+/// The same of what compares user code with a process: long, because what is compared are whole processes.
+const USER_CODE: &str = "500";
+const USER_CODE_SMALL: &str = "100";
+/// How `guest-images/build.rs` builds the guest's user code.
+const PROGRAM_FLAGS: [&str; 13] = [
+    "-std=gnu11",
+    "-O2",
+    "-ffreestanding",
+    "-fno-pic",
+    "-fno-pie",
+    "-no-pie",
+    "-fno-stack-protector",
+    "-fno-asynchronous-unwind-tables",
+    "-fno-tree-loop-distribute-patterns",
+    "-fcf-protection=none",
+    "-ffp-contract=off",
+    "-march=x86-64",
+    "-mno-red-zone",
+];
+const PROGRAM_SOURCES: [&str; 5] = ["program.c", "sha256.c", "sort.c", "matrix.c", "compression.c"];
 
 /// What the command line asks for.
 struct Options {
@@ -103,7 +124,8 @@ fn benchmark(options: &Options) -> Result<()> {
     };
     measure("linux", linux_contenders(options, directory.path()));
     if !options.traces {
-        measure("compute", compute_contenders(options));
+        measure("compute", compute_contenders(options, directory.path()));
+        measure("user code", user_code_contenders(options, directory.path()));
     }
     let with_kvm = kvm_opens();
     for (what, reason) in
@@ -183,16 +205,49 @@ fn linux_contenders(options: &Options, directory: &Path) -> Result<Vec<Contender
 }
 
 /// User code, on the software CPU and on the processor itself.
-fn compute_contenders(options: &Options) -> Result<Vec<Contender>> {
+fn compute_contenders(options: &Options, directory: &Path) -> Result<Vec<Contender>> {
     let scale = if options.small { COMPUTE_SMALL } else { COMPUTE };
     let guest = ["--image", "compute", "--cmdline", scale];
     let soft = [&guest[..], &["--engine", "soft"]].concat();
     let mut contenders = vec![reprise::run("compute_soft", "compute: soft", &soft)];
     if kvm_opens().is_ok() {
         let kvm = [&guest[..], &["--engine", "kvm", "--clock", "sync"]].concat();
+        let file = directory.join("compute.rr");
         contenders.push(reprise::run("compute_kvm_sync", "compute: kvm sync", &kvm));
+        let label = "compute: kvm sync record";
+        contenders.push(reprise::record("compute_kvm_record", label, &kvm, text(&file)?));
     }
     Ok(contenders)
+}
+
+/// `compute` without exits on the way, on KVM; and its program built alike as a process of the host.
+fn user_code_contenders(options: &Options, directory: &Path) -> Result<Vec<Contender>> {
+    kvm_opens()?;
+    let scale = if options.small { USER_CODE_SMALL } else { USER_CODE };
+    let program = directory.join("program");
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-images");
+    let user = sources.join("bare-metal/user");
+    let built = Command::new("cc")
+        .args(PROGRAM_FLAGS)
+        .arg("-I")
+        .arg(&user)
+        .arg(sources.join("tests/native_program.c"))
+        .args(PROGRAM_SOURCES.map(|file| user.join(file)))
+        .arg("-o")
+        .arg(&program)
+        .status()
+        .context("the C compiler does not start")?;
+    if !built.success() {
+        bail!("the program of compute does not build");
+    }
+    let command_line = format!("scale={scale} yields=0");
+    let guest = ["--image", "compute", "--cmdline", &command_line];
+    let kvm = [&guest[..], &["--engine", "kvm", "--clock", "sync"]].concat();
+    let words = vec![text(&program)?.to_owned(), scale.to_owned()];
+    Ok(vec![
+        reprise::run("compute_kvm_user", "user code: kvm sync", &kvm),
+        reprise::process("compute_process", "user code: a process", words),
+    ])
 }
 
 fn text(path: &Path) -> Result<&str> {

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use serde_json::{Map, Value, json};
 
-use super::contender::{Contender, Sample};
+use super::contender::{Contender, Sample, Spread};
 
 /// One contender divided by another, in the same round.
 struct Ratio {
@@ -25,6 +25,10 @@ fn guest_seconds(sample: &Sample) -> Option<f64> {
 
 fn cpu_seconds(sample: &Sample) -> Option<f64> {
     sample.cpu_seconds
+}
+
+fn user_seconds(sample: &Sample) -> Option<f64> {
+    sample.user_seconds
 }
 
 /// Against QEMU, whole processes are compared; Reprise against itself, by what it reports.
@@ -92,6 +96,27 @@ const RATIOS: &[Ratio] = &[
         divisor: "compute_kvm_sync",
         value: guest_seconds,
     },
+    Ratio {
+        key: "kvm_record_by_run",
+        label: "compute: kvm sync record / run, guest",
+        dividend: "compute_kvm_record",
+        divisor: "compute_kvm_sync",
+        value: guest_seconds,
+    },
+    Ratio {
+        key: "kvm_record_by_run_cpu",
+        label: "compute: kvm sync record / run, CPU",
+        dividend: "compute_kvm_record",
+        divisor: "compute_kvm_sync",
+        value: cpu_seconds,
+    },
+    Ratio {
+        key: "kvm_user_by_process",
+        label: "user code: kvm sync / a process, user",
+        dividend: "compute_kvm_user",
+        divisor: "compute_process",
+        value: user_seconds,
+    },
 ];
 
 /// Medians, and why some are missing.
@@ -154,9 +179,9 @@ impl<'a> Report<'a> {
         }
     }
 
-    fn ratio(&self, ratio: &Ratio) -> Option<f64> {
+    fn ratio(&self, ratio: &Ratio) -> Option<Spread> {
         let (dividend, divisor) = (self.contender(ratio.dividend)?, self.contender(ratio.divisor)?);
-        dividend.median_ratio(divisor, ratio.value)
+        dividend.ratio(divisor, ratio.value)
     }
 
     pub(crate) fn to_json(&self) -> Value {
@@ -173,7 +198,14 @@ impl<'a> Report<'a> {
             });
             (contender.key.to_owned(), value)
         });
-        let ratios = RATIOS.iter().map(|ratio| (ratio.key.to_owned(), self.ratio(ratio).into()));
+        let ratios = RATIOS.iter().map(|ratio| {
+            let median = self.ratio(ratio).map(|spread| spread.median);
+            (ratio.key.to_owned(), median.into())
+        });
+        let spreads = RATIOS.iter().map(|ratio| {
+            let spread = self.ratio(ratio).map(|spread| [spread.least, spread.greatest]);
+            (ratio.key.to_owned(), json!(spread))
+        });
         let missing =
             self.missing.iter().map(|(what, reason)| (what.clone(), reason.as_str().into()));
         json!({
@@ -181,6 +213,7 @@ impl<'a> Report<'a> {
             "small": self.small,
             "medians": medians.collect::<Map<_, _>>(),
             "ratios": ratios.collect::<Map<_, _>>(),
+            "ratio_spreads": spreads.collect::<Map<_, _>>(),
             "not_measured": missing.collect::<Map<_, _>>(),
         })
     }
@@ -217,7 +250,12 @@ impl<'a> Report<'a> {
         }
         text.push('\n');
         for ratio in RATIOS {
-            let _ = writeln!(text, "{:40} {:>8}", ratio.label, or_dash(self.ratio(ratio), 3));
+            let spread = self.ratio(ratio);
+            let median = or_dash(spread.map(|spread| spread.median), 3);
+            let range = spread.map_or(String::new(), |Spread { least, greatest, .. }| {
+                format!("  ({least:.3} to {greatest:.3})")
+            });
+            let _ = writeln!(text, "{:40} {median:>8}{range}", ratio.label);
         }
         for (what, reason) in self.missing {
             let _ = writeln!(text, "{what}: not measured: {reason}");

@@ -1,6 +1,6 @@
 //! The product as a contender, timed from outside.
 
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -47,34 +47,55 @@ fn contender(key: &'static str, label: &'static str, words: Vec<&str>) -> Conten
     Contender::new(key, label, move || timed(&words))
 }
 
+/// An ordinary process, of which nothing but its times is known.
+pub(crate) fn process(key: &'static str, label: &'static str, words: Vec<String>) -> Contender {
+    Contender::new(key, label, move || {
+        let (times, output) = run_timed(&words)?;
+        if !output.status.success() {
+            bail!("it did not end as it should: {}", output.status);
+        }
+        Ok(times)
+    })
+}
+
 fn timed(words: &[String]) -> Result<Sample> {
-    let started = Instant::now();
-    let output = Command::new("sh")
-        .args(["-c", "\"$0\" \"$@\"; status=$?; times >&2; exit $status", BINARY, "--json"])
-        .args(words)
-        .stdin(Stdio::null())
-        .output()
-        .context("the product does not start")?;
-    let process_seconds = started.elapsed().as_secs_f64();
+    let words = [&[BINARY.to_owned(), "--json".to_owned()], words].concat();
+    let (times, output) = run_timed(&words)?;
     let stderr = String::from_utf8_lossy(&output.stderr);
     let report: Value = serde_json::from_slice(&output.stdout)
         .with_context(|| format!("no report: {}", stderr.trim()))?;
     if !output.status.success() || report["verified"] == false {
         bail!("it did not end as it should: {report}");
     }
-    // The last line of `times`: user and system time of what the shell has waited for.
-    let cpu_seconds = stderr
-        .lines()
-        .last()
-        .and_then(|line| line.split_whitespace().map(shell_seconds).sum::<Option<f64>>());
     Ok(Sample {
         guest_seconds: report["wall_seconds"].as_f64(),
-        process_seconds,
-        cpu_seconds,
         instructions: report["instructions"].as_f64(),
         log_bytes: report["log_bytes"].as_f64(),
         trace_bytes: report["trace_bytes"].as_f64(),
+        ..times
     })
+}
+
+/// Runs a program by a shell, which tells its times.
+fn run_timed(words: &[String]) -> Result<(Sample, Output)> {
+    let started = Instant::now();
+    let output = Command::new("sh")
+        .args(["-c", "\"$0\" \"$@\"; status=$?; times >&2; exit $status"])
+        .args(words)
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("{} does not start", words[0]))?;
+    let process_seconds = started.elapsed().as_secs_f64();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    // The last line of `times`: user and system time of what the shell has waited for.
+    let last = stderr.lines().last().unwrap_or_default();
+    let seconds: Vec<f64> = last.split_whitespace().filter_map(shell_seconds).collect();
+    let (user_seconds, cpu_seconds) = match seconds[..] {
+        [user, system] => (Some(user), Some(user + system)),
+        _ => (None, None),
+    };
+    let times = Sample { process_seconds, cpu_seconds, user_seconds, ..Sample::default() };
+    Ok((times, output))
 }
 
 /// Seconds as a shell prints them: `1m2.34s`.
