@@ -9,7 +9,7 @@ use reprise_branch_clock::settle::Stand;
 use reprise_devices::board::{Board, BoardConfig};
 use reprise_devices::cpu_model;
 use reprise_machine::clock::TimeSource;
-use reprise_machine::engine::Engine;
+use reprise_machine::engine::{Engine, EngineError};
 use reprise_machine::inputs::{Recording, Replaying};
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, MachineError, Outcome};
@@ -28,7 +28,7 @@ use reprise_trace::recording::RecordingWriter;
 use crate::world::SeededWorld;
 
 /// Where the real-time clock starts: any time will do, as long as it is always the same.
-const RTC_START_S: u64 = 1_700_000_000;
+pub(crate) const RTC_START_S: u64 = 1_700_000_000;
 
 /// A guest, and what is typed to it.
 #[derive(Clone, Copy, Debug)]
@@ -57,6 +57,15 @@ impl Hardware {
     }
 }
 
+impl Hardware {
+    /// The clock on this hardware.
+    pub(crate) fn engine(&self, ram: GuestRam) -> Result<BranchClock<SimulatedVcpu>, EngineError> {
+        let mut vcpu = SimulatedVcpu::new(ram, self.disturbance)?;
+        vcpu.hide_time_stamp_counter();
+        BranchClock::new(vcpu, Parameters { skid: self.skid, stand: self.stand })
+    }
+}
+
 /// What a recording left behind.
 pub(crate) struct Recorded {
     pub(crate) outcome: Outcome,
@@ -73,12 +82,9 @@ impl Case<'_> {
         (ram, state, Board::new(&config))
     }
 
-    fn start(&self, hardware: &Hardware) -> (BranchClock<SimulatedVcpu>, Board) {
+    pub(crate) fn start(&self, hardware: &Hardware) -> (BranchClock<SimulatedVcpu>, Board) {
         let (ram, state, board) = self.load();
-        let mut vcpu = SimulatedVcpu::new(ram, hardware.disturbance).expect("the host has memory");
-        vcpu.hide_time_stamp_counter();
-        let parameters = Parameters { skid: hardware.skid, stand: hardware.stand };
-        let mut engine = BranchClock::new(vcpu, parameters).expect("it counts");
+        let mut engine = hardware.engine(ram).expect("the host has memory");
         engine.set_cpu_state(&state).expect("a first state");
         (engine, board)
     }

@@ -1,14 +1,14 @@
-//! [`BranchClock`]: an engine made of a vCPU and its counter, and how it finds a moment again.
+//! [`BranchClock`]: an engine made of a vCPU and its counter.
 
 use std::sync::Arc;
 
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
 use reprise_machine::inputs::Stamp;
+use reprise_trace::checkpoint::{EngineState, HiddenState};
 use reprise_trace::cpu_state::{CpuState, RCX};
 use reprise_trace::moment::{Moment, TickKind};
 
-use crate::guest_code::linear_of;
 use crate::settle::{Settled, Stand};
 use crate::vcpu::{Vcpu, VcpuExit};
 
@@ -41,6 +41,8 @@ pub struct Counts {
     pub found: u64,
     /// Breakpoints at a moment's RIP that were not yet the moment.
     pub passed_over: u64,
+    /// Times that the guest was stopped behind the moment.
+    pub overshot: u64,
 }
 
 /// An engine that counts conditional branches.
@@ -49,18 +51,23 @@ pub struct BranchClock<V> {
     pub(crate) parameters: Parameters,
     /// Conditional branches when the guest last exited.
     pub(crate) branches: u64,
-    /// Accesses finished, HLTs retired and interrupts delivered.
+    /// Accesses finished, HLTs retired and interrupts delivered, and the ticks that lie before what this
+    /// vCPU has counted: it may have begun at a checkpoint.
     events: u64,
     halted: bool,
     /// An instruction has accesses that are not finished.
-    amid: bool,
+    pub(crate) amid: bool,
     /// An interrupt is queued in the vCPU.
-    injected: bool,
+    pub(crate) injected: bool,
     /// The guest stands where another run finds it again.
-    stands: bool,
-    /// The guest exited in a moment's tick before the counter, asked for so many branches, stopped it
-    /// short of that: it may be past the moment.
-    doubtful: Option<u64>,
+    pub(crate) stands: bool,
+    /// The guest stands at the first place of its tick.
+    pub(crate) first_of_tick: bool,
+    /// The guest exited in a moment's tick before the counter, asked to stop it short of that by so many
+    /// ticks, did: it may be past the moment.
+    pub(crate) doubtful: Option<u64>,
+    /// Moments up to this tick are approached with this margin, which is wider than the usual one.
+    pub(crate) widened: Option<(u64, u64)>,
     /// A kick came, and an exit before the guest stood anywhere.
     kick_owed: bool,
     pub(crate) counts: Counts,
@@ -82,7 +89,9 @@ impl<V: Vcpu> BranchClock<V> {
             amid: false,
             injected: false,
             stands: true,
+            first_of_tick: true,
             doubtful: None,
+            widened: None,
             kick_owed: false,
             counts: Counts::default(),
         })
@@ -103,8 +112,13 @@ impl<V: Vcpu> BranchClock<V> {
         let exit = self.vcpu.enter()?;
         self.counts.entries += 1;
         self.injected = false;
+        self.first_of_tick = false;
         self.branches = self.vcpu.conditional_branches()?;
         Ok(exit)
+    }
+
+    fn count_event(&mut self) {
+        self.events = self.events.wrapping_add(1);
     }
 
     /// An exit that the guest caused, as the machine sees it.
@@ -116,7 +130,7 @@ impl<V: Vcpu> BranchClock<V> {
             }
             VcpuExit::Halt => {
                 self.halted = true;
-                self.events += 1;
+                self.count_event();
                 Exit::Halt
             }
             VcpuExit::InterruptWindow => Exit::InterruptWindow,
@@ -151,9 +165,9 @@ impl<V: Vcpu> BranchClock<V> {
                 continue;
             }
             match self.settle()? {
-                Settled::Stands => {
+                Settled::Stands { first_of_tick } => {
                     self.counts.settled += 1;
-                    self.stands = true;
+                    (self.stands, self.first_of_tick) = (true, first_of_tick);
                     return Ok(Exit::Kicked);
                 }
                 Settled::Nowhere => {
@@ -168,114 +182,6 @@ impl<V: Vcpu> BranchClock<V> {
             }
         }
     }
-
-    /// A kick of a replay only shows how far it is.
-    fn kicked_on_the_way(&mut self) -> Exit {
-        self.stands = false;
-        Exit::Kicked
-    }
-
-    /// Runs until soon after tick `until`.
-    fn run_about(&mut self, until: u64) -> Result<Exit, EngineError> {
-        self.vcpu.set_breakpoints(&[])?;
-        loop {
-            let tick = self.tick();
-            if tick >= until && !self.amid {
-                return Ok(Exit::TickReached);
-            }
-            let left = until.saturating_sub(tick).saturating_add(self.parameters.skid);
-            self.vcpu.set_overflow(Some(left))?;
-            match self.enter()? {
-                VcpuExit::Interrupted { kicked: true } => return Ok(self.kicked_on_the_way()),
-                VcpuExit::Interrupted { kicked: false } | VcpuExit::Breakpoint => {}
-                exit => return Ok(self.hand_over(exit)),
-            }
-        }
-    }
-
-    /// Runs until short of the tick by the skid, at the latest; `None` if it got there.
-    fn come_near(&mut self, target: Moment) -> Result<Option<Exit>, EngineError> {
-        self.vcpu.set_breakpoints(&[])?;
-        loop {
-            let skid = self.parameters.skid;
-            let distance = target.tick.saturating_sub(self.tick());
-            if distance <= skid {
-                return Ok(None);
-            }
-            self.vcpu.set_overflow(Some(distance - skid))?;
-            match self.enter()? {
-                VcpuExit::Interrupted { kicked } => {
-                    if self.tick() >= target.tick {
-                        return Err(self.overshot(target, distance - skid));
-                    }
-                    if kicked {
-                        return Ok(Some(self.kicked_on_the_way()));
-                    }
-                }
-                VcpuExit::Breakpoint => {}
-                exit => {
-                    let exit = self.hand_over(exit);
-                    if self.tick() > target.tick {
-                        return Err(self.overshot(target, distance - skid));
-                    }
-                    if self.tick() == target.tick {
-                        self.doubtful = Some(distance - skid);
-                    }
-                    return Ok(Some(exit));
-                }
-            }
-        }
-    }
-
-    fn overshot(&self, target: Moment, asked: u64) -> EngineError {
-        let late = self.tick().saturating_sub(target.tick);
-        let what = format!(
-            "the branch counter, asked to stop the guest after {asked} branches, stopped it {late} \
-             or more ticks behind {target}: replay again, it is late by another number each time"
-        );
-        EngineError { what }
-    }
-
-    /// Whether the guest stands where `stamp` was taken.
-    fn stands_at(&self, stamp: &Stamp, state: &CpuState) -> bool {
-        let Moment { tick, rip, rcx } = stamp.moment;
-        let near = self.tick() == tick && state.rip == rip && state.gpr[RCX] == rcx;
-        near && state.short_digest() == stamp.cpu_digest
-    }
-
-    /// Runs from breakpoint to breakpoint at the moment's RIP.
-    fn close_in(&mut self, stamp: &Stamp) -> Result<Exit, EngineError> {
-        let target = stamp.moment;
-        loop {
-            let tick = self.tick();
-            if tick > target.tick {
-                return match self.doubtful.take() {
-                    Some(asked) => Err(self.overshot(target, asked)),
-                    None => Ok(Exit::TickReached),
-                };
-            }
-            let state = self.vcpu.state()?;
-            let settled = !self.injected && !self.amid;
-            if settled && self.stands_at(stamp, &state) {
-                self.counts.found += 1;
-                self.doubtful = None;
-                return Ok(Exit::TickReached);
-            }
-            self.vcpu.set_breakpoints(&[linear_of(&state, target.rip)])?;
-            if settled && state.rip == target.rip {
-                self.counts.passed_over += 1;
-                self.vcpu.step_off()?;
-            }
-            // A guest that never comes to the place must not run for ever.
-            let beyond = (target.tick - tick).saturating_add(self.parameters.skid + 1);
-            self.vcpu.set_overflow(Some(beyond))?;
-            match self.enter()? {
-                VcpuExit::Breakpoint | VcpuExit::Interrupted { kicked: false } => {}
-                VcpuExit::Interrupted { kicked: true } => return Ok(self.kicked_on_the_way()),
-                exit => return Ok(self.hand_over(exit)),
-            }
-        }
-    }
 }
 
 impl<V: Vcpu> Engine for BranchClock<V> {
@@ -284,7 +190,7 @@ impl<V: Vcpu> Engine for BranchClock<V> {
     }
 
     fn tick(&self) -> u64 {
-        self.branches + self.events
+        self.branches.wrapping_add(self.events)
     }
 
     fn run(&mut self, until: u64) -> Result<Exit, EngineError> {
@@ -292,7 +198,14 @@ impl<V: Vcpu> Engine for BranchClock<V> {
         match until {
             _ if self.halted => Ok(Exit::Halt),
             u64::MAX => self.run_freely(),
-            _ => self.run_about(until),
+            _ => self.run_exactly(until),
+        }
+    }
+
+    fn run_about(&mut self, until: u64) -> Result<Exit, EngineError> {
+        match self.halted {
+            true => Ok(Exit::Halt),
+            false => self.run_past(until),
         }
     }
 
@@ -300,12 +213,16 @@ impl<V: Vcpu> Engine for BranchClock<V> {
         if self.halted {
             return Ok(Exit::Halt);
         }
-        if !self.amid
-            && let Some(exit) = self.come_near(stamp.moment)?
-        {
-            return Ok(exit);
-        }
-        self.close_in(stamp)
+        self.find(stamp)
+    }
+
+    fn widen_margin(&mut self, until: u64, times: u32) {
+        let margin = self.parameters.skid.saturating_mul(u64::from(times));
+        self.widened = Some((until, margin));
+    }
+
+    fn comes_late(&self) -> bool {
+        true
     }
 
     fn stands_exactly(&self) -> bool {
@@ -314,7 +231,10 @@ impl<V: Vcpu> Engine for BranchClock<V> {
 
     fn finish_access(&mut self, value: u128) -> Result<(), EngineError> {
         self.amid = !self.vcpu.finish_access(value)?;
-        self.events += u64::from(!self.amid);
+        if !self.amid {
+            self.count_event();
+            self.first_of_tick = true;
+        }
         Ok(())
     }
 
@@ -331,7 +251,7 @@ impl<V: Vcpu> Engine for BranchClock<V> {
         self.vcpu.inject(vector)?;
         self.injected = true;
         self.halted = false;
-        self.events += 1;
+        self.count_event();
         Ok(())
     }
 
@@ -359,6 +279,26 @@ impl<V: Vcpu> Engine for BranchClock<V> {
 
     fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8])) {
         self.vcpu.ram().visit(visit);
+    }
+
+    fn save(&mut self) -> Result<Option<EngineState>, EngineError> {
+        // Only the first place of a tick is found again by the tick alone.
+        if self.halted || self.amid || self.injected || !self.first_of_tick {
+            return Ok(None);
+        }
+        let cpu = self.vcpu.state()?;
+        Ok(Some(EngineState { tick: self.tick(), cpu, hidden: HiddenState::default() }))
+    }
+
+    /// Takes up any state of a recording under this clock, whichever engine saved it: what else it kept
+    /// decides nothing here, as the translations that hardware knows are its own affair.
+    fn restore(&mut self, state: &EngineState) -> Result<(), EngineError> {
+        self.set_cpu_state(&state.cpu)?;
+        self.events = state.tick.wrapping_sub(self.branches);
+        (self.amid, self.injected, self.kick_owed) = (false, false, false);
+        (self.stands, self.first_of_tick) = (true, true);
+        (self.doubtful, self.widened) = (None, None);
+        Ok(())
     }
 
     fn kicker(&self) -> Arc<dyn Kick> {

@@ -18,6 +18,7 @@
 //! and every fault save, and a fault's handler runs unstepped. Breakpoints leave no trace.
 #![forbid(unsafe_code)]
 
+mod approach;
 pub mod engine;
 pub mod guest_code;
 pub mod paging;

@@ -54,7 +54,10 @@ const LIKELY_FAULTS: [u8; 4] = [14, 13, 7, 6];
 /// What leading the guest on came to.
 pub(crate) enum Settled {
     /// It stands where it can be found again.
-    Stands,
+    Stands {
+        /// Right behind a conditional branch.
+        first_of_tick: bool,
+    },
     /// It exits before that.
     Exits(Exit),
     /// There is no such place near.
@@ -62,9 +65,11 @@ pub(crate) enum Settled {
 }
 
 /// What one step came to.
-enum Step {
+pub(crate) enum Stepped {
+    /// The instruction has retired, or faulted and its handler is next.
     Done,
     Exits(Exit),
+    /// Where it leads cannot be said, or it does not come there.
     Lost,
 }
 
@@ -98,44 +103,62 @@ impl<V: Vcpu> BranchClock<V> {
             if retired && is_found_by_breakpoint(&state, instruction.as_ref()) {
                 let fresh = self.branches != start || self.parameters.stand == Stand::AtOnce;
                 let single = round.is_single(step, &state);
+                let first_of_tick = self.branches != start;
                 if fresh || step >= WATCHED_ENOUGH && single {
-                    return Ok(Settled::Stands);
+                    return Ok(Settled::Stands { first_of_tick });
                 }
-                if let Some(wrote) = round.closes_at(&state) {
-                    return Ok(if wrote { Settled::Nowhere } else { Settled::Stands });
+                match round.closes_at(&state) {
+                    Some(true) => return Ok(Settled::Nowhere),
+                    Some(false) => return Ok(Settled::Stands { first_of_tick }),
+                    None => {}
                 }
                 round.note(step, &state);
             }
             round.wrote |= instruction.as_ref().is_none_or(writes_memory);
             places = places_after(self.vcpu.ram(), &state, instruction.as_ref());
             match self.step(&state, &places)? {
-                Step::Done => {}
-                Step::Exits(exit) => return Ok(Settled::Exits(exit)),
-                Step::Lost => break,
+                Stepped::Done => {}
+                Stepped::Exits(exit) => return Ok(Settled::Exits(exit)),
+                Stepped::Lost => break,
             }
         }
         Ok(Settled::Nowhere)
     }
 
+    /// Executes the next instruction.
+    pub(crate) fn step_on(&mut self) -> Result<Stepped, EngineError> {
+        if self.amid {
+            self.vcpu.set_breakpoints(&[])?;
+            return Ok(match self.enter()? {
+                VcpuExit::Interrupted { .. } | VcpuExit::Breakpoint => Stepped::Done,
+                exit => Stepped::Exits(self.hand_over(exit)),
+            });
+        }
+        let state = self.vcpu.state()?;
+        let instruction = decode_at(self.vcpu.ram(), &state, state.rip);
+        let places = places_after(self.vcpu.ram(), &state, instruction.as_ref());
+        self.step(&state, &places)
+    }
+
     /// Executes the instruction at RIP, which leads to one of `places`.
-    fn step(&mut self, before: &CpuState, places: &Places) -> Result<Step, EngineError> {
+    fn step(&mut self, before: &CpuState, places: &Places) -> Result<Stepped, EngineError> {
         if places.all.is_empty() {
-            return Ok(Step::Lost);
+            return Ok(Stepped::Lost);
         }
         self.vcpu.set_breakpoints(&places.all)?;
         self.vcpu.step_off()?;
         for _ in 0..MAX_INTERRUPTIONS {
             match self.enter()? {
-                VcpuExit::Breakpoint => return Ok(Step::Done),
+                VcpuExit::Breakpoint => return Ok(Stepped::Done),
                 VcpuExit::Interrupted { .. } => {
                     if self.vcpu.state()?.rip == before.rip {
                         self.vcpu.step_off()?;
                     }
                 }
-                exit => return Ok(Step::Exits(self.hand_over(exit))),
+                exit => return Ok(Stepped::Exits(self.hand_over(exit))),
             }
         }
-        Ok(Step::Lost)
+        Ok(Stepped::Lost)
     }
 }
 

@@ -69,9 +69,27 @@ pub enum Exit {
     /// again by its tick alone: never amid the repetitions of a REP, never between two accesses of
     /// one instruction.
     Kicked,
+    /// The engine, which stops late, stopped behind the place that it was to find: whoever drives the
+    /// replay goes back and tries again.
+    Overshot(Overshoot),
     /// The engine cannot execute what the guest wants; the reason is for a person and names what to
     /// do.
     Unsupported(String),
+}
+
+/// A replaying engine that stops late was stopped behind a place in the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the guest was stopped {ticks_late} ticks or more behind {place}, short of which it was to stop by \
+     {margin}: replay again, the counter is late by another number each time"
+)]
+pub struct Overshoot {
+    /// The place; of one that is known by its tick alone, RIP and RCX are zero.
+    pub place: Moment,
+    /// Ticks by which the engine was to stop short of it.
+    pub margin: u64,
+    /// Ticks by which it is past the place's tick.
+    pub ticks_late: u64,
 }
 
 /// The engine itself failed (an ioctl refused): the host's fault, not the guest's.
@@ -108,8 +126,8 @@ pub trait Engine {
     fn tick(&self) -> u64;
 
     /// Runs the guest until `tick() == until` or an earlier exit. Under
-    /// [`TickKind::ConditionalBranch`] it comes back at that tick or soon after it, and an access or a
-    /// HLT is counted when its instruction is finished. Under [`TickKind::Exit`] each
+    /// [`TickKind::ConditionalBranch`] that is the first place of the tick, or rarely one soon after it,
+    /// and an access or a HLT is counted when its instruction is finished. Under [`TickKind::Exit`] each
     /// access and each HLT is a tick, counted when it is finished, and `until` is only compared at
     /// those. Where one instruction makes several accesses, each is a tick, and between them
     /// [`Engine::moment`] and [`Engine::cpu_state`] answer (the same each time), while
@@ -128,6 +146,24 @@ pub trait Engine {
     /// As [`Engine::run`].
     fn run_to(&mut self, stamp: &Stamp) -> Result<Exit, EngineError> {
         self.run(stamp.moment.tick)
+    }
+
+    /// As [`Engine::run`], where the guest comes to what is to happen by itself, at tick `until` at the
+    /// latest: an engine to which an exact stop is dear need not make it.
+    ///
+    /// # Panics
+    /// As [`Engine::run`].
+    fn run_about(&mut self, until: u64) -> Result<Exit, EngineError> {
+        self.run(until)
+    }
+
+    /// Has an engine that stops late keep `times` its usual distance from places up to tick `until`.
+    fn widen_margin(&mut self, _until: u64, _times: u32) {}
+
+    /// Whether the engine stops late, and at a tick exactly only with effort, which kicks disturb: a
+    /// recording does not ask it to.
+    fn comes_late(&self) -> bool {
+        false
     }
 
     /// Whether the boundary of the last [`Exit::Kicked`] is one that another run finds again. An engine

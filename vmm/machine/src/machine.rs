@@ -65,6 +65,15 @@ pub(crate) struct Target {
     pub(crate) ns: u64,
 }
 
+/// How far the guest may execute before the machine stands again.
+#[derive(Clone, Copy, Debug)]
+struct Limit {
+    tick: u64,
+    /// The machine wants to stand there itself; else only the log has something there, to which the guest
+    /// comes by itself if it has no place.
+    exact: bool,
+}
+
 /// The guest is in HLT.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sleep {
@@ -335,7 +344,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     /// again.
     fn execute(&mut self, target: Target) -> Result<bool, Stop> {
         let tick = self.engine.tick();
-        let until = self.run_limit(tick, target)?;
+        let Limit { tick: until, exact } = self.run_limit(tick, target)?;
         let place = match self.engine.tick_kind() {
             TickKind::ConditionalBranch => self.inputs.place(),
             TickKind::Instruction | TickKind::Exit => None,
@@ -346,7 +355,8 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
         };
         let exit = match place.filter(on_the_way) {
             Some(place) => self.engine.run_to(&place)?,
-            None => self.engine.run(until)?,
+            None if exact => self.engine.run(until)?,
+            None => self.engine.run_about(until)?,
         };
         match exit {
             Exit::TickReached | Exit::InterruptWindow => Ok(true),
@@ -364,6 +374,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
                 self.show_watch(now)?;
                 Ok(stands)
             }
+            Exit::Overshot(overshoot) => Err(Stop::Overshot(overshoot)),
             Exit::TripleFault => Err(Stop::Ended { ending: Ending::TripleFault, exact: true }),
             // The failed attempt may have left traces, so that this is no exact moment.
             Exit::Unsupported(reason) => {
@@ -378,17 +389,19 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
         if watch.is_stopped() { Err(Stop::Watched) } else { Ok(()) }
     }
 
-    /// The tick up to which the guest may execute.
-    fn run_limit(&mut self, tick: u64, target: Target) -> Result<u64, Stop> {
+    /// How far the guest may execute.
+    fn run_limit(&mut self, tick: u64, target: Target) -> Result<Limit, Stop> {
         let next = tick.saturating_add(1);
         if self.delivered_at == Some(tick) {
             // Stand again as soon as the delivery is done: nothing entered at this tick since.
-            return Ok(next);
+            return Ok(Limit { tick: next, exact: true });
         }
         let deadline = self.board.next_deadline().and_then(|deadline| self.base.tick_of(deadline));
         let logged = self.inputs.stop_at(tick)?;
         let now = self.now();
         let checkpoint = match &mut self.checkpointer {
+            // It is taken at the first boundary behind that.
+            Some(_) if self.engine.comes_late() && logged.is_none() => None,
             Some(_) if self.capturing => Some(tick.saturating_add(CAPTURE_TICKS)),
             Some(checkpointer) => checkpointer.due_at(tick, now.ns),
             None => None,
@@ -397,9 +410,10 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
             u64::MAX => None,
             ns => self.base.tick_of(VirtualTime::from_ns(ns)),
         };
-        let limits = [deadline, logged, checkpoint, target_time];
-        let limit = limits.into_iter().flatten().fold(target.tick, u64::min);
-        Ok(limit.max(next))
+        let limits = [deadline, checkpoint, target_time];
+        let own = limits.into_iter().flatten().fold(target.tick, u64::min);
+        let limit = logged.map_or(own, |logged| logged.min(own));
+        Ok(Limit { tick: limit.max(next), exact: own <= limit })
     }
 
     /// Answers an access. Gives whether its instruction is done; if not, more accesses follow, and
@@ -461,6 +475,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
                 Err(Stop::Unwritable(error)) => Err(self.unwritable(error)),
                 _ => Err(MachineError::Engine(error)),
             },
+            Stop::Overshot(overshoot) => Err(MachineError::Overshot(overshoot)),
             Stop::Unwritable(error) => Err(self.unwritable(error)),
             Stop::Watched => Err(MachineError::Stopped),
         }

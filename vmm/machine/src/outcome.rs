@@ -6,7 +6,7 @@ use reprise_trace::moment::Moment;
 
 use crate::digest::StateDigest;
 use crate::divergence::Divergence;
-use crate::engine::EngineError;
+use crate::engine::{EngineError, Overshoot};
 use crate::lawful::SetAside;
 
 /// Why a run is over.
@@ -75,6 +75,10 @@ pub enum MachineError {
     /// The engine failed; a recording is closed and replays up to here.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// Replay only: the engine, which stops late, is past what the log has next. Another attempt, best from
+    /// a checkpoint before that place, may find it.
+    #[error(transparent)]
+    Overshot(#[from] Overshoot),
     /// The recording could not be written (a full disk, say), so the guest was stopped.
     #[error("{error} (recorded up to {})", kept(.kept_until))]
     Recording {

@@ -110,6 +110,22 @@ impl Beginning {
         }
     }
 
+    /// Records of the log before.
+    pub fn records(&self) -> u64 {
+        match &self.at {
+            At::Run(_) => 0,
+            At::Checkpoint(state) => state.records,
+        }
+    }
+
+    /// Bytes that the guest has written to its console before.
+    pub fn console_bytes(&self) -> u64 {
+        match &self.at {
+            At::Run(_) => 0,
+            At::Checkpoint(state) => state.console.bytes,
+        }
+    }
+
     /// Gives the parts to the engine that `make_engine` makes, and the log to inputs that `set_up`
     /// completes.
     ///

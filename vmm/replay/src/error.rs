@@ -2,7 +2,7 @@
 
 use reprise_boot::BootError;
 use reprise_machine::checkpoint::ResumeError;
-use reprise_machine::engine::EngineError;
+use reprise_machine::engine::{EngineError, Overshoot};
 use reprise_machine::ram::RamError;
 use reprise_trace::checkpoint::CheckpointError;
 use reprise_trace::log::LogError;
@@ -53,6 +53,18 @@ pub enum ReplayError {
     /// The machine does not take the checkpoint's state.
     #[error(transparent)]
     Resume(#[from] ResumeError),
+    /// The engine was stopped behind a place of the log each time.
+    #[error(
+        "in {attempts} attempts, each with a wider margin, the guest was stopped behind {}: the branch \
+         counter of this host is too late for it; use --engine soft",
+        .overshoot.place
+    )]
+    Overshot {
+        /// How often it was approached.
+        attempts: u32,
+        /// The last time.
+        overshoot: Overshoot,
+    },
     /// The machine stands amid something.
     #[error("the machine stands at tick {tick}, where it can be compared with no checkpoint")]
     NotConsistent {

@@ -8,12 +8,14 @@
 
 mod beginning;
 mod error;
+mod going_back;
 mod recorded_clock;
 mod replayable;
 mod software;
 
 pub use beginning::{Beginning, Start, accessed_bits, compare, time_source, verification};
 pub use error::ReplayError;
+pub use going_back::{Arrived, ConsoleOnce, MAX_ATTEMPTS};
 pub use recorded_clock::RecordedClock;
 pub use replayable::{Replayable, checkpoints_path};
 pub use software::OnSoftware;

@@ -289,7 +289,7 @@ fn of_engine(exit: Exit) -> VcpuExit {
         Exit::TripleFault => VcpuExit::TripleFault,
         Exit::Kicked => VcpuExit::Interrupted { kicked: true },
         Exit::Unsupported(reason) => VcpuExit::Unsupported(reason),
-        Exit::TickReached => unreachable!("handled where it is asked for"),
+        Exit::TickReached | Exit::Overshot(_) => unreachable!("no exit of a vCPU"),
     }
 }
 

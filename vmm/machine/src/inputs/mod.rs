@@ -24,7 +24,7 @@ use crate::clock::TimeSource;
 use crate::digest::StateDigest;
 use crate::divergence::Divergence;
 use crate::effects::Effects;
-use crate::engine::{Access, Engine, EngineError};
+use crate::engine::{Access, Engine, EngineError, Overshoot};
 use crate::lawful::SetAside;
 
 /// So often at most does virtual time move to a deadline within one sleep of the guest before a
@@ -149,6 +149,8 @@ pub enum Stop {
     Diverged(Box<Divergence>),
     /// The engine failed.
     Engine(EngineError),
+    /// The engine is past what the log has next.
+    Overshot(Overshoot),
     /// The log cannot be written.
     Unwritable(LogError),
     /// Whoever watches the run wants no more of it.
