@@ -14,7 +14,7 @@ use reprise_machine::inputs::{Recording, Replaying};
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, MachineError, Outcome};
 use reprise_machine::ram::GuestRam;
-use reprise_replay::RecordedClock;
+use reprise_replay::{OnSoftware, RecordedClock};
 use reprise_simulated_hardware::{Disturbance, SimulatedVcpu};
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::event::Record;
@@ -36,6 +36,8 @@ pub(crate) struct Case<'a> {
     pub(crate) source: GuestSource<'a>,
     pub(crate) ram_mib: u64,
     pub(crate) typed: &'a str,
+    /// When somebody stops the guest, unless it ends by itself.
+    pub(crate) stops_ns: Option<u64>,
 }
 
 /// The hardware, and how the clock deals with it.
@@ -94,6 +96,8 @@ impl Case<'_> {
     pub(crate) fn replay_on_software(&self, recorded: &Recorded) -> u64 {
         let (ram, state, board) = self.load();
         let mut engine = RecordedClock::new(ram, &self.header()).expect("the host has memory");
+        // As on the hardware: virtual time is not what Linux's RDTSC read there.
+        engine.software().stop_time_stamp_counter();
         engine.set_cpu_state(&state).expect("a first state");
         let inputs = Replaying::new(log_of(&recorded.records));
         let mut machine = Machine::new(engine, board, inputs, TimeSource::Host);
@@ -103,7 +107,7 @@ impl Case<'_> {
     }
 
     /// What a host with a PMU writes at the head of such a recording.
-    fn header(&self) -> Header {
+    pub(crate) fn header(&self) -> Header {
         let kernel = ImageInfo::of(ImageRole::Kernel, "kernel", self.source.kernel);
         let initrd = self.source.initrd.map(|it| ImageInfo::of(ImageRole::Initrd, "initrd", it));
         Header {
@@ -145,7 +149,8 @@ impl Case<'_> {
     pub(crate) fn record(&self, hardware: &Hardware) -> Recorded {
         let (engine, board) = self.start(hardware);
         let seed = hardware.disturbance.seed;
-        let world = SeededWorld::new(seed, self.typed, engine.vcpu().world_clock_ns());
+        let world = SeededWorld::new(seed, self.typed, engine.vcpu().world_clock_ns())
+            .stopping_at(self.stops_ns);
         let inputs = Recording::new(world, LogWriter::new(MemorySink::default()));
         let mut machine = Machine::new(engine, board, inputs, TimeSource::Host);
         let outcome = machine.run().expect("the machine runs");

@@ -3,7 +3,6 @@
 
 use std::fs::File;
 
-use reprise_devices::cpu_model;
 use reprise_machine::checkpoint::{Checkpointer, Consistent, checkpoint};
 use reprise_machine::clock::TimeSource;
 use reprise_machine::engine::EngineError;
@@ -13,15 +12,11 @@ use reprise_machine::outcome::Outcome;
 use reprise_replay::{ReplayError, Replayable, Start, checkpoints_path};
 use reprise_trace::checkpoint::CheckpointWriter;
 use reprise_trace::event::Record;
-use reprise_trace::header::{
-    CpuModelInfo, GuestInfo, Header, HostInfo, ImageInfo, ImageRole, MachineInfo,
-};
 use reprise_trace::log::LogWriter;
-use reprise_trace::moment::TickKind;
 use reprise_trace::recording::RecordingWriter;
 use tempfile::TempDir;
 
-use crate::case::{Case, Hardware, RTC_START_S, Recorded};
+use crate::case::{Case, Hardware, Recorded};
 use crate::world::SeededWorld;
 
 /// A recording in a file.
@@ -33,30 +28,6 @@ pub(crate) struct Kept {
 }
 
 impl Case<'_> {
-    fn header(&self) -> Header {
-        let images = [(ImageRole::Kernel, "kernel", Some(self.source.kernel))]
-            .into_iter()
-            .chain([(ImageRole::Initrd, "initrd", self.source.initrd)])
-            .filter_map(|(role, name, bytes)| bytes.map(|bytes| ImageInfo::of(role, name, bytes)))
-            .collect();
-        let command_line = self.source.cmdline.to_owned();
-        Header {
-            machine: MachineInfo { ram_mib: self.ram_mib, rtc_start_s: RTC_START_S },
-            cpu_model: CpuModelInfo {
-                name: cpu_model::NAME.to_owned(),
-                version: cpu_model::VERSION,
-            },
-            tick_kind: TickKind::ConditionalBranch,
-            ns_per_tick: 0,
-            engine: "kvm".to_owned(),
-            clock: "pmu".to_owned(),
-            host: HostInfo::default(),
-            guest: GuestInfo { name: "a guest".to_owned(), command_line, images },
-            created_unix_s: RTC_START_S,
-            reprise_version: env!("CARGO_PKG_VERSION").to_owned(),
-        }
-    }
-
     /// Records into a file, with a checkpoint every so many ticks.
     pub(crate) fn record_to_file(&self, hardware: &Hardware, checkpoint_every: u64) -> Kept {
         let directory = tempfile::tempdir().expect("the host has room");
@@ -70,7 +41,8 @@ impl Case<'_> {
         let identity = writer.identity();
         let (engine, board) = self.start(hardware);
         let seed = hardware.disturbance.seed;
-        let world = SeededWorld::new(seed, self.typed, engine.vcpu().world_clock_ns());
+        let world = SeededWorld::new(seed, self.typed, engine.vcpu().world_clock_ns())
+            .stopping_at(self.stops_ns);
         let inputs = RecordingInputs::new(world, LogWriter::new(writer));
         let mut machine = Machine::new(engine, board, inputs, TimeSource::Host);
         let file = File::create(checkpoints_path(&path)).expect("the host has room");

@@ -20,7 +20,7 @@ use case::{Case, Hardware, Recorded, assert_equal};
 pub(crate) fn guest<'a>(name: &str, cmdline: &'a str, typed: &'a str) -> Case<'a> {
     let guest = embedded(name).expect("it is listed");
     let source = GuestSource { kernel: guest.image, initrd: None, cmdline };
-    Case { source, ram_mib: 32, typed }
+    Case { source, ram_mib: 32, typed, stops_ns: None }
 }
 
 fn recorded(case: &Case<'_>, hardware: &Hardware, expected: &str) -> Recorded {

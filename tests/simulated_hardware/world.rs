@@ -22,6 +22,8 @@ pub(crate) struct SeededWorld {
     random: Random,
     script: VecDeque<u8>,
     next_typed_ns: u64,
+    /// When somebody stops the run.
+    stops_ns: u64,
     /// What the guest wrote on its console.
     pub(crate) console: Vec<u8>,
 }
@@ -34,8 +36,14 @@ impl SeededWorld {
             random: Random::new(seed ^ 0x0077_6f72_6c64),
             script: script.bytes().collect(),
             next_typed_ns: 0,
+            stops_ns: u64::MAX,
             console: Vec::new(),
         }
+    }
+
+    /// Has somebody stop the run then.
+    pub(crate) fn stopping_at(self, stops_ns: Option<u64>) -> Self {
+        Self { stops_ns: stops_ns.unwrap_or(u64::MAX), ..self }
     }
 
     fn clock_ns(&self) -> u64 {
@@ -76,7 +84,7 @@ impl Host for SeededWorld {
     }
 
     fn stop_requested(&mut self) -> Option<Ending> {
-        None
+        (self.clock_ns() >= self.stops_ns).then_some(Ending::Stopped)
     }
 
     fn flush_due(&mut self) -> bool {

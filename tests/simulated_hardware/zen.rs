@@ -50,9 +50,8 @@ fn a_replay_that_is_too_late_goes_back_to_a_checkpoint() {
 
 #[test]
 fn a_counter_that_is_always_too_late_is_an_error() {
-    let case = guest("ticks", "hz=100 count=2 poll=100000000", "");
-    let kept = case.record_to_file(&Hardware::zen(1), 500_000);
-    let mut hardware = undisturbed(2, 1);
+    let kept = case().record_to_file(&Hardware::zen(1), 500_000);
+    let mut hardware = Hardware { skid: 100, ..undisturbed(2, 1) };
     hardware.disturbance.skid = Skid::Unbounded { usual: 100_000, seldom: 1 };
     let error = kept.replay(Start::Run, &hardware).err().expect("it never gets there").to_string();
     assert!(error.contains("6 attempts") && !error.contains('\n'), "{error}");

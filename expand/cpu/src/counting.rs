@@ -62,6 +62,11 @@ impl SoftEngine {
         self.cpu_mut().hides_time_stamp = true;
     }
 
+    /// Has RDTSC read zero whatever the time is, as where simulated hardware's counter stands still.
+    pub fn stop_time_stamp_counter(&mut self) {
+        self.time_stands_still = true;
+    }
+
     /// Executes one instruction or the delivery of one fault, whichever comes first, or one element of
     /// a REP if `by_element`. Gives an exit if that needs the machine; the guest is not halted.
     ///

@@ -24,6 +24,8 @@ pub struct SoftEngine {
     kick: Arc<AtomicBool>,
     interrupt_requested: bool,
     halted: bool,
+    /// RDTSC reads zero.
+    pub(crate) time_stands_still: bool,
     /// The access that the machine has been handed and not yet finished.
     unfinished: Option<Access>,
     /// What finishing the last access led to, for the next run to hand over.
@@ -44,6 +46,7 @@ impl SoftEngine {
             kick: Arc::default(),
             interrupt_requested: false,
             halted: false,
+            time_stands_still: false,
             unfinished: None,
             queued: None,
         })
@@ -193,7 +196,10 @@ impl Engine for SoftEngine {
     }
 
     fn set_time_base(&mut self, base: TimeBase) {
-        self.cpu.time_base = base;
+        self.cpu.time_base = match self.time_stands_still {
+            true => TimeBase { tick: base.tick, ns: 0, ns_per_tick: 0 },
+            false => base,
+        };
     }
 
     fn moment(&mut self) -> Result<Moment, EngineError> {
