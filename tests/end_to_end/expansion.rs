@@ -57,7 +57,7 @@ fn the_trace_is_the_same_on_any_number_of_threads_and_without_translation() {
     let mut traces = Vec::new();
     for (number, way) in ways.iter().enumerate() {
         let out = workplace.path(&format!("{number}.trace"));
-        let report = expand(&file, &[way, &["-o", &out][..]].concat());
+        let report = expand(&file, &[way, &["--page-walks", "-o", &out][..]].concat());
         assert_eq!(report["instructions"], recorded["instructions"], "{way:?}: {report:#}");
         assert!(count(&report, "checkpoints_verified") >= 1, "{way:?}: {report:#}");
         let trace = fs::read(&out).expect("the trace is there");
@@ -67,7 +67,7 @@ fn the_trace_is_the_same_on_any_number_of_threads_and_without_translation() {
     for (way, trace) in ways.iter().zip(&traces) {
         assert!(*trace == traces[0], "{way:?} gives another trace");
     }
-    let piped = run(&["expand", &file, "-o", "-"]).expect_code(0);
+    let piped = run(&["expand", &file, "--page-walks", "-o", "-"]).expect_code(0);
     assert!(piped.stdout == traces[0], "a pipe gets another trace");
 }
 
@@ -82,11 +82,16 @@ fn linux_leaves_the_same_trace_translated_and_not_and_in_pieces() {
         [&["--jobs", "1"][..], &["--jobs", "2", "--no-translate"]].iter().enumerate()
     {
         let out = workplace.path(&format!("{number}.trace"));
-        let report = expand(&file, &[way, &window[..], &["-o", &out]].concat());
+        let report = expand(&file, &[way, &window[..], &["--page-walks", "-o", &out]].concat());
         assert_eq!(count(&report, "instructions"), 60_000_000, "{report:#}");
         traces.push(fs::read(&out).expect("the trace is there"));
     }
     assert!(traces[0] == traces[1], "translated code leaves another trace");
+    let out = workplace.path("0.trace");
+    let stats = run(&["--json", "trace", "stats", &out]).expect_code(0).json();
+    for cause in ["for_reads", "for_writes", "for_fetches"] {
+        assert!(count(&stats["page_walks"], cause) > 1000, "{cause}: {:#}", stats["page_walks"]);
+    }
 }
 
 #[test]

@@ -282,7 +282,8 @@ fn main() {
         let physical = Contents { physical: true, ..plain };
         show("addresses, physical", Ok(synthetic(physical, most)));
         // What makes everything also makes random values, which nothing compresses.
-        let everything = Contents { physical: true, values: true, registers: true };
+        let everything =
+            Contents { physical: true, values: true, registers: true, page_walks: true };
         show("everything", Ok(synthetic(everything, most.min(5_000_000))));
     }
 }

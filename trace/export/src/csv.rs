@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use reprise_trace::instructions::{
-    Access, AccessKind, Event, Observer, Position, Run, TraceError, register,
+    Access, AccessKind, Event, Observer, PageWalk, Position, Run, TraceError, register,
 };
 
 /// The columns. Numbers are decimal, addresses hexadecimal with `0x`; what a row does not have is
@@ -74,6 +74,7 @@ fn name(event: &Event) -> &'static str {
         Event::MemoryWrite { .. } => "memory-write",
         Event::SecondPage { .. } => "second-page",
         Event::Register { .. } => "register",
+        Event::PageWalk(_) => "page-walk",
         Event::Marker(_) => "marker",
         Event::Skipped { .. } => "skipped",
     }
@@ -120,6 +121,7 @@ impl<W: Write> Observer for Csv<W> {
         self.position.pass_event(event);
         let address = match *event {
             Event::Delivery { address, .. } | Event::Return { address } => Some(address),
+            Event::PageWalk(walk) => Some(walk.linear),
             Event::Skipped { address, .. } => address,
             Event::MemoryWrite { linear, .. } => linear,
             _ => None,
@@ -130,6 +132,7 @@ impl<W: Write> Observer for Csv<W> {
             | Event::SystemAccess { physical, .. }
             | Event::MemoryWrite { physical, .. }
             | Event::SecondPage { physical, .. } => format!("{physical:#x}"),
+            Event::PageWalk(PageWalk { page: Some(page), .. }) => format!("{page:#x}"),
             _ => String::new(),
         };
         let (size, bytes) = match *event {

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use iced_x86::{Formatter as _, GasFormatter, Instruction, SymbolResolver, SymbolResult};
 use reprise_trace::instructions::{
-    AccessKind, Delivery, Direction, Event, Observer, Position, Run, Step, SystemAccessKind,
-    TraceError, register,
+    AccessKind, Delivery, Direction, Event, Observer, PageWalk, Position, Run, Step,
+    SystemAccessKind, TraceError, WalkCause, WalkEntry, register,
 };
 use serde::Serialize;
 
@@ -280,6 +280,7 @@ impl<F: FnMut(&Shown) -> io::Result<()>> Dump<F> {
                 let ShownRegister { register, value } = ShownRegister::new(register, words);
                 format!("{register}={value}")
             }
+            Event::PageWalk(walk) => self.describe_walk(&walk),
             Event::Marker(marker) => {
                 let (seconds, rest) =
                     (marker.virtual_ns / 1_000_000_000, marker.virtual_ns % 1_000_000_000);
@@ -290,6 +291,25 @@ impl<F: FnMut(&Shown) -> io::Result<()>> Dump<F> {
                 format!("{instructions} instructions left out{}", from.unwrap_or_default())
             }
         }
+    }
+
+    fn describe_walk(&self, walk: &PageWalk) -> String {
+        let cause = match walk.cause {
+            WalkCause::Read => "read",
+            WalkCause::Write => "write",
+            WalkCause::Fetch => "fetch",
+        };
+        let mut text = format!("page walk for a {cause} at {}:", self.place(walk.linear));
+        for WalkEntry { level, physical, marked } in walk.reads() {
+            let marked = if marked { " (marked)" } else { "" };
+            // Writing to a string does not fail.
+            let _ = write!(text, " level {level} @{physical:#x}{marked},");
+        }
+        let _ = match walk.page {
+            Some(page) => write!(text, " to page @{page:#x}"),
+            None => write!(text, " to a fault"),
+        };
+        text
     }
 
     fn put_event(&mut self, number: u64, event: &Event) -> Result<(), TraceError> {

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use ::parquet::data_type::ByteArray;
 use reprise_trace::instructions::{
-    Delivery, Direction, Event, Observer, Position, Run, Step, TraceError,
+    Delivery, Direction, Event, Observer, Position, Run, Step, TraceError, WalkCause,
 };
 
 use crate::instruction::{Branch, DecodedBlocks};
@@ -321,6 +321,12 @@ fn event_cells(event: &Event) -> (&'static str, [Cell<'static>; 11]) {
         Event::Register { register, value: [low, _] } => {
             (*vector, *value) = (Small(i32::from(register)), Unsigned(low));
             "register"
+        }
+        Event::PageWalk(walk) => {
+            (*address, *size) = (Unsigned(walk.linear), Number(u64::from(walk.entry_count)));
+            (*physical, *write) =
+                (walk.page.map_or(Null, Number), Flag(walk.cause == WalkCause::Write));
+            "page-walk"
         }
         Event::Marker(marker) => {
             (*tick, *time) = (Number(marker.tick), Number(marker.virtual_ns));

@@ -1,5 +1,6 @@
 //! What a trace holds beside runs of blocks, and how each event is stored.
 
+use super::page_walk::PageWalk;
 use super::register;
 use crate::varint::{TakeError, Taker, put};
 
@@ -163,6 +164,9 @@ pub enum Event {
         /// Its value; the second word is zero where it has one only.
         value: [u64; 2],
     },
+    /// The CPU translates an address by the page tables. What an access caused stands behind the run
+    /// that made it; what a fetch caused stands before the run of what was fetched.
+    PageWalk(PageWalk),
     /// What the clocks say here.
     Marker(Marker),
     /// Something was left out here, by a filter or because a share of the trace is missing.
@@ -188,6 +192,7 @@ mod tag {
     pub(super) const MEMORY_WRITE: u8 = 10;
     pub(super) const SECOND_PAGE: u8 = 11;
     pub(super) const REGISTER: u8 = 12;
+    pub(super) const PAGE_WALK: u8 = 13;
 }
 
 fn put_option(out: &mut Vec<u8>, value: Option<u64>) {
@@ -255,6 +260,10 @@ impl Event {
                 let words = usize::from(register::words(register));
                 value[..words].iter().for_each(|word| put(out, *word));
             }
+            Self::PageWalk(walk) => {
+                out.push(tag::PAGE_WALK);
+                walk.encode(out);
+            }
             Self::Marker(Marker { tick, virtual_ns }) => {
                 out.push(tag::MARKER);
                 put(out, tick);
@@ -312,6 +321,7 @@ impl Event {
                 let second = if register::words(register) == 2 { taker.varint()? } else { 0 };
                 Self::Register { register, value: [first, second] }
             }
+            tag::PAGE_WALK => return Ok(PageWalk::take(taker)?.map(Self::PageWalk)),
             tag::MARKER => {
                 Self::Marker(Marker { tick: taker.varint()?, virtual_ns: taker.varint()? })
             }
@@ -372,6 +382,7 @@ fn take_option(taker: &mut Taker<'_>) -> Result<Option<Option<u64>>, TakeError> 
 
 #[cfg(test)]
 mod tests {
+    use super::super::page_walk::WalkCause;
     use super::*;
 
     pub(crate) fn examples() -> Vec<Event> {
@@ -400,6 +411,18 @@ mod tests {
             };
             let (vector, address) = (14, 0xffff_8000_0000_0000);
             events.push(Event::Delivery { kind, vector, error_code, address, fault_address });
+        }
+        for (root_level, page) in [(4, None), (2, Some(0x5000)), (3, Some(0))] {
+            let entries = [0x1000, 0x2008, 0, 0];
+            events.push(Event::PageWalk(PageWalk {
+                cause: WalkCause::Fetch,
+                linear: 0xffff_8000_0000_1234,
+                root_level,
+                entry_count: 2,
+                entries,
+                marked: 2,
+                page,
+            }));
         }
         for kind in SYSTEM_ACCESSES {
             for linear in [None, Some(0)] {
@@ -435,7 +458,7 @@ mod tests {
 
     #[test]
     fn numbers_that_name_nothing_are_no_event() {
-        let cases: [&[u8]; 11] = [
+        let cases: [&[u8]; 15] = [
             &[1, 4, 0, 0, 0, 0],
             &[1, 0, 0, 2, 0, 0],
             &[4, 2, 1, 1, 1],
@@ -446,7 +469,11 @@ mod tests {
             &[10, 1, 0, 0, 0, 0, 0],
             &[11, 0, 0x80, 0x80, 0x80, 0x80, 0x10],
             &[12, 70, 0, 0],
-            &[13],
+            &[13, 3, 0, 0],
+            &[13, 3 << 2, 0, 0],
+            &[13, 3 << 4, 0, 0, 0, 0, 0],
+            &[13, 1 << 4, 2, 0, 0],
+            &[14],
         ];
         for bytes in cases {
             let mut taker = Taker::new(bytes);

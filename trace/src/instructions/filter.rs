@@ -6,6 +6,7 @@ use std::ops::Range;
 use super::TraceError;
 use super::event::Event;
 use super::idle::SkipIdle;
+use super::page_walk::{PageWalk, WalkCause};
 use super::run::{Observer, PlainRuns, Position, Run};
 
 pub use super::idle::MAX_IDLE_INSTRUCTIONS;
@@ -404,7 +405,9 @@ impl<O: Observer> Observer for Parts<O> {
                 Ok(())
             }
             Event::Skipped { .. } => self.observer.event(event),
-            Event::Delivery { .. } | Event::Return { .. } => {
+            Event::Delivery { .. }
+            | Event::Return { .. }
+            | Event::PageWalk(PageWalk { cause: WalkCause::Fetch, .. }) => {
                 self.held.push(*event);
                 Ok(())
             }
@@ -418,7 +421,8 @@ impl<O: Observer> Observer for Parts<O> {
             | Event::SystemAccess { .. }
             | Event::MemoryWrite { .. }
             | Event::SecondPage { .. }
-            | Event::Register { .. } => {
+            | Event::Register { .. }
+            | Event::PageWalk(_) => {
                 if self.kept_last {
                     self.observer.event(event)
                 } else {

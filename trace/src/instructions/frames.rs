@@ -31,7 +31,10 @@ pub(super) const MAX_FRAME_BYTES: u64 = super::columns::MAX_COLUMN_BYTES + (1 <<
 const MAX_TEXT_BYTES: usize = 1 << 16;
 /// What the header's bytes start with: the schema's name, then its version, little-endian.
 const SCHEMA_ID: [u8; 4] = *b"rtHD";
-const SCHEMA_VERSION: u16 = 2;
+const SCHEMA_VERSION: u16 = 3;
+/// Where the header has whether there are page walks, which schema 2 lacks: behind three other contents, a
+/// byte each.
+const PAGE_WALKS_AT: usize = 3;
 
 /// What a frame holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,8 +94,13 @@ impl TraceHeader {
         let mut fields = rest.to_vec();
         match u16::from_le_bytes(*version) {
             SCHEMA_VERSION => {}
-            // It ends where an absent share stands.
-            1 => fields.push(0),
+            version @ (1 | 2) if fields.len() > PAGE_WALKS_AT => {
+                fields.insert(PAGE_WALKS_AT, 0);
+                if version == 1 {
+                    // It ends where an absent share stands.
+                    fields.push(0);
+                }
+            }
             _ => return None,
         }
         match postcard::take_from_bytes(&fields) {

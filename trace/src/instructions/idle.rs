@@ -185,6 +185,7 @@ impl<O: Observer> Observer for SkipIdle<O> {
                 | Event::MemoryWrite { .. }
                 | Event::SecondPage { .. }
                 | Event::Register { .. }
+                | Event::PageWalk(_)
         );
         if is_within_run && self.held.entries.is_empty() {
             // Of the run that ended in HLT and was handed on.

@@ -21,6 +21,7 @@ pub mod filter;
 mod frames;
 mod head;
 mod idle;
+mod page_walk;
 mod predict;
 mod reader;
 pub mod register;
@@ -45,6 +46,7 @@ pub use event::{Delivery, Direction, Event, Marker, SystemAccessKind};
 pub use feed::Feed;
 pub use frames::{FORMAT_VERSION, Share, Totals, TraceHeader};
 pub use head::{SegmentHead, SegmentOptions};
+pub use page_walk::{MAX_WALK_ENTRIES, PageWalk, WalkCause, WalkEntry};
 pub use reader::{Ending, Outline, TraceIndex, TraceReader};
 pub use run::{Access, Observer, PlainRuns, Position, Run, Step, Steps};
 pub use segment_writer::{EncodedSegment, SegmentWriter};
@@ -59,6 +61,8 @@ pub struct Contents {
     pub values: bool,
     /// Values written to registers.
     pub registers: bool,
+    /// Page walks, as events.
+    pub page_walks: bool,
 }
 
 impl Contents {

@@ -190,7 +190,7 @@ fn a_run_is_cut_after_the_fact() {
 
 #[test]
 fn random_batches_end_in_a_value() {
-    let contents = Contents { physical: true, values: true, registers: true };
+    let contents = Contents { physical: true, values: true, registers: true, page_walks: true };
     for seed in 0..300 {
         let mut random = Random(seed);
         let mut whole = Synthetic::new(Options::with_everything(1)).advance(300);

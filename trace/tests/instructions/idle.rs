@@ -55,7 +55,8 @@ fn blocks() -> Vec<BlockDefinition> {
     codes.into_iter().enumerate().map(define).collect()
 }
 
-const EVERYTHING: Contents = Contents { physical: true, values: true, registers: true };
+const EVERYTHING: Contents =
+    Contents { physical: true, values: true, registers: true, page_walks: true };
 
 /// Makes batches of these blocks; their numbers change.
 struct Guest {

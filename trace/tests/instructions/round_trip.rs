@@ -13,10 +13,11 @@ use crate::synthetic::{Entry, Executed, Options, Synthetic};
 
 /// Every combination of contents.
 fn contents() -> impl Iterator<Item = Contents> {
-    (0..8).map(|bits| Contents {
+    (0..16).map(|bits| Contents {
         physical: bits & 1 != 0,
         values: bits & 2 != 0,
         registers: bits & 4 != 0,
+        page_walks: bits & 8 != 0,
     })
 }
 

@@ -53,6 +53,9 @@ pub struct ExpandArgs {
     /// All of that: what `trace check --against` needs
     #[arg(long, conflicts_with = "no_physical")]
     pub(crate) full: bool,
+    /// Have the page walks of the software TLB in the trace, as events
+    #[arg(long)]
+    pub(crate) page_walks: bool,
     /// Overwrite OUT if it exists
     #[arg(long)]
     pub(crate) force: bool,

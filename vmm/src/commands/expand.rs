@@ -67,6 +67,7 @@ fn options(arguments: &ExpandArgs, window: Window) -> Result<ExpandOptions> {
             physical: !arguments.no_physical,
             values: arguments.values || arguments.full,
             registers: arguments.registers || arguments.full,
+            page_walks: arguments.page_walks,
         },
         selection: arguments.filters.selection(),
         filters: arguments.filters.as_given(),

@@ -10,14 +10,14 @@ pub(crate) mod tlb;
 pub(crate) mod walk;
 
 use reprise_machine::ram::GuestRam;
-use reprise_trace::instructions::NOWHERE_PAGE;
+use reprise_trace::instructions::{NOWHERE_PAGE, PageWalk};
 
 use crate::fault::Fault;
 use crate::mode::Mode;
 use journal::Journal;
 use physical::{PAGE_BYTES, Physical};
 use tlb::{Tlb, TlbState, rights};
-use walk::{Accessor, Kind, Paging, Translation};
+use walk::{Accessor, Kind, Paging, Path, Translation};
 
 /// What a linear page turned out to be.
 #[derive(Clone, Copy, Debug)]
@@ -51,6 +51,8 @@ pub(crate) struct Memory {
     upper_code_moves: bool,
     /// Walks of page tables so far.
     pub(crate) page_walks: u64,
+    /// Walks that a trace does not have yet, if it wants them.
+    pub(crate) walks: Option<Vec<PageWalk>>,
     /// Alignment is checked.
     pub(crate) check_alignment: bool,
     /// Data breakpoints are checked.
@@ -101,6 +103,7 @@ impl Memory {
             table: rights::SUPERVISOR,
             upper_code_moves: false,
             page_walks: 0,
+            walks: None,
             check_alignment: false,
             check_breakpoints: false,
             #[cfg(test)]
@@ -287,7 +290,13 @@ impl Memory {
         accessor: Accessor,
     ) -> Result<Translation, Fault> {
         self.page_walks += 1;
-        let found = self.paging.translate(&mut self.physical, linear, kind, accessor)?;
+        let mut path = Path::default();
+        let found = self.paging.translate(&mut self.physical, linear, kind, accessor, &mut path);
+        if let Some(walks) = &mut self.walks {
+            let page = found.as_ref().ok().map(|found| found.page);
+            walks.extend(path.walk(&self.paging, (linear, kind), page));
+        }
+        let found = found?;
         self.tlb.note(linear, found, kind == Kind::Fetch);
         self.upper_code_moves |= kind == Kind::Fetch && !found.global && linear >> 63 != 0;
         Ok(found)

@@ -1,7 +1,7 @@
 //! Page walks: linear to guest-physical addresses, with rights, accessed and dirty bits.
 
 use reprise_devices::cpu_model::PHYSICAL_ADDRESS_BITS;
-use reprise_trace::instructions::SystemAccessKind;
+use reprise_trace::instructions::{MAX_WALK_ENTRIES, PageWalk, SystemAccessKind, WalkCause};
 
 use super::physical::Physical;
 use crate::cpu::{
@@ -73,9 +73,41 @@ struct Leaf {
     physical_page: u64,
     /// All rights bits ANDed (WRITABLE, USER), and NO_EXECUTE ORed.
     rights: u64,
-    /// Entries passed, with their physical addresses, root first.
-    path: [(u64, u64); 4],
-    levels: usize,
+}
+
+/// What a walk read on its way.
+#[derive(Debug, Default)]
+pub(crate) struct Path {
+    /// Entries, with their physical addresses, root first.
+    entries: [(u64, u64); MAX_WALK_ENTRIES],
+    /// How many.
+    count: usize,
+    /// In which of them it set a bit.
+    marked: u8,
+}
+
+impl Path {
+    /// What a trace has of it; `None` if nothing was read.
+    pub(crate) fn walk(
+        &self,
+        paging: &Paging,
+        (linear, kind): (u64, Kind),
+        page: Option<u64>,
+    ) -> Option<PageWalk> {
+        (self.count > 0).then(|| PageWalk {
+            cause: match kind {
+                Kind::Read => WalkCause::Read,
+                Kind::Write => WalkCause::Write,
+                Kind::Fetch => WalkCause::Fetch,
+            },
+            linear,
+            root_level: paging.shape().shifts.len() as u8,
+            entry_count: self.count as u8,
+            entries: self.entries.map(|(address, _)| address),
+            marked: self.marked,
+            page,
+        })
+    }
 }
 
 impl Paging {
@@ -97,13 +129,15 @@ impl Paging {
         above_physical | no_execute | outside_long
     }
 
-    /// Translates the page of `linear`, setting accessed and dirty bits.
+    /// Translates the page of `linear`, setting accessed and dirty bits. `path`, empty at first, gets what
+    /// was read.
     pub(crate) fn translate(
         &self,
         memory: &mut Physical,
         linear: u64,
         kind: Kind,
         accessor: Accessor,
+        path: &mut Path,
     ) -> Result<Translation, Fault> {
         if self.cr0 & CR0_PG == 0 {
             return Ok(Translation { page: linear & 0xffff_f000, large: false, global: false });
@@ -112,14 +146,15 @@ impl Paging {
         if self.efer & EFER_LMA != 0 && !canonical(linear) {
             return Err(Fault::GP0);
         }
-        let leaf =
-            self.walk(memory, linear).map_err(|code| self.fault(linear, code, kind, accessor))?;
+        let leaf = self
+            .walk(memory, linear, path)
+            .map_err(|code| self.fault(linear, code, kind, accessor))?;
         if !self.allowed(leaf.rights, kind, accessor) {
             return Err(self.fault(linear, PRESENT as u32, kind, accessor));
         }
-        self.mark(memory, &leaf, kind);
-        let large = leaf.levels < self.shape().shifts.len();
-        let (_, last_entry) = leaf.path[leaf.levels - 1];
+        self.mark(memory, path, kind);
+        let large = path.count < self.shape().shifts.len();
+        let (_, last_entry) = path.entries[path.count - 1];
         let global = last_entry & GLOBAL != 0 && self.cr4 & CR4_PGE != 0;
         Ok(Translation { page: leaf.physical_page, large, global })
     }
@@ -133,10 +168,10 @@ impl Paging {
         if self.efer & EFER_LMA != 0 && !canonical(linear) {
             return None;
         }
-        self.walk(memory, linear).ok().map(|leaf| leaf.physical_page)
+        self.walk(memory, linear, &mut Path::default()).ok().map(|leaf| leaf.physical_page)
     }
 
-    fn walk(&self, memory: &Physical, linear: u64) -> Result<Leaf, u32> {
+    fn walk(&self, memory: &Physical, linear: u64, path: &mut Path) -> Result<Leaf, u32> {
         const RESERVED_CODE: u32 = 1 << 3 | PRESENT as u32;
         let shape = self.shape();
         let legacy = shape.entry_bytes == 4;
@@ -146,7 +181,6 @@ impl Paging {
             _ => self.cr3 & 0xffff_f000,
         };
         let mut rights = WRITABLE | USER;
-        let mut path = [(0, 0); 4];
         let last = shape.shifts.len() - 1;
         for (level, &shift) in shape.shifts.iter().enumerate() {
             let index = linear >> shift & ((1 << shape.index_bits) - 1);
@@ -159,13 +193,13 @@ impl Paging {
             if legacy {
                 entry &= 0xffff_ffff;
             }
+            (path.entries[level], path.count) = ((address, entry), level + 1);
             if !there {
                 return Err(RESERVED_CODE);
             }
             if entry & PRESENT == 0 {
                 return Err(0);
             }
-            path[level] = (address, entry);
             // The PAE root's entries carry no rights, and their rights bits are reserved.
             let pae_root = last == 2 && level == 0;
             if pae_root {
@@ -192,7 +226,7 @@ impl Paging {
                 }
                 let frame = entry & 0x000f_ffff_ffff_f000 & !in_page;
                 let physical_page = frame | linear & in_page & !0xfff;
-                return Ok(Leaf { physical_page, rights, path, levels: level + 1 });
+                return Ok(Leaf { physical_page, rights });
             }
             table = entry & 0x000f_ffff_ffff_f000;
         }
@@ -236,19 +270,20 @@ impl Paging {
     }
 
     /// Sets accessed bits along the path and, for a write, the leaf's dirty bit.
-    fn mark(&self, memory: &mut Physical, leaf: &Leaf, kind: Kind) {
+    fn mark(&self, memory: &mut Physical, path: &mut Path, kind: Kind) {
         let shape = self.shape();
-        for (level, &(address, entry)) in leaf.path[..leaf.levels].iter().enumerate() {
+        for (level, &(address, entry)) in path.entries[..path.count].iter().enumerate() {
             if shape.shifts.len() == 3 && level == 0 {
                 continue; // The PAE root has no accessed bits.
             }
             let mut wanted = entry | ACCESSED;
-            if level + 1 == leaf.levels && kind == Kind::Write {
+            if level + 1 == path.count && kind == Kind::Write {
                 wanted |= DIRTY;
             }
             if wanted != entry {
                 let bytes = &wanted.to_le_bytes()[..shape.entry_bytes as usize];
                 memory.write_for(SystemAccessKind::WalkWrite, None, address, bytes);
+                path.marked |= 1 << level;
             }
         }
     }

@@ -233,6 +233,7 @@ impl Cpu {
         self.forget_code();
         // Numbers that blocks have from an earlier trace mean nothing in this one.
         self.trace_generation += 1;
+        self.memory.walks = contents.page_walks.then(Vec::new);
         let mut tracer = Tracer::new(sink, contents, self.tick);
         if tracer.is_full() {
             tracer.translator = self.translator.take();
@@ -245,6 +246,8 @@ impl Cpu {
     /// Ends the trace: the sink gets what is left, and goes.
     pub(crate) fn stop_trace(&mut self) {
         self.trace_between();
+        self.trace_walks();
+        self.memory.walks = None;
         if let Some(mut tracer) = self.tracer.take() {
             if tracer.is_full() {
                 self.translator = tracer.translator.take();
@@ -300,8 +303,17 @@ impl Cpu {
     /// Notes something that happened, if anybody wants to know.
     #[inline]
     pub(crate) fn trace_event(&mut self, event: Event) {
+        self.trace_walks();
         if let Some(tracer) = &mut self.tracer {
             tracer.batch.push_event(event);
+        }
+    }
+
+    /// Notes the page walks since the last time.
+    #[inline]
+    fn trace_walks(&mut self) {
+        if let (Some(walks), Some(tracer)) = (&mut self.memory.walks, &mut self.tracer) {
+            walks.drain(..).for_each(|walk| tracer.batch.push_event(Event::PageWalk(walk)));
         }
     }
 
@@ -343,20 +355,22 @@ impl Cpu {
     /// Begins a run of `block`, which is about to run at RIP.
     pub(crate) fn trace_run(&mut self, block: &Block) {
         self.trace_between();
+        self.trace_walks();
         let id = self.trace_id(block, self.code_address());
         let tracer = self.tracer.as_mut().expect("somebody traces");
         tracer.run_start = 0;
         tracer.batch.words.push(id);
     }
 
-    /// Runs an operation and notes what it accesses.
+    /// Runs an operation and notes what it accesses, and the page walks for that.
     #[inline]
     pub(crate) fn run_traced(&mut self, block: &Block, op: &Op) -> Flow {
         if self.tracer.as_ref().is_some_and(|tracer| tracer.is_full()) {
-            self.run_in_full(block, op)
-        } else {
-            self.run_noted(block, op)
+            return self.run_in_full(block, op);
         }
+        let flow = self.run_noted(block, op);
+        self.trace_walks();
+        flow
     }
 
     #[inline]
@@ -506,6 +520,7 @@ impl Cpu {
 
     /// Lends translated code the ends of the vectors.
     pub(crate) fn lend_trace(&mut self, ahead: Ahead) {
+        self.trace_walks();
         if let Some(tracer) = &mut self.tracer {
             let [words, addresses, physical] = tracer.cursors(ahead);
             self.registers.gpr[usize::from(TRACE_WORDS)] = words;

@@ -17,7 +17,8 @@ use crate::ops::testing::{CODE, DATA, Machine};
 use crate::translate::Translation;
 
 /// What is traced.
-const CONTENTS: Contents = Contents { physical: true, values: false, registers: false };
+const CONTENTS: Contents =
+    Contents { physical: true, values: false, registers: false, page_walks: false };
 /// Where most operands lie.
 const MIDDLE: u64 = DATA + 0x8000;
 pub(super) const HALT: u8 = 0xf4;

@@ -17,7 +17,8 @@ use crate::native::forms::{Random, build};
 use crate::native::host_fpu::with_guest_fpu;
 use crate::ops::testing::{DATA, Machine};
 
-const FULL: Contents = Contents { physical: true, values: true, registers: true };
+const FULL: Contents =
+    Contents { physical: true, values: true, registers: true, page_walks: false };
 /// Memory that is compared: page tables and the stack below them, and where operands lie.
 const LOW: u64 = 0x1000;
 const LOW_BYTES: usize = 0x8000;

@@ -40,6 +40,7 @@ impl Cpu {
             self.run_with_values(block, op)
         };
         self.trace_registers(block, op, flow);
+        self.trace_walks();
         let Some(tracer) = &self.tracer else { return flow };
         let is_last = usize::from(op.number) + 1 == block.ops.len();
         if flow == Flow::NEXT && !is_last && tracer.batch.events.len() != events {

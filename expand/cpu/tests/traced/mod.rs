@@ -8,7 +8,8 @@ use reprise_cpu::tracing::BatchSink;
 use reprise_trace::instructions::{Batch, Contents, Event, Feed, Observer, Run, TraceError};
 
 /// What is traced.
-const CONTENTS: Contents = Contents { physical: true, values: false, registers: false };
+const CONTENTS: Contents =
+    Contents { physical: true, values: false, registers: false, page_walks: true };
 
 struct Collect(Sender<Batch>);
 

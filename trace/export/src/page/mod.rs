@@ -371,6 +371,9 @@ fn events(out: &mut String, report: &Report) {
     let traffic = [
         ("address space switches", report.address_space_switches),
         ("address spaces", report.address_spaces),
+        ("page walks for reads", report.page_walks.for_reads),
+        ("page walks for writes", report.page_walks.for_writes),
+        ("page walks for fetches", report.page_walks.for_fetches),
         ("port reads", report.ports.reads),
         ("port writes", report.ports.writes),
         ("device memory reads", report.mmio.reads),

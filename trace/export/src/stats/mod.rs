@@ -12,7 +12,8 @@ use std::collections::HashMap;
 
 use iced_x86::Mnemonic;
 use reprise_trace::instructions::{
-    BlockRef, Delivery, Direction, Event, Observer, Position, Run, StaticAccess, TraceError,
+    BlockRef, Delivery, Direction, Event, Observer, PageWalk, Position, Run, StaticAccess,
+    TraceError, WalkCause,
 };
 
 use crate::instruction::{Branch, DecodedBlocks};
@@ -20,8 +21,8 @@ use crate::kind::Kind;
 use footprint::{Footprint, PAGE_BYTES, Spaces};
 pub(crate) use report::exception;
 pub use report::{
-    BlockRow, BranchRow, BranchesReport, Counted, DeliveryRow, Interval, PrivilegeRow, Report,
-    Traffic, WorkingSet,
+    BlockRow, BranchRow, BranchesReport, Counted, DeliveryRow, Interval, PageWalks, PrivilegeRow,
+    Report, Traffic, WorkingSet,
 };
 
 /// Instructions of an interval where the caller gives none.
@@ -117,6 +118,7 @@ struct Events {
     dma: Traffic,
     dma_bytes: u64,
     address_space_switches: u64,
+    page_walks: PageWalks,
     skipped: u64,
 }
 
@@ -417,6 +419,7 @@ impl Observer for Stats {
                 self.events.dma.count(direction);
                 self.events.dma_bytes = self.events.dma_bytes.saturating_add(bytes);
             }
+            Event::PageWalk(walk) => self.events.page_walks.count(&walk),
             Event::Return { .. }
             | Event::SystemAccess { .. }
             | Event::MemoryWrite { .. }
@@ -433,6 +436,19 @@ impl Observer for Stats {
         self.settle();
         self.end_interval();
         Ok(())
+    }
+}
+
+impl PageWalks {
+    fn count(&mut self, walk: &PageWalk) {
+        *match walk.cause {
+            WalkCause::Read => &mut self.for_reads,
+            WalkCause::Write => &mut self.for_writes,
+            WalkCause::Fetch => &mut self.for_fetches,
+        } += 1;
+        self.to_faults += u64::from(walk.page.is_none());
+        self.entries_read += walk.reads().count() as u64;
+        self.entries_marked += walk.reads().filter(|entry| entry.marked).count() as u64;
     }
 }
 

@@ -160,6 +160,30 @@ fn working_set(code: Distinct, data: Distinct) -> WorkingSet {
     }
 }
 
+/// Page walks of the software TLB.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PageWalks {
+    /// Those that a load made.
+    pub for_reads: u64,
+    /// Those that a store made.
+    pub for_writes: u64,
+    /// Those that a fetch made.
+    pub for_fetches: u64,
+    /// Those of all of them that ended in a fault.
+    pub to_faults: u64,
+    /// Entries of page tables that they read.
+    pub entries_read: u64,
+    /// Entries in which they set an accessed or dirty bit.
+    pub entries_marked: u64,
+}
+
+impl PageWalks {
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        self.for_reads + self.for_writes + self.for_fetches
+    }
+}
+
 /// What a trace amounts to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Report {
@@ -201,6 +225,8 @@ pub struct Report {
     pub dma: Traffic,
     /// Bytes of them.
     pub dma_bytes: u64,
+    /// Page walks, where the trace has them.
+    pub page_walks: PageWalks,
     /// Loads of CR3.
     pub address_space_switches: u64,
     /// Different address spaces.
@@ -276,6 +302,7 @@ impl Stats {
             mmio: events.mmio,
             dma: events.dma,
             dma_bytes: events.dma_bytes,
+            page_walks: events.page_walks,
             address_space_switches: events.address_space_switches,
             address_spaces: self.spaces.count(),
             block_runs: tally.blocks.values().map(|count| count.runs).sum(),

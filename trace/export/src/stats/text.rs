@@ -113,6 +113,20 @@ impl Display for Report {
                 writeln!(f, "{what:<12} {:>14} in, {} out", traffic.reads, traffic.writes)?;
             }
         }
+        let walks = &self.page_walks;
+        if walks.total() > 0 {
+            writeln!(
+                f,
+                "page walks   {:>14} ({} for reads, {} for writes, {} for fetches; {} to a fault)",
+                walks.total(),
+                walks.for_reads,
+                walks.for_writes,
+                walks.for_fetches,
+                walks.to_faults
+            )?;
+            let (read, marked) = (walks.entries_read, walks.entries_marked);
+            writeln!(f, "  entries    {read:>14} read, {marked} marked")?;
+        }
         histogram(f, "instructions by kind", &named(&self.kinds), whole)?;
         histogram(f, "instructions by name", &named(&self.mix), whole)?;
         let branch_count = self.branches.by_type.iter().map(|row| row.executed).sum();

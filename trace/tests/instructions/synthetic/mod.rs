@@ -88,7 +88,7 @@ impl Options {
     }
 
     pub(crate) fn with_everything(seed: u64) -> Self {
-        let contents = Contents { physical: true, values: true, registers: true };
+        let contents = Contents { physical: true, values: true, registers: true, page_walks: true };
         Self { contents, ..Self::new(seed) }
     }
 }

@@ -48,7 +48,8 @@ pub(super) fn check(trace: &Path, recording: &Path, output: Output) -> Result<Ag
     let mut trace = TraceFile::open(trace)?;
     let header = trace.reader.header();
     let shown = trace.path.display();
-    if header.contents != (Contents { physical: true, values: true, registers: true }) {
+    let Contents { physical, values, registers, page_walks: _ } = header.contents;
+    if !(physical && values && registers) {
         bail!(
             "{shown} lacks values, registers or physical addresses: make it with `reprise expand --full`"
         );

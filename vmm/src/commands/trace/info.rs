@@ -71,6 +71,7 @@ impl TraceReport {
             (has.physical, "physical addresses"),
             (has.values, "values of accesses"),
             (has.registers, "register writes"),
+            (has.page_walks, "page walks"),
         ];
         let bits = trace.file_bytes as f64 * 8.0;
         Self {
