@@ -1,6 +1,8 @@
 //! Leaves parts of a trace out and hands on the rest, with an [`Event::Skipped`] wherever something
 //! is missing and counts of what was left out and why.
 
+mod stretch;
+
 use std::ops::Range;
 
 use super::TraceError;
@@ -202,10 +204,12 @@ struct Parts<O> {
     /// Instructions left out since the observer was last told, and where they began.
     skipped: u64,
     skipped_from: Option<u64>,
-    /// Deliveries and returns since the last run: they go with the run behind them.
+    /// Deliveries, returns and walks for fetches since the last run: they go with the run behind them.
     held: Vec<Event>,
     /// The end of the last run was handed on.
     kept_last: bool,
+    /// What the blocks are to it, by number.
+    verdicts: Vec<stretch::Verdict>,
 }
 
 impl<O: Observer> Parts<O> {
@@ -220,6 +224,7 @@ impl<O: Observer> Parts<O> {
             skipped_from: None,
             held: Vec::new(),
             kept_last: true,
+            verdicts: Vec::new(),
         }
     }
 
@@ -248,17 +253,16 @@ impl<O: Observer> Parts<O> {
         }
     }
 
-    /// Notes that the instructions of a run from `first` to `end` are left out.
-    fn skip(&mut self, run: &Run<'_>, first: usize, end: usize) {
+    /// Notes that so many instructions are left out, from one at a linear address on.
+    fn skip(&mut self, instructions: u64, linear: impl FnOnce() -> Option<u64>) {
         if self.skipped_from.is_none() {
             let delivered_at = self.held.iter().find_map(|event| match event {
                 Event::Delivery { address, .. } => Some(*address),
                 _ => None,
             });
-            let linear = || run.block().instruction(first).map(|one| one.linear());
             self.skipped_from = delivered_at.or_else(linear);
         }
-        self.skipped += (end - first) as u64;
+        self.skipped += instructions;
         self.left_out.events += self.held.len() as u64;
         self.held.clear();
         self.kept_last = false;
@@ -301,7 +305,7 @@ impl<O: Observer> Parts<O> {
             let (until, counter) = self.stretch(run, index, end);
             if let Some(counter) = counter {
                 *counter += (until - index) as u64;
-                self.skip(run, index, until);
+                self.skip((until - index) as u64, || linear_of(run, index));
             } else if (index, until) == (run.first(), end) {
                 return self.keep(run);
             } else {
@@ -353,6 +357,11 @@ impl<O: Observer> Parts<O> {
     }
 }
 
+/// Linear address of an instruction of a run's block.
+fn linear_of(run: &Run<'_>, index: usize) -> Option<u64> {
+    run.block().instruction(index).map(|one| one.linear())
+}
+
 impl<O: Observer> Observer for Parts<O> {
     fn begin(&mut self, position: &Position) -> Result<(), TraceError> {
         self.position = *position;
@@ -360,6 +369,7 @@ impl<O: Observer> Observer for Parts<O> {
     }
 
     fn new_blocks(&mut self) {
+        self.verdicts.clear();
         self.observer.new_blocks();
     }
 
@@ -370,7 +380,7 @@ impl<O: Observer> Observer for Parts<O> {
         let retired = run.retired() as u64;
         if let Some(counter) = self.reason_for_run(run) {
             *counter += retired;
-            self.skip(run, run.first(), run.first() + run.retired());
+            self.skip(retired, || linear_of(run, run.first()));
         } else if retired == 0 {
             // Only accesses of an instruction that did not retire: it goes with what is before it.
             if self.kept_last {
@@ -387,7 +397,7 @@ impl<O: Observer> Observer for Parts<O> {
         if self.keeps_all {
             return self.observer.runs(runs);
         }
-        runs.try_for_each(|run| self.run(&run))
+        self.stretches(runs)
     }
 
     fn event(&mut self, event: &Event) -> Result<(), TraceError> {

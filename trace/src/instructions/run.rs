@@ -3,7 +3,7 @@
 use super::TraceError;
 use super::batch::is_cut;
 use super::block::{
-    AccessKind, BlockRef, Blocks, InstructionRef, NOWHERE_PAGE, PAGE_BYTES, StaticAccess,
+    AccessKind, Block, BlockRef, Blocks, InstructionRef, NOWHERE_PAGE, PAGE_BYTES, StaticAccess,
 };
 use super::event::{Event, Marker};
 
@@ -423,6 +423,36 @@ pub struct PlainRuns<'a> {
     pub(super) addresses: &'a [u64],
     pub(super) physical: &'a [u64],
     pub(super) has_physical: bool,
+}
+
+impl<'a> PlainRuns<'a> {
+    /// The run behind so many others, if it is plain too: its block and the number of that.
+    #[inline(always)]
+    pub(super) fn plain(&self, behind: usize) -> Option<(u32, &'a Block)> {
+        let id = *self.words.get(behind)?;
+        let block = self.blocks.get(id)?.raw();
+        let is_cut = self.words.get(behind + 1).is_some_and(|word| is_cut(*word));
+        (!block.varies && !is_cut).then_some((id, block))
+    }
+
+    /// Takes so many runs, all of them plain, which have so many accesses.
+    pub(super) fn split(&mut self, words: usize, addresses: usize) -> Result<Self, TraceError> {
+        let short = TraceError::Contract("a batch has less than its words say");
+        let physical = if self.has_physical { addresses } else { 0 };
+        let (Some(words), Some(addresses), Some(physical)) = (
+            self.words.split_at_checked(words),
+            self.addresses.split_at_checked(addresses),
+            self.physical.split_at_checked(physical),
+        ) else {
+            return Err(short);
+        };
+        if self.has_physical && !are_in_place(addresses.0, physical.0) {
+            return Err(TraceError::Contract("linear and physical address differ in their page"));
+        }
+        let taken = Self { words: words.0, addresses: addresses.0, physical: physical.0, ..*self };
+        (self.words, self.addresses, self.physical) = (words.1, addresses.1, physical.1);
+        Ok(taken)
+    }
 }
 
 impl<'a> Iterator for PlainRuns<'a> {

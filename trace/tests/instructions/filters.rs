@@ -2,7 +2,8 @@
 
 use reprise_trace::instructions::filter::{Filter, Privilege, Sample as Sampling, Selection};
 use reprise_trace::instructions::{
-    Delivery, Event, Observer, Position, SegmentOptions, TraceWriter,
+    Contents, Delivery, Event, Observer, PlainRuns, Position, Run, SegmentOptions, TraceError,
+    TraceWriter,
 };
 
 use crate::account::{Account, feed, header, read};
@@ -189,5 +190,92 @@ fn samples_of_nothing_and_of_everything_come_to_an_end() {
         let entries = feed(Options::new(15), 2_000, 900, &mut filter);
         let (kept, all) = (instructions(&filter.observer().entries), instructions(&entries));
         assert_eq!(kept.len(), if keeps_all { all.len() } else { 0 }, "{length} of {period}");
+    }
+}
+
+/// Hands on run after run, never many at once.
+struct OneByOne<O>(O);
+
+impl<O: Observer> Observer for OneByOne<O> {
+    fn begin(&mut self, position: &Position) -> Result<(), TraceError> {
+        self.0.begin(position)
+    }
+
+    fn new_blocks(&mut self) {
+        self.0.new_blocks();
+    }
+
+    fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
+        self.0.run(run)
+    }
+
+    fn event(&mut self, event: &Event) -> Result<(), TraceError> {
+        self.0.event(event)
+    }
+
+    fn end(&mut self) -> Result<(), TraceError> {
+        self.0.end()
+    }
+}
+
+/// Counts how many runs come at once.
+#[derive(Default)]
+struct AtOnce {
+    account: Account,
+    runs: usize,
+    handed: usize,
+}
+
+impl Observer for AtOnce {
+    fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
+        self.account.run(run)
+    }
+
+    fn runs(&mut self, runs: &mut PlainRuns<'_>) -> Result<(), TraceError> {
+        self.handed += 1;
+        while let Some(run) = runs.next() {
+            self.runs += 1;
+            self.account.run(&run)?;
+        }
+        Ok(())
+    }
+
+    fn event(&mut self, event: &Event) -> Result<(), TraceError> {
+        self.account.event(event)
+    }
+}
+
+#[test]
+fn many_runs_at_once_are_filtered_as_one_after_the_other() {
+    const SEED: u64 = 12;
+    let long =
+        Selection { sample: Some(Sampling { period: 900, length: 300 }), ..Selection::default() };
+    let outside = Selection {
+        linear: Some(0x0040_0f83..0x0040_1401),
+        privilege: Some(Privilege::User),
+        ..Selection::default()
+    };
+    let selections = cases().into_iter().map(|(selection, _)| selection);
+    for (number, selection) in selections.chain([long, outside]).enumerate() {
+        let physical = number % 2 == 0;
+        let contents = Contents { physical, ..Contents::default() };
+        let options = Options { contents, ..Options::new(SEED) };
+        let start = Position { cr3: 0x10_0000, ..Position::default() };
+        let mut one_by_one = OneByOne(Filter::new(selection.clone(), Account::default()));
+        let mut at_once = Filter::new(selection.clone(), AtOnce::default());
+        one_by_one.begin(&start).expect("begins");
+        at_once.begin(&start).expect("begins");
+        feed(options, 16_000, 900, &mut one_by_one);
+        feed(options, 16_000, 900, &mut at_once);
+        one_by_one.end().expect("ends");
+        at_once.end().expect("ends");
+        let what = format!("seed {SEED}, case {number}, physical {physical}");
+        let all = at_once.observer();
+        assert_eq!(one_by_one.0.left_out(), at_once.left_out(), "{what}");
+        assert!(one_by_one.0.observer().entries == all.account.entries, "{what}");
+        // A sample of two instructions is seldom a whole run.
+        let is_fine = selection.sample.is_some_and(|sample| sample.length < 10);
+        let together = all.runs > all.handed;
+        assert!(is_fine || together, "{what}: {} in {} pieces", all.runs, all.handed);
     }
 }
