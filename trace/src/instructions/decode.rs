@@ -1,5 +1,7 @@
 //! Reads segments back in batches; `encode.rs` makes them, and `FORMAT.md` describes their bytes.
 
+use std::sync::Arc;
+
 use super::batch::{Batch, CUT, EVENT, MAX_RUN_ACCESSES};
 use super::block::Blocks;
 use super::columns::{Column, ColumnReaders};
@@ -25,7 +27,7 @@ pub(crate) struct SegmentDecoder {
     /// There is nothing but addresses.
     is_plain: bool,
     head: SegmentHead,
-    block_definitions: Blocks,
+    block_definitions: Arc<Blocks>,
     columns: ColumnReaders,
     blocks: BlockStream,
     addresses: AddressStream,
@@ -49,7 +51,7 @@ impl SegmentDecoder {
             contents,
             is_plain: contents.is_plain(),
             head,
-            block_definitions: Blocks::default(),
+            block_definitions: Arc::default(),
             columns: columns.ok_or(Fault("its columns do not decompress to their lengths"))?,
             blocks: BlockStream::new(),
             addresses: AddressStream::new(),
@@ -77,8 +79,8 @@ impl SegmentDecoder {
     }
 
     /// The blocks that batches name.
-    pub(crate) fn definitions(&self) -> &Blocks {
-        &self.block_definitions
+    pub(crate) fn definitions(&self) -> Arc<Blocks> {
+        self.block_definitions.clone()
     }
 
     /// Fills an empty batch with what comes next; false at the end.
@@ -142,19 +144,24 @@ impl SegmentDecoder {
     fn take_definitions(&mut self) -> Result<(), Fault> {
         let columns = &self.columns;
         let mut definitions = DefinitionTaker::new(|column| columns.whole(column));
+        let mut blocks = Blocks::default();
         for _ in 0..self.head.blocks {
             let block = definitions.block()?.ok_or(Fault("a block's definition is none"))?;
-            let defined = self.block_definitions.define(&block);
+            let defined = blocks.define(&block);
             let id = defined.map_err(|_| Fault("a block's definition is none"))?;
-            let (instructions, others) = self.block_definitions.sizes();
+            let (instructions, others) = blocks.sizes();
             if instructions > MAX_SEGMENT_DEFINITIONS || others > MAX_SEGMENT_DEFINITIONS {
                 return Err(Fault("it defines more than a segment may"));
             }
-            let Some(block) = self.block_definitions.get(id) else { continue };
+            let Some(block) = blocks.get(id) else { continue };
             let first_site = self.addresses.add(block);
             self.blocks.add(block, first_site);
         }
-        if definitions.is_at_end() { Ok(()) } else { Err(Fault("it has unused definitions")) }
+        if !definitions.is_at_end() {
+            return Err(Fault("it has unused definitions"));
+        }
+        self.block_definitions = Arc::new(blocks);
+        Ok(())
     }
 
     fn next_mark(&mut self) -> Result<(), Fault> {

@@ -8,6 +8,7 @@
 //! themselves. In a segment each kind of thing is a column of its own; a column holds only what its
 //! writer and reader did not both expect. `FORMAT.md` beside this crate describes the bytes.
 
+mod ahead;
 mod batch;
 mod block;
 mod columns;

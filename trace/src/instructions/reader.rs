@@ -3,10 +3,11 @@
 //! in a value.
 
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::sync::Arc;
 
+use super::ahead::{Piece, Showing};
 use super::batch::Batch;
 use super::decode::SegmentDecoder;
-use super::feed::walk;
 use super::frames::{
     End, FOOTER_BYTES, FRAME_HEAD_BYTES, Found, FrameKind, IndexEntry, PREAMBLE_BYTES, Totals,
     TraceHeader, end_offset, read_frame, read_preamble,
@@ -128,9 +129,8 @@ impl<R: Read> TraceReader<R> {
     /// observer fails.
     pub fn drive(&mut self, observer: &mut (impl Observer + ?Sized)) -> Result<Ending, TraceError> {
         let ending = loop {
-            match self.next_frame()? {
-                Next::Segment(offset, bytes) => self.show(offset, &bytes, observer)?,
-                Next::End(ending) => break ending,
+            if let Some(ending) = self.drive_segment(observer)? {
+                break ending;
             }
         };
         observer.end()?;
@@ -146,8 +146,18 @@ impl<R: Read> TraceReader<R> {
         &mut self,
         observer: &mut (impl Observer + ?Sized),
     ) -> Result<Option<Ending>, TraceError> {
+        let contents = self.header.contents;
+        let mut showing = Showing { contents, blocks: Arc::default(), observer };
+        self.next_pieces(&mut |piece| showing.take(piece))
+    }
+
+    /// Gives what the next segment holds, piece by piece, to `take`, which gives an empty batch back.
+    pub(super) fn next_pieces(
+        &mut self,
+        take: &mut dyn FnMut(Piece) -> Result<Batch, TraceError>,
+    ) -> Result<Option<Ending>, TraceError> {
         match self.next_frame()? {
-            Next::Segment(offset, bytes) => self.show(offset, &bytes, observer).map(|()| None),
+            Next::Segment(offset, bytes) => self.decode(offset, &bytes, take).map(|()| None),
             Next::End(ending) => Ok(Some(ending)),
         }
     }
@@ -214,34 +224,36 @@ impl<R: Read> TraceReader<R> {
         self.expected_instruction = Some(head.end());
     }
 
-    fn show(
+    fn decode(
         &mut self,
         offset: u64,
         bytes: &[u8],
-        observer: &mut (impl Observer + ?Sized),
+        take: &mut dyn FnMut(Piece) -> Result<Batch, TraceError>,
     ) -> Result<(), TraceError> {
         let damaged = |Fault(what)| TraceError::Damaged { offset, what };
         let mut segment = SegmentDecoder::new(self.header.contents, bytes).map_err(damaged)?;
         let start = segment.head().start;
         match self.expected_instruction {
-            None => observer.begin(&start)?,
+            None => drop(take(Piece::Begin(start))?),
             Some(expected) if expected == start.instruction => {}
             Some(expected) => {
                 let instructions = start.instruction.checked_sub(expected);
                 let instructions = instructions
                     .ok_or(Fault("it begins before the segment before it ends"))
                     .map_err(damaged)?;
-                observer.event(&Event::Skipped { instructions, address: None })?;
-                observer.event(&Event::AddressSpace { cr3: start.cr3 })?;
-                observer.event(&Event::Marker(start.marker))?;
+                for event in [
+                    Event::Skipped { instructions, address: None },
+                    Event::AddressSpace { cr3: start.cr3 },
+                    Event::Marker(start.marker),
+                ] {
+                    take(Piece::Event(event))?;
+                }
             }
         }
         self.note(segment.head());
-        observer.new_blocks();
-        let mut batch = Batch::default();
+        let mut batch = take(Piece::Segment(segment.definitions()))?;
         while segment.next_batch(&mut batch).map_err(damaged)? {
-            walk(segment.definitions(), self.header.contents, &batch, observer)?;
-            batch.clear();
+            batch = take(Piece::Batch(batch))?;
         }
         Ok(())
     }

@@ -3,10 +3,11 @@
 use std::io::{self, Write};
 
 use reprise_trace::instructions::{
-    Contents, Ending, Event, Feed, Observer, Position, SegmentOptions, TraceError, TraceWriter,
+    Contents, Ending, Event, Feed, Observer, Position, SegmentOptions, TraceError, TraceReader,
+    TraceWriter,
 };
 
-use crate::account::{Sample, header, read};
+use crate::account::{Account, Sample, header, read};
 use crate::synthetic::{Entry, Options, Random, Synthetic};
 
 /// Where each frame of a sound file ends, the header's first.
@@ -224,4 +225,42 @@ fn a_trace_of_nothing_but_events_is_a_trace() {
     let (account, ending) = read(&writer.finish(&[]).expect("finishes"));
     assert!(matches!(ending, Ok(Ending::Complete { .. })));
     assert_eq!(account.entries, [const { Entry::Event(Event::AddressSpace { cr3: 0x1000 }) }; 3]);
+}
+
+#[test]
+fn a_thread_that_reads_ahead_shows_the_same_of_any_file() {
+    const SEED: u64 = 31;
+    let sample = small(SEED);
+    let mut files = vec![sample.file.clone()];
+    files.extend([1, 7, 40].map(|parts| sample.file[..sample.file.len() - parts].to_vec()));
+    for place in (16..sample.file.len()).step_by(sample.file.len() / 24) {
+        let mut file = sample.file.clone();
+        file[place] ^= 0x10;
+        files.push(file);
+    }
+    for (number, file) in files.iter().enumerate() {
+        let Ok(mut reader) = TraceReader::open(&file[..]) else { continue };
+        let mut ahead = Account::default();
+        let ending = reader.drive_ahead(&mut ahead, |_, _| true);
+        let (plain, expected) = read(file);
+        let what = format!("seed {SEED}, file {number}");
+        assert_eq!(format!("{:?}", ending.map(Option::unwrap)), format!("{expected:?}"), "{what}");
+        assert!(ahead.entries == plain.entries, "{what}");
+    }
+}
+
+#[test]
+fn reading_ahead_ends_where_enough_was_seen() {
+    let sample = small(32);
+    let mut reader = TraceReader::open(&sample.file[..]).expect("a trace");
+    let (mut looks, mut account) = (0, Account::default());
+    let ending = reader.drive_ahead(&mut account, |_, _| {
+        looks += 1;
+        looks < 3
+    });
+    assert!(matches!(ending, Ok(None)), "{ending:?}");
+    assert_eq!(looks, 3);
+    let (all, _) = read(&sample.file);
+    assert!(!account.entries.is_empty() && account.entries.len() < all.entries.len());
+    assert!(all.entries.starts_with(&account.entries));
 }

@@ -169,7 +169,7 @@ impl TraceFile {
     }
 
     /// Shows `observer` the trace from where the reader stands, until it has seen `enough`. It is told
-    /// of the end in any case.
+    /// of the end in any case. Another thread reads and decodes meanwhile.
     ///
     /// # Errors
     /// If the file cannot be read, or the observer fails.
@@ -180,22 +180,18 @@ impl TraceFile {
         enough: impl Fn(&O) -> bool,
     ) -> Result<Reached, TraceError> {
         let bar = output.bar(doing, Some(self.file_bytes));
-        let reached = loop {
-            bar.set_position(self.reader.offset());
-            if enough(observer) {
-                break Reached::Enough;
-            }
-            let mut watched = Watched { observer: &mut *observer, enough: &enough };
-            match self.reader.drive_segment(&mut watched) {
-                Ok(None) => {}
-                Ok(Some(Ending::Complete { .. })) => break Reached::End,
-                Ok(Some(Ending::CutShort { unused_bytes })) => {
-                    break Reached::CutShort { unused_bytes };
-                }
-                Err(TraceError::Write(error)) if error.kind() == ENOUGH => break Reached::Enough,
-                Err(damage @ TraceError::Damaged { .. }) => break Reached::Damaged(damage),
-                Err(error) => return Err(error),
-            }
+        let mut watched = Watched { observer: &mut *observer, enough: &enough };
+        let goes_on = |watched: &mut Watched<'_, O, _>, offset| {
+            bar.set_position(offset);
+            !enough(watched.observer)
+        };
+        let reached = match self.reader.drive_ahead(&mut watched, goes_on) {
+            Ok(None) => Reached::Enough,
+            Ok(Some(Ending::Complete { .. })) => Reached::End,
+            Ok(Some(Ending::CutShort { unused_bytes })) => Reached::CutShort { unused_bytes },
+            Err(TraceError::Write(error)) if error.kind() == ENOUGH => Reached::Enough,
+            Err(damage @ TraceError::Damaged { .. }) => Reached::Damaged(damage),
+            Err(error) => return Err(error),
         };
         bar.finish_and_clear();
         observer.end()?;
