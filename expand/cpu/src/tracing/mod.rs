@@ -79,6 +79,8 @@ pub(crate) struct Tracer {
     /// The sink wants no more.
     refused: bool,
     numbers: Numbers,
+    /// Block numbers in use before they begin again: [`MAX_NUMBERS`], or fewer in a test.
+    max_numbers: usize,
     info: InstructionInfoFactory,
     /// Accesses that the instruction which stopped the block had made without retiring.
     unretired: u32,
@@ -106,6 +108,7 @@ impl Tracer {
             sink,
             refused: false,
             numbers: Numbers::default(),
+            max_numbers: MAX_NUMBERS,
             info: InstructionInfoFactory::new(),
             unretired: 0,
             run_start: 0,
@@ -281,7 +284,7 @@ impl Cpu {
         let Some(tracer) = &mut self.tracer else { return true };
         tracer.hand_over(&self.memory.physical, self.tick);
         let goes_on = !tracer.refused;
-        if tracer.numbers.count() >= MAX_NUMBERS {
+        if tracer.numbers.count() >= tracer.max_numbers {
             tracer.numbers.restart();
             self.trace_generation += 1;
             tracer.batch.restart = true;

@@ -11,6 +11,7 @@ use reprise_trace::instructions::{
 };
 
 use super::{BatchSink, FULL_ADDRESSES, MAX_PIECE};
+use crate::cpu::Cpu;
 use crate::native::forms::{Random, build};
 use crate::native::host_fpu::with_guest_fpu;
 use crate::ops::testing::{CODE, DATA, Machine};
@@ -385,4 +386,64 @@ impl Observer for Named {
     fn event(&mut self, _event: &Event) -> Result<(), TraceError> {
         Ok(())
     }
+}
+
+/// RBX times through four blocks, with a store in one of them.
+const LOOP: &[u8] = &[
+    0x48, 0x89, 0x1f, // mov [rdi], rbx
+    0xeb, 0x00, // jmp to the next instruction
+    0xf6, 0xc3, 0x01, // test bl, 1
+    0x75, 0x02, // jnz over the next instruction
+    0xff, 0xc0, // inc eax
+    0x48, 0xff, 0xcb, // dec rbx
+    0x75, 0xef, // jnz to the start
+    HALT,
+];
+
+/// Runs [`LOOP`] on a CPU that `prepare` has had a look at: the trace, and how often block numbers began.
+fn trace_loop(times: u64, max_numbers: usize, prepare: impl FnOnce(&mut Cpu)) -> (Runs, usize) {
+    let mut machine = Machine::long_64(LOOP);
+    let mut state = machine.cpu.state();
+    (state.gpr[RBX], state.gpr[RDI]) = (times, DATA);
+    machine.cpu.set_state(&state);
+    let cpu = &mut machine.cpu;
+    prepare(cpu);
+    let (send, batches) = channel();
+    cpu.start_trace(Box::new(Collect(send)), CONTENTS);
+    cpu.tracer.as_mut().expect("somebody traces").max_numbers = max_numbers;
+    let kick = AtomicBool::new(false);
+    with_guest_fpu(cpu, |cpu| cpu.execute(u64::MAX >> 1, &kick, false));
+    cpu.stop_trace();
+    let (mut runs, mut begins, mut feed) = (Runs::default(), 0, Feed::new(CONTENTS));
+    for batch in batches {
+        begins += usize::from(batch.restart);
+        feed.push(&batch, &mut runs).expect("the batch keeps the contract");
+    }
+    (runs, begins)
+}
+
+fn translating(translation: Translation) -> impl FnOnce(&mut Cpu) {
+    move |cpu| cpu.translator.as_mut().expect("BMI2").set_translation(translation)
+}
+
+#[test]
+fn numbers_that_begin_again_leave_the_same_trace() {
+    const TIMES: u64 = 100_000;
+    for translation in [Translation::Never, Translation::AtOnce] {
+        let (plain, begins) = trace_loop(TIMES, usize::MAX, translating(translation));
+        assert_eq!(begins, 1, "{translation:?}");
+        assert_eq!(plain.addresses.len() as u64, TIMES, "{translation:?}");
+        let (again, begins) = trace_loop(TIMES, 2, translating(translation));
+        assert!(begins > 3, "{translation:?}: they began {begins} times");
+        assert!(again == plain, "{translation:?}");
+    }
+}
+
+#[test]
+fn a_host_without_bmi2_leaves_the_same_trace() {
+    // There is no translator there.
+    let (without, _) = trace_loop(1000, usize::MAX, |cpu| cpu.translator = None);
+    let (with, _) = trace_loop(1000, usize::MAX, translating(Translation::AtOnce));
+    assert_eq!(with.addresses.len(), 1000);
+    assert!(without == with);
 }
