@@ -67,7 +67,7 @@ pub(crate) fn between(
     let mut machine =
         beginning.into_machine(SoftEngine::new, |inputs| inputs.verifying(verification))?;
     let window = Window { from, to };
-    let contents = Contents { physical: false, values: false, registers: false };
+    let contents = Contents::default();
     let watching = Watching::default();
     let control = Control::default();
     let expanded = expand(&mut machine, window, watching, contents, Threads::One, &control);
