@@ -254,13 +254,13 @@ pub fn start(
     at: Start,
     set_up: &dyn Fn(&mut SoftEngine),
 ) -> Result<Machine<RecordedClock, Replaying>, ExpandError> {
-    let header = replayable.recording().header();
-    let verification = verification(header, "soft");
+    let beginning = replayable.begin(at)?;
+    let header = &replayable.recording().header().of_stretch(beginning.stretch());
+    let verification = verification(replayable.course(), "soft");
     let make = |ram| {
         let mut engine = RecordedClock::new(ram, header)?;
         set_up(engine.software());
         Ok(engine)
     };
-    let beginning = replayable.begin(at)?;
     Ok(beginning.into_machine(make, |inputs| inputs.verifying(verification))?)
 }

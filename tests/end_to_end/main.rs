@@ -9,6 +9,7 @@ mod checkpoints;
 mod crossing;
 mod embedded_guests;
 mod expansion;
+mod hand_over;
 mod inspection;
 mod interruption;
 mod kvm;

@@ -9,7 +9,7 @@ use crate::frame::{Damage, Found, Frame, FrameCursor, FrameFault, FrameHead, Fra
 use crate::header::ImageInfo;
 use crate::log::{FrameSource, LogError, LogFrame};
 use crate::moment::Moment;
-use crate::recording::{FOOTER_BYTES, FORMAT_VERSION, Totals, footer};
+use crate::recording::{FOOTER_BYTES, Totals, footer};
 use crate::seek_index::{IndexEntry, SeekIndex};
 
 /// What became of the seek index, which a scan gives as well.
@@ -160,11 +160,11 @@ impl Contents {
     }
 
     /// What the scan tells.
-    pub(crate) fn summary(&self, file_bytes: u64) -> Summary {
+    pub(crate) fn summary(&self, format_version: u32, file_bytes: u64) -> Summary {
         let end_frames = u64::from(self.complete);
         let unused_bytes = file_bytes - self.sound_end.offset;
         Summary {
-            format_version: FORMAT_VERSION,
+            format_version,
             complete: self.complete,
             whole_frames: self.sound_end.frame + end_frames,
             log_frames: self.index.frame_count(),

@@ -1,11 +1,12 @@
 //! What a recording's log holds: one record for each thing that the machine could not have known.
 
+use std::collections::BTreeMap;
 use std::fmt::{self, Display, Formatter};
 
 use serde::{Deserialize, Serialize};
 
 use crate::logged::Logged;
-use crate::moment::Moment;
+use crate::moment::{Moment, TickKind};
 
 /// Why a run ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +27,23 @@ pub enum Ending {
     EngineFailed(String),
 }
 
+/// From here on another engine executes the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandOver {
+    /// The engine that goes on: `kvm` or `soft`.
+    pub engine: String,
+    /// How it counts ticks: `instructions`, `sync`, `step` or `pmu`.
+    pub clock: String,
+    /// What one of its ticks is. Its count goes on where the one before stood.
+    pub tick_kind: TickKind,
+    /// Nanoseconds of guest time in one tick; zero where virtual time is the host's clock, logged.
+    pub ns_per_tick: u64,
+}
+
+/// Instructions that an engine refused and the software CPU executed in its place: how often, by
+/// mnemonic.
+pub type Assists = BTreeMap<String, u64>;
+
 /// One thing that entered the machine, or a mark of how far it had come.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Event {
@@ -37,6 +55,10 @@ pub enum Event {
     ClockRead(u64),
     /// No input: where the machine stood, so that a recording cut short replays this far, verified.
     Mark(MarkDigest),
+    /// No input: another engine goes on from here.
+    HandOver(HandOver),
+    /// No input: what engines refused and the software CPU executed in their place, in all of the run.
+    Assists(Assists),
     /// The run's end.
     End {
         /// Why it ended.
@@ -124,6 +146,10 @@ impl Display for Event {
                 mark.console_bytes,
                 mark.console_digest_prefix.swap_bytes()
             ),
+            Self::HandOver(to) => write!(f, "hand-over to {} (clock {})", to.engine, to.clock),
+            Self::Assists(assists) => {
+                write!(f, "{} instructions assisted", assists.values().sum::<u64>())
+            }
             Self::End { ending, effects, .. } => {
                 write!(f, "end after {} console bytes: {ending}", effects.console_bytes)
             }
@@ -148,6 +174,10 @@ pub enum LoggedEvent {
     ClockRead(Logged<u64>),
     /// See [`Event::Mark`].
     Mark(MarkDigest),
+    /// See [`Event::HandOver`].
+    HandOver(HandOver),
+    /// See [`Event::Assists`].
+    Assists(Assists),
     /// See [`Event::End`].
     End {
         /// Why it ended.
@@ -167,6 +197,8 @@ impl Logged<Record> {
             Event::Time(ns) => LoggedEvent::Time(Logged::new(ns)),
             Event::ClockRead(ns) => LoggedEvent::ClockRead(Logged::new(ns)),
             Event::Mark(effects) => LoggedEvent::Mark(effects),
+            Event::HandOver(to) => LoggedEvent::HandOver(to),
+            Event::Assists(assists) => LoggedEvent::Assists(assists),
             Event::End { ending, effects, final_digest } => {
                 LoggedEvent::End { ending, effects, final_digest }
             }

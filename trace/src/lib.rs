@@ -16,4 +16,5 @@ pub mod logged;
 pub mod moment;
 pub mod recording;
 mod seek_index;
+pub mod stretches;
 mod varint;

@@ -5,10 +5,10 @@
 use std::collections::VecDeque;
 use std::io;
 
-use crate::event::{EffectDigest, Ending, Event, MarkDigest, Record};
+use crate::event::{Assists, EffectDigest, Ending, Event, HandOver, MarkDigest, Record};
 use crate::frame::{Damage, FrameFault, MAX_FRAME_BYTES};
 use crate::logged::Logged;
-use crate::moment::Moment;
+use crate::moment::{Moment, TickKind};
 use crate::varint::{TakeError, Taker, put, put_difference};
 
 /// A frame is cut when its records have this many bytes, uncompressed.
@@ -122,8 +122,15 @@ const EVENT_TIME: u8 = 1;
 const EVENT_CLOCK_READ: u8 = 2;
 const EVENT_MARK: u8 = 3;
 const EVENT_END: u8 = 4;
+const EVENT_HAND_OVER: u8 = 5;
+const EVENT_ASSISTS: u8 = 6;
 const SAME_RIP: u8 = 0x08;
 const SAME_RCX: u8 = 0x10;
+
+// What a tick is, in a hand-over.
+const TICK_INSTRUCTION: u8 = 0;
+const TICK_CONDITIONAL_BRANCH: u8 = 1;
+const TICK_EXIT: u8 = 2;
 
 // An ending's first byte.
 const ENDING_RESET: u8 = 0;
@@ -144,6 +151,8 @@ impl Previous {
             Event::ClockRead(_) => EVENT_CLOCK_READ,
             Event::Mark(_) => EVENT_MARK,
             Event::End { .. } => EVENT_END,
+            Event::HandOver(_) => EVENT_HAND_OVER,
+            Event::Assists(_) => EVENT_ASSISTS,
         };
         first |= if rip == self.rip { SAME_RIP } else { 0 };
         first |= if rcx == self.rcx { SAME_RCX } else { 0 };
@@ -171,6 +180,14 @@ impl Previous {
                 put_difference(out, self.console_bytes, mark.console_bytes);
                 self.console_bytes = mark.console_bytes;
                 out.extend_from_slice(&mark.console_digest_prefix.to_le_bytes());
+            }
+            Event::HandOver(to) => encode_hand_over(out, to),
+            Event::Assists(assists) => {
+                put(out, assists.len() as u64);
+                for (mnemonic, count) in assists {
+                    put_bytes(out, mnemonic.as_bytes());
+                    put(out, *count);
+                }
             }
             Event::End { ending, effects, final_digest } => {
                 encode_ending(out, ending);
@@ -216,6 +233,8 @@ impl Previous {
                     console_digest_prefix: taker.fixed_u64()?,
                 }))
             }
+            EVENT_HAND_OVER => Ok(Event::HandOver(decode_hand_over(taker)?)),
+            EVENT_ASSISTS => Ok(Event::Assists(decode_assists(taker)?)),
             EVENT_END => Ok(Event::End {
                 ending: decode_ending(taker)?,
                 effects: EffectDigest {
@@ -252,6 +271,49 @@ fn take_bytes<'a>(taker: &mut Taker<'a>) -> Result<&'a [u8], TakeError> {
     taker.bytes(count)
 }
 
+fn take_text(taker: &mut Taker<'_>) -> Result<String, Malformed> {
+    let text = std::str::from_utf8(take_bytes(taker)?).map_err(|_| Malformed)?;
+    Ok(text.to_owned())
+}
+
+fn encode_hand_over(out: &mut Vec<u8>, to: &HandOver) {
+    put_bytes(out, to.engine.as_bytes());
+    put_bytes(out, to.clock.as_bytes());
+    out.push(match to.tick_kind {
+        TickKind::Instruction => TICK_INSTRUCTION,
+        TickKind::ConditionalBranch => TICK_CONDITIONAL_BRANCH,
+        TickKind::Exit => TICK_EXIT,
+    });
+    put(out, to.ns_per_tick);
+}
+
+fn decode_hand_over(taker: &mut Taker<'_>) -> Result<HandOver, Malformed> {
+    Ok(HandOver {
+        engine: take_text(taker)?,
+        clock: take_text(taker)?,
+        tick_kind: match taker.byte()? {
+            TICK_INSTRUCTION => TickKind::Instruction,
+            TICK_CONDITIONAL_BRANCH => TickKind::ConditionalBranch,
+            TICK_EXIT => TickKind::Exit,
+            _ => return Err(Malformed),
+        },
+        ns_per_tick: taker.varint()?,
+    })
+}
+
+/// Mnemonics stand in their order, each once.
+fn decode_assists(taker: &mut Taker<'_>) -> Result<Assists, Malformed> {
+    let mut assists = Assists::new();
+    for _ in 0..taker.varint()? {
+        let (mnemonic, count) = (take_text(taker)?, taker.varint()?);
+        if assists.last_key_value().is_some_and(|(last, _)| *last >= mnemonic) {
+            return Err(Malformed);
+        }
+        assists.insert(mnemonic, count);
+    }
+    Ok(assists)
+}
+
 fn encode_ending(out: &mut Vec<u8>, ending: &Ending) {
     match ending {
         Ending::Reset => out.push(ENDING_RESET),
@@ -275,10 +337,7 @@ fn decode_ending(taker: &mut Taker<'_>) -> Result<Ending, Malformed> {
         ENDING_IDLE_FOREVER => Ending::IdleForever,
         ENDING_DEBUG_EXIT => Ending::DebugExit(taker.byte()?),
         ENDING_STOPPED => Ending::Stopped,
-        ENDING_ENGINE_FAILED => {
-            let reason = std::str::from_utf8(take_bytes(taker)?).map_err(|_| Malformed)?;
-            Ending::EngineFailed(reason.to_owned())
-        }
+        ENDING_ENGINE_FAILED => Ending::EngineFailed(take_text(taker)?),
         _ => return Err(Malformed),
     })
 }

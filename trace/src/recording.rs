@@ -19,10 +19,13 @@ pub use crate::header::{
 use crate::log::{FrameSink, LogError, LogReader};
 use crate::logged::Logged;
 use crate::seek_index::{IndexEntry, SeekIndex};
+use crate::stretches::Course;
 use crate::varint::put;
 
-/// The format that this crate writes, and the only one that it reads.
-pub const FORMAT_VERSION: u32 = 1;
+/// The format that this crate writes.
+pub const FORMAT_VERSION: u32 = 2;
+/// The oldest format that it reads. Version 2 has more kinds of records, and nothing else new.
+pub const OLDEST_FORMAT_VERSION: u32 = 1;
 
 /// How every version of the format starts. The first byte is no ASCII, so no text starts so.
 const MAGIC: [u8; 8] = *b"\xf2reprise";
@@ -52,7 +55,7 @@ pub enum RecordingError {
     Preamble,
     /// Another version of the format.
     #[error(
-        "the recording has format version {found}, and this Reprise reads {FORMAT_VERSION}: use the Reprise that recorded it"
+        "the recording has format version {found}, and this Reprise reads {OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}: use the Reprise that recorded it"
     )]
     Version {
         /// The version in the file.
@@ -339,7 +342,7 @@ impl Recording {
     /// If `input` cannot be read, is no recording, or has no usable header.
     pub fn open<R: Read + Seek + Send + 'static>(mut input: R) -> Result<Self, RecordingError> {
         let file_bytes = input.seek(SeekFrom::End(0)).map_err(LogError::Read)?;
-        let chain = read_preamble(&mut input, file_bytes)?;
+        let (chain, version) = read_preamble(&mut input, file_bytes)?;
         let mut cursor =
             FrameCursor { offset: PREAMBLE_BYTES as u64, end: file_bytes, frame: 0, chain };
         let header = read_header(&mut input, &mut cursor)?;
@@ -347,7 +350,7 @@ impl Recording {
         let contents =
             Contents::scan(&mut input, cursor, &header.guest.images).map_err(LogError::Read)?;
         let input: SharedInput = Arc::new(Mutex::new(input));
-        let summary = contents.summary(file_bytes);
+        let summary = contents.summary(version, file_bytes);
         let mut recording = Self { input, header, identity, summary, contents };
         recording.look_at_both_ends()?;
         Ok(recording)
@@ -424,6 +427,14 @@ impl Recording {
         Ok((log, last))
     }
 
+    /// Which engine executed what part of it. Reads the whole log.
+    pub fn course(&self) -> Course {
+        match self.summary.format_version {
+            1 => Course::without_hand_overs(&self.header),
+            _ => Course::of(&self.header, self.log()),
+        }
+    }
+
     fn log_from(&self, start: FrameCursor) -> LogReader {
         LogReader::new(Box::new(LogSource::new(&self.input, &self.contents, start)))
     }
@@ -458,8 +469,11 @@ impl Recording {
     }
 }
 
-/// Checks how the file starts, and gives the chain value before the first frame.
-fn read_preamble(input: &mut (impl Read + Seek), file_bytes: u64) -> Result<Chain, RecordingError> {
+/// Checks how the file starts, and gives the chain value before the first frame and the version.
+fn read_preamble(
+    input: &mut (impl Read + Seek),
+    file_bytes: u64,
+) -> Result<(Chain, u32), RecordingError> {
     let mut bytes = [0; PREAMBLE_BYTES];
     let present = file_bytes.min(PREAMBLE_BYTES as u64) as usize;
     input.seek(SeekFrom::Start(0)).map_err(LogError::Read)?;
@@ -479,10 +493,10 @@ fn read_preamble(input: &mut (impl Read + Seek), file_bytes: u64) -> Result<Chai
     if bytes != preamble(found) {
         return Err(RecordingError::Preamble);
     }
-    if found != FORMAT_VERSION {
+    if !(OLDEST_FORMAT_VERSION..=FORMAT_VERSION).contains(&found) {
         return Err(RecordingError::Version { found });
     }
-    Ok(Chain::start(&bytes))
+    Ok((Chain::start(&bytes), found))
 }
 
 /// Reads the frame that holds the header, which is the first.

@@ -17,6 +17,7 @@ use crate::session::checkpoints::{CheckpointArg, parse_seconds};
 use crate::session::choice::{ChoiceError, ClockArg, EngineArg, EngineKind};
 use crate::session::guest::GuestChoice;
 use crate::session::replay::At;
+use crate::session::stretches::{PlanError, ThenArg};
 use reprise_cpu::translate::Translation;
 
 pub use expand::ExpandArgs;
@@ -110,6 +111,13 @@ pub struct MachineArgs {
     /// How the engine counts
     #[arg(long, value_enum, default_value_t)]
     pub clock: ClockArg,
+    /// Stop the run at this moment, a tick or seconds of guest time ("2.5s"); with --then, hand over to
+    /// another engine there. Repeatable
+    #[arg(long, value_name = "MOMENT", value_parser = parse_moment, allow_negative_numbers = true)]
+    pub until: Vec<At>,
+    /// What executes the guest from --until on: soft, kvm (clock sync) or kvm:step
+    #[arg(long, value_name = "ENGINE", requires = "until")]
+    pub then: Vec<ThenArg>,
     /// Guest memory in MiB [default: 64 for embedded guests, 512 for others]
     #[arg(long, value_name = "MIB", value_parser = parse_memory, allow_negative_numbers = true)]
     pub memory: Option<u64>,
@@ -321,10 +329,8 @@ pub fn run() -> ExitCode {
     let output = Output { json: arguments.json };
     ExitCode::from(dispatch(arguments.command, output).unwrap_or_else(|error| {
         output.failure(&format!("{error:#}"));
-        match error.downcast_ref() {
-            Some(ChoiceError::SoftHasOneClock) => WRONG_USE,
-            _ => FAILED,
-        }
+        let wrong_clock = matches!(error.downcast_ref(), Some(ChoiceError::SoftHasOneClock));
+        if wrong_clock || error.is::<PlanError>() { WRONG_USE } else { FAILED }
     }))
 }
 

@@ -8,8 +8,10 @@
 #![allow(unsafe_code)]
 
 use iced_x86::{FlowControl, Instruction};
-use reprise_machine::engine::Exit;
+use reprise_machine::engine::{Engine, EngineError, Exit};
 use reprise_machine::ram::GuestRam;
+use reprise_trace::checkpoint::{EngineState, HiddenState};
+use reprise_trace::cpu_state::CpuState;
 
 use crate::cpu::{BRANCHES, Cpu};
 use crate::decode::op::Op;
@@ -123,6 +125,18 @@ impl SoftEngine {
     /// Forgets every cached translation, as a TLB may at any time.
     pub fn forget_translations(&mut self) {
         self.cpu_mut().flush_translations();
+    }
+
+    /// Takes over a state at a tick and forgets everything that was known of RAM, which somebody else has written
+    /// since: decoded code, translations, half-done accesses.
+    ///
+    /// # Errors
+    /// Never, at present: a state without hidden parts is taken as it is.
+    pub fn start_over(&mut self, tick: u64, state: &CpuState) -> Result<(), EngineError> {
+        let hidden = HiddenState { engine: String::new(), version: 0, bytes: Vec::new() };
+        self.restore(&EngineState { tick, cpu: state.clone(), hidden })?;
+        self.cpu_mut().forget_code();
+        Ok(())
     }
 
     /// Guest RAM.

@@ -6,8 +6,9 @@ use std::sync::atomic::AtomicBool;
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Access, Engine, EngineError, Exit, FlagKick, Kick};
 use reprise_machine::ram::GuestRam;
-use reprise_trace::checkpoint::EngineState;
+use reprise_trace::checkpoint::{EngineState, HiddenState};
 use reprise_trace::cpu_state::{CpuState, RCX};
+use reprise_trace::event::HandOver;
 use reprise_trace::instructions::{Contents, Position};
 use reprise_trace::moment::{Moment, TickKind};
 
@@ -246,6 +247,17 @@ impl Engine for SoftEngine {
         self.interrupt_requested = false;
         self.halted = state.cpu.halted;
         self.cpu.restore(state).map_err(|what| EngineError { what })
+    }
+
+    fn become_engine(&mut self, to: &HandOver) -> Result<bool, EngineError> {
+        if to.tick_kind != self.tick_kind() {
+            return Ok(false);
+        }
+        // The engine that took over there knew nothing but the state.
+        let hidden = HiddenState { engine: String::new(), version: 0, bytes: Vec::new() };
+        let (tick, cpu) = (self.cpu.tick, self.cpu_state()?);
+        self.restore(&EngineState { tick, cpu, hidden })?;
+        Ok(true)
     }
 
     fn kicker(&self) -> Arc<dyn Kick> {

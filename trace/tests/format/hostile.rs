@@ -3,7 +3,9 @@
 
 use reprise_trace::frame::FrameFault;
 use reprise_trace::log::LogError;
-use reprise_trace::recording::{FORMAT_VERSION, HeaderError, RecordingError, SeekIndexState};
+use reprise_trace::recording::{
+    FORMAT_VERSION, HeaderError, OLDEST_FORMAT_VERSION, RecordingError, SeekIndexState,
+};
 
 use crate::sample::{Random, Sample, header, open, read_log};
 
@@ -218,6 +220,18 @@ fn an_image_that_is_not_the_described_one_is_refused() {
 }
 
 #[test]
+fn a_recording_of_an_older_format_is_read() {
+    let sound = postcard::to_allocvec(&header(&[])).expect("it encodes");
+    let payload = [&b"rrHD\x01\x00"[..], &sound].concat();
+    for version in OLDEST_FORMAT_VERSION..=FORMAT_VERSION {
+        let forge = Forge::preamble(version).plain(b'H', &payload, 0);
+        let recording = open(&forge.log(&empty_record(), 1).end().file).expect("it is sound");
+        assert!(recording.summary().complete && recording.summary().format_version == version);
+        assert_eq!(read_log(&mut recording.log()).0.len(), 1);
+    }
+}
+
+#[test]
 fn headers_that_are_none_are_refused() {
     let sound = postcard::to_allocvec(&header(&[])).expect("it encodes");
     let forge = |payload: &[u8]| Forge::preamble(FORMAT_VERSION).plain(b'H', payload, 0);
@@ -266,6 +280,8 @@ fn files_that_are_no_recording_are_told_apart() {
     assert!(
         matches!(open(&newer.file), Err(RecordingError::Version { found }) if found == FORMAT_VERSION + 1)
     );
+    let oldest = Forge::preamble(OLDEST_FORMAT_VERSION - 1).plain(b'?', b"what was", 0);
+    assert!(matches!(open(&oldest.file), Err(RecordingError::Version { .. })));
     let no_header = Forge::preamble(FORMAT_VERSION).log(&empty_record(), 1);
     assert!(matches!(open(&no_header.file), Err(RecordingError::HeaderDamaged(_))));
 }

@@ -1,11 +1,11 @@
 //! The record codec.
 
-use reprise_trace::event::{EffectDigest, Ending, Event, MarkDigest, Record};
+use reprise_trace::event::{EffectDigest, Ending, Event, HandOver, MarkDigest, Record};
 use reprise_trace::log::{
     DiscardSink, FRAME_BYTES, FrameSink, LogError, LogReader, LogWriter, MAX_RECORD_BYTES,
     MemorySink,
 };
-use reprise_trace::moment::Moment;
+use reprise_trace::moment::{Moment, TickKind};
 
 use crate::sample::{Random, read_log};
 
@@ -156,6 +156,12 @@ fn the_bytes_are_those_of_the_documented_example() {
     };
     let effects = EffectDigest { console_bytes: 300, console_digest: [0xcc; 32] };
     let final_digest = Some([0xff; 32]);
+    let to_kvm = HandOver {
+        engine: "kvm".to_owned(),
+        clock: "sync".to_owned(),
+        tick_kind: TickKind::Exit,
+        ns_per_tick: 0,
+    };
     let records = [
         at(1000, 0x10_0000, 0, Event::Time(2_000_000)),
         at(1001, 0x10_0000, 3, Event::ClockRead(1_999_999)),
@@ -169,6 +175,8 @@ fn the_bytes_are_those_of_the_documented_example() {
                 console_digest_prefix: effects.mark().console_digest_prefix,
             }),
         ),
+        at(5000, 0xf_ffff, 3, Event::HandOver(to_kvm)),
+        at(6000, 0xf_ffff, 3, Event::Assists([("fxsave".to_owned(), 300)].into())),
         at(6000, 0xf_ffff, 3, Event::End { ending: Ending::DebugExit(9), effects, final_digest }),
     ];
     let digest = "8877665544332211";
@@ -177,7 +185,9 @@ fn the_bytes_are_those_of_the_documented_example() {
         &format!("0a 01 06 {digest} 01"),
         &format!("10 00 01 {digest} 03 6c730a"),
         &format!("1b 9f1f {digest} d804 cccccccccccccccc"),
-        &format!("1c e807 {digest} 0409 ac02 {} 01 {}", "cc".repeat(32), "ff".repeat(32)),
+        &format!("1d 00 {digest} 03 6b766d 04 73796e63 02 00"),
+        &format!("1e e807 {digest} 01 06 667873617665 ac02"),
+        &format!("1c 00 {digest} 0409 ac02 {} 01 {}", "cc".repeat(32), "ff".repeat(32)),
     ];
     let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
     let expected: String = expected.iter().map(|line| line.replace(' ', "")).collect();

@@ -2,7 +2,7 @@
 
 use std::io::Cursor;
 
-use reprise_trace::event::{EffectDigest, Ending, Event, MarkDigest, Record};
+use reprise_trace::event::{EffectDigest, Ending, Event, HandOver, MarkDigest, Record};
 use reprise_trace::log::{LogError, LogReader, LogWriter};
 use reprise_trace::moment::{Moment, TickKind};
 use reprise_trace::recording::{
@@ -42,7 +42,7 @@ impl Random {
     }
 
     fn event(&mut self) -> Event {
-        match self.below(8) {
+        match self.below(10) {
             0 => {
                 let count = self.below(40) as usize;
                 Event::Console(self.bytes(count))
@@ -53,6 +53,14 @@ impl Random {
                 console_bytes: self.any_size(),
                 console_digest_prefix: self.next(),
             }),
+            7 => Event::HandOver(self.hand_over()),
+            8 => {
+                let names = ["cmpxchg16b", "fxsave", "xsave"].map(str::to_owned);
+                let count = self.below(4) as usize;
+                Event::Assists(
+                    names.into_iter().take(count).map(|n| (n, self.any_size())).collect(),
+                )
+            }
             _ => Event::End {
                 ending: self.ending(),
                 effects: EffectDigest {
@@ -61,6 +69,16 @@ impl Random {
                 },
                 final_digest: (self.below(2) == 0).then(|| self.digest()),
             },
+        }
+    }
+
+    fn hand_over(&mut self) -> HandOver {
+        let kinds = [TickKind::Instruction, TickKind::ConditionalBranch, TickKind::Exit];
+        HandOver {
+            engine: "soft".to_owned(),
+            clock: "instructions".to_owned(),
+            tick_kind: kinds[self.below(3) as usize],
+            ns_per_tick: self.any_size(),
         }
     }
 

@@ -46,7 +46,7 @@ impl InputDifference {
 
 /// An event as far as the machine is given it.
 fn given(event: &Event) -> Option<&Event> {
-    (!matches!(event, Event::End { .. } | Event::Mark(_))).then_some(event)
+    (!matches!(event, Event::End { .. } | Event::Mark(_) | Event::Assists(_))).then_some(event)
 }
 
 impl Display for InputDifference {
@@ -89,7 +89,7 @@ fn next(log: &mut LogReader, number: &mut u64) -> Result<Option<Numbered>, LogEr
             Err(error) => return Err(error),
         };
         *number += 1;
-        if !matches!(record.event, Event::Mark(_)) {
+        if !matches!(record.event, Event::Mark(_) | Event::Assists(_)) {
             return Ok(Some(Numbered { number: *number - 1, record }));
         }
     }

@@ -139,6 +139,9 @@ impl From<Outcome> for Over {
             Conclusion::Ended(ending) => (format!("{ending}"), false),
             Conclusion::CutShort { .. } => ("its log goes no further".to_owned(), false),
             Conclusion::TargetReached => ("it stands".to_owned(), false),
+            Conclusion::HandedOver(to) => {
+                (format!("another engine goes on ({}, clock {})", to.engine, to.clock), false)
+            }
             Conclusion::Diverged(divergence) => (divergence.to_string(), true),
         };
         Self { text, diverged }

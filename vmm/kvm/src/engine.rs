@@ -8,6 +8,7 @@
 
 use std::sync::Arc;
 
+use reprise_machine::assist::Refusing;
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
 use reprise_machine::ram::GuestRam;
@@ -25,6 +26,9 @@ use crate::{cpuid, state};
 use reprise_branch_clock::guest_code::{MAX_BYTES, decode_at, repeats};
 use reprise_branch_clock::paging::Paging;
 use reprise_branch_clock::register_bits::RFLAGS_IF;
+
+/// #UD's vector.
+const INVALID_OPCODE: u8 = 6;
 
 /// How the engine counts ticks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +57,8 @@ pub struct KvmEngine {
     /// What completing an instruction brought up.
     pub(crate) queued: Option<RawExit>,
     pub(crate) halted: bool,
+    /// KVM_RUN's last exit was the refusal of an instruction.
+    pub(crate) refused: bool,
     /// An interrupt is queued in KVM and not delivered.
     pub(crate) injected: bool,
     pub(crate) window_wanted: bool,
@@ -93,6 +99,7 @@ impl KvmEngine {
             incomplete: false,
             queued: None,
             halted: false,
+            refused: false,
             injected: false,
             window_wanted: false,
             kick: Arc::default(),
@@ -130,11 +137,14 @@ impl KvmEngine {
             return Ok(Exit::Halt);
         }
         if let Some(exit) = self.queued.take() {
+            self.refused = exit.is_refusal();
             return self.sync_exit(exit);
         }
+        self.refused = false;
         match self.run_watched()? {
             RawExit::Interrupted => Ok(Exit::Kicked),
             exit => {
+                self.refused = exit.is_refusal();
                 self.injected = false;
                 self.sync_exit(exit)
             }
@@ -197,8 +207,12 @@ impl KvmEngine {
         if exit == RawExit::Shutdown {
             return Ok(Exit::TripleFault);
         }
-        let place = self.describe_place()?;
-        Ok(Exit::Unsupported(format!("{exit} at {place}: use --engine soft")))
+        let place = match exit.is_refusal() {
+            // Most are assisted, and nobody reads this.
+            true => String::new(),
+            false => format!(" at {}", self.describe_place()?),
+        };
+        Ok(Exit::Unsupported(format!("{exit}{place}: use --engine soft")))
     }
 
     /// RIP and the bytes there, for a message.
@@ -223,6 +237,7 @@ impl KvmEngine {
     /// Forgets everything about the guest that goes beyond its state: somebody sets another one.
     pub(crate) fn restart(&mut self) -> Result<(), KvmError> {
         self.abandon_instruction()?;
+        self.refused = false;
         self.halted = false;
         self.injected = false;
         self.stepper.forget();
@@ -378,6 +393,48 @@ impl Engine for KvmEngine {
 
     fn kicker(&self) -> Arc<dyn Kick> {
         self.kick.clone()
+    }
+}
+
+impl Refusing for KvmEngine {
+    fn has_refused(&mut self) -> Result<bool, EngineError> {
+        let amid = self.pending.is_some() || self.queued.is_some() || self.incomplete;
+        if !self.refused || amid {
+            return Ok(false);
+        }
+        // What was about to be delivered would be lost; but KVM itself queues #UD when it refuses.
+        let events = state::read_events(&self.vcpu.fd)?;
+        let exception = events.exception.injected | events.exception.pending;
+        let delivers_exception = exception != 0 && events.exception.nr != INVALID_OPCODE;
+        Ok(events.interrupt.injected | events.nmi.injected == 0 && !delivers_exception)
+    }
+
+    fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    fn count_access(&mut self) {
+        if self.clock == KvmClock::Sync {
+            self.tick += 1;
+        }
+    }
+
+    fn go_on(
+        &mut self,
+        before: &CpuState,
+        after: &CpuState,
+        retired: bool,
+    ) -> Result<(), EngineError> {
+        self.restart()?;
+        state::write_changes(&self.vcpu.fd, before, after)?;
+        self.halted = after.halted;
+        self.tsc = [after.tsc_offset, after.tsc_aux];
+        let counted = match self.clock {
+            KvmClock::Sync => after.halted,
+            KvmClock::Step => retired,
+        };
+        self.tick += u64::from(counted);
+        Ok(())
     }
 }
 

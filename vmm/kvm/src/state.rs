@@ -95,6 +95,35 @@ pub(crate) fn write(fd: &VcpuFd, state: &CpuState) -> Result<(), KvmError> {
     fd.set_vcpu_events(&events).map_err(|errno| KvmError::refused("KVM_SET_VCPU_EVENTS", errno))
 }
 
+/// Leads from the state that KVM holds to another, writing what differs, and drops whatever event KVM was
+/// about to deliver. Each call into KVM that is spared makes an assist some tenth faster.
+pub(crate) fn write_changes(
+    fd: &VcpuFd,
+    before: &CpuState,
+    after: &CpuState,
+) -> Result<(), KvmError> {
+    let system = |state: &CpuState| {
+        let tables = (state.ldtr, state.tr, state.gdtr, state.idtr);
+        let control = [state.cr0, state.cr2, state.cr3, state.cr4, state.cr8, state.efer];
+        (state.segments, tables, control)
+    };
+    let debug = |state: &CpuState| (state.dr, state.dr6, state.dr7);
+    let specific = |state: &CpuState| MSRS.map(|(_, field)| *field(&mut state.clone()));
+    if system(before) != system(after)
+        || debug(before) != debug(after)
+        || specific(before) != specific(after)
+    {
+        return write(fd, after);
+    }
+    fd.set_regs(&write_regs(after)).map_err(|errno| KvmError::refused("KVM_SET_REGS", errno))?;
+    if before.fpu != after.fpu {
+        write_fpu(fd, &after.fpu)?;
+    }
+    let mut events = kvm_vcpu_events::default();
+    write_events(after, &mut events);
+    fd.set_vcpu_events(&events).map_err(|errno| KvmError::refused("KVM_SET_VCPU_EVENTS", errno))
+}
+
 /// General registers, RIP and RFLAGS.
 pub(crate) fn read_regs(regs: &kvm_regs, state: &mut CpuState) {
     state.gpr = [

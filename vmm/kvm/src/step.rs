@@ -109,7 +109,10 @@ impl KvmEngine {
                 }
             }
             let exit = match self.queued.take() {
-                Some(exit) => self.step_exit(exit)?,
+                Some(exit) => {
+                    self.refused = exit.is_refusal();
+                    self.step_exit(exit)?
+                }
                 None => self.step()?,
             };
             if let Some(exit) = exit {
@@ -177,6 +180,7 @@ impl KvmEngine {
         }
         self.arm()?;
         let exit = self.vcpu.run()?;
+        self.refused = exit.is_refusal();
         self.load_view();
         self.step_exit(exit)
     }

@@ -69,13 +69,19 @@ pub(crate) enum RawExit {
     Other { reason: u32 },
 }
 
+impl RawExit {
+    /// Whether KVM's emulator does not know the instruction (KVM_INTERNAL_ERROR_EMULATION).
+    pub(crate) fn is_refusal(self) -> bool {
+        matches!(self, Self::InternalError { suberror: 1 })
+    }
+}
+
 impl fmt::Display for RawExit {
     /// What it means, for the messages about exits that nobody asked for.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Shutdown => write!(f, "the guest took a triple fault"),
-            // KVM_INTERNAL_ERROR_EMULATION.
-            Self::InternalError { suberror: 1 } => {
+            exit if exit.is_refusal() => {
                 write!(f, "KVM cannot emulate the instruction")
             }
             Self::InternalError { suberror } => {

@@ -19,6 +19,14 @@ pub enum TimeSource {
 }
 
 impl TimeSource {
+    /// As a recording's header and a hand-over have it.
+    pub fn of(ns_per_tick: u64) -> Self {
+        match ns_per_tick {
+            0 => Self::Host,
+            ns_per_tick => Self::Ticks { ns_per_tick },
+        }
+    }
+
     /// Nanoseconds of guest time in one tick; zero where time does not follow ticks.
     pub fn ns_per_tick(self) -> u64 {
         match self {

@@ -78,6 +78,8 @@ pub(crate) fn describe(event: &Event) -> String {
         Event::Time(ns) => format!("virtual time set to {ns} ns"),
         Event::ClockRead(ns) => format!("a clock read answered with {ns} ns"),
         Event::Mark(_) => "a mark".to_owned(),
+        Event::HandOver(to) => format!("a hand-over to engine {} (clock {})", to.engine, to.clock),
+        Event::Assists(_) => "what was assisted".to_owned(),
         Event::End { ending, .. } => format!("the end: {}", describe_ending(ending)),
     }
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use reprise_trace::checkpoint::EngineState;
 use reprise_trace::cpu_state::CpuState;
+use reprise_trace::event::{Assists, HandOver};
 use reprise_trace::moment::{Moment, TickKind};
 
 use crate::clock::TimeBase;
@@ -240,6 +241,21 @@ pub trait Engine {
         Err(EngineError {
             what: "this engine starts at no checkpoint: use --engine soft".to_owned(),
         })
+    }
+
+    /// Another engine goes on from this boundary, in this state and at this tick: becomes that engine,
+    /// or goes on by itself if its ticks are what that one's would be. Gives false if it can do neither;
+    /// then nothing has changed.
+    ///
+    /// # Errors
+    /// If the other engine cannot be had or does not take the state.
+    fn become_engine(&mut self, to: &HandOver) -> Result<bool, EngineError> {
+        Ok(to.tick_kind == self.tick_kind())
+    }
+
+    /// Instructions that this engine refused and another executed in its place, so far.
+    fn assists(&self) -> Assists {
+        Assists::new()
     }
 
     /// Something that kicks this engine from another thread.

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod accessed_bits;
+pub mod assist;
 pub mod checkpoint;
 pub mod clock;
 pub mod digest;
@@ -14,6 +15,7 @@ pub mod lawful;
 pub mod machine;
 pub mod outcome;
 pub mod ram;
+pub mod relay;
 pub mod stepping;
 mod touched;
 pub mod watch;

@@ -8,7 +8,7 @@
 
 use reprise_devices::board::{Board, PowerEvent};
 use reprise_devices::time::VirtualTime;
-use reprise_trace::event::Ending;
+use reprise_trace::event::{Ending, HandOver};
 use reprise_trace::moment::TickKind;
 
 use crate::checkpoint::{CAPTURE_TICKS, Checkpointer};
@@ -51,6 +51,8 @@ pub struct Machine<E: Engine, I: Inputs> {
     watch: Option<Watch>,
     /// RAM is being copied for a checkpoint.
     pub(crate) capturing: bool,
+    /// Where other engines went on.
+    hand_overs: Vec<(u64, HandOver)>,
     /// Records of the log before the checkpoint that this machine comes from.
     pub(crate) records_before: u64,
     pub(crate) accesses: u64,
@@ -109,6 +111,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
             checkpointer: None,
             watch: None,
             capturing: false,
+            hand_overs: Vec::new(),
             records_before: 0,
             accesses: 0,
             interrupts: 0,
@@ -227,9 +230,9 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
             return Err(Stop::TargetReached);
         }
         self.checkpoint_if_due()?;
-        self.visited = Some(tick);
+        let entered = self.visited.replace(tick) == Some(tick);
         self.settle();
-        self.take_arrivals()?;
+        self.take_arrivals(entered)?;
         self.deliver_interrupt()?;
         match self.sleep {
             None => Ok(true),
@@ -239,6 +242,28 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
 
     pub(crate) fn now(&self) -> VirtualTime {
         self.base.at(self.engine.tick())
+    }
+
+    /// Another engine goes on from this boundary.
+    fn hand_over(&mut self, to: HandOver) -> Result<(), Stop> {
+        self.continue_checkpoint(true);
+        if !self.engine.become_engine(&to)? {
+            return Err(Stop::HandedOver(Box::new(to)));
+        }
+        self.hand_overs.push((self.engine.tick(), to.clone()));
+        let now = self.now();
+        self.time = TimeSource::of(to.ns_per_tick);
+        self.runs_freely = to.tick_kind == TickKind::ConditionalBranch;
+        if to.engine != "soft" {
+            // From here on hardware may have set them early.
+            self.accessed_bits = AccessedBits::SetAside;
+        }
+        self.base = TimeBase { tick: self.engine.tick(), ns: now.ns, ns_per_tick: to.ns_per_tick };
+        self.engine.set_time_base(self.base);
+        // Asked for anew at this boundary.
+        self.engine.set_interrupt_request(false);
+        self.interrupt_requested = false;
+        Ok(())
     }
 
     /// Lets the devices do what is due.
@@ -269,20 +294,23 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     ) -> Boundary<'a, E> {
         let tick = engine.tick();
         let (deadline, console_room) = (board.next_deadline(), board.console_room());
-        Boundary { engine, effects, tick, now, deadline, console_room, halted, time }
+        let entered = true;
+        Boundary { engine, effects, tick, now, deadline, console_room, halted, entered, time }
     }
 
-    fn take_arrivals(&mut self) -> Result<(), Stop> {
+    fn take_arrivals(&mut self, entered: bool) -> Result<(), Stop> {
         loop {
             let (now, halted) = (self.now(), self.sleep.is_some());
             let Self { engine, board, effects, time, .. } = self;
             let mut here = Self::boundary(engine, board, effects, now, halted, *time);
+            here.entered = entered;
             match self.inputs.arrival(&mut here)? {
                 None => return Ok(()),
                 Some(Arrival::Time(ns)) => {
                     self.set_time(VirtualTime::from_ns(ns.into_inner()));
                 }
                 Some(Arrival::Console(bytes)) => self.board.console_input(bytes, now),
+                Some(Arrival::HandOver(to)) => self.hand_over(to)?,
                 Some(Arrival::Stop { ending, exact }) => return Err(Stop::Ended { ending, exact }),
             }
             self.settle();
@@ -397,7 +425,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
             return Ok(Limit { tick: next, exact: true });
         }
         let deadline = self.board.next_deadline().and_then(|deadline| self.base.tick_of(deadline));
-        let logged = self.inputs.stop_at(tick)?;
+        let logged = self.inputs.stop_at(tick, &self.base)?;
         let now = self.now();
         let checkpoint = match &mut self.checkpointer {
             // It is taken at the first boundary behind that.
@@ -467,6 +495,10 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
             },
             Stop::CutShort(damage) => self.stand(Conclusion::CutShort { damage }),
             Stop::TargetReached => self.stand(Conclusion::TargetReached),
+            Stop::HandedOver(to) => {
+                let stamp = Stamp::of_tick(self.engine.tick());
+                Ok(self.outcome(Conclusion::HandedOver(*to), stamp, None))
+            }
             Stop::Diverged(divergence) => {
                 let stamp = Stamp::of_tick(self.engine.tick());
                 Ok(self.outcome(Conclusion::Diverged(*divergence), stamp, None))
@@ -487,15 +519,15 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
 
     /// The run ended at this boundary, or, if not `exact`, somewhere behind this tick.
     fn end(&mut self, ending: &Ending, exact: bool) -> Result<(Stamp, Option<StateDigest>), Stop> {
-        let effects = self.effects.digest();
+        let (effects, assists) = (self.effects.digest(), self.engine.assists());
         if !exact {
             let stamp = Stamp::of_tick(self.engine.tick());
-            self.inputs.end(stamp, effects, ending, None)?;
+            self.inputs.end(stamp, effects, ending, None, assists)?;
             return Ok((stamp, None));
         }
         let (state, cpu) = (self.state_digest()?, self.engine.cpu_state()?);
         let stamp = Stamp { moment: self.engine.moment()?, cpu_digest: state.cpu_short() };
-        self.inputs.end(stamp, effects, ending, Some((&state, &cpu)))?;
+        self.inputs.end(stamp, effects, ending, Some((&state, &cpu)), assists)?;
         Ok((stamp, Some(state)))
     }
 
@@ -519,6 +551,8 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
             set_aside: self.inputs.set_aside().to_vec(),
             accesses: self.accesses,
             interrupts: self.interrupts,
+            hand_overs: self.hand_overs.clone(),
+            assists: self.engine.assists(),
         }
     }
 }

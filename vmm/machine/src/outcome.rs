@@ -1,6 +1,6 @@
 //! What a run came to.
 
-use reprise_trace::event::{EffectDigest, Ending};
+use reprise_trace::event::{Assists, EffectDigest, Ending, HandOver};
 use reprise_trace::log::LogError;
 use reprise_trace::moment::Moment;
 
@@ -20,6 +20,8 @@ pub enum Conclusion {
         /// What is wrong with the recording behind this place; `None` if it just stops.
         damage: Option<LogError>,
     },
+    /// Replay only: another engine went on from here, and what replays cannot do the same.
+    HandedOver(HandOver),
     /// Replay only: the tick that was asked for is reached.
     TargetReached,
     /// Replay only: what happened is not what was recorded.
@@ -52,6 +54,10 @@ pub struct Outcome {
     pub accesses: u64,
     /// Interrupts delivered.
     pub interrupts: u64,
+    /// Where other engines went on, and which.
+    pub hand_overs: Vec<(u64, HandOver)>,
+    /// Instructions that the engine refused and the software CPU executed.
+    pub assists: Assists,
 }
 
 impl Outcome {

@@ -56,6 +56,13 @@ impl GuestRam {
         Ok(Self { memory, ram_bytes })
     }
 
+    /// The same RAM for another engine, which executes only while the owner does not: whoever has been
+    /// away finds RAM written, and must know nothing of it.
+    #[must_use]
+    pub fn share(&self) -> Self {
+        Self { memory: self.memory.clone(), ram_bytes: self.ram_bytes }
+    }
+
     /// The end of RAM: the first guest-physical address past it.
     pub fn ram_bytes(&self) -> u64 {
         self.ram_bytes

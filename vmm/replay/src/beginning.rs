@@ -14,9 +14,11 @@ use reprise_trace::checkpoint::{
     CheckpointDigest, CheckpointError, CheckpointInfo, Checkpoints, LastRecord, MachineState,
 };
 use reprise_trace::cpu_state::CpuState;
+use reprise_trace::event::HandOver;
 use reprise_trace::header::{Header, ImageRole};
 use reprise_trace::log::LogReader;
 use reprise_trace::recording::Recording;
+use reprise_trace::stretches::Course;
 
 use crate::error::ReplayError;
 
@@ -43,12 +45,12 @@ pub struct Beginning {
     board: BoardConfig,
     at: At,
     log: LogReader,
-    time: TimeSource,
+    on: HandOver,
     accessed_bits: AccessedBits,
 }
 
 impl Beginning {
-    pub(crate) fn of_run(recording: &Recording) -> Result<Self, ReplayError> {
+    pub(crate) fn of_run(recording: &Recording, course: &Course) -> Result<Self, ReplayError> {
         let header = recording.header();
         let (ram, board) = ram_and_board(header)?;
         let image_of = |role| {
@@ -63,12 +65,13 @@ impl Beginning {
             cmdline: &header.guest.command_line,
         };
         let at = At::Run(Box::new(reprise_boot::load(&source, &ram)?));
-        let (log, time) = (recording.log(), time_source(header));
-        Ok(Self { ram, board, at, log, time, accessed_bits: accessed_bits(header) })
+        let (log, on) = (recording.log(), course.at(0).on.clone());
+        Ok(Self { ram, board, at, log, on, accessed_bits: accessed_bits(course, 0) })
     }
 
     pub(crate) fn of_checkpoint(
         recording: &Recording,
+        course: &Course,
         checkpoints: &Checkpoints,
         index: usize,
     ) -> Result<Self, ReplayError> {
@@ -82,14 +85,16 @@ impl Beginning {
         if last != state.last_record {
             return Err(CheckpointError::OtherRecording.into());
         }
+        let on = course.at(state.records).on.clone();
+        let accessed_bits = accessed_bits(course, state.records);
         let at = At::Checkpoint(Box::new(state));
-        let time = time_source(header);
-        Ok(Self { ram, board, at, log, time, accessed_bits: accessed_bits(header) })
+        Ok(Self { ram, board, at, log, on, accessed_bits })
     }
 
     /// At a state that a machine of this recording was in, whose RAM is `ram`.
     pub(crate) fn of_state(
         recording: &Recording,
+        course: &Course,
         state: MachineState,
         fill: &mut dyn FnMut(&mut GuestRam),
     ) -> Result<Self, ReplayError> {
@@ -97,9 +102,15 @@ impl Beginning {
         let (mut ram, board) = ram_and_board(header)?;
         fill(&mut ram);
         let (log, _) = recording.log_behind(state.records)?;
+        let on = course.at(state.records).on.clone();
+        let accessed_bits = accessed_bits(course, state.records);
         let at = At::Checkpoint(Box::new(state));
-        let time = time_source(header);
-        Ok(Self { ram, board, at, log, time, accessed_bits: accessed_bits(header) })
+        Ok(Self { ram, board, at, log, on, accessed_bits })
+    }
+
+    /// The engine that executed the recording from there on.
+    pub fn stretch(&self) -> &HandOver {
+        &self.on
     }
 
     /// The tick at which the machine will stand.
@@ -136,7 +147,8 @@ impl Beginning {
         make_engine: impl FnOnce(GuestRam) -> Result<E, EngineError>,
         set_up: impl FnOnce(Replaying) -> Replaying,
     ) -> Result<Machine<E, Replaying>, ReplayError> {
-        let Self { ram, board, at, log, time, accessed_bits } = self;
+        let Self { ram, board, at, log, on, accessed_bits } = self;
+        let time = TimeSource::of(on.ns_per_tick);
         let (mut engine, board) = (make_engine(ram)?, Board::new(&board));
         let inputs = set_up(Replaying::new(log));
         let machine = match at {
@@ -163,23 +175,25 @@ fn ram_and_board(header: &Header) -> Result<(GuestRam, BoardConfig), ReplayError
     Ok((ram, board))
 }
 
-/// How the recording's virtual time came about.
+/// How the recording's virtual time came about at its beginning.
 pub fn time_source(header: &Header) -> TimeSource {
-    match header.ns_per_tick {
-        0 => TimeSource::Host,
-        ns_per_tick => TimeSource::Ticks { ns_per_tick },
+    TimeSource::of(header.ns_per_tick)
+}
+
+/// Whether the digest of a machine with so many records behind it counts accessed bits: not once hardware
+/// ran the guest, which may set them early.
+pub fn accessed_bits(course: &Course, records: u64) -> AccessedBits {
+    let mut before = course.stretches.iter().filter(|stretch| stretch.records_before <= records);
+    match before.all(|stretch| stretch.on.engine == "soft") {
+        true => AccessedBits::Exact,
+        false => AccessedBits::SetAside,
     }
 }
 
-/// Whether a recording's final digest counts accessed bits: not if hardware ran the guest, which may set
-/// them early.
-pub fn accessed_bits(header: &Header) -> AccessedBits {
-    if header.engine == "soft" { AccessedBits::Exact } else { AccessedBits::SetAside }
-}
-
-/// How much of a recording a replay by this engine can compare.
-pub fn verification(header: &Header, engine: &str) -> Verification {
-    if header.engine == engine { Verification::Exact } else { Verification::AcrossEngines }
+/// How much of a recording a replay by this engine alone can compare.
+pub fn verification(course: &Course, engine: &str) -> Verification {
+    let own = course.stretches.iter().all(|stretch| stretch.on.engine == engine);
+    if own { Verification::Exact } else { Verification::AcrossEngines }
 }
 
 /// Compares a machine that stands at a checkpoint's tick with the checkpoint. Gives what differs, in

@@ -17,6 +17,7 @@ use reprise_machine::lawful::explained;
 use reprise_machine::ram::GuestRam;
 use reprise_trace::checkpoint::{EngineState, HiddenState};
 use reprise_trace::cpu_state::CpuState;
+use reprise_trace::event::HandOver;
 use reprise_trace::header::Header;
 use reprise_trace::moment::{Moment, TickKind};
 use serde::{Deserialize, Serialize};
@@ -85,7 +86,7 @@ impl RecordedClock {
 
     /// Instructions executed since this engine was made or took up a checkpoint.
     pub fn instructions_executed(&self) -> u64 {
-        self.software.tick() - self.began_at
+        self.software.tick().wrapping_sub(self.began_at)
     }
 
     /// Lets the software CPU run up to an instruction count, and does the accounting of what it comes to.
@@ -317,6 +318,21 @@ impl Engine for RecordedClock {
         self.software.restore(&state)?;
         self.software.set_conditional_branches(branches);
         Ok(())
+    }
+
+    fn become_engine(&mut self, to: &HandOver) -> Result<bool, EngineError> {
+        let branches = [self.kind, to.tick_kind].contains(&TickKind::ConditionalBranch);
+        if branches {
+            return Ok(false);
+        }
+        let (tick, cpu, executed) = (self.tick(), self.cpu_state()?, self.instructions_executed());
+        // The engine that took over there knew nothing but the state.
+        let hidden = HiddenState { engine: String::new(), version: 0, bytes: Vec::new() };
+        self.software.restore(&EngineState { tick, cpu, hidden })?;
+        self.began_at = tick.wrapping_sub(executed);
+        (self.kind, self.events) = (to.tick_kind, tick);
+        (self.amid, self.delivered, self.first_of_tick) = (false, false, true);
+        Ok(true)
     }
 
     fn kicker(&self) -> Arc<dyn Kick> {

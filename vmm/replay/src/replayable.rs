@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufReader, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use reprise_machine::inputs::Replaying;
 use reprise_machine::machine::Machine;
@@ -12,6 +13,7 @@ use reprise_trace::checkpoint::{
     CheckpointError, CheckpointInfo, Checkpoints, HiddenState, MachineState,
 };
 use reprise_trace::recording::Recording;
+use reprise_trace::stretches::Course;
 
 use crate::beginning::{Beginning, Start, verification};
 use crate::error::ReplayError;
@@ -33,6 +35,7 @@ pub struct Replayable {
     /// How many of them lie within what the log holds.
     usable: usize,
     trouble: Option<CheckpointError>,
+    course: OnceLock<Course>,
 }
 
 impl Replayable {
@@ -62,12 +65,17 @@ impl Replayable {
         let records = recording.summary().record_count;
         let list = checkpoints.as_ref().map_or(&[][..], Checkpoints::list);
         let usable = list.partition_point(|info| info.records < records);
-        Self { recording, checkpoints, usable, trouble }
+        Self { recording, checkpoints, usable, trouble, course: OnceLock::new() }
     }
 
     /// The recording.
     pub fn recording(&self) -> &Recording {
         &self.recording
+    }
+
+    /// Which engine executed what part of the recording. The first call reads the whole log.
+    pub fn course(&self) -> &Course {
+        self.course.get_or_init(|| self.recording.course())
     }
 
     /// The checkpoints that can be started from, in the order of their ticks; [`Start::Checkpoint`]
@@ -136,12 +144,12 @@ impl Replayable {
     /// The recording or the checkpoint cannot be used, or there is no RAM.
     pub fn begin(&self, start: Start) -> Result<Beginning, ReplayError> {
         match start {
-            Start::Run => Beginning::of_run(&self.recording),
+            Start::Run => Beginning::of_run(&self.recording, self.course()),
             Start::Checkpoint(index) => {
                 let count = self.usable;
                 let file = self.checkpoints.as_ref().filter(|_| index < count);
                 let file = file.ok_or(CheckpointError::NoSuch { index, count })?;
-                Beginning::of_checkpoint(&self.recording, file, index)
+                Beginning::of_checkpoint(&self.recording, self.course(), file, index)
             }
         }
     }
@@ -155,7 +163,7 @@ impl Replayable {
         state: MachineState,
         fill: &mut dyn FnMut(&mut GuestRam),
     ) -> Result<Beginning, ReplayError> {
-        Beginning::of_state(&self.recording, state, fill)
+        Beginning::of_state(&self.recording, self.course(), state, fill)
     }
 
     /// A machine that replays the recording on the software CPU, whatever recorded it.
@@ -167,8 +175,10 @@ impl Replayable {
         start: Start,
     ) -> Result<Machine<RecordedClock, Replaying>, ReplayError> {
         let header = self.recording.header();
-        let verification = verification(header, "soft");
-        let make = |ram| RecordedClock::new(ram, header);
-        self.begin(start)?.into_machine(make, |inputs| inputs.verifying(verification))
+        let verification = verification(self.course(), "soft");
+        let beginning = self.begin(start)?;
+        let header = header.of_stretch(beginning.stretch());
+        let make = |ram| RecordedClock::new(ram, &header);
+        beginning.into_machine(make, |inputs| inputs.verifying(verification))
     }
 }

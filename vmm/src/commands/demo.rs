@@ -108,6 +108,7 @@ fn play(scene: &Scene, output: Output) -> Result<SceneReport> {
     let running = output.bar(&format!("recording {name}"), None);
     let message = format!("recording {name}");
     let plan = RunPlan {
+        plan: Vec::new(),
         guest: &scene.guest,
         choice: choice::for_new_run(EngineArg::Auto, ClockArg::Auto)?,
         memory_mib: scene.guest.default_memory_mib,

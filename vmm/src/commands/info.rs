@@ -3,7 +3,7 @@
 use anyhow::Result;
 use reprise_replay::Replayable;
 use reprise_trace::checkpoint::CheckpointInfo;
-use reprise_trace::event::{EffectDigest, Event};
+use reprise_trace::event::{Assists, EffectDigest, Event};
 use reprise_trace::header::{Header, HostInfo, ImageInfo};
 use reprise_trace::moment::TickKind;
 use reprise_trace::recording::{Recording, SeekIndexState, Summary};
@@ -13,8 +13,9 @@ use crate::cli::InfoArgs;
 use crate::output::{Output, byte_size, counted, grouped, hex, table};
 use crate::session::replay::open_replayable;
 use crate::session::report::{
-    MomentReport, bytes_per_kiloinstruction, damage_text, describe_ending, log_text,
+    MomentReport, assists_text, bytes_per_kiloinstruction, damage_text, describe_ending, log_text,
 };
+use crate::session::stretches::StretchReport;
 use crate::session::trace_file::is_trace;
 
 /// Everything about a recording.
@@ -57,6 +58,9 @@ struct InfoReport {
     file_bytes: u64,
     seek_index: &'static str,
     chain: String,
+    stretches: Vec<StretchReport>,
+    assists: u64,
+    assisted: Assists,
     checkpoints: Vec<CheckpointReport>,
     checkpoint_file_bytes: u64,
     checkpoint_trouble: Option<String>,
@@ -158,7 +162,9 @@ impl InfoReport {
         let (header, summary) = (recording.header(), recording.summary());
         let end = End::of(summary);
         let ticks = summary.last_moment.map(|moment| moment.tick);
-        let counts_instructions = header.tick_kind == TickKind::Instruction;
+        let course = replayable.course();
+        let counts_instructions =
+            course.stretches.iter().all(|stretch| stretch.on.tick_kind == TickKind::Instruction);
         let instructions = ticks.filter(|_| counts_instructions);
         Self {
             kind: "recording",
@@ -203,6 +209,9 @@ impl InfoReport {
                 SeekIndexState::Damaged => "damaged",
             },
             chain: summary.chain.clone(),
+            stretches: StretchReport::of_course(course),
+            assists: course.assists.values().sum(),
+            assisted: course.assists.clone(),
             checkpoints: replayable.checkpoints().iter().map(CheckpointReport::from).collect(),
             checkpoint_file_bytes: replayable.checkpoint_file().map_or(0, |file| file.file_bytes()),
             checkpoint_trouble: replayable.trouble().map(ToString::to_string),
@@ -230,7 +239,15 @@ impl InfoReport {
             rows.push(("image", text));
         }
         rows.push(("CPU model", format!("{} version {}", self.cpu_model, self.cpu_model_version)));
-        rows.push(("engine", format!("{}, clock {}", self.engine, self.clock)));
+        match &self.stretches[..] {
+            [] | [_] => rows.push(("engine", format!("{}, clock {}", self.engine, self.clock))),
+            stretches => {
+                rows.extend(stretches.iter().map(|stretch| ("stretch", stretch.to_string())));
+            }
+        }
+        if self.assists > 0 {
+            rows.push(("assists", assists_text(&self.assisted)));
+        }
         for ReplaysOn { engine, condition } in &self.replays_on {
             rows.push(("replays on", format!("{engine}: {condition}")));
         }
@@ -238,7 +255,11 @@ impl InfoReport {
         rows.push(("recorded by", format!("Reprise {}", self.reprise_version)));
         rows.push(("state", self.state_text()));
         if let Some(ticks) = self.ticks {
-            rows.push(("ticks", format!("{} ({}s)", grouped(ticks), self.tick_kind)));
+            let kind = match self.stretches.len() {
+                1 => format!("{}s", self.tick_kind),
+                _ => "counted by each stretch's clock".to_owned(),
+            };
+            rows.push(("ticks", format!("{} ({kind})", grouped(ticks))));
         }
         rows.push((
             "events",

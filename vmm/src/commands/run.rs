@@ -13,6 +13,7 @@ use crate::session::choice;
 use crate::session::guest::Guest;
 use crate::session::record::{self, RunPlan};
 use crate::session::report::SessionReport;
+use crate::session::stretches;
 
 /// Runs a guest.
 ///
@@ -49,8 +50,9 @@ pub(super) fn plan<'a>(
     if host.input == InputSource::Terminal {
         output.note("the console is live: every key goes to the guest; Ctrl-] stops the run");
     }
+    let plan = stretches::plan(choice.kind, &machine.until, &machine.then)?;
     let memory_mib = machine.memory.unwrap_or(guest.default_memory_mib);
-    Ok(RunPlan { guest, choice, memory_mib, soft: machine.soft.options(), host })
+    Ok(RunPlan { guest, choice, plan, memory_mib, soft: machine.soft.options(), host })
 }
 
 fn host_options(machine: &MachineArgs, output: Output) -> Result<HostOptions> {

@@ -1,18 +1,20 @@
 //! RAM, CPU state, engine and board from a guest: the same code for a run, a recording and a
 //! replay, so that all start alike.
 
+use reprise_assist::Assisted;
 use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::translate::Translation;
 use reprise_devices::board::{Board, BoardConfig};
-use reprise_kvm::KvmEngine;
+use reprise_kvm::{KvmClock, KvmEngine};
 use reprise_machine::engine::{Engine, EngineError};
 use reprise_machine::ram::{GuestRam, RamError};
 use reprise_replay::{OnSoftware, RecordedClock};
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::header::Header;
 
-use super::choice::EngineKind;
+use super::choice::{EngineArg, EngineKind};
 use super::profile_report::ProfileReport;
+use super::stretches;
 use crate::boot::{self, BootError, GuestSource};
 
 /// Why a machine cannot be put together.
@@ -83,12 +85,31 @@ impl LoadedGuest {
                 Ok((output, leave(engine)))
             }
             EngineKind::Kvm(clock) => {
-                let mut engine = KvmEngine::new(ram, clock)?;
+                let mut engine = kvm_engine(ram, clock)?;
                 engine.set_cpu_state(&state)?;
                 let (output, _) = visitor.visit(engine, board);
                 Ok((output, None))
             }
         }
+    }
+}
+
+impl LoadedGuest {
+    /// As [`Self::with_engine`], with an engine that follows hand-overs and begins as `header` says.
+    ///
+    /// # Errors
+    /// As [`Self::with_engine`].
+    pub fn with_relay<V: EngineVisitor>(
+        self,
+        header: &Header,
+        soft: SoftOptions,
+        visitor: V,
+    ) -> Result<V::Output, AssemblyError> {
+        let Self { ram, state, board } = self;
+        let first = header.first_stretch();
+        let mut engine = stretches::relay(ram, &first, header, EngineArg::Auto, soft)?;
+        engine.set_cpu_state(&state)?;
+        Ok(visitor.visit(engine, Board::new(&board)).0)
     }
 }
 
@@ -121,6 +142,14 @@ fn set_up(engine: &mut SoftEngine, soft: SoftOptions) {
     if soft.profile {
         engine.start_profile();
     }
+}
+
+/// KVM, with the software CPU for the instructions that it refuses.
+///
+/// # Errors
+/// The host has no KVM that can be used so.
+pub fn kvm_engine(ram: GuestRam, clock: KvmClock) -> Result<Assisted<KvmEngine>, EngineError> {
+    Ok(Assisted::new(KvmEngine::new(ram, clock)?))
 }
 
 /// Gives up the software CPU at the end of a session, and says where its time went, if it was to count

@@ -231,7 +231,8 @@ impl Session<'_> {
         report.format = self.options.target.name();
         report.filters.clone_from(&self.options.filters);
         report.checkpoints_verified = verified;
-        report.set_aside = set_aside(recording.header(), &ran.set_aside, ran.outcome.as_ref());
+        report.set_aside =
+            set_aside(self.replayable.course(), &ran.set_aside, ran.outcome.as_ref());
         report.set_trace(kept.bytes, kept.accesses);
         report.notes = kept.notes;
         report

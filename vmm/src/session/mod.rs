@@ -13,4 +13,5 @@ pub mod profile_report;
 pub mod record;
 pub mod replay;
 pub mod report;
+pub mod stretches;
 pub mod trace_file;

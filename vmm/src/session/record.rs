@@ -17,7 +17,7 @@ use reprise_machine::checkpoint::Checkpointer;
 use reprise_machine::clock::TimeSource;
 use reprise_machine::digest::AccessedBits;
 use reprise_machine::engine::Engine;
-use reprise_machine::inputs::Recording;
+use reprise_machine::inputs::{Planned, Recording, Then};
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{MachineError, Outcome};
 use reprise_trace::header::{CpuModelInfo, Header, MachineInfo};
@@ -109,6 +109,8 @@ pub struct RunPlan<'a> {
     pub guest: &'a Guest,
     /// What executes it.
     pub choice: Choice,
+    /// What it is to do after that.
+    pub plan: Vec<Planned>,
     /// Guest RAM, in MiB.
     pub memory_mib: u64,
     /// How the software CPU is to run, if that is the engine.
@@ -123,7 +125,9 @@ pub struct RunPlan<'a> {
 /// The guest cannot be loaded, or engine or host refuse something.
 pub fn run(plan: RunPlan<'_>) -> Result<SessionReport> {
     let (guest, choice) = (plan.guest, plan.choice.clone());
-    let finished = execute(plan, unix_time_s(), || Ok((DiscardSink, None)))?;
+    let now_unix_s = unix_time_s();
+    let header = header(guest, choice.kind, plan.memory_mib, now_unix_s);
+    let finished = execute(plan, &header, || Ok((DiscardSink, None)))?;
     let mut report =
         SessionReport::new("run", &guest.name, choice.kind, &finished.outcome, finished.wall);
     report.engine_reason = choice.reason;
@@ -141,7 +145,7 @@ pub fn record(plan: RunPlan<'_>, to: &RecordTo) -> Result<SessionReport> {
     let now_unix_s = unix_time_s();
     let header = header(guest, choice.kind, plan.memory_mib, now_unix_s);
     let mut begun = None;
-    let recorded = execute(plan, now_unix_s, || {
+    let recorded = execute(plan, &header, || {
         let file = create(to)?;
         let embedded = begun.insert(ImagesEmbedded::default());
         let (log, identity) = start_log(&file, &header, guest, embedded)?;
@@ -181,15 +185,20 @@ type Sinks<S> = (S, Option<(Box<dyn Checkpointer>, CheckpointThread)>);
 
 fn execute<S: FrameSink>(
     plan: RunPlan<'_>,
-    now_unix_s: u64,
+    header: &Header,
     open_sinks: impl FnOnce() -> Result<Sinks<S>>,
 ) -> Result<Finished<S>> {
-    let RunPlan { guest, choice, memory_mib, soft, host } = plan;
-    let loaded = LoadedGuest::load(&guest.source(), memory_mib, now_unix_s)
+    let RunPlan { guest, choice, plan, memory_mib, soft, host } = plan;
+    let rtc_start_s = header.machine.rtc_start_s;
+    let loaded = LoadedGuest::load(&guest.source(), memory_mib, rtc_start_s)
         .with_context(|| format!("cannot start {}", guest.name))?;
     let (time, accessed_bits) = (choice.kind.time_source(), choice.kind.accessed_bits());
-    let (finished, profile) =
-        loaded.with_engine(choice.kind, soft, Run { time, accessed_bits, host, open_sinks })?;
+    let hands_over = plan.iter().any(|planned| matches!(planned.then, Then::HandOver(_)));
+    let run = Run { time, accessed_bits, host, plan, open_sinks };
+    let (finished, profile) = match hands_over {
+        true => (loaded.with_relay(header, soft, run)?, None),
+        false => loaded.with_engine(choice.kind, soft, run)?,
+    };
     Ok(Finished { profile, ..finished? })
 }
 
@@ -198,6 +207,7 @@ struct Run<F> {
     time: TimeSource,
     accessed_bits: AccessedBits,
     host: HostOptions,
+    plan: Vec<Planned>,
     open_sinks: F,
 }
 
@@ -205,14 +215,14 @@ impl<S: FrameSink, F: FnOnce() -> Result<Sinks<S>>> EngineVisitor for Run<F> {
     type Output = Result<Finished<S>>;
 
     fn visit<E: Engine>(self, engine: E, board: Board) -> (Self::Output, E) {
-        let Self { time, accessed_bits, host, open_sinks } = self;
+        let Self { time, accessed_bits, host, plan, open_sinks } = self;
         let opened =
             open_sinks().and_then(|sinks| Ok((sinks, RealHost::start(host, engine.kicker())?)));
         let ((sink, checkpoints), host) = match opened {
             Ok(opened) => opened,
             Err(error) => return (Err(error), engine),
         };
-        let recording = Recording::new(host, LogWriter::new(sink));
+        let recording = Recording::new(host, LogWriter::new(sink)).with_plan(plan);
         let machine = Machine::new(engine, board, recording, time);
         let mut machine = machine.with_accessed_bits(accessed_bits);
         let checkpoint_thread = checkpoints.map(|(checkpointer, thread)| {

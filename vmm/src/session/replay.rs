@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use reprise_host::host_info;
-use reprise_kvm::KvmEngine;
 use reprise_machine::checkpoint::Checkpointer;
 use reprise_machine::digest::AccessedBits;
 use reprise_machine::engine::{Engine, EngineError, Kick};
@@ -24,11 +23,13 @@ use reprise_replay::{Beginning, ReplayError, Replayable, Start, accessed_bits};
 use reprise_trace::header::Header;
 use reprise_trace::moment::TickKind;
 use reprise_trace::recording::Recording;
+use reprise_trace::stretches::Course;
 
 use super::assembly::{self, SoftOptions};
 use super::choice::{self, EngineArg, EngineKind};
 use super::file_kind::NoFile;
 use super::report::{SessionReport, SetAsideReport, damage_of};
+use super::stretches;
 
 /// How often a replay that is watched says how far it is.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
@@ -117,15 +118,24 @@ pub fn open_replayable(path: &Path) -> Result<Replayable> {
 pub fn replay(replayable: &Replayable, options: ReplayOptions) -> Result<Replayed> {
     let recording = replayable.recording();
     let header = recording.header();
+    let course = replayable.course();
     let kind = choice::for_replay(options.engine, header, reprise_kvm::opens)?;
     let (mut notes, mut instructions) = (Vec::new(), None);
     let beginning = begin(replayable, options.from, kind, &mut notes)?;
+    let header = &header.of_stretch(beginning.stretch());
+    let kind = choice::for_replay(options.engine, header, reprise_kvm::opens)?;
+    let followed = stretches::followed(header, course, options.engine)?;
+    let verification = followed.verification;
     let from_tick = beginning.tick();
-    let same_engine = choice::recorded_kind(header) == Some(kind);
-    let verification = if same_engine { Verification::Exact } else { Verification::AcrossEngines };
-    let soft = options.soft;
+    let (engine, soft) = (options.engine, options.soft);
     let drive = Drive { verification, options };
+    let first = beginning.stretch().clone();
     let (outcome, wall, profile) = match kind {
+        _ if followed.by_relay => {
+            let make = |ram| stretches::relay(ram, &first, header, engine, soft);
+            let (outcome, wall, _) = drive.run(beginning, make)?;
+            (outcome, wall, None)
+        }
         EngineKind::Soft => {
             let (outcome, wall, engine) =
                 drive.run(beginning, |ram| assembly::replaying_soft_engine(ram, header, soft))?;
@@ -133,7 +143,8 @@ pub fn replay(replayable: &Replayable, options: ReplayOptions) -> Result<Replaye
             (outcome, wall, assembly::leave(engine))
         }
         EngineKind::Kvm(clock) => {
-            let (outcome, wall, _) = drive.run(beginning, |ram| KvmEngine::new(ram, clock))?;
+            let (outcome, wall, _) =
+                drive.run(beginning, |ram| assembly::kvm_engine(ram, clock))?;
             (outcome, wall, None)
         }
     };
@@ -145,9 +156,9 @@ pub fn replay(replayable: &Replayable, options: ReplayOptions) -> Result<Replaye
     if let Some(instructions) = instructions {
         report = report.having_executed(instructions, tick_name(header.tick_kind));
     }
-    report.set_aside = set_aside(header, &outcome.set_aside, Some(&outcome));
+    report.set_aside = set_aside(course, &outcome.set_aside, Some(&outcome));
     report.profile = profile;
-    notes.extend(self::notes(header, same_engine, kind));
+    notes.extend(self::notes(header, verification, kind));
     Ok(Replayed { report, notes, kind })
 }
 
@@ -291,7 +302,7 @@ fn report(
         .with_file(summary.log_bytes, summary.image_bytes, summary.file_bytes);
     let nothing_recorded = summary.record_count == 0;
     let agrees = match &outcome.conclusion {
-        Conclusion::Ended(_) | Conclusion::TargetReached => true,
+        Conclusion::Ended(_) | Conclusion::TargetReached | Conclusion::HandedOver(_) => true,
         Conclusion::CutShort { .. } => !nothing_recorded,
         Conclusion::Diverged(_) => false,
     };
@@ -299,7 +310,7 @@ fn report(
         Conclusion::CutShort { damage: Some(damage) } => Some(damage_of(damage)),
         _ => summary.damage.as_ref().map(ToString::to_string),
     };
-    if matches!(outcome.conclusion, Conclusion::TargetReached | Conclusion::Diverged(_)) {
+    if !matches!(outcome.conclusion, Conclusion::Ended(_) | Conclusion::CutShort { .. }) {
         // The log is the whole run's, and this is a part of it.
         report.bytes_per_kiloinstruction = None;
     }
@@ -328,7 +339,7 @@ fn tick_name(kind: TickKind) -> &'static str {
 
 /// What the comparison with a recording left out: `at_records`, and what is in no final digest of it.
 pub(super) fn set_aside(
-    header: &Header,
+    course: &Course,
     at_records: &[SetAside],
     outcome: Option<&Outcome>,
 ) -> Vec<SetAsideReport> {
@@ -337,16 +348,16 @@ pub(super) fn set_aside(
         matches!(outcome.conclusion, Conclusion::Ended(_)) && outcome.state.is_some()
     };
     if let Some(end) = outcome.filter(compared)
-        && accessed_bits(header) == AccessedBits::SetAside
+        && accessed_bits(course, u64::MAX) == AccessedBits::SetAside
     {
         all.push(SetAsideReport::of_accessed_bits(end.moment));
     }
     all
 }
 
-fn notes(header: &Header, same_engine: bool, kind: EngineKind) -> Vec<String> {
+fn notes(header: &Header, verification: Verification, kind: EngineKind) -> Vec<String> {
     let mut notes = Vec::new();
-    if !same_engine {
+    if verification == Verification::AcrossEngines {
         notes.push(format!(
             "recorded on engine {} (clock {}), replayed on {}",
             header.engine,

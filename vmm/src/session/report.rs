@@ -5,7 +5,7 @@ use std::time::Duration;
 use reprise_machine::divergence::Divergence;
 use reprise_machine::lawful::{Lawful, SetAside};
 use reprise_machine::outcome::{Conclusion, Outcome};
-use reprise_trace::event::Ending;
+use reprise_trace::event::{Assists, Ending};
 use reprise_trace::log::LogError;
 use reprise_trace::moment::{Moment, TickKind};
 use serde::Serialize;
@@ -13,6 +13,7 @@ use serde::Serialize;
 use super::checkpoints::CheckpointReport;
 use super::choice::EngineKind;
 use super::profile_report::ProfileReport;
+use super::stretches::StretchReport;
 use crate::output::{byte_size, counted, grouped, hex, seconds, table};
 
 /// A point in guest execution.
@@ -163,6 +164,12 @@ pub struct SessionReport {
     pub accesses: u64,
     /// Interrupts delivered.
     pub interrupts: u64,
+    /// Instructions that KVM refused and the software CPU executed in its place.
+    pub assists: u64,
+    /// How often, by mnemonic.
+    pub assisted: Assists,
+    /// Which engine executed what part of the run.
+    pub stretches: Vec<StretchReport>,
     /// Where the software CPU's time went, with `--profile`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub profile: Option<ProfileReport>,
@@ -177,7 +184,9 @@ impl SessionReport {
         outcome: &Outcome,
         wall: Duration,
     ) -> Self {
-        let counts_instructions = kind.tick_kind() == TickKind::Instruction;
+        let kinds = outcome.hand_overs.iter().map(|(_, to)| to.tick_kind);
+        let counts_instructions =
+            kinds.chain([kind.tick_kind()]).all(|kind| kind == TickKind::Instruction);
         let instructions = counts_instructions.then_some(outcome.ticks);
         let (ending, ending_detail, exit_code) = conclusion(&outcome.conclusion);
         Self {
@@ -214,6 +223,9 @@ impl SessionReport {
             checkpoints: None,
             accesses: outcome.accesses,
             interrupts: outcome.interrupts,
+            assists: outcome.assists.values().sum(),
+            assisted: outcome.assists.clone(),
+            stretches: StretchReport::of_outcome(kind, 0, outcome),
             profile: None,
         }
     }
@@ -221,6 +233,7 @@ impl SessionReport {
     /// The run began at a checkpoint at this tick, and nothing before it was executed.
     pub fn beginning_at(mut self, tick: u64) -> Self {
         self.from_tick = Some(tick);
+        self.stretches[0].from_tick = tick;
         self.instructions = self.instructions.map(|count| count.saturating_sub(tick));
         let count = self.instructions;
         self.mips = count.map(|count| count as f64 / 1e6 / self.wall_seconds.max(1e-9));
@@ -251,7 +264,7 @@ impl SessionReport {
     pub fn to_table(&self) -> String {
         let mut rows = vec![
             ("guest", self.guest.clone()),
-            ("engine", format!("{}, clock {}", self.engine, self.clock)),
+            ("engine", self.engine_text()),
             ("ending", self.ending_text()),
         ];
         match (self.instructions, self.mips) {
@@ -267,6 +280,9 @@ impl SessionReport {
             format!("{:.2} s, guest clock {:.2} s", self.wall_seconds, self.virtual_seconds);
         rows.push(("time", times));
         rows.push(("events", grouped(self.events)));
+        if self.assists > 0 {
+            rows.push(("assists", assists_text(&self.assisted)));
+        }
         if let Some(log_bytes) = self.log_bytes {
             rows.push(("log", log_text(log_bytes, self.bytes_per_kiloinstruction)));
         }
@@ -288,12 +304,28 @@ impl SessionReport {
         table(&rows) + &profile
     }
 
+    fn engine_text(&self) -> String {
+        match &self.stretches[..] {
+            [] | [_] => format!("{}, clock {}", self.engine, self.clock),
+            stretches => StretchReport::to_text(stretches),
+        }
+    }
+
     fn ending_text(&self) -> String {
         match &self.ending_detail {
             Some(detail) => format!("{} ({detail})", self.ending),
             None => self.ending.to_owned(),
         }
     }
+}
+
+/// What was assisted, the most frequent first.
+pub fn assists_text(assists: &Assists) -> String {
+    let mut by_count: Vec<_> = assists.iter().collect();
+    by_count.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+    let each = by_count.iter().map(|(name, count)| format!("{name} {}", grouped(**count)));
+    let all = grouped(assists.values().sum());
+    format!("{all} instructions that KVM refused ({})", each.collect::<Vec<_>>().join(", "))
 }
 
 /// Bytes of log for each thousand instructions; `None` for no instructions.
@@ -337,6 +369,10 @@ fn conclusion(conclusion: &Conclusion) -> (&'static str, Option<String>, u8) {
         Conclusion::CutShort { damage: None } => ("cut-short", None, 0),
         Conclusion::CutShort { damage: Some(damage) } => ("cut-short", Some(damage_of(damage)), 1),
         Conclusion::TargetReached => ("target-reached", None, 0),
+        Conclusion::HandedOver(to) => {
+            let detail = format!("the recording goes on on {}, clock {}", to.engine, to.clock);
+            ("handed-over", Some(detail), 0)
+        }
         Conclusion::Diverged(divergence) => ("diverged", Some(divergence.to_string()), 1),
     }
 }

@@ -13,14 +13,14 @@ mod typing;
 use reprise_devices::time::VirtualTime;
 use reprise_trace::checkpoint::LastRecord;
 use reprise_trace::cpu_state::CpuState;
-use reprise_trace::event::{EffectDigest, Ending};
+use reprise_trace::event::{Assists, EffectDigest, Ending, HandOver};
 use reprise_trace::log::LogError;
 use reprise_trace::logged::Logged;
 use reprise_trace::moment::Moment;
 
-pub use self::recording::Recording;
+pub use self::recording::{Planned, Recording, Then, When};
 pub use self::replaying::{Replaying, Verification};
-use crate::clock::TimeSource;
+use crate::clock::{TimeBase, TimeSource};
 use crate::digest::StateDigest;
 use crate::divergence::Divergence;
 use crate::effects::Effects;
@@ -95,6 +95,8 @@ pub struct Boundary<'a, E> {
     pub(crate) console_room: usize,
     /// The guest is in HLT.
     pub(crate) halted: bool,
+    /// Something may have entered at this tick already.
+    pub(crate) entered: bool,
     pub(crate) time: TimeSource,
 }
 
@@ -103,6 +105,12 @@ impl<E: Engine> Boundary<'_, E> {
     pub(crate) fn stamp(&mut self) -> Result<Stamp, EngineError> {
         let moment = self.engine.moment()?;
         Ok(Stamp { moment, cpu_digest: self.engine.cpu_state()?.short_digest() })
+    }
+
+    /// Whether the guest is awake and amid nothing, so that its state is all there is to it.
+    pub(crate) fn is_whole(&mut self) -> Result<bool, EngineError> {
+        let may_be = !self.halted && !self.entered;
+        Ok(may_be && self.engine.save()?.is_some_and(|state| !state.cpu.halted))
     }
 }
 
@@ -113,6 +121,8 @@ pub enum Arrival {
     Time(Logged<u64>),
     /// Console input.
     Console(Logged<Vec<u8>>),
+    /// Another engine goes on.
+    HandOver(HandOver),
     /// The run ends here.
     Stop {
         /// How.
@@ -145,6 +155,8 @@ pub enum Stop {
     CutShort(Option<LogError>),
     /// The tick asked for is reached.
     TargetReached,
+    /// Another engine goes on, and the one that is here cannot follow.
+    HandedOver(Box<HandOver>),
     /// The replay is not what was recorded.
     Diverged(Box<Divergence>),
     /// The engine failed.
@@ -174,8 +186,8 @@ impl From<Divergence> for Stop {
 /// Implemented by [`Recording`] and [`Replaying`], and by nothing else.
 pub trait Inputs: sealed::Sealed {
     /// The tick at which the machine must stand at the latest, because the log has something there;
-    /// above `tick`, where it stands now.
-    fn stop_at(&mut self, tick: u64) -> Result<Option<u64>, Stop>;
+    /// above `tick`, where it stands now. `base` says what virtual time ticks have.
+    fn stop_at(&mut self, tick: u64, base: &TimeBase) -> Result<Option<u64>, Stop>;
 
     /// The exact place of what the log has next, if it has one; only the tick of an answer, or of an
     /// end that the guest comes to by itself, is known.
@@ -210,6 +222,7 @@ pub trait Inputs: sealed::Sealed {
         effects: EffectDigest,
         ending: &Ending,
         state: Option<(&StateDigest, &CpuState)>,
+        assists: Assists,
     ) -> Result<(), Stop>;
 
     /// The engine failed, so that where the run ends cannot be said: closes the log behind its last

@@ -6,14 +6,14 @@ use std::collections::VecDeque;
 use reprise_devices::time::VirtualTime;
 use reprise_trace::checkpoint::LastRecord;
 use reprise_trace::cpu_state::CpuState;
-use reprise_trace::event::{EffectDigest, Ending, Event, LoggedEvent, Record};
+use reprise_trace::event::{Assists, EffectDigest, Ending, Event, HandOver, LoggedEvent, Record};
 use reprise_trace::log::{FrameSink, LogError, LogWriter};
 use reprise_trace::logged::Logged;
 use reprise_trace::moment::Moment;
 
 use super::typing::Typing;
 use super::{Arrival, Boundary, Idle, Inputs, MAX_UNLOGGED_JUMPS, Stamp, Stop};
-use crate::clock::{MAX_VIRTUAL_NS, TimeSource};
+use crate::clock::{MAX_VIRTUAL_NS, TimeBase, TimeSource};
 use crate::digest::StateDigest;
 use crate::engine::{Access, Engine};
 use crate::host::{Host, Wake};
@@ -50,6 +50,36 @@ pub struct Recording<H: Host, S: FrameSink> {
     flush_due: bool,
     typing: Typing,
     rest: Option<Rest>,
+    plan: VecDeque<Planned>,
+    /// What is added to the host's clock.
+    clock_shift_ns: u64,
+}
+
+/// A place of a run, as whoever plans it knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    /// A tick.
+    Tick(u64),
+    /// Nanoseconds of virtual time.
+    Time(u64),
+}
+
+/// What is to happen at the first place at or behind `at` where the guest is awake and amid nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Planned {
+    /// Where.
+    pub at: When,
+    /// What.
+    pub then: Then,
+}
+
+/// See [`Planned`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Then {
+    /// Another engine goes on.
+    HandOver(HandOver),
+    /// The run ends.
+    Stop,
 }
 
 /// A guest's sleep in HLT, where virtual time follows ticks and so has to be moved.
@@ -86,7 +116,16 @@ impl<H: Host, S: FrameSink> Recording<H, S> {
             flush_due: false,
             typing: Typing::default(),
             rest: None,
+            plan: VecDeque::new(),
+            clock_shift_ns: 0,
         }
+    }
+
+    /// Plans where the run goes on otherwise, in that order.
+    #[must_use]
+    pub fn with_plan(mut self, plan: impl IntoIterator<Item = Planned>) -> Self {
+        self.plan = plan.into_iter().collect();
+        self
     }
 
     /// The host, and where the log went; the sink is `None` if the run did not end or the log could
@@ -118,7 +157,11 @@ impl<H: Host, S: FrameSink> Recording<H, S> {
     }
 
     /// Stages what enters at this boundary, in order: time, console input, a mark.
-    fn visit<E: Engine>(&mut self, here: &Boundary<'_, E>) {
+    fn visit<E: Engine>(&mut self, here: &mut Boundary<'_, E>) -> Result<(), Stop> {
+        if let Some(planned) = self.planned_here(here)? {
+            self.stage_planned(here, planned);
+            return Ok(());
+        }
         let looking = std::mem::take(&mut self.look) || here.halted;
         if looking {
             self.stop = self.host.stop_requested();
@@ -142,6 +185,41 @@ impl<H: Host, S: FrameSink> Recording<H, S> {
         if forever {
             self.stop = Some(Ending::IdleForever);
         }
+        Ok(())
+    }
+
+    /// What is planned for this boundary, if anything is.
+    fn planned_here<E: Engine>(
+        &mut self,
+        here: &mut Boundary<'_, E>,
+    ) -> Result<Option<Then>, Stop> {
+        let Some(planned) = self.plan.front() else { return Ok(None) };
+        let due = match (planned.at, here.time) {
+            (When::Tick(tick), _) => here.tick >= tick,
+            (When::Time(ns), TimeSource::Ticks { .. }) => here.now.ns >= ns,
+            (When::Time(ns), TimeSource::Host) => self.now_ns() >= ns,
+        };
+        if !due || !here.is_whole()? {
+            return Ok(None);
+        }
+        Ok(self.plan.pop_front().map(|planned| planned.then))
+    }
+
+    /// Where the host's clock is virtual time, what follows begins at the time that it is now.
+    fn stage_planned<E: Engine>(&mut self, here: &Boundary<'_, E>, then: Then) {
+        if here.time == TimeSource::Host {
+            self.stage_host_time(here, true);
+        }
+        match then {
+            Then::HandOver(to) => self.staged.push_back(Event::HandOver(to)),
+            Then::Stop => self.stop = Some(Ending::Stopped),
+        }
+    }
+
+    /// The host's time, shifted so that it goes on from virtual time where the host's clock began to
+    /// be that amid a run.
+    fn now_ns(&mut self) -> u64 {
+        self.host.now_ns().wrapping_add(self.clock_shift_ns)
     }
 
     /// Console bytes that the guest has room for.
@@ -163,7 +241,7 @@ impl<H: Host, S: FrameSink> Recording<H, S> {
             self.rest = None;
             return;
         }
-        let host_ns = self.host.now_ns();
+        let host_ns = self.now_ns();
         let rest = self.rest_at(here, host_ns);
         let mut ns = here.now.ns;
         if entering {
@@ -181,7 +259,7 @@ impl<H: Host, S: FrameSink> Recording<H, S> {
     /// Where the host's clock is virtual time, it enters when a device waits for it, and with
     /// whatever else enters.
     fn stage_host_time<E: Engine>(&mut self, here: &Boundary<'_, E>, entering: bool) {
-        let ns = self.host.now_ns().min(MAX_VIRTUAL_NS);
+        let ns = self.now_ns().min(MAX_VIRTUAL_NS);
         let due = here.deadline.is_some_and(|deadline| deadline.ns <= ns);
         if due || (entering && ns > here.now.ns) {
             self.staged.push_back(Event::Time(ns));
@@ -237,8 +315,13 @@ impl Rest {
 }
 
 impl<H: Host, S: FrameSink> Inputs for Recording<H, S> {
-    fn stop_at(&mut self, _tick: u64) -> Result<Option<u64>, Stop> {
-        Ok(None)
+    fn stop_at(&mut self, tick: u64, base: &TimeBase) -> Result<Option<u64>, Stop> {
+        let next = self.plan.front().and_then(|planned| match planned.at {
+            When::Tick(tick) => Some(tick),
+            When::Time(ns) => base.tick_of(VirtualTime::from_ns(ns)),
+        });
+        // One that is due already waits for the guest to wake.
+        Ok(next.filter(|next| *next > tick))
     }
 
     fn place(&mut self) -> Option<Stamp> {
@@ -247,13 +330,18 @@ impl<H: Host, S: FrameSink> Inputs for Recording<H, S> {
 
     fn arrival<E: Engine>(&mut self, here: &mut Boundary<'_, E>) -> Result<Option<Arrival>, Stop> {
         if !std::mem::replace(&mut self.visited, true) {
-            self.visit(here);
+            self.visit(here)?;
         }
         while let Some(event) = self.staged.pop_front() {
             let stamp = here.stamp()?;
             match self.append(stamp, event)?.into_event() {
                 LoggedEvent::Time(ns) => return Ok(Some(Arrival::Time(ns))),
                 LoggedEvent::Console(bytes) => return Ok(Some(Arrival::Console(bytes))),
+                LoggedEvent::HandOver(to) => {
+                    self.clock_shift_ns = here.now.ns.wrapping_sub(self.host.now_ns());
+                    self.visited = false;
+                    return Ok(Some(Arrival::HandOver(to)));
+                }
                 _ => {}
             }
         }
@@ -275,7 +363,7 @@ impl<H: Host, S: FrameSink> Inputs for Recording<H, S> {
             }
             return Ok(Idle::Look);
         };
-        let host_ns = self.host.now_ns();
+        let host_ns = self.now_ns();
         if here.time == TimeSource::Host {
             if host_ns < deadline.ns {
                 self.sleep(here.tick, Some(deadline.ns - host_ns));
@@ -307,7 +395,7 @@ impl<H: Host, S: FrameSink> Inputs for Recording<H, S> {
         access: &Access,
         now: VirtualTime,
     ) -> Result<Logged<u64>, Stop> {
-        let ns = self.host.now_ns().min(MAX_VIRTUAL_NS).max(now.ns);
+        let ns = self.now_ns().min(MAX_VIRTUAL_NS).max(now.ns);
         match self.append(Stamp::of_access(tick, access), Event::ClockRead(ns))?.into_event() {
             LoggedEvent::ClockRead(ns) => Ok(ns),
             other => unreachable!("the log gave back {other:?} for a clock read"),
@@ -342,7 +430,11 @@ impl<H: Host, S: FrameSink> Inputs for Recording<H, S> {
         effects: EffectDigest,
         ending: &Ending,
         state: Option<(&StateDigest, &CpuState)>,
+        assists: Assists,
     ) -> Result<(), Stop> {
+        if !assists.is_empty() {
+            self.append(stamp, Event::Assists(assists))?;
+        }
         let final_digest = state.map(|(state, _)| state.whole());
         self.append(stamp, Event::End { ending: ending.clone(), effects, final_digest })?;
         self.close_without_end()

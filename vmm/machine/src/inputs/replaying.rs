@@ -5,13 +5,13 @@ use std::fmt;
 use reprise_devices::time::VirtualTime;
 use reprise_trace::checkpoint::LastRecord;
 use reprise_trace::cpu_state::CpuState;
-use reprise_trace::event::{EffectDigest, Ending, Event, LoggedEvent, Record};
+use reprise_trace::event::{Assists, EffectDigest, Ending, Event, LoggedEvent, Record};
 use reprise_trace::log::LogReader;
 use reprise_trace::logged::Logged;
 use reprise_trace::moment::{Moment, TickKind};
 
 use super::{Arrival, Boundary, Idle, Inputs, MAX_UNLOGGED_JUMPS, Stamp, Stop};
-use crate::clock::{MAX_VIRTUAL_NS, TimeSource};
+use crate::clock::{MAX_VIRTUAL_NS, TimeBase, TimeSource};
 use crate::digest::StateDigest;
 use crate::divergence::{Difference, Divergence, describe, describe_ending};
 use crate::engine::{Access, Engine};
@@ -43,6 +43,8 @@ pub struct Replaying {
     progress: Option<ProgressObserver>,
     record: Option<RecordObserver>,
     records: u64,
+    /// Records before the next one that have no place of their own.
+    passed_over: u64,
     verified_until: Option<Moment>,
     last: Option<LastRecord>,
     set_aside: Vec<SetAside>,
@@ -73,6 +75,7 @@ impl Replaying {
             progress: None,
             record: None,
             records: 0,
+            passed_over: 0,
             verified_until: None,
             last: None,
             set_aside: Vec::new(),
@@ -111,8 +114,12 @@ impl Replaying {
         self
     }
 
-    /// The next record.
+    /// The next record. What was assisted is no place of the run, so it is passed over.
     fn peek(&mut self) -> Result<&Record, Stop> {
+        while let Ok(Some(Record { event: Event::Assists(_), .. })) = self.log.peek() {
+            self.passed_over += 1;
+            let _ = self.log.next_record();
+        }
         match self.log.peek() {
             Ok(Some(record)) => Ok(record),
             Ok(None) => Err(Stop::CutShort(None)),
@@ -124,7 +131,7 @@ impl Replaying {
     fn take(&mut self) -> Result<LoggedEvent, Stop> {
         match self.log.next_record() {
             Ok(Some(record)) => {
-                self.records += 1;
+                self.records += 1 + std::mem::take(&mut self.passed_over);
                 let Record { moment, cpu_digest, .. } = *record.get();
                 self.verified_until = Some(moment);
                 self.last = Some(LastRecord { moment, cpu_digest });
@@ -163,7 +170,11 @@ impl Replaying {
                     true
                 }
             },
-            Event::Time(_) | Event::Console(_) | Event::Mark(_) => false,
+            Event::Time(_)
+            | Event::Console(_)
+            | Event::Mark(_)
+            | Event::HandOver(_)
+            | Event::Assists(_) => false,
         };
         Ok((!waits).then(|| record.clone()))
     }
@@ -282,20 +293,20 @@ fn compare_effects<T: PartialEq>(
 }
 
 impl Inputs for Replaying {
-    fn stop_at(&mut self, tick: u64) -> Result<Option<u64>, Stop> {
+    fn stop_at(&mut self, tick: u64, _base: &TimeBase) -> Result<Option<u64>, Stop> {
         // A record at this very tick is waiting for what the next instruction does.
-        let next = match self.log.peek() {
-            Ok(Some(record)) if record.moment.tick > tick => record.moment.tick,
+        let next = match self.peek() {
+            Ok(record) if record.moment.tick > tick => record.moment.tick,
             _ => tick.saturating_add(1),
         };
         Ok(Some(next))
     }
 
     fn place(&mut self) -> Option<Stamp> {
-        let record = self.log.peek().ok()??;
+        let record = self.peek().ok()?;
         let known = match &record.event {
-            Event::Console(_) | Event::Time(_) | Event::Mark(_) => true,
-            Event::ClockRead(_) => false,
+            Event::Console(_) | Event::Time(_) | Event::Mark(_) | Event::HandOver(_) => true,
+            Event::ClockRead(_) | Event::Assists(_) => false,
             Event::End { ending, final_digest, .. } => {
                 *ending == Ending::Stopped && final_digest.is_some()
             }
@@ -330,6 +341,7 @@ impl Inputs for Replaying {
             match self.take()? {
                 LoggedEvent::Time(ns) => return Ok(Some(Arrival::Time(ns))),
                 LoggedEvent::Console(bytes) => return Ok(Some(Arrival::Console(bytes))),
+                LoggedEvent::HandOver(to) => return Ok(Some(Arrival::HandOver(to))),
                 _ => {}
             }
         }
@@ -400,6 +412,7 @@ impl Inputs for Replaying {
         effects: EffectDigest,
         ending: &Ending,
         state: Option<(&StateDigest, &CpuState)>,
+        _assists: Assists,
     ) -> Result<(), Stop> {
         let record = self.peek()?.clone();
         let moment = record.moment;

@@ -1,0 +1,168 @@
+//! [`Relay`]: one engine after the other over the same guest RAM.
+//!
+//! At a hand-over the state is taken out of the engine that executes, a new engine is made, and that one goes
+//! on with the state from the same tick. What an engine keeps beside the CPU's state (decoded code,
+//! what its TLB knows) stays behind, in a recording and its replay alike.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use reprise_trace::checkpoint::{EngineState, HiddenState};
+use reprise_trace::cpu_state::CpuState;
+use reprise_trace::event::{Assists, HandOver};
+use reprise_trace::moment::{Moment, TickKind};
+
+use crate::clock::TimeBase;
+use crate::engine::{Engine, EngineError, Exit, Kick};
+use crate::inputs::Stamp;
+use crate::ram::GuestRam;
+
+/// Makes the engine of a stretch.
+pub type MakeEngine = Box<dyn FnMut(&HandOver, GuestRam) -> Result<Box<dyn Engine>, EngineError>>;
+
+/// An engine that becomes another one at each hand-over.
+pub struct Relay {
+    active: Box<dyn Engine>,
+    ram: GuestRam,
+    make: MakeEngine,
+    kick: Arc<RelayKick>,
+    /// What engines before the active one refused.
+    assists: Assists,
+}
+
+/// Kicks whichever engine is active.
+struct RelayKick(Mutex<Arc<dyn Kick>>);
+
+impl RelayKick {
+    fn active(&self) -> MutexGuard<'_, Arc<dyn Kick>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Kick for RelayKick {
+    fn kick(&self) {
+        self.active().kick();
+    }
+}
+
+impl Relay {
+    /// An engine that begins as `first` over `ram`.
+    ///
+    /// # Errors
+    /// If `make` fails.
+    pub fn new(ram: GuestRam, first: &HandOver, mut make: MakeEngine) -> Result<Self, EngineError> {
+        let active = make(first, ram.share())?;
+        let kick = Arc::new(RelayKick(Mutex::new(active.kicker())));
+        Ok(Self { active, ram, make, kick, assists: Assists::new() })
+    }
+
+    fn add_assists(&self) -> Assists {
+        let mut assists = self.assists.clone();
+        for (mnemonic, count) in self.active.assists() {
+            *assists.entry(mnemonic).or_default() += count;
+        }
+        assists
+    }
+}
+
+impl Engine for Relay {
+    fn become_engine(&mut self, to: &HandOver) -> Result<bool, EngineError> {
+        let Some(EngineState { tick, cpu, .. }) = self.active.save()? else {
+            let what = "the guest stands amid an instruction where it is to be handed over: replay it \
+                        on the engine that recorded it";
+            return Err(EngineError { what: what.to_owned() });
+        };
+        let mut next = (self.make)(to, self.ram.share())?;
+        let hidden = HiddenState { engine: String::new(), version: 0, bytes: Vec::new() };
+        next.restore(&EngineState { tick, cpu, hidden })?;
+        self.assists = self.add_assists();
+        *self.kick.active() = next.kicker();
+        self.active = next;
+        // One that came for the engine before is not lost.
+        self.kick.kick();
+        Ok(true)
+    }
+
+    fn assists(&self) -> Assists {
+        self.add_assists()
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        self.kick.clone()
+    }
+
+    fn tick_kind(&self) -> TickKind {
+        self.active.tick_kind()
+    }
+
+    fn tick(&self) -> u64 {
+        self.active.tick()
+    }
+
+    fn run(&mut self, until: u64) -> Result<Exit, EngineError> {
+        self.active.run(until)
+    }
+
+    fn run_to(&mut self, stamp: &Stamp) -> Result<Exit, EngineError> {
+        self.active.run_to(stamp)
+    }
+
+    fn stands_exactly(&self) -> bool {
+        self.active.stands_exactly()
+    }
+
+    fn finish_access(&mut self, value: u128) -> Result<(), EngineError> {
+        self.active.finish_access(value)
+    }
+
+    fn interruptible(&mut self) -> Result<bool, EngineError> {
+        self.active.interruptible()
+    }
+
+    fn set_interrupt_request(&mut self, wanted: bool) {
+        self.active.set_interrupt_request(wanted);
+    }
+
+    fn inject(&mut self, vector: u8) -> Result<(), EngineError> {
+        self.active.inject(vector)
+    }
+
+    fn set_time_base(&mut self, base: TimeBase) {
+        self.active.set_time_base(base);
+    }
+
+    fn moment(&mut self) -> Result<Moment, EngineError> {
+        self.active.moment()
+    }
+
+    fn cpu_state(&mut self) -> Result<CpuState, EngineError> {
+        self.active.cpu_state()
+    }
+
+    fn set_cpu_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
+        self.active.set_cpu_state(state)
+    }
+
+    fn read_ram(&self, address: u64, bytes: &mut [u8]) {
+        self.ram.read(address, bytes);
+    }
+
+    fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8])) {
+        self.ram.visit(visit);
+    }
+
+    fn start_capture(&mut self, visit: &mut dyn FnMut(u64, &[u8])) {
+        self.active.start_capture(visit);
+    }
+
+    fn continue_capture(&mut self, max_pages: usize, visit: &mut dyn FnMut(u64, &[u8])) -> bool {
+        self.active.continue_capture(max_pages, visit)
+    }
+
+    fn save(&mut self) -> Result<Option<EngineState>, EngineError> {
+        self.active.save()
+    }
+
+    fn restore(&mut self, state: &EngineState) -> Result<(), EngineError> {
+        self.active.restore(state)
+    }
+}
