@@ -430,7 +430,7 @@ impl Recording {
     /// Which engine executed what part of it. Reads the whole log.
     pub fn course(&self) -> Course {
         match self.summary.format_version {
-            1 => Course::without_hand_overs(&self.header),
+            1 => Course::of_version_1(&self.header),
             _ => Course::of(&self.header, self.log()),
         }
     }

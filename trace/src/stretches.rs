@@ -3,7 +3,7 @@
 use crate::event::{Assists, Event, HandOver};
 use crate::header::Header;
 use crate::log::LogReader;
-use crate::moment::Moment;
+use crate::moment::{Moment, TickKind};
 
 /// A part of a recording that one engine executed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,18 +23,26 @@ pub struct Course {
     pub stretches: Vec<Stretch>,
     /// As the recording's end says.
     pub assists: Assists,
+    /// Its final digest counts accessed bits as they are, whatever engine recorded: so did version 1 of
+    /// the format, but for conditional branches.
+    pub counts_accessed_bits: bool,
 }
 
 impl Course {
-    /// Of a recording that cannot have any hand-over.
-    pub fn without_hand_overs(header: &Header) -> Self {
+    /// Of a recording of version 1 of the format, which has no hand-overs.
+    pub fn of_version_1(header: &Header) -> Self {
+        let counts_accessed_bits = header.tick_kind != TickKind::ConditionalBranch;
+        Self { counts_accessed_bits, ..Self::beginning(header) }
+    }
+
+    fn beginning(header: &Header) -> Self {
         let first = Stretch { from: None, records_before: 0, on: header.first_stretch() };
-        Self { stretches: vec![first], assists: Assists::new() }
+        Self { stretches: vec![first], assists: Assists::new(), counts_accessed_bits: false }
     }
 
     /// Reads `log`, from its beginning, as far as it can be read.
     pub fn of(header: &Header, mut log: LogReader) -> Self {
-        let mut course = Self::without_hand_overs(header);
+        let mut course = Self::beginning(header);
         let mut records_before = 0;
         while let Ok(Some(record)) = log.next_record() {
             let record = record.into_inner();

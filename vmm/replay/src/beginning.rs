@@ -184,7 +184,7 @@ pub fn time_source(header: &Header) -> TimeSource {
 /// ran the guest, which may set them early.
 pub fn accessed_bits(course: &Course, records: u64) -> AccessedBits {
     let mut before = course.stretches.iter().filter(|stretch| stretch.records_before <= records);
-    match before.all(|stretch| stretch.on.engine == "soft") {
+    match course.counts_accessed_bits || before.all(|stretch| stretch.on.engine == "soft") {
         true => AccessedBits::Exact,
         false => AccessedBits::SetAside,
     }

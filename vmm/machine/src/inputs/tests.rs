@@ -115,6 +115,7 @@ impl Sleep {
             deadline: self.deadline_ns.map(VirtualTime::from_ns),
             console_room: 16,
             halted: true,
+            entered: false,
             time: TimeSource::Ticks { ns_per_tick: 1 },
         }
     }
@@ -129,6 +130,7 @@ impl Sleep {
                     Event::Time(ns.into_inner())
                 }
                 Arrival::Console(bytes) => Event::Console(bytes.into_inner()),
+                Arrival::HandOver(_) => unreachable!("nobody planned one"),
                 Arrival::Stop { ending, .. } => {
                     let effects = self.effects.digest();
                     events.push(Event::End { ending, effects, final_digest: None });
