@@ -207,12 +207,8 @@ impl KvmEngine {
         if exit == RawExit::Shutdown {
             return Ok(Exit::TripleFault);
         }
-        let place = match exit.is_refusal() {
-            // Most are assisted, and nobody reads this.
-            true => String::new(),
-            false => format!(" at {}", self.describe_place()?),
-        };
-        Ok(Exit::Unsupported(format!("{exit}{place}: use --engine soft")))
+        let place = self.describe_place()?;
+        Ok(Exit::Unsupported(format!("{exit} at {place}: use --engine soft")))
     }
 
     /// RIP and the bytes there, for a message.
