@@ -12,6 +12,9 @@ use reprise_trace::moment::{Moment, TickKind};
 use crate::settle::{Settled, Stand};
 use crate::vcpu::{Vcpu, VcpuExit};
 
+/// The name under which the clock keeps nothing in a checkpoint.
+const KEPT: &str = "branch clock";
+
 /// How the clock is to go about it.
 #[derive(Clone, Copy, Debug)]
 pub struct Parameters {
@@ -287,7 +290,8 @@ impl<V: Vcpu> Engine for BranchClock<V> {
             return Ok(None);
         }
         let cpu = self.vcpu.state()?;
-        Ok(Some(EngineState { tick: self.tick(), cpu, hidden: HiddenState::default() }))
+        let hidden = HiddenState { engine: KEPT.to_owned(), version: 1, bytes: Vec::new() };
+        Ok(Some(EngineState { tick: self.tick(), cpu, hidden }))
     }
 
     /// Takes up any state of a recording under this clock, whichever engine saved it: what else it kept
