@@ -78,8 +78,10 @@ pub fn approach<E: OnSoftware, I: Inputs>(
     });
     machine.set_watch(None);
     control.set_journey(None);
-    outcome.map_err(|error| match error {
-        MachineError::Stopped => ExpandError::StoppedBefore,
-        error => error.into(),
-    })
+    match outcome {
+        Err(MachineError::Stopped) => Err(ExpandError::StoppedBefore),
+        // It may have come there before anybody looked.
+        Ok(_) if control.is_stopped() => Err(ExpandError::StoppedBefore),
+        outcome => Ok(outcome?),
+    }
 }

@@ -124,6 +124,10 @@ fn collect<W: Write>(
         loop {
             match receiver.recv() {
                 Ok(Message::Segment(segment)) => writer.append_segment(&segment)?,
+                // Stopped between two pieces: what is before is whole.
+                Ok(Message::Failed(ExpandError::StoppedBefore)) if all.instructions > 0 => {
+                    return Ok(Pieces { outcome: None, ..all });
+                }
                 Ok(Message::Failed(error)) => return Err(error),
                 Ok(Message::Done { expanded, verified }) => {
                     all.instructions += expanded.instructions;
@@ -168,14 +172,7 @@ impl Worker<'_> {
         let take = || left.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
         while let Some((piece, sender)) = take() {
             if self.control.is_stopped() {
-                let _ = sender.send(Message::Done {
-                    expanded: Box::new(Expanded {
-                        observer: LeftOut::default(),
-                        outcome: None,
-                        instructions: 0,
-                    }),
-                    verified: false,
-                });
+                let _ = sender.send(Message::Failed(ExpandError::StoppedBefore));
                 break;
             }
             let message = self.expand(piece, &sender).unwrap_or_else(Message::Failed);

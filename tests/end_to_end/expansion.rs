@@ -90,7 +90,7 @@ fn linux_leaves_the_same_trace_translated_and_not_and_in_pieces() {
     let out = workplace.path("0.trace");
     let stats = run(&["--json", "trace", "stats", &out]).expect_code(0).json();
     for cause in ["for_reads", "for_writes", "for_fetches"] {
-        assert!(count(&stats["page_walks"], cause) > 1000, "{cause}: {:#}", stats["page_walks"]);
+        assert!(count(&stats["page_walks"], cause) > 10, "{cause}: {:#}", stats["page_walks"]);
     }
 }
 
