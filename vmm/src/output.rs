@@ -55,6 +55,16 @@ impl Output {
         self.bar_of(what, total, template)
     }
 
+    /// A bar without a name that draws nothing before it has its place among others.
+    pub fn hidden_bar(&self) -> ProgressBar {
+        let style = ProgressStyle::with_template("{msg} [{bar:32}] {percent}% {elapsed}")
+            .unwrap_or_else(|_| ProgressStyle::default_spinner())
+            .progress_chars("=> ");
+        ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::hidden())
+            .with_style(style)
+            .with_finish(ProgressFinish::AndClear)
+    }
+
     /// The same over instructions: how many million go by in a second, and how long it will take.
     pub fn instruction_bar(&self, what: &str, total: Option<u64>) -> ProgressBar {
         let template = match total {

@@ -27,9 +27,11 @@ impl Watched {
     pub fn start(output: Output, names: [&str; 2]) -> Result<Self> {
         let both = MultiProgress::new();
         let widest = names.iter().map(|name| name.len()).max().unwrap_or(0);
+        // Each is drawn for the first time when it has its line.
         let bars = names.map(|name| {
-            let bar = output.bar(&format!("{name:widest$}"), Some(0));
-            both.add(bar)
+            let bar = both.add(output.hidden_bar());
+            bar.set_message(format!("{name:widest$}"));
+            bar
         });
         let stop = Arc::<AtomicBool>::default();
         let signals = StopRequests::watch(stop.clone())?;
