@@ -18,6 +18,7 @@ use reprise_machine::inputs::Replaying;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, Outcome};
 use reprise_replay::{ReplayError, Replayable, Start, compare as compare_checkpoint, verification};
+use reprise_trace::checkpoint::CheckpointInfo;
 use reprise_trace::event::Record;
 use reprise_trace::moment::TickKind;
 use serde::Serialize;
@@ -109,8 +110,12 @@ pub fn narrow(
         Some(Place { tick, .. }) if tick <= to => alike_tick.max(tick),
         _ => alike_tick,
     };
-    let at_checkpoint = match unlike {
-        Some(index) => Some(Box::new(at_checkpoint(replayable, index, symbols, watch)?)),
+    let numbers: Vec<usize> = own_checkpoints(replayable).map(|(number, _)| number).collect();
+    let last_alike = last_alike.map(|index| numbers[index]);
+    let at_checkpoint = match unlike.map(|index| numbers[index]) {
+        Some(index) => {
+            Some(Box::new(at_checkpoint(replayable, (last_alike, index), symbols, watch)?))
+        }
         None => None,
     };
     let start = last_alike.map_or(Start::Run, Start::Checkpoint);
@@ -155,7 +160,8 @@ fn replay(replayable: &Replayable, watch: &mut dyn Watch) -> Result<Replayed, Bi
     let mut machine = beginning.into_machine(SoftEngine::new, set_up)?;
     let last = recording.summary().last_moment.map_or(0, |moment| moment.tick);
     let mut checkpoints = Vec::new();
-    for info in replayable.checkpoints() {
+    // What KVM's checkpoints say of a TLB and of instructions, the software CPU cannot be compared with.
+    for (_, info) in own_checkpoints(replayable) {
         let tick = info.moment.tick;
         if let Some(outcome) = advance(&mut machine, tick, last, watch)? {
             return Ok(Replayed { outcome, agreed: *agreed.borrow(), checkpoints });
@@ -176,6 +182,12 @@ fn replay(replayable: &Replayable, watch: &mut dyn Watch) -> Result<Replayed, Bi
         // Nothing runs that long.
         None => Err(BisectError::Stopped { equal_until: machine.engine().tick() }),
     }
+}
+
+/// The recording's checkpoints at which the software CPU can begin, each with its number.
+fn own_checkpoints(replayable: &Replayable) -> impl Iterator<Item = (usize, &CheckpointInfo)> {
+    let all = replayable.checkpoints().iter().enumerate();
+    all.filter(|(index, _)| replayable.begins_on_soft(*index))
 }
 
 fn advance(
@@ -203,11 +215,11 @@ fn advance(
 /// How the replay, which starts at the checkpoint before, differs from a recorded checkpoint.
 fn at_checkpoint(
     replayable: &Replayable,
-    index: usize,
+    (before, index): (Option<usize>, usize),
     symbols: &Arc<Symbols>,
     watch: &mut dyn Watch,
 ) -> Result<Finding, BisectError> {
-    let before = index.checked_sub(1).map_or(Start::Run, Start::Checkpoint);
+    let before = before.map_or(Start::Run, Start::Checkpoint);
     let sides = [
         Side::soft("recorded", replayable, Translation::default()),
         Side::soft("replayed", replayable, Translation::default()),

@@ -103,14 +103,19 @@ pub fn machine_differences(sides: &[Side<'_>; 2]) -> Vec<String> {
 /// `tick`.
 pub fn common_start(sides: &[Side<'_>; 2], tick: u64) -> [Start; 2] {
     let [one, other] = [0, 1].map(|side: usize| sides[side].replayable().checkpoints());
-    for (index, a) in one.iter().enumerate().rev().filter(|(_, info)| info.moment.tick <= tick) {
+    let usable = |side: usize, index: usize| sides[side].replayable().begins_on_soft(index);
+    for (index, a) in one.iter().enumerate().rev() {
+        if a.moment.tick > tick || !usable(0, index) {
+            continue;
+        }
         let same = |b: &&reprise_trace::checkpoint::CheckpointInfo| {
             let (x, y) = (a.digest, b.digest);
             // The rest holds the last record, which may be a mark.
             a.moment == b.moment
                 && (x.cpu, x.devices, x.ram, x.engine) == (y.cpu, y.devices, y.ram, y.engine)
         };
-        if let Some(other_index) = other.iter().position(|b| same(&b)) {
+        let found = other.iter().position(|b| same(&b));
+        if let Some(other_index) = found.filter(|found| usable(1, *found)) {
             return [Start::Checkpoint(index), Start::Checkpoint(other_index)];
         }
     }
