@@ -4,6 +4,7 @@
 //! input, signals and a timer; whatever it sees it leaves in shared flags and kicks the engine, so
 //! the order in which things become ready reaches the machine only as logged arrivals.
 
+mod alarm;
 mod checkpoint_file;
 mod console;
 mod host_cpu;

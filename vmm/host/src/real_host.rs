@@ -37,6 +37,8 @@ pub struct HostOptions {
     /// SIGINT, SIGTERM and SIGHUP ask for a stop, so that a recording is closed. A process can have
     /// one such host at a time.
     pub handle_signals: bool,
+    /// The run stops, soon after this time, as if somebody had asked.
+    pub time_limit: Option<Duration>,
     /// Told how far the machine is.
     pub progress: Option<ProgressObserver>,
 }
@@ -48,6 +50,7 @@ impl Default for HostOptions {
             input: InputSource::None,
             console: ConsoleSink::Discard,
             handle_signals: false,
+            time_limit: None,
             progress: None,
         }
     }
@@ -60,6 +63,7 @@ pub struct RealHost {
     started: Instant,
     console: ConsoleOutput,
     progress: Option<ProgressObserver>,
+    time_limit: Option<Duration>,
     /// The generation of changes that the last wait saw.
     seen: u64,
     // In the order of dropping: no signal writes to an eventfd that is gone.
@@ -92,6 +96,7 @@ impl RealHost {
             started: Instant::now(),
             console: ConsoleOutput::new(options.console),
             progress: options.progress,
+            time_limit: options.time_limit,
             seen: 0,
             _raw_mode: raw_mode,
             _signals: signals,
@@ -128,6 +133,8 @@ impl Host for RealHost {
 
     fn wait(&mut self, timeout_ns: Option<u64>) -> Wake {
         self.console.push();
+        // The wait ends with the deadline by itself: a kick as well would be one for nothing.
+        self.kick_at(None);
         let timeout = timeout_ns.map(Duration::from_nanos);
         let generation = self.watcher.shared().wait_for_change(self.seen, timeout);
         if generation == self.seen {
@@ -137,12 +144,18 @@ impl Host for RealHost {
         Wake::Look
     }
 
+    fn kick_at(&mut self, deadline_ns: Option<u64>) {
+        let now_ns = self.now_ns();
+        self.watcher.alarm().set(deadline_ns, now_ns);
+    }
+
     fn console_output(&mut self, bytes: &[u8]) {
         self.console.write(bytes);
     }
 
     fn stop_requested(&mut self) -> Option<Ending> {
-        self.watcher.shared().stop_requested().then_some(Ending::Stopped)
+        let over = self.time_limit.is_some_and(|limit| self.elapsed() > limit);
+        (over || self.watcher.shared().stop_requested()).then_some(Ending::Stopped)
     }
 
     fn flush_due(&mut self) -> bool {
@@ -199,9 +212,84 @@ mod tests {
     }
 
     #[test]
+    fn a_time_limit_asks_for_a_stop() {
+        let limit = Duration::from_millis(20);
+        let options = HostOptions { time_limit: Some(limit), ..HostOptions::default() };
+        let kick = Arc::new(FlagKick::default());
+        let mut host = RealHost::start(options, kick).expect("a host");
+        assert_eq!(host.stop_requested(), None);
+        std::thread::sleep(2 * limit);
+        assert_eq!(host.stop_requested(), Some(Ending::Stopped));
+    }
+
+    #[test]
     fn an_event_before_the_wait_is_not_lost() {
         let (mut host, _) = host(InputSource::None);
         std::thread::sleep(Duration::from_millis(400));
         assert_eq!(host.wait(None), Wake::Look);
+    }
+
+    /// Counts kicks.
+    #[derive(Default)]
+    struct Counting(std::sync::atomic::AtomicU64);
+
+    impl Kick for Counting {
+        fn kick(&self) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Lets time pass, in less than the flush timer takes, which kicks as well.
+    fn kicks_within(kick: &Counting, ms: u64) -> u64 {
+        let before = kick.0.load(Ordering::SeqCst);
+        std::thread::sleep(Duration::from_millis(ms));
+        kick.0.load(Ordering::SeqCst) - before
+    }
+
+    /// A host whose flush timer has just expired, and its kicks.
+    fn fresh_host() -> (RealHost, Arc<Counting>) {
+        let kick = Arc::new(Counting::default());
+        let mut host = RealHost::start(HostOptions::default(), kick.clone()).expect("a host");
+        assert_eq!(host.wait(None), Wake::Look);
+        (host, kick)
+    }
+
+    #[test]
+    fn a_deadline_kicks_once_and_not_before() {
+        let (mut host, kick) = fresh_host();
+        let deadline = host.now_ns() + 30_000_000;
+        // As often as the guest is entered.
+        for _ in 0..100 {
+            host.kick_at(Some(deadline));
+        }
+        let early = kicks_within(&kick, 1);
+        assert!(early == 0 || host.now_ns() >= deadline, "{early} kicks before the deadline");
+        assert_eq!(kicks_within(&kick, 60) + early, 1);
+    }
+
+    #[test]
+    fn a_deadline_that_is_past_kicks_again_and_again() {
+        let (mut host, kick) = fresh_host();
+        let deadline = host.now_ns();
+        for _ in 0..3 {
+            host.kick_at(Some(deadline));
+            assert_eq!(kicks_within(&kick, 20), 1);
+        }
+    }
+
+    #[test]
+    fn a_deadline_that_is_called_off_and_one_that_is_slept_through_do_not_kick() {
+        let (mut host, kick) = fresh_host();
+        let soon = host.now_ns() + 10_000_000;
+        host.kick_at(Some(soon));
+        host.kick_at(None);
+        assert_eq!(kicks_within(&kick, 30), 0);
+        let soon = host.now_ns() + 10_000_000;
+        host.kick_at(Some(soon));
+        assert_eq!(host.wait(Some(40_000_000)), Wake::Timeout);
+        assert_eq!(kick.0.load(Ordering::SeqCst), 1, "the flush timer's, at the start");
+        // And a new one is not taken for the one that was set before.
+        host.kick_at(Some(soon));
+        assert_eq!(kicks_within(&kick, 20), 1);
     }
 }

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::HostError;
+use crate::alarm::Alarm;
 use crate::input::{MAX_WAITING_BYTES, OpenInput, Stream, StreamRead};
 
 /// How often the log is pushed out: a killed recorder loses no more than this and what one frame
@@ -94,6 +95,7 @@ const ROOM: u32 = 1;
 const STOP: u32 = 2;
 const TIMER: u32 = 3;
 const CLOSE: u32 = 4;
+const ALARM: u32 = 5;
 
 /// The thread's end of everything.
 struct Sources {
@@ -104,6 +106,8 @@ struct Sources {
     room: EventFd,
     stop: EventFd,
     timer: TimerFd,
+    /// Belongs to the machine's thread, which sets it.
+    alarm: RawFd,
     close: EventFd,
     closing: Arc<AtomicBool>,
 }
@@ -120,6 +124,10 @@ impl MutEventSubscriber for Sources {
             // These descriptors are of kinds that can be polled, so this cannot fail.
             let _ = ops.add(Events::with_data_raw(fd, data, EventSet::IN));
         }
+        // By its edge, each expiry is told once and nobody has to read it: a read could wait for the
+        // next, if the alarm was set anew meanwhile.
+        let expiry = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        let _ = ops.add(Events::with_data_raw(self.alarm, ALARM, expiry));
         if let Some(stream) = &self.stream
             && ops.add(Events::with_data(stream, STREAM, EventSet::IN)).is_err()
         {
@@ -143,6 +151,7 @@ impl MutEventSubscriber for Sources {
                 self.shared.flush_due.store(true, Ordering::Release);
                 self.shared.change(|_| {});
             }
+            ALARM => self.shared.kick.kick(),
             _ => self.closing.store(true, Ordering::Release),
         }
     }
@@ -192,6 +201,7 @@ pub(crate) struct Watcher {
     shared: Arc<Shared>,
     room: EventFd,
     close: EventFd,
+    alarm: Alarm,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -220,6 +230,7 @@ impl Watcher {
         timer
             .reset(FLUSH_INTERVAL, Some(FLUSH_INTERVAL))
             .map_err(|e| system("a timer")(e.into()))?;
+        let alarm = Alarm::new()?;
         let closing = Arc::new(AtomicBool::new(false));
         let sources = Sources {
             shared: Arc::clone(&shared),
@@ -228,6 +239,7 @@ impl Watcher {
             room: room.try_clone().map_err(system("an eventfd"))?,
             stop: stop.try_clone().map_err(system("an eventfd"))?,
             timer,
+            alarm: alarm.as_raw_fd(),
             close: close.try_clone().map_err(system("an eventfd"))?,
             closing: Arc::clone(&closing),
         };
@@ -241,12 +253,17 @@ impl Watcher {
                 while !closing.load(Ordering::Acquire) && manager.run().is_ok() {}
             })
             .map_err(system("a thread"))?;
-        Ok(Self { shared, room, close, thread: Some(thread) })
+        Ok(Self { shared, room, close, alarm, thread: Some(thread) })
     }
 
     /// What the thread leaves.
     pub(crate) fn shared(&self) -> &Shared {
         &self.shared
+    }
+
+    /// The timer that kicks.
+    pub(crate) fn alarm(&mut self) -> &mut Alarm {
+        &mut self.alarm
     }
 
     /// Takes at most `room` waiting bytes, and lets the stream go on if it was held up.

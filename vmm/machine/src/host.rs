@@ -29,6 +29,11 @@ pub trait Host {
     /// no limit).
     fn wait(&mut self, timeout_ns: Option<u64>) -> Wake;
 
+    /// The guest is about to run freely, and at `deadline_ns` of [`Host::now_ns`] a device wants to be
+    /// looked after: kicks the engine then, and again a while later if the deadline asked for is past
+    /// already. `None` forgets it. A host whose guests are kicked by somebody else ignores this.
+    fn kick_at(&mut self, _deadline_ns: Option<u64>) {}
+
     /// Console output leaves the machine.
     fn console_output(&mut self, bytes: &[u8]);
 

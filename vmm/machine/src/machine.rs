@@ -374,7 +374,10 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
         let tick = self.engine.tick();
         let Limit { tick: until, exact } = self.run_limit(tick, target)?;
         let place = match self.engine.tick_kind() {
-            TickKind::ConditionalBranch => self.inputs.place(),
+            TickKind::ConditionalBranch => {
+                self.inputs.runs_freely(self.board.next_deadline());
+                self.inputs.place()
+            }
             TickKind::Instruction | TickKind::Exit => None,
         };
         let on_the_way = |place: &Stamp| {

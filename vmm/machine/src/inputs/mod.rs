@@ -196,6 +196,10 @@ pub trait Inputs: sealed::Sealed {
     /// The next thing that enters at this boundary. Called until it gives `None`.
     fn arrival<E: Engine>(&mut self, here: &mut Boundary<'_, E>) -> Result<Option<Arrival>, Stop>;
 
+    /// The guest is about to run freely, on hardware that only a kick stops; a device waits for
+    /// `deadline`.
+    fn runs_freely(&mut self, deadline: Option<VirtualTime>);
+
     /// What a halted guest with nothing to wake it does next.
     fn idle<E: Engine>(&mut self, here: &mut Boundary<'_, E>) -> Result<Idle, Stop>;
 

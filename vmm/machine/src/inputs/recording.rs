@@ -352,6 +352,10 @@ impl<H: Host, S: FrameSink> Inputs for Recording<H, S> {
         Ok(self.stop.take().map(|ending| Arrival::Stop { ending, exact: true }))
     }
 
+    fn runs_freely(&mut self, deadline: Option<VirtualTime>) {
+        self.host.kick_at(deadline.map(|deadline| deadline.ns));
+    }
+
     fn idle<E: Engine>(&mut self, here: &mut Boundary<'_, E>) -> Result<Idle, Stop> {
         // A guest without room for a byte sleeps through whatever is typed.
         let input_may_come = here.console_room > 0 && self.host.input_may_come();

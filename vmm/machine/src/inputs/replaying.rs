@@ -348,6 +348,10 @@ impl Inputs for Replaying {
         Ok(None)
     }
 
+    fn runs_freely(&mut self, _deadline: Option<VirtualTime>) {
+        // The log says where it is stopped.
+    }
+
     fn idle<E: Engine>(&mut self, here: &mut Boundary<'_, E>) -> Result<Idle, Stop> {
         if std::mem::replace(&mut self.sleep_tick, here.tick) != here.tick {
             self.unlogged_jumps = 0;
