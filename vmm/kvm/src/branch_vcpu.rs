@@ -4,10 +4,9 @@
 //! none, which loses nothing: the clock reads the counter before each run and asks anew.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvm_bindings::KVM_GUESTDBG_USE_HW_BP;
-use reprise_branch_clock::engine::{BranchClock, Parameters};
-use reprise_branch_clock::probe::what_is_wrong;
 use reprise_branch_clock::register_bits::RFLAGS_RF;
 use reprise_branch_clock::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
@@ -17,20 +16,13 @@ use reprise_trace::cpu_state::CpuState;
 use crate::access::PendingExit;
 use crate::branch_counter::BranchCounter;
 use crate::error::KvmError;
-use crate::report::Finding;
+use crate::perf_host::PerfHost;
 use crate::vcpu::RawExit;
+use crate::watchdog::Watchdog;
 use crate::{KvmClock, KvmEngine, state};
 
-/// The smallest machine will do for the probe, in MiB.
-const PROBE_RAM_MIB: u64 = reprise_machine::ram::MIN_RAM_MIB;
 /// DR7: the bit that always reads one.
 const DR7_FIXED: u64 = 0x400;
-/// From this skid on, an overflow may come at any time after it is due.
-const UNBOUNDED_SKID: u64 = 10_000;
-/// The counter refuses periods below this many branches, so that an overflow asked for earlier is late by
-/// as many.
-const SHORTEST_PERIOD: u64 = 32;
-
 /// KVM's vCPU with a counter.
 pub struct PmuVcpu {
     engine: KvmEngine,
@@ -39,14 +31,45 @@ pub struct PmuVcpu {
     /// RFLAGS.RF is set so that the instruction at RIP executes.
     resuming: bool,
     breakpoints_set: bool,
+    watchdog: Option<Watchdog>,
 }
 
 impl PmuVcpu {
-    fn new(ram: GuestRam) -> Result<Self, KvmError> {
+    /// A vCPU whose memory is `ram`, for the calling thread.
+    pub(crate) fn new(ram: GuestRam, host: &dyn PerfHost) -> Result<Self, KvmError> {
         let engine = KvmEngine::untested(ram, KvmClock::Sync)?;
-        let counter = BranchCounter::open()?;
+        let counter = BranchCounter::open(host).map_err(KvmError::NoBranchCounter)?;
         let (window_wanted, resuming, breakpoints_set) = (false, false, false);
-        Ok(Self { engine, counter, window_wanted, resuming, breakpoints_set })
+        Ok(Self { engine, counter, window_wanted, resuming, breakpoints_set, watchdog: None })
+    }
+
+    /// From now on, a guest that does not come back for so long is an error.
+    pub(crate) fn watch(&mut self, limit: Duration) {
+        self.watchdog = Some(Watchdog::start(self.engine.kicker(), limit));
+    }
+
+    pub(crate) fn counter(&self) -> &BranchCounter {
+        &self.counter
+    }
+
+    /// [`KvmEngine::run_signalled`], watched.
+    fn run_guest(&mut self) -> Result<RawExit, KvmError> {
+        let Some(mut watchdog) = self.watchdog.take() else {
+            return self.engine.run_signalled();
+        };
+        watchdog.begin();
+        let exit = self.engine.run_signalled();
+        let expired = watchdog.expired();
+        watchdog.end();
+        self.watchdog = Some(watchdog);
+        if expired {
+            let reason = "the guest that tries it does not come back";
+            return Err(KvmError::Unusable {
+                path: "this host's KVM".into(),
+                reason: reason.into(),
+            });
+        }
+        exit
     }
 
     /// Whether an interrupt that was queued is still not delivered.
@@ -76,7 +99,7 @@ impl PmuVcpu {
             Some(exit) => exit,
             None => {
                 self.engine.vcpu.request_interrupt_window(self.window_wanted);
-                self.engine.run_signalled()?
+                self.run_guest()?
             }
         };
         if self.resuming && exit != RawExit::Interrupted {
@@ -218,60 +241,6 @@ impl PmuVcpu {
     }
 }
 
-/// The engine `kvm` with the clock `pmu`.
-pub type PmuEngine = BranchClock<PmuVcpu>;
-
-/// An engine whose memory is `ram`, if this host's counter passes the probe.
-///
-/// # Errors
-/// Says in one line what the host refuses or lacks.
-pub fn pmu_engine(ram: GuestRam) -> Result<PmuEngine, EngineError> {
-    let finding = pmu_clock();
-    if !finding.available {
-        return Err(KvmError::NoBranchCounter(finding.reason).into());
-    }
-    let vcpu = PmuVcpu::new(ram)?;
-    let skid = vcpu.counter.event().skid + SHORTEST_PERIOD;
-    BranchClock::new(vcpu, Parameters::with_skid(skid))
-}
-
-/// Whether this host has the clock `pmu`, and why (not). Runs a tiny guest for some milliseconds.
-pub fn pmu_clock() -> Finding {
-    ask().unwrap_or_else(|error| Finding::no(error.to_string()))
-}
-
-fn ask() -> Result<Finding, EngineError> {
-    let ram =
-        GuestRam::new(PROBE_RAM_MIB).map_err(|error| EngineError { what: error.to_string() })?;
-    let mut vcpu = match PmuVcpu::new(ram) {
-        Ok(vcpu) => vcpu,
-        Err(KvmError::NoBranchCounter(reason)) => return Ok(Finding::no(reason)),
-        Err(error) => return Err(error.into()),
-    };
-    let event = vcpu.counter.event();
-    let skid = event.skid + SHORTEST_PERIOD;
-    Ok(match what_is_wrong(&mut vcpu, skid, event.skid < UNBOUNDED_SKID)? {
-        Some(reason) => Finding::no(reason),
-        None => Finding::yes(format!(
-            "event {:#x} counts conditional branches exactly on this {}",
-            event.event, event.microarchitecture
-        )),
-    })
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_clock_works_or_says_in_one_line_why_not() {
-        let finding = pmu_clock();
-        assert!(!finding.reason.contains('\n'), "{finding}");
-        if !finding.available {
-            eprintln!("skipped: no PMU: {}", finding.reason);
-            let ram = GuestRam::new(PROBE_RAM_MIB).expect("the host has 4 MiB");
-            let Err(error) = pmu_engine(ram) else { panic!("an engine without its counter") };
-            assert!(error.to_string().contains("--engine soft"), "{error}");
-        }
-    }
-}
+#[path = "branch_vcpu_tests.rs"]
+mod tests;

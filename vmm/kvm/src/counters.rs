@@ -6,8 +6,6 @@ use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 
 use vmm_sys_util::errno::Error as Errno;
 
-use crate::report::Finding;
-
 /// `PERF_TYPE_HARDWARE` of perf_event_open(2).
 const TYPE_HARDWARE: u32 = 0;
 
@@ -36,6 +34,8 @@ struct Attributes {
     config1: u64,
 }
 
+const FORMAT_TOTAL_TIME_ENABLED: u64 = 1;
+const FORMAT_TOTAL_TIME_RUNNING: u64 = 1 << 1;
 const FLAG_PINNED: u64 = 1 << 2;
 const FLAG_EXCLUDE_HOST: u64 = 1 << 19;
 
@@ -48,6 +48,16 @@ pub(crate) struct RawEvent {
     pub(crate) config: u64,
     /// Counts from overflow to overflow; 0 for a counter that only counts.
     pub(crate) period: u64,
+}
+
+/// What a counter has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Reading {
+    pub(crate) count: u64,
+    /// Time in which it should have counted.
+    pub(crate) enabled_ns: u64,
+    /// Time in which it did: as much, unless it shares the hardware with others.
+    pub(crate) running_ns: u64,
 }
 
 /// A counter of this thread's guest.
@@ -68,6 +78,7 @@ impl Counter {
             size_bytes: size_of::<Attributes>() as u32,
             config: event.config,
             sample_period: event.period,
+            read_format: FORMAT_TOTAL_TIME_ENABLED | FORMAT_TOTAL_TIME_RUNNING,
             flags: FLAG_PINNED | FLAG_EXCLUDE_HOST,
             ..Attributes::default()
         };
@@ -97,49 +108,14 @@ impl Counter {
         self.file.as_raw_fd()
     }
 
-    /// The count so far; `None` where the counter never got hold of the hardware.
-    pub(crate) fn read(&mut self) -> Option<u64> {
-        let mut count = [0; 8];
-        self.file.read_exact(&mut count).ok()?;
-        Some(u64::from_le_bytes(count))
-    }
-}
-
-/// Why a counter was refused, and what could be done.
-pub(crate) fn refusal(errno: Errno) -> Finding {
-    let reason = match errno.errno() {
-        libc::ENOENT => {
-            "the host has no such hardware counter (ENOENT), as is usual in a cloud VM: use a host with a PMU".into()
-        }
-        libc::EOPNOTSUPP => {
-            "the host's counters cannot be limited to a guest (EOPNOTSUPP): its PMU lacks that, or is handed to guests as a whole (mediated vPMU)".into()
-        }
-        libc::EACCES | libc::EPERM => format!(
-            "no permission to use counters (perf_event_paranoid is {}): set it to 1, or give CAP_PERFMON",
-            paranoid_level()
-        ),
-        libc::ENOSYS => "the host's kernel has no perf_event_open (ENOSYS)".into(),
-        _ => format!("perf_event_open was refused ({errno})"),
-    };
-    Finding { available: false, reason }
-}
-
-fn paranoid_level() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/perf_event_paranoid")
-        .map_or_else(|_| "unknown".into(), |level| level.trim().to_string())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn each_refusal_has_its_own_reason() {
-        let reasons = [libc::ENOENT, libc::EOPNOTSUPP, libc::EACCES, libc::ENOSYS, libc::EMFILE]
-            .map(|errno| refusal(Errno::new(errno)).reason);
-        for (index, reason) in reasons.iter().enumerate() {
-            assert!(!reason.contains('\n') && !reasons[..index].contains(reason), "{reason}");
-        }
-        assert!(reasons[2].contains("perf_event_paranoid"));
+    /// What it has come to; `None` where it never got hold of the hardware, or has lost it.
+    pub(crate) fn reading(&mut self) -> Option<Reading> {
+        let mut bytes = [0; 24];
+        self.file.read_exact(&mut bytes).ok()?;
+        let mut words = bytes.chunks_exact(8).map(|word| {
+            u64::from_le_bytes(word.try_into().expect("a chunk of eight bytes has eight"))
+        });
+        let mut next = || words.next().unwrap_or_default();
+        Some(Reading { count: next(), enabled_ns: next(), running_ns: next() })
     }
 }

@@ -3,6 +3,9 @@
 use reprise_machine::engine::EngineError;
 use vmm_sys_util::errno::Error as Errno;
 
+use crate::counter_refusal::CounterRefusal;
+use crate::host;
+
 /// Why KVM cannot be used on this host, or refused what it was asked. Each message is one line that
 /// says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -43,8 +46,11 @@ pub enum KvmError {
     #[error("the clock step cannot be used on this host ({0}): use --clock sync or --engine soft")]
     CannotStep(String),
     /// There is no counter for the clock `pmu`.
-    #[error("the clock pmu cannot be used on this host ({0}): use --clock sync or --engine soft")]
-    NoBranchCounter(String),
+    #[error("the clock pmu cannot be used on this host: {0}; {remedy}, or use --engine soft", remedy = .0.remedy())]
+    NoBranchCounter(CounterRefusal),
+    /// The counter failed in the middle of a run.
+    #[error("the branch counter failed: {0}; {remedy}, or use --engine soft", remedy = .0.remedy())]
+    CounterFailed(CounterRefusal),
     /// An ioctl was refused.
     #[error("KVM refused {what} ({reason}): {advice}")]
     Refused {
@@ -58,6 +64,30 @@ pub enum KvmError {
 }
 
 impl KvmError {
+    /// What is wrong, without what to do.
+    pub(crate) fn reason(&self) -> String {
+        match self {
+            Self::Missing { path } => format!("{path} does not exist"),
+            Self::Permission { path } => format!("no permission to open {path}"),
+            Self::NoBranchCounter(refusal) | Self::CounterFailed(refusal) => refusal.to_string(),
+            other => other.to_string(),
+        }
+    }
+
+    /// What to do on this host, as half a sentence, where something is known that helps.
+    pub(crate) fn remedy(&self) -> Option<String> {
+        let remedy = match self {
+            Self::Missing { .. } => host::how_to_get_kvm(),
+            Self::Permission { .. } => {
+                "add yourself to its group (`sudo usermod -aG kvm $USER`) and log in again"
+            }
+            Self::ApiVersion(_) | Self::Lacks(_) => "update the host's kernel",
+            Self::NoBranchCounter(refusal) | Self::CounterFailed(refusal) => refusal.remedy(),
+            Self::Unusable { .. } | Self::CannotStep(_) | Self::Refused { .. } => return None,
+        };
+        Some(remedy.to_owned())
+    }
+
     /// An ioctl that failed where it should not.
     pub(crate) fn refused(what: impl Into<String>, errno: Errno) -> Self {
         Self::Refused {

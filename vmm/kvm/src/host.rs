@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use crate::branch_events::HostCpu;
+
 /// How a KVM runs its guests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KvmKind {
@@ -41,5 +43,36 @@ impl KvmKind {
             }
             Self::Unknown => "unknown: none of kvm_intel, kvm_amd, kvm_pvm is loaded",
         }
+    }
+}
+
+/// How a host without `/dev/kvm` gets one, as half a sentence.
+pub(crate) fn how_to_get_kvm() -> &'static str {
+    let cpu = HostCpu::of_this_host();
+    how_to_get_kvm_on(HostCpu::has_virtualisation(), HostCpu::is_virtual(), cpu.is_amd())
+}
+
+fn how_to_get_kvm_on(has_virtualisation: bool, in_vm: bool, is_amd: bool) -> &'static str {
+    match (has_virtualisation, in_vm, is_amd) {
+        (true, _, true) => "load its module: `sudo modprobe kvm_amd`",
+        (true, _, false) => "load its module: `sudo modprobe kvm_intel`",
+        (false, true, _) => {
+            "leave this VM for bare metal, have its hypervisor allow nested virtualisation, or load \
+             pagetable-based KVM (module kvm_pvm, a kernel that has it)"
+        }
+        (false, false, _) => "switch on virtualisation (VT-x, SVM) in the firmware's setup",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_to_do_without_kvm_depends_on_the_host() {
+        assert!(how_to_get_kvm_on(true, false, false).contains("kvm_intel"));
+        assert!(how_to_get_kvm_on(true, true, true).contains("kvm_amd"));
+        assert!(how_to_get_kvm_on(false, true, false).contains("leave this VM"));
+        assert!(how_to_get_kvm_on(false, false, true).contains("firmware"));
     }
 }

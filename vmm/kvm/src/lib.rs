@@ -13,6 +13,7 @@ mod access;
 mod branch_counter;
 mod branch_events;
 mod branch_vcpu;
+mod counter_refusal;
 mod counters;
 mod cpuid;
 mod engine;
@@ -21,6 +22,8 @@ mod host;
 mod kick;
 mod memory;
 mod model_specific;
+mod perf_host;
+mod pmu;
 mod report;
 mod self_test;
 mod state;
@@ -31,10 +34,14 @@ mod vcpu;
 mod watchdog;
 
 #[cfg(test)]
+mod fake_perf_host;
+#[cfg(test)]
 mod testing;
 
-pub use branch_vcpu::{PmuEngine, PmuVcpu, pmu_clock, pmu_engine};
+pub use branch_vcpu::PmuVcpu;
+pub use counter_refusal::CounterRefusal;
 pub use engine::{KvmClock, KvmEngine};
 pub use error::KvmError;
 pub use host::KvmKind;
-pub use report::{ByLevel, Capability, Finding, KvmReport, opens, probe};
+pub use pmu::{PmuEngine, SelfTesting, pmu_clock, pmu_counter, pmu_engine};
+pub use report::{ByLevel, Capability, CounterOfCpu, Finding, KvmReport, opens, probe};

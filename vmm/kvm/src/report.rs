@@ -2,9 +2,12 @@
 
 use std::fmt;
 
+use crate::branch_events::HostCpu;
+use crate::counter_refusal::CounterRefusal;
 use crate::counters::Counted;
 use crate::error::KvmError;
 use crate::host::KvmKind;
+use crate::pmu::pmu_clock;
 use crate::self_test::{Level, SelfTest, step_clock};
 use crate::vcpu::{CAPABILITIES, DEVICE, open};
 
@@ -15,20 +18,32 @@ pub struct Finding {
     pub available: bool,
     /// One line for a person.
     pub reason: String,
+    /// What to do about it, as half a sentence, where something is known that helps.
+    pub remedy: Option<String>,
 }
 
 impl Finding {
     pub(crate) fn yes(reason: impl Into<String>) -> Self {
-        Self { available: true, reason: reason.into() }
+        Self { available: true, reason: reason.into(), remedy: None }
     }
 
     pub(crate) fn no(reason: impl Into<String>) -> Self {
-        Self { available: false, reason: reason.into() }
+        Self { available: false, reason: reason.into(), remedy: None }
+    }
+
+    /// A counter that cannot be had.
+    pub(crate) fn refused(refusal: &CounterRefusal) -> Self {
+        Self { remedy: Some(refusal.remedy().to_owned()), ..Self::no(refusal.to_string()) }
+    }
+
+    /// Something that KVM refuses.
+    pub(crate) fn failed(error: &KvmError) -> Self {
+        Self { remedy: error.remedy(), ..Self::no(error.reason()) }
     }
 
     /// A question that could not be asked has the answer no.
     fn of(answer: Result<Self, KvmError>) -> Self {
-        answer.unwrap_or_else(|error| Self::no(error.to_string()))
+        answer.unwrap_or_else(|error| Self::failed(&error))
     }
 }
 
@@ -64,6 +79,34 @@ pub struct Capability {
     pub present: bool,
 }
 
+/// How this host's CPU counts conditional branches, whether or not the counter can be had.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CounterOfCpu {
+    /// For a person.
+    pub microarchitecture: &'static str,
+    /// As the CPU's maker calls the event.
+    pub event_name: &'static str,
+    /// `config` of perf_event_open.
+    pub event: u64,
+    /// Conditional branches by which an overflow may be late.
+    pub skid: u64,
+    /// What is to be known of it, a line each.
+    pub caveats: Vec<&'static str>,
+}
+
+impl CounterOfCpu {
+    fn of_this_host() -> Option<Self> {
+        let event = HostCpu::of_this_host().branch_event().ok()?;
+        Some(Self {
+            microarchitecture: event.microarchitecture,
+            event_name: event.event_name(),
+            event: event.config(),
+            skid: event.skid,
+            caveats: event.caveats.iter().map(|caveat| caveat.text()).collect(),
+        })
+    }
+}
+
 /// What KVM on this host can do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KvmReport {
@@ -79,6 +122,8 @@ pub struct KvmReport {
     pub sync_clock: Finding,
     /// The engine `kvm` with the clock `step`.
     pub step_clock: Finding,
+    /// The engine `kvm` with the clock `pmu`.
+    pub pmu_clock: Finding,
     /// Single-step comes back after each instruction.
     pub single_step: ByLevel,
     /// A breakpoint in a debug register comes back.
@@ -87,6 +132,10 @@ pub struct KvmReport {
     pub software_breakpoint: ByLevel,
     /// CPUID shows the guest the CPU model.
     pub cpu_model: ByLevel,
+    /// The counter of conditional branches that such a CPU has; `None` for one that nobody knows.
+    pub counter_of_cpu: Option<CounterOfCpu>,
+    /// This host is a virtual machine.
+    pub in_vm: bool,
     /// A counter of the guest's retired instructions.
     pub instruction_counter: Finding,
     /// A counter of the guest's retired branches.
@@ -98,7 +147,7 @@ pub struct KvmReport {
 pub fn probe() -> KvmReport {
     let device = match open(DEVICE) {
         Ok(kvm) => Ok(kvm),
-        Err(error) => Err(Finding::no(error.to_string())),
+        Err(error) => Err(Finding::failed(&error)),
     };
     let capabilities = device.as_ref().map_or_else(
         |_| Vec::new(),
@@ -113,7 +162,7 @@ pub fn probe() -> KvmReport {
     );
     let api_version = device.as_ref().ok().map(|kvm| kvm.get_api_version());
     let guest = match &device {
-        Ok(_) => SelfTest::new().map_err(|error| Finding::no(error.to_string())),
+        Ok(_) => SelfTest::new().map_err(|error| Finding::failed(&error)),
         Err(finding) => Err(finding.clone()),
     };
     let device = match device {
@@ -138,10 +187,13 @@ impl KvmReport {
             capabilities,
             sync_clock: unknown.clone(),
             step_clock: unknown.clone(),
+            pmu_clock: unknown.clone(),
             single_step: by_level.clone(),
             hardware_breakpoint: by_level.clone(),
             software_breakpoint: by_level.clone(),
             cpu_model: by_level,
+            counter_of_cpu: CounterOfCpu::of_this_host(),
+            in_vm: HostCpu::is_virtual(),
             instruction_counter: unknown.clone(),
             branch_counter: unknown,
         }
@@ -153,7 +205,8 @@ fn with_guest(guest: Result<SelfTest, Finding>, report: KvmReport) -> KvmReport 
     let mut guest = match guest {
         Ok(guest) => guest,
         Err(finding) => {
-            return KvmReport { sync_clock: finding.clone(), step_clock: finding, ..report };
+            let (sync_clock, step_clock) = (finding.clone(), finding.clone());
+            return KvmReport { sync_clock, step_clock, pmu_clock: finding, ..report };
         }
     };
     type Question = fn(&mut SelfTest, Level) -> Result<Finding, KvmError>;
@@ -170,6 +223,7 @@ fn with_guest(guest: Result<SelfTest, Finding>, report: KvmReport) -> KvmReport 
         branch_counter: Finding::of(guest.counter(Counted::Branches)),
         sync_clock: Finding::yes("guests run, and their exits are counted"),
         step_clock: step_clock(),
+        pmu_clock: pmu_clock(),
         ..report
     }
 }
@@ -197,7 +251,7 @@ mod tests {
             .iter()
             .flat_map(|by_level| [&by_level.kernel, &by_level.user])
             .chain([&report.device, &report.sync_clock, &report.step_clock])
-            .chain([&report.instruction_counter, &report.branch_counter]);
+            .chain([&report.pmu_clock, &report.instruction_counter, &report.branch_counter]);
         for finding in findings {
             assert!(!finding.reason.is_empty() && !finding.reason.contains('\n'), "{finding}");
         }

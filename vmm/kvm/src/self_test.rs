@@ -9,7 +9,8 @@ use reprise_machine::engine::Engine;
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::{CpuState, RAX, RBX, RCX, RDX};
 
-use crate::counters::{Counted, Counter, refusal};
+use crate::counter_refusal::CounterRefusal;
+use crate::counters::{Counted, Counter};
 use crate::error::KvmError;
 use crate::report::Finding;
 use crate::user_oracle::{
@@ -185,7 +186,7 @@ impl SelfTest {
         const ROUNDS: u16 = 10_000;
         let mut counter = match Counter::open(counted) {
             Ok(counter) => counter,
-            Err(errno) => return Ok(refusal(errno)),
+            Err(errno) => return Ok(Finding::refused(&CounterRefusal::of_this_host(errno))),
         };
         // mov ecx, ROUNDS; dec ecx; jnz -4
         let [low, high] = ROUNDS.to_le_bytes();
@@ -193,7 +194,7 @@ impl SelfTest {
         self.run_to_handler(Level::User)?;
         let per_round = if counted == Counted::Instructions { 2 } else { 1 };
         let least = u64::from(ROUNDS) * per_round;
-        Ok(match counter.read() {
+        Ok(match counter.reading().map(|reading| reading.count) {
             None => Finding::no("the counter was opened, but the hardware had none free"),
             Some(count) if (least..least + least / 10).contains(&count) => {
                 Finding::yes(format!("counted {count} where the guest made {least} and a few"))

@@ -1,0 +1,100 @@
+//! The vCPU's way with signals, on this host's KVM and with a counter that stands still.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use super::*;
+use crate::fake_perf_host::{Asked, FakePerfHost};
+use crate::kick;
+use crate::testing::{CODE, long_mode, ram_with, require_kvm};
+
+/// A jump to itself.
+const SPIN: &[u8] = &[0xeb, 0xfe];
+
+fn spinning(host: &FakePerfHost) -> PmuVcpu {
+    let mut vcpu = PmuVcpu::new(ram_with(SPIN), host).expect("KVM and a counter");
+    vcpu.set_state(&long_mode()).expect("a state that KVM takes");
+    vcpu
+}
+
+/// Sends this thread a signal again and again, as a counter's overflow would, until it is dropped.
+struct Signals {
+    over: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Signals {
+    fn start() -> Self {
+        // SAFETY: pthread_self has no preconditions.
+        let target = unsafe { libc::pthread_self() } as usize;
+        let over = Arc::new(AtomicBool::new(false));
+        let seen = over.clone();
+        let thread = std::thread::spawn(move || {
+            while !seen.load(Ordering::SeqCst) {
+                // SAFETY: the target joins this thread before it ends.
+                unsafe { libc::pthread_kill(target as libc::pthread_t, kick::signal()) };
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        Self { over, thread: Some(thread) }
+    }
+}
+
+impl Drop for Signals {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::SeqCst);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+#[test]
+fn a_signal_that_is_no_kick_interrupts_and_is_told_from_one() {
+    require_kvm!();
+    let mut vcpu = spinning(&FakePerfHost::new());
+    let signals = Signals::start();
+    for _ in 0..10 {
+        let exit = vcpu.enter().expect("KVM runs");
+        assert_eq!(exit, VcpuExit::Interrupted { kicked: false });
+        assert_eq!(vcpu.state().expect("a state").rip, CODE);
+    }
+    drop(signals);
+    vcpu.kicker().kick();
+    assert_eq!(vcpu.enter().expect("KVM runs"), VcpuExit::Interrupted { kicked: true });
+}
+
+#[test]
+fn a_kick_amid_signals_is_not_lost() {
+    require_kvm!();
+    let mut vcpu = spinning(&FakePerfHost::new());
+    let _signals = Signals::start();
+    for _ in 0..20 {
+        vcpu.kicker().kick();
+        let mut entries = 0;
+        while vcpu.enter().expect("KVM runs") != (VcpuExit::Interrupted { kicked: true }) {
+            entries += 1;
+            assert!(entries < 3, "the kick comes with the next entry");
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_is_watched_and_does_not_come_back_is_an_error() {
+    require_kvm!();
+    let mut vcpu = spinning(&FakePerfHost::new());
+    vcpu.watch(Duration::from_millis(20));
+    let error = vcpu.enter().expect_err("it spins").to_string();
+    assert!(error.contains("does not come back") && error.contains("--engine soft"), "{error}");
+}
+
+#[test]
+fn an_overflow_is_asked_of_the_counter() {
+    require_kvm!();
+    let host = FakePerfHost::new();
+    let mut vcpu = spinning(&host);
+    vcpu.set_overflow(Some(4_000)).expect("a period");
+    assert_eq!(host.asked.borrow().last(), Some(&Asked::Period(4_000)));
+    assert_eq!(vcpu.conditional_branches().expect("it reads"), 0);
+}

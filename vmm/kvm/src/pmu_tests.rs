@@ -1,0 +1,91 @@
+//! What becomes of counters that are refused, and of such that count wrong: the self-test runs its guest on
+//! this host's KVM, and a test says what the counter reads.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use super::*;
+use crate::fake_perf_host::{FakePerfHost, counted};
+use crate::testing::require_kvm;
+
+fn ram() -> GuestRam {
+    GuestRam::new(MIN_RAM_MIB).expect("the host has 4 MiB")
+}
+
+/// A session that asks for the clock gets the reason of the doctor's finding, and what to do.
+#[track_caller]
+fn refused(host: &FakePerfHost, reason: &str, remedy: &str) {
+    let finding = clock_on(host);
+    assert!(!finding.available && finding.reason.contains(reason), "{finding}");
+    assert!(finding.remedy.as_ref().is_some_and(|text| text.contains(remedy)), "{finding:?}");
+    let Err(error) = engine_on(host, ram(), SelfTesting::Run) else { panic!("no refusal") };
+    let line = error.to_string();
+    assert!(line.contains(reason) && line.contains(remedy) && !line.contains('\n'), "{line}");
+    assert!(line.contains("--engine soft"), "{line}");
+}
+
+#[test]
+fn a_refused_counter_is_a_line_that_says_what_to_do() {
+    require_kvm!();
+    refused(&FakePerfHost::refusing(libc::EACCES), "no permission", "perf_event_paranoid=1");
+    refused(&FakePerfHost::refusing(libc::EOPNOTSUPP), "EOPNOTSUPP", "mediated vPMU");
+    refused(&FakePerfHost::refusing(libc::ENOENT), "ENOENT", "PMU");
+}
+
+/// Gives a count that grows by `step` with each reading, as a guest that runs in between makes it.
+fn growing(step: u64) -> FakePerfHost {
+    let reads = AtomicU64::new(0);
+    FakePerfHost::reading(move || Some(counted(step * reads.fetch_add(1, Ordering::Relaxed))))
+}
+
+/// The self-test's guest on this host's KVM, with counters that are wrong in known ways.
+#[test]
+fn a_counter_that_counts_wrong_is_refused() {
+    require_kvm!();
+    refused(&FakePerfHost::new(), "does not count this guest", "bare metal");
+}
+
+#[test]
+fn a_counter_of_taken_branches_only_is_refused() {
+    require_kvm!();
+    // Readings: when it opens, and before and after the guest ran.
+    let by_read = [0, 0, 20_000];
+    let reads = AtomicU64::new(0);
+    let host = FakePerfHost::reading(move || {
+        let read = reads.fetch_add(1, Ordering::Relaxed) as usize;
+        Some(counted(by_read[read % by_read.len()]))
+    });
+    refused(&host, "only the branches that are taken", "bare metal");
+}
+
+#[test]
+fn a_counter_that_overcounts_is_refused_with_its_cure() {
+    require_kvm!();
+    refused(&growing(60_000), "0xc0011020", "zen_workaround.py");
+}
+
+#[test]
+fn a_counter_that_fails_amid_the_test_is_an_error() {
+    require_kvm!();
+    let reads = AtomicU64::new(0);
+    let host = FakePerfHost::reading(move || match reads.fetch_add(1, Ordering::Relaxed) {
+        0 | 1 => Some(counted(0)),
+        _ => None,
+    });
+    let finding = clock_on(&host);
+    assert!(!finding.available && finding.reason.contains("taken"), "{finding}");
+}
+
+#[test]
+fn the_clock_works_or_says_in_one_line_why_not() {
+    let began = Instant::now();
+    let (counter, clock) = (pmu_counter(), pmu_clock());
+    eprintln!("{counter}\n{clock}\nin {:?}", began.elapsed());
+    assert!(!clock.reason.contains('\n'), "{clock}");
+    assert!(counter.available || !clock.available, "no clock without a counter");
+    if !clock.available {
+        eprintln!("skipped: no PMU: {}", clock.reason);
+        let Err(error) = pmu_engine(ram(), SelfTesting::Run) else { panic!("no counter") };
+        assert!(error.to_string().contains("--engine soft"), "{error}");
+    }
+}
