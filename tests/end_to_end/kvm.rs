@@ -36,6 +36,15 @@ fn ten_of_ten(guest: &[&str], clock: &str) -> Option<Value> {
     Some(last)
 }
 
+/// Whether this host has a counter for the clock `pmu`; says why not.
+fn pmu_counts() -> bool {
+    let finding = reprise_kvm::pmu_clock();
+    if !finding.available {
+        eprintln!("skipped: no PMU: {}", finding.reason);
+    }
+    finding.available
+}
+
 /// A file with what is typed into `echo`.
 pub(crate) fn typed(workplace: &Workplace) -> String {
     workplace.file("typed", "one\rtwo\rquit\r")
@@ -72,6 +81,46 @@ fn echo_under_sync() {
 #[test]
 fn compute_under_sync() {
     ten_of_ten(&["--image", "compute", "--cmdline", "scale=1"], "sync");
+}
+
+#[test]
+fn ticks_under_pmu() {
+    if !pmu_counts() {
+        return;
+    }
+    // With exits and without: there a timer of the host kicks the guest at its deadlines.
+    for guest in ["count=40", "hz=1000 count=40 poll=100000000"] {
+        let report = ten_of_ten(&["--image", "ticks", "--cmdline", guest], "pmu");
+        let report = report.expect("a host with the clock pmu has KVM");
+        assert!(report["interrupts"].as_u64() >= Some(40), "{report:#}");
+        assert!(report["virtual_seconds"].as_f64() < Some(2.0), "{report:#}");
+    }
+}
+
+#[test]
+fn echo_and_compute_under_pmu() {
+    if !pmu_counts() {
+        return;
+    }
+    let workplace = Workplace::new();
+    ten_of_ten(&["--image", "echo", "--input", &typed(&workplace)], "pmu");
+    ten_of_ten(&["--image", "compute", "--cmdline", "scale=1"], "pmu");
+}
+
+#[test]
+fn where_there_is_no_counter_one_line_says_what_to_do() {
+    if reprise_kvm::pmu_clock().available {
+        return;
+    }
+    let workplace = Workplace::new();
+    let file = workplace.path("hello.rr");
+    for command in [&["run"][..], &["record", "-o", &file]] {
+        let words = [command, &["--engine", "kvm", "--clock", "pmu", "--image", "hello"]].concat();
+        let refused = run(&words);
+        let reason = refused.expect_reason();
+        assert!(reason.contains("clock pmu") && reason.contains("--engine soft"), "{reason}");
+    }
+    assert!(!std::path::Path::new(&file).exists());
 }
 
 #[test]

@@ -30,7 +30,7 @@ pub fn run(arguments: &CheckpointArgs, output: Output) -> Result<u8> {
     let recording = replayable.recording();
     let header = recording.header();
     // Only the software CPU's checkpoints hold an instruction count, which expansion needs.
-    choice::for_replay(EngineArg::Soft, header, || false)?;
+    choice::for_replay(EngineArg::Soft, header, |_| false)?;
     let Some(every) = arguments.every.every(time_source(header), checkpoints::default_ticks())
     else {
         bail!("--every: give ticks (500000000) or seconds (2s)");

@@ -117,6 +117,7 @@ fn play(scene: &Scene, output: Output) -> Result<SceneReport> {
             input: InputSource::Bytes(scene.typed.clone()),
             console: ConsoleSink::Discard,
             handle_signals: true,
+            time_limit: None,
             progress: Some(Box::new(move |progress| {
                 running.set_message(format!("{message}: {} ticks", grouped(progress.tick)));
                 running.tick();

@@ -39,7 +39,7 @@ pub(super) fn plan<'a>(
     output: Output,
 ) -> Result<RunPlan<'a>> {
     let choice = choice::for_new_run(machine.engine, machine.clock)?;
-    if let Some(reason) = choice.reason {
+    if let Some(reason) = &choice.reason {
         let (engine, clock) = (choice.kind.engine_name(), choice.kind.clock_name());
         output.note(format_args!("engine {engine}, clock {clock}: {reason}"));
     }
@@ -75,7 +75,7 @@ fn host_options(machine: &MachineArgs, output: Output) -> Result<HostOptions> {
     // A progress line amid console output would spoil both.
     let console_shows = on_stdout && io::stdout().is_terminal();
     let progress = (progress_shows() && !console_shows).then(|| progress_line(output));
-    Ok(HostOptions { input, console, handle_signals: true, progress })
+    Ok(HostOptions { input, console, handle_signals: true, time_limit: None, progress })
 }
 
 /// A line that tells how far the machine is.

@@ -13,6 +13,7 @@ use reprise_trace::cpu_state::CpuState;
 use reprise_trace::header::Header;
 
 use super::choice::{EngineArg, EngineKind};
+use super::hardware::BranchHardware;
 use super::profile_report::ProfileReport;
 use super::stretches;
 use crate::boot::{self, BootError, GuestSource};
@@ -64,14 +65,15 @@ impl LoadedGuest {
         Ok(Self { ram, state, board })
     }
 
-    /// Hands the guest to an engine, and both to `visitor`. Gives what it comes to, and where the
-    /// software CPU's time went, if it was to count that.
+    /// Hands the guest to an engine, and both to `visitor`; `hardware` has the clock `pmu`. Gives what
+    /// it comes to, and where the software CPU's time went, if it was to count that.
     ///
     /// # Errors
     /// The engine cannot be had, or refuses the guest's first state.
     pub fn with_engine<V: EngineVisitor>(
         self,
         kind: EngineKind,
+        hardware: &impl BranchHardware,
         soft: SoftOptions,
         visitor: V,
     ) -> Result<(V::Output, Option<ProfileReport>), AssemblyError> {
@@ -86,6 +88,12 @@ impl LoadedGuest {
             }
             EngineKind::Kvm(clock) => {
                 let mut engine = kvm_engine(ram, clock)?;
+                engine.set_cpu_state(&state)?;
+                let (output, _) = visitor.visit(engine, board);
+                Ok((output, None))
+            }
+            EngineKind::Pmu => {
+                let mut engine = hardware.engine(ram)?;
                 engine.set_cpu_state(&state)?;
                 let (output, _) = visitor.visit(engine, board);
                 Ok((output, None))

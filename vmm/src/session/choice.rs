@@ -1,11 +1,14 @@
 //! Which engine executes the guest, and how it counts ticks.
 
 use clap::ValueEnum;
-use reprise_kvm::KvmClock;
+use reprise_kvm::{Finding, KvmClock, SelfTesting};
 use reprise_machine::clock::TimeSource;
 use reprise_machine::digest::AccessedBits;
 use reprise_trace::header::Header;
 use reprise_trace::moment::TickKind;
+
+use super::automatic::{self, Verdict};
+use super::hardware::HostHardware;
 
 /// What the user asked for with `--engine`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -38,8 +41,10 @@ pub enum ClockArg {
 pub enum EngineKind {
     /// The software CPU, which counts instructions.
     Soft,
-    /// KVM.
+    /// KVM, counting what its own interface tells.
     Kvm(KvmClock),
+    /// KVM with a performance counter of branches.
+    Pmu,
 }
 
 /// Guest time of an instruction on the software CPU: 1 GHz at one instruction a cycle.
@@ -54,15 +59,14 @@ pub enum ChoiceError {
     /// Clock of one engine, the other asked for.
     #[error("--engine soft counts instructions: leave --clock out")]
     SoftHasOneClock,
-    /// Not there yet.
-    #[error("--clock pmu is not built into this version: use --clock sync or --clock step")]
-    NoPmuClock,
-    /// A recording whose ticks the asked engine cannot count.
-    #[error(
-        "this recording counts conditional branches (clock pmu), and this version's kvm has no such \
-         clock: leave --engine out, or --engine soft"
-    )]
-    CountsBranches,
+    /// The host has no counter that would do.
+    #[error("the clock pmu cannot be used on this host: {reason}; {remedy}use --engine soft")]
+    NoPmuClock {
+        /// What is lacking.
+        reason: String,
+        /// What to do about it, and "or", if anything is known.
+        remedy: String,
+    },
     /// A recording whose ticks no engine of this version counts.
     #[error(
         "this recording was made by engine {engine} with clock {clock}, \
@@ -82,15 +86,37 @@ pub struct Choice {
     /// What runs.
     pub kind: EngineKind,
     /// One line for a person, where the program chose.
-    pub reason: Option<&'static str>,
+    pub reason: Option<String>,
+    /// Whether the counter of the clock `pmu` is still to be tried out.
+    self_testing: SelfTesting,
+}
+
+impl Choice {
+    /// As asked for, in so many words; the clock `pmu` tries its counter out.
+    pub fn of(kind: EngineKind) -> Self {
+        Self { kind, reason: None, self_testing: SelfTesting::Run }
+    }
+
+    fn because(kind: EngineKind, reason: impl Into<String>) -> Self {
+        Self { reason: Some(reason.into()), ..Self::of(kind) }
+    }
+
+    /// What the clock `pmu` runs on.
+    pub fn hardware(&self) -> HostHardware {
+        HostHardware { self_testing: self.self_testing }
+    }
 }
 
 impl EngineKind {
+    /// Every engine with every clock, the fastest exact one first.
+    pub const ALL: [Self; 4] =
+        [Self::Pmu, Self::Soft, Self::Kvm(KvmClock::Sync), Self::Kvm(KvmClock::Step)];
+
     /// `soft` or `kvm`.
     pub fn engine_name(self) -> &'static str {
         match self {
             Self::Soft => "soft",
-            Self::Kvm(_) => "kvm",
+            Self::Kvm(_) | Self::Pmu => "kvm",
         }
     }
 
@@ -100,6 +126,7 @@ impl EngineKind {
             Self::Soft => "instructions",
             Self::Kvm(KvmClock::Step) => "step",
             Self::Kvm(KvmClock::Sync) => "sync",
+            Self::Pmu => "pmu",
         }
     }
 
@@ -108,6 +135,7 @@ impl EngineKind {
         match self {
             Self::Soft | Self::Kvm(KvmClock::Step) => TickKind::Instruction,
             Self::Kvm(KvmClock::Sync) => TickKind::Exit,
+            Self::Pmu => TickKind::ConditionalBranch,
         }
     }
 
@@ -116,7 +144,7 @@ impl EngineKind {
         match self {
             Self::Soft => AccessedBits::Exact,
             // Hardware may set them early.
-            Self::Kvm(_) => AccessedBits::SetAside,
+            Self::Kvm(_) | Self::Pmu => AccessedBits::SetAside,
         }
     }
 
@@ -125,7 +153,7 @@ impl EngineKind {
         match self {
             Self::Soft => TimeSource::Ticks { ns_per_tick: SOFT_NS_PER_INSTRUCTION },
             Self::Kvm(KvmClock::Step) => TimeSource::Ticks { ns_per_tick: STEP_NS_PER_INSTRUCTION },
-            Self::Kvm(KvmClock::Sync) => TimeSource::Host,
+            Self::Kvm(KvmClock::Sync) | Self::Pmu => TimeSource::Host,
         }
     }
 }
@@ -133,37 +161,70 @@ impl EngineKind {
 /// The engine of a new run.
 ///
 /// # Errors
-/// An engine and a clock that do not go together, or a clock that is not built.
+/// An engine and a clock that do not go together, or a clock that the host does not have.
 pub fn for_new_run(engine: EngineArg, clock: ClockArg) -> Result<Choice, ChoiceError> {
-    let chosen = |kind| Ok(Choice { kind, reason: None });
+    choose(engine, clock, automatic::decide, automatic::try_anew)
+}
+
+/// Chooses, given what is known of the clock `pmu` or else found out, and what trying it anew gives.
+fn choose(
+    engine: EngineArg,
+    clock: ClockArg,
+    decide: impl FnOnce() -> Verdict,
+    try_anew: impl FnOnce() -> Finding,
+) -> Result<Choice, ChoiceError> {
     match (engine, clock) {
-        (_, ClockArg::Pmu) => Err(ChoiceError::NoPmuClock),
-        (EngineArg::Soft, ClockArg::Auto) => chosen(EngineKind::Soft),
+        (EngineArg::Soft, ClockArg::Auto) => Ok(Choice::of(EngineKind::Soft)),
         (EngineArg::Soft, _) => Err(ChoiceError::SoftHasOneClock),
-        (_, ClockArg::Step) => chosen(EngineKind::Kvm(KvmClock::Step)),
-        (_, ClockArg::Sync) => chosen(EngineKind::Kvm(KvmClock::Sync)),
-        (EngineArg::Kvm, ClockArg::Auto) => Ok(Choice {
-            kind: EngineKind::Kvm(KvmClock::Sync),
-            reason: Some("interrupts arrive at exits only; --clock step is exact everywhere"),
-        }),
-        (EngineArg::Auto, ClockArg::Auto) => Ok(Choice {
-            kind: EngineKind::Soft,
-            reason: Some(
-                "exact on every host; kvm's full-speed exact clock (pmu) is not in this version",
-            ),
-        }),
+        (_, ClockArg::Step) => Ok(Choice::of(EngineKind::Kvm(KvmClock::Step))),
+        (_, ClockArg::Sync) => Ok(Choice::of(EngineKind::Kvm(KvmClock::Sync))),
+        (_, ClockArg::Pmu) => {
+            let finding = try_anew();
+            if !finding.available {
+                return Err(no_pmu_clock(finding));
+            }
+            Ok(Choice { self_testing: SelfTesting::Done, ..Choice::of(EngineKind::Pmu) })
+        }
+        (EngineArg::Kvm | EngineArg::Auto, ClockArg::Auto) => Ok(automatically(engine, &decide())),
     }
 }
 
+/// The clock `pmu` if the host has it, else what the engine asked for has instead.
+fn automatically(engine: EngineArg, verdict: &Verdict) -> Choice {
+    let Finding { available, reason, .. } = &verdict.finding;
+    if *available {
+        let earlier = if verdict.remembered { ", as was tried since the last boot" } else { "" };
+        let reason = format!("exact at the speed of hardware: {reason}{earlier}");
+        let choice = Choice::because(EngineKind::Pmu, reason);
+        return Choice { self_testing: SelfTesting::Done, ..choice };
+    }
+    let without = format!("kvm's own exact clock (pmu) cannot be had here: {reason}");
+    match engine {
+        EngineArg::Kvm => Choice::because(
+            EngineKind::Kvm(KvmClock::Sync),
+            format!("interrupts arrive at exits only, --clock step is exact everywhere; {without}"),
+        ),
+        EngineArg::Auto | EngineArg::Soft => Choice::because(
+            EngineKind::Soft,
+            format!("exact on every host; {without} (`reprise doctor` says what would help)"),
+        ),
+    }
+}
+
+fn no_pmu_clock(finding: Finding) -> ChoiceError {
+    let remedy = finding.remedy.map_or_else(String::new, |remedy| format!("{remedy}, or "));
+    ChoiceError::NoPmuClock { reason: finding.reason, remedy }
+}
+
 /// The engine of a replay: the one that recorded, unless another is asked for. The software CPU replays
-/// everything, and so stands in for a KVM that this version or this host does not have.
+/// everything, and so stands in for a KVM that this host does not have.
 ///
 /// # Errors
 /// An engine that cannot count this recording's ticks, or a recording of neither engine.
 pub fn for_replay(
     engine: EngineArg,
     header: &Header,
-    kvm_opens: impl FnOnce() -> bool,
+    is_there: impl FnOnce(EngineKind) -> bool,
 ) -> Result<EngineKind, ChoiceError> {
     let engines = ["soft", "kvm"];
     if !engines.contains(&header.engine.as_str()) {
@@ -172,25 +233,23 @@ pub fn for_replay(
     match (engine, header.tick_kind) {
         (EngineArg::Auto, _) => {
             let recorded = recorded_kind(header);
-            let there = recorded.filter(|kind| *kind == EngineKind::Soft || kvm_opens());
+            let there = recorded.filter(|kind| is_there(*kind));
             Ok(there.unwrap_or(EngineKind::Soft))
         }
         (EngineArg::Soft, _) => Ok(EngineKind::Soft),
         (EngineArg::Kvm, TickKind::Instruction) => Ok(EngineKind::Kvm(KvmClock::Step)),
         (EngineArg::Kvm, TickKind::Exit) => Ok(EngineKind::Kvm(KvmClock::Sync)),
-        (EngineArg::Kvm, TickKind::ConditionalBranch) => Err(ChoiceError::CountsBranches),
+        (EngineArg::Kvm, TickKind::ConditionalBranch) => Ok(EngineKind::Pmu),
     }
 }
 
 /// The engine that made a recording, if this version has it.
 pub fn recorded_kind(header: &Header) -> Option<EngineKind> {
-    [EngineKind::Soft, EngineKind::Kvm(KvmClock::Step), EngineKind::Kvm(KvmClock::Sync)]
-        .into_iter()
-        .find(|kind| {
-            kind.engine_name() == header.engine
-                && kind.clock_name() == header.clock
-                && kind.tick_kind() == header.tick_kind
-        })
+    EngineKind::ALL.into_iter().find(|kind| {
+        kind.engine_name() == header.engine
+            && kind.clock_name() == header.clock
+            && kind.tick_kind() == header.tick_kind
+    })
 }
 
 fn unknown(header: &Header) -> ChoiceError {
@@ -201,13 +260,81 @@ fn unknown(header: &Header) -> ChoiceError {
 mod tests {
     use super::*;
 
+    const STEP: EngineKind = EngineKind::Kvm(KvmClock::Step);
+    const SYNC: EngineKind = EngineKind::Kvm(KvmClock::Sync);
+
+    fn finding(available: bool) -> Finding {
+        let (reason, remedy) = if available {
+            ("it counts", None)
+        } else {
+            ("no permission", Some("run `sudo sysctl`".to_owned()))
+        };
+        Finding { available, reason: reason.to_owned(), remedy }
+    }
+
+    fn chosen(engine: EngineArg, clock: ClockArg, pmu: bool) -> Result<Choice, ChoiceError> {
+        let decide = || Verdict { finding: finding(pmu), remembered: false };
+        choose(engine, clock, decide, || finding(pmu))
+    }
+
     #[test]
     fn a_clock_implies_its_engine_and_contradictions_are_refused() {
-        let kind = |engine, clock| for_new_run(engine, clock).map(|choice| choice.kind);
-        assert_eq!(kind(EngineArg::Auto, ClockArg::Auto), Ok(EngineKind::Soft));
-        assert_eq!(kind(EngineArg::Auto, ClockArg::Step), Ok(EngineKind::Kvm(KvmClock::Step)));
-        assert_eq!(kind(EngineArg::Kvm, ClockArg::Auto), Ok(EngineKind::Kvm(KvmClock::Sync)));
-        assert_eq!(kind(EngineArg::Soft, ClockArg::Sync), Err(ChoiceError::SoftHasOneClock));
-        assert_eq!(kind(EngineArg::Kvm, ClockArg::Pmu), Err(ChoiceError::NoPmuClock));
+        use {ClockArg as C, EngineArg as E};
+        let kind = |engine, clock, pmu| chosen(engine, clock, pmu).map(|choice| choice.kind);
+        for pmu in [false, true] {
+            assert_eq!(kind(E::Auto, C::Step, pmu), Ok(STEP));
+            assert_eq!(kind(E::Kvm, C::Sync, pmu), Ok(SYNC));
+            assert_eq!(kind(E::Soft, C::Auto, pmu), Ok(EngineKind::Soft));
+            for clock in [C::Pmu, C::Step, C::Sync] {
+                assert_eq!(kind(E::Soft, clock, pmu), Err(ChoiceError::SoftHasOneClock));
+            }
+        }
+        assert_eq!(kind(E::Auto, C::Auto, false), Ok(EngineKind::Soft));
+        assert_eq!(kind(E::Auto, C::Auto, true), Ok(EngineKind::Pmu));
+        assert_eq!(kind(E::Kvm, C::Auto, false), Ok(SYNC));
+        assert_eq!(kind(E::Kvm, C::Auto, true), Ok(EngineKind::Pmu));
+        assert_eq!(kind(E::Kvm, C::Pmu, true), Ok(EngineKind::Pmu));
+        assert_eq!(kind(E::Auto, C::Pmu, true), Ok(EngineKind::Pmu));
+    }
+
+    #[test]
+    fn a_clock_that_the_host_lacks_is_refused_with_what_to_do() {
+        let error = chosen(EngineArg::Kvm, ClockArg::Pmu, false).expect_err("no counter");
+        let line = error.to_string();
+        assert!(line.contains("no permission; run `sudo sysctl`, or use --engine soft"), "{line}");
+    }
+
+    #[test]
+    fn what_the_program_chose_it_gives_a_reason_for() {
+        for (engine, pmu) in [
+            (EngineArg::Auto, false),
+            (EngineArg::Auto, true),
+            (EngineArg::Kvm, false),
+            (EngineArg::Kvm, true),
+        ] {
+            let choice = chosen(engine, ClockArg::Auto, pmu).expect("a choice");
+            let reason = choice.reason.expect("a reason");
+            let expected = if pmu { "it counts" } else { "no permission" };
+            assert!(reason.contains(expected) && !reason.contains('\n'), "{reason}");
+        }
+        assert_eq!(chosen(EngineArg::Soft, ClockArg::Auto, true).expect("a choice").reason, None);
+    }
+
+    /// Each test of the counter is made once: by whoever chose, or by whoever makes the engine.
+    #[test]
+    fn the_counter_is_tried_once() {
+        let tested = |clock| chosen(EngineArg::Kvm, clock, true).expect("a choice").hardware();
+        for clock in [ClockArg::Auto, ClockArg::Pmu] {
+            assert_eq!(tested(clock).self_testing, SelfTesting::Done);
+        }
+        assert_eq!(Choice::of(EngineKind::Pmu).hardware().self_testing, SelfTesting::Run);
+    }
+
+    #[test]
+    fn every_engine_is_found_again_by_its_names() {
+        let names = EngineKind::ALL.map(|kind| (kind.engine_name(), kind.clock_name()));
+        for (index, name) in names.iter().enumerate() {
+            assert!(!names[..index].contains(name), "{name:?}");
+        }
     }
 }

@@ -2,6 +2,7 @@
 //! replays.
 
 pub mod assembly;
+pub mod automatic;
 pub mod bisection;
 pub mod checkpoints;
 pub mod choice;
@@ -9,9 +10,11 @@ pub mod expand;
 pub mod expand_report;
 pub mod file_kind;
 pub mod guest;
+pub mod hardware;
 pub mod profile_report;
 pub mod record;
 pub mod replay;
 pub mod report;
 pub mod stretches;
 pub mod trace_file;
+pub mod trial;

@@ -28,6 +28,7 @@ use super::assembly::{EngineVisitor, LoadedGuest, SoftOptions};
 use super::checkpoints::{self, CheckpointArg, CheckpointReport};
 use super::choice::{Choice, EngineKind};
 use super::guest::Guest;
+use super::hardware::BranchHardware;
 use super::profile_report::ProfileReport;
 use super::report::SessionReport;
 
@@ -124,13 +125,22 @@ pub struct RunPlan<'a> {
 /// # Errors
 /// The guest cannot be loaded, or engine or host refuse something.
 pub fn run(plan: RunPlan<'_>) -> Result<SessionReport> {
+    let hardware = plan.choice.hardware();
+    run_on(&hardware, plan)
+}
+
+/// As [`run`]; where the clock is `pmu`, on this hardware.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_on(hardware: &impl BranchHardware, plan: RunPlan<'_>) -> Result<SessionReport> {
     let (guest, choice) = (plan.guest, plan.choice.clone());
     let now_unix_s = unix_time_s();
     let header = header(guest, choice.kind, plan.memory_mib, now_unix_s);
-    let finished = execute(plan, &header, || Ok((DiscardSink, None)))?;
+    let finished = execute(hardware, plan, &header, || Ok((DiscardSink, None)))?;
     let mut report =
         SessionReport::new("run", &guest.name, choice.kind, &finished.outcome, finished.wall);
-    report.engine_reason = choice.reason;
+    report.engine_reason.clone_from(&choice.reason);
     report.console_failure = finished.console_failure;
     report.profile = finished.profile;
     Ok(report)
@@ -141,11 +151,24 @@ pub fn run(plan: RunPlan<'_>) -> Result<SessionReport> {
 /// # Errors
 /// As [`run`], and if the recording cannot be written; what was written then replays.
 pub fn record(plan: RunPlan<'_>, to: &RecordTo) -> Result<SessionReport> {
+    let hardware = plan.choice.hardware();
+    record_on(&hardware, plan, to)
+}
+
+/// As [`record`]; where the clock is `pmu`, on this hardware.
+///
+/// # Errors
+/// As [`record`].
+pub fn record_on(
+    hardware: &impl BranchHardware,
+    plan: RunPlan<'_>,
+    to: &RecordTo,
+) -> Result<SessionReport> {
     let (guest, choice) = (plan.guest, plan.choice.clone());
     let now_unix_s = unix_time_s();
     let header = header(guest, choice.kind, plan.memory_mib, now_unix_s);
     let mut begun = None;
-    let recorded = execute(plan, &header, || {
+    let recorded = execute(hardware, plan, &header, || {
         let file = create(to)?;
         let embedded = begun.insert(ImagesEmbedded::default());
         let (log, identity) = start_log(&file, &header, guest, embedded)?;
@@ -164,7 +187,7 @@ pub fn record(plan: RunPlan<'_>, to: &RecordTo) -> Result<SessionReport> {
         SessionReport::new("record", &guest.name, choice.kind, &finished.outcome, finished.wall)
             .with_file(log_bytes, image_bytes, file_bytes);
     report.checkpoints = finished.checkpoints;
-    report.engine_reason = choice.reason;
+    report.engine_reason.clone_from(&choice.reason);
     report.console_failure = finished.console_failure;
     report.profile = finished.profile;
     Ok(report)
@@ -184,6 +207,7 @@ struct Finished<S> {
 type Sinks<S> = (S, Option<(Box<dyn Checkpointer>, CheckpointThread)>);
 
 fn execute<S: FrameSink>(
+    hardware: &impl BranchHardware,
     plan: RunPlan<'_>,
     header: &Header,
     open_sinks: impl FnOnce() -> Result<Sinks<S>>,
@@ -197,7 +221,7 @@ fn execute<S: FrameSink>(
     let run = Run { time, accessed_bits, host, plan, open_sinks };
     let (finished, profile) = match hands_over {
         true => (loaded.with_relay(header, soft, run)?, None),
-        false => loaded.with_engine(choice.kind, soft, run)?,
+        false => loaded.with_engine(choice.kind, hardware, soft, run)?,
     };
     Ok(Finished { profile, ..finished? })
 }

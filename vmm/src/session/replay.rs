@@ -28,6 +28,7 @@ use reprise_trace::stretches::Course;
 use super::assembly::{self, SoftOptions};
 use super::choice::{self, EngineArg, EngineKind};
 use super::file_kind::NoFile;
+use super::hardware::{BranchHardware, HostHardware};
 use super::report::{SessionReport, SetAsideReport, damage_of};
 use super::stretches;
 
@@ -116,14 +117,26 @@ pub fn open_replayable(path: &Path) -> Result<Replayable> {
 /// # Errors
 /// It cannot be used at all, or this host lacks what it needs. A divergence is a report.
 pub fn replay(replayable: &Replayable, options: ReplayOptions) -> Result<Replayed> {
+    replay_on(&HostHardware::default(), replayable, options)
+}
+
+/// As [`replay`]; where the clock is `pmu`, on this hardware.
+///
+/// # Errors
+/// As [`replay`].
+pub fn replay_on(
+    hardware: &impl BranchHardware,
+    replayable: &Replayable,
+    options: ReplayOptions,
+) -> Result<Replayed> {
     let recording = replayable.recording();
     let header = recording.header();
     let course = replayable.course();
-    let kind = choice::for_replay(options.engine, header, reprise_kvm::opens)?;
+    let kind = choice::for_replay(options.engine, header, |kind| is_there(hardware, kind))?;
     let (mut notes, mut instructions) = (Vec::new(), None);
     let beginning = begin(replayable, options.from, kind, &mut notes)?;
     let header = &header.of_stretch(beginning.stretch());
-    let kind = choice::for_replay(options.engine, header, reprise_kvm::opens)?;
+    let kind = choice::for_replay(options.engine, header, |kind| is_there(hardware, kind))?;
     let followed = stretches::followed(header, course, options.engine)?;
     let verification = followed.verification;
     let from_tick = beginning.tick();
@@ -147,6 +160,10 @@ pub fn replay(replayable: &Replayable, options: ReplayOptions) -> Result<Replaye
                 drive.run(beginning, |ram| assembly::kvm_engine(ram, clock))?;
             (outcome, wall, None)
         }
+        EngineKind::Pmu => {
+            let (outcome, wall, _) = drive.run(beginning, |ram| hardware.engine(ram))?;
+            (outcome, wall, None)
+        }
     };
     let outcome = outcome?;
     let mut report = report(recording, kind, verification, &outcome, wall);
@@ -160,6 +177,15 @@ pub fn replay(replayable: &Replayable, options: ReplayOptions) -> Result<Replaye
     report.profile = profile;
     notes.extend(self::notes(header, verification, kind));
     Ok(Replayed { report, notes, kind })
+}
+
+/// Whether the host has what this engine needs, as far as can be told in no time.
+pub(super) fn is_there(hardware: &impl BranchHardware, kind: EngineKind) -> bool {
+    match kind {
+        EngineKind::Soft => true,
+        EngineKind::Kvm(_) => reprise_kvm::opens(),
+        EngineKind::Pmu => hardware.is_there(),
+    }
 }
 
 /// The last usable beginning at or before the place asked for. A damaged checkpoint is no reason not to

@@ -103,7 +103,7 @@ pub struct SessionReport {
     /// What ticks count: `instructions`, `step`, `sync` or `pmu`.
     pub clock: &'static str,
     /// Why this engine, where the program chose it.
-    pub engine_reason: Option<&'static str>,
+    pub engine_reason: Option<String>,
     /// Instructions executed; null where neither clock nor engine counts them.
     pub instructions: Option<u64>,
     /// Ticks of the clock since the machine started.

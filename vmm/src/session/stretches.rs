@@ -17,7 +17,8 @@ use serde::Serialize;
 
 use super::assembly::{self, SoftOptions};
 use super::choice::{self, ChoiceError, EngineArg, EngineKind};
-use super::replay::At;
+use super::hardware::{BranchHardware, HostHardware};
+use super::replay::{At, is_there};
 use crate::output::grouped;
 
 /// What `--then` names: an engine, and its clock if it has several.
@@ -152,6 +153,7 @@ pub fn relay(
         Ok(match kind {
             EngineKind::Soft => Box::new(assembly::soft_engine(ram, soft)?) as Box<dyn Engine>,
             EngineKind::Kvm(clock) => Box::new(assembly::kvm_engine(ram, clock)?),
+            EngineKind::Pmu => Box::new(HostHardware::default().engine(ram)?),
         })
     });
     Relay::new(ram, first, make)
@@ -163,7 +165,8 @@ fn refused(error: ChoiceError) -> EngineError {
 
 /// What executes a stretch if `engine` is asked for.
 fn kind_of(header: &Header, on: &HandOver, engine: EngineArg) -> Result<EngineKind, ChoiceError> {
-    choice::for_replay(engine, &header.of_stretch(on), reprise_kvm::opens)
+    let hardware = HostHardware::default();
+    choice::for_replay(engine, &header.of_stretch(on), |kind| is_there(&hardware, kind))
 }
 
 /// How a replay follows a recording.

@@ -1,0 +1,72 @@
+//! Hardware for sessions: simulated, or refusing.
+
+use reprise::session::hardware::BranchHardware;
+use reprise_branch_clock::engine::{BranchClock, Parameters};
+use reprise_branch_clock::probe::what_is_wrong;
+use reprise_machine::engine::EngineError;
+use reprise_machine::ram::{GuestRam, MIN_RAM_MIB};
+use reprise_simulated_hardware::{Disturbance, SimulatedVcpu};
+
+/// A vCPU made of the software CPU.
+pub(crate) struct Simulated {
+    pub(crate) disturbance: Disturbance,
+    /// Conditional branches by which an overflow may be late, as the clock believes.
+    skid: u64,
+    bounded: bool,
+}
+
+impl Simulated {
+    /// An Intel machine, kicked by its host alone.
+    pub(crate) fn intel(seed: u64) -> Self {
+        let disturbance = Disturbance { kick_every: None, ..Disturbance::intel(seed) };
+        Self { disturbance, skid: 100, bounded: true }
+    }
+
+    /// A Zen machine, kicked by its host alone.
+    pub(crate) fn zen(seed: u64) -> Self {
+        let disturbance = Disturbance { kick_every: None, ..Disturbance::zen(seed) };
+        Self { disturbance, skid: 10_000, bounded: false }
+    }
+
+    fn vcpu(&self, ram: GuestRam) -> Result<SimulatedVcpu, EngineError> {
+        let mut vcpu = SimulatedVcpu::new(ram, self.disturbance)?;
+        vcpu.hide_time_stamp_counter();
+        Ok(vcpu)
+    }
+}
+
+impl BranchHardware for Simulated {
+    type Vcpu = SimulatedVcpu;
+
+    fn is_there(&self) -> bool {
+        true
+    }
+
+    /// As on KVM, the counter is tried out first, unless it is to be a wrong one.
+    fn engine(&self, ram: GuestRam) -> Result<BranchClock<SimulatedVcpu>, EngineError> {
+        if self.disturbance.overcount_every.is_none() {
+            let small = GuestRam::new(MIN_RAM_MIB).expect("the host has memory");
+            let wrong = what_is_wrong(&mut self.vcpu(small)?, self.skid, self.bounded)?;
+            assert_eq!(wrong, None, "seed {}", self.disturbance.seed);
+        }
+        BranchClock::new(self.vcpu(ram)?, Parameters::with_skid(self.skid))
+    }
+}
+
+/// What a host without a counter says.
+pub(crate) const REFUSAL: &str = "there is no counter: use --engine soft";
+
+/// A host without a counter.
+pub(crate) struct Refusing;
+
+impl BranchHardware for Refusing {
+    type Vcpu = SimulatedVcpu;
+
+    fn is_there(&self) -> bool {
+        false
+    }
+
+    fn engine(&self, _ram: GuestRam) -> Result<BranchClock<SimulatedVcpu>, EngineError> {
+        Err(EngineError { what: REFUSAL.to_owned() })
+    }
+}

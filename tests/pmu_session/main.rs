@@ -1,0 +1,196 @@
+//! Sessions with the clock `pmu`, from the plan to the file and back: the code that `reprise record` and
+//! `reprise replay` run, the real host's clock, timers and threads with it, on simulated hardware in
+//! place of KVM and a counter. What a real machine adds is the vCPU's system calls; where this one has a
+//! counter, the command line's own tests are run on it.
+
+mod hardware;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use reprise::session::assembly::SoftOptions;
+use reprise::session::checkpoints::CheckpointArg;
+use reprise::session::choice::{Choice, EngineKind};
+use reprise::session::guest::Guest;
+use reprise::session::record::{RecordTo, RunPlan, record_on, run_on};
+use reprise::session::replay::{ReplayOptions, Replayed, open_replayable, replay_on};
+use reprise::session::report::SessionReport;
+use reprise::session::trial;
+use reprise_host::{ConsoleSink, HostOptions, InputSource};
+
+use hardware::{Refusing, Simulated};
+
+/// A guest, what is typed to it, and where its files are.
+struct Session {
+    guest: Guest,
+    typed: &'static str,
+    time_limit: Option<Duration>,
+    directory: tempfile::TempDir,
+}
+
+impl Session {
+    fn new(name: &str, command_line: &str) -> Self {
+        let mut guest = Guest::embedded(name).expect("it is listed");
+        command_line.clone_into(&mut guest.cmdline);
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        Self { guest, typed: "", time_limit: None, directory }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.path().join("session.rr")
+    }
+
+    fn console(&self) -> PathBuf {
+        self.directory.path().join("console")
+    }
+
+    fn plan(&self) -> RunPlan<'_> {
+        let console = std::fs::File::create(self.console()).expect("a console file");
+        let host = HostOptions {
+            input: InputSource::Bytes(self.typed.as_bytes().to_vec()),
+            console: ConsoleSink::File(console),
+            time_limit: self.time_limit,
+            ..HostOptions::default()
+        };
+        let (choice, soft) = (Choice::of(EngineKind::Pmu), SoftOptions::default());
+        RunPlan { guest: &self.guest, choice, plan: Vec::new(), memory_mib: 4, soft, host }
+    }
+
+    fn record(&self, hardware: &Simulated) -> SessionReport {
+        let checkpoints = CheckpointArg::default();
+        let to = RecordTo { path: self.path(), force: false, checkpoints };
+        let report = record_on(hardware, self.plan(), &to).expect("it records");
+        assert_eq!((report.engine, report.clock), ("kvm", "pmu"));
+        eprintln!(
+            "{} ticks, {} events, {} interrupts, {:.3} s of guest time in {:.3} s",
+            report.ticks,
+            report.events,
+            report.interrupts,
+            report.virtual_seconds,
+            report.wall_seconds
+        );
+        report
+    }
+
+    fn printed(&self) -> String {
+        std::fs::read_to_string(self.console()).expect("a console file")
+    }
+}
+
+fn replay(path: &Path, hardware: &Simulated) -> anyhow::Result<Replayed> {
+    replay_on(hardware, &open_replayable(path)?, ReplayOptions::default())
+}
+
+#[track_caller]
+fn assert_equal(recorded: &SessionReport, replayed: &SessionReport, seed: u64) {
+    assert_eq!(replayed.verified, Some(true), "seed {seed}: {replayed:#?}");
+    assert_eq!(replayed.verification, Some("exact"));
+    assert_eq!((replayed.engine, replayed.clock), ("kvm", "pmu"));
+    assert!(recorded.final_digest.is_some(), "the end is an exact moment");
+    assert_eq!(replayed.final_digest, recorded.final_digest, "seed {seed}");
+    assert_eq!(replayed.console_digest, recorded.console_digest, "seed {seed}");
+    assert_eq!(replayed.ticks, recorded.ticks, "seed {seed}");
+    assert_eq!(replayed.interrupts, recorded.interrupts, "seed {seed}");
+}
+
+/// Records under seed 1 and replays under others.
+fn replays(session: &Session) -> SessionReport {
+    let recorded = session.record(&Simulated::intel(1));
+    for seed in 2..6 {
+        let replayed = replay(&session.path(), &Simulated::intel(seed));
+        let replayed = replayed.unwrap_or_else(|error| panic!("seed {seed}: {error:#}"));
+        assert_equal(&recorded, &replayed.report, seed);
+    }
+    recorded
+}
+
+#[test]
+fn ticks_is_recorded_and_replayed() {
+    let session = Session::new("ticks", "hz=2000 count=20");
+    let recorded = replays(&session);
+    assert!(recorded.interrupts >= 20 && session.printed().contains("position hash "));
+}
+
+#[test]
+fn echo_is_recorded_and_replayed() {
+    let mut session = Session::new("echo", "");
+    session.typed = "one line\rquit\r";
+    replays(&session);
+    assert!(session.printed().contains("one line"), "{:?}", session.printed());
+}
+
+/// The guest leaves for the host only to print at its end. The flush timer kicks it four times a
+/// second; that its timer interrupts are on time is the deadline's doing.
+#[test]
+fn a_guest_that_never_exits_takes_its_timer_interrupts_in_time() {
+    let session = Session::new("ticks", "hz=500 count=20 poll=100000000");
+    let recorded = replays(&session);
+    assert!(recorded.interrupts >= 20, "{recorded:#?}");
+    // 40 ms, were the machine not busy; 5 s with the flush timer alone.
+    assert!(recorded.virtual_seconds < 2.0, "{} s", recorded.virtual_seconds);
+}
+
+#[test]
+fn a_guest_that_spins_is_stopped_at_an_exact_moment() {
+    let mut session = Session::new("misbehave", "do=spin");
+    session.time_limit = Some(Duration::from_millis(600));
+    let recorded = replays(&session);
+    assert_eq!(recorded.ending, "stopped");
+}
+
+#[test]
+fn a_run_is_a_recording_without_a_file() {
+    let session = Session::new("ticks", "hz=2000 count=5");
+    let report = run_on(&Simulated::intel(7), session.plan()).expect("it runs");
+    assert_eq!((report.ending, report.clock), ("reset", "pmu"));
+}
+
+#[test]
+fn zen_replays_or_says_that_it_was_late() {
+    let session = Session::new("ticks", "hz=2000 count=10 poll=100000000");
+    let recorded = session.record(&Simulated::zen(1));
+    let (mut equal, mut late) = (0, 0);
+    for seed in 2..8 {
+        match replay(&session.path(), &Simulated::zen(seed)) {
+            Ok(replayed) => {
+                assert_equal(&recorded, &replayed.report, seed);
+                equal += 1;
+            }
+            Err(error) => {
+                assert!(format!("{error:#}").contains("replay again"), "seed {seed}: {error:#}");
+                late += 1;
+            }
+        }
+    }
+    eprintln!("{equal} replays were equal, {late} were stopped too late");
+    assert!(equal > 0);
+}
+
+#[test]
+fn hardware_that_overcounts_does_not_pass_for_a_replay() {
+    let session = Session::new("ticks", "hz=2000 count=20");
+    session.record(&Simulated::intel(1));
+    let mut hardware = Simulated::intel(2);
+    hardware.disturbance.overcount_every = Some(5_000);
+    match replay(&session.path(), &hardware) {
+        Ok(replayed) => assert_eq!(replayed.report.verified, Some(false)),
+        Err(error) => eprintln!("{error:#}"),
+    }
+}
+
+#[test]
+fn a_refused_counter_leaves_no_file() {
+    let session = Session::new("ticks", "");
+    let to = RecordTo { path: session.path(), force: false, checkpoints: CheckpointArg::default() };
+    let error = record_on(&Refusing, session.plan(), &to).expect_err("no counter");
+    assert_eq!(format!("{error:#}"), hardware::REFUSAL);
+    assert!(!session.path().exists());
+}
+
+#[test]
+fn the_doctors_trial_passes_on_hardware_that_counts_right() {
+    let trial = trial::attempt_on(&Simulated::intel(3), EngineKind::Pmu);
+    assert!(trial.equal && trial.interrupts >= 4, "{trial:?}");
+    let trial = trial::attempt_on(&Refusing, EngineKind::Pmu);
+    assert_eq!((trial.equal, trial.failure.as_deref()), (false, Some(hardware::REFUSAL)));
+}
