@@ -121,10 +121,49 @@ fn images_lists_every_guest() {
 }
 
 #[test]
-fn doctor_tells_what_this_host_can_do() {
-    let finished = run(&["--json", "doctor"]).expect_code(0);
-    let report = finished.json();
+fn doctor_tells_what_this_host_can_do_and_auto_does_it() {
+    let report = run(&["--json", "doctor"]).expect_code(0).json();
     assert!(report["error"].is_null(), "{report:#}");
+    let engines = report["engines"].as_array().expect("a list");
+    let mut names: Vec<_> = engines.iter().map(|e| (&e["engine"], &e["clock"])).collect();
+    names.sort_by_key(|(engine, clock)| (engine.to_string(), clock.to_string()));
+    let expected = [("kvm", "pmu"), ("kvm", "step"), ("kvm", "sync"), ("soft", "instructions")];
+    assert_eq!(names.len(), expected.len());
+    for ((engine, clock), expected) in names.into_iter().zip(expected) {
+        assert_eq!((engine.as_str(), clock.as_str()), (Some(expected.0), Some(expected.1)));
+    }
+    for engine in engines {
+        assert!(engine["reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{engine:#}");
+        let tried = engine["trial"]["equal"].as_bool() == Some(true);
+        assert_eq!(engine["available"].as_bool(), Some(tried), "{engine:#}");
+    }
+    let auto = run(&["--json", "run", "--image", "hello"]).expect_code(0).json();
+    assert_eq!((&auto["engine"], &auto["clock"]), (&report["engine"], &report["clock"]));
+    assert!(auto["engine_reason"].is_string(), "{auto:#}");
+}
+
+#[test]
+fn doctor_says_what_would_give_more() {
+    let report = run(&["--json", "doctor"]).expect_code(0).json();
+    let advice = report["advice"].as_array().expect("a list");
+    let lacking = report["engines"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .filter(|engine| engine["available"] == false && engine["remedy"].is_string());
     let text = run(&["doctor"]).expect_code(0);
-    assert!(text.stdout.len() > 100, "{}", String::from_utf8_lossy(&text.stdout));
+    let text = String::from_utf8_lossy(&text.stdout);
+    for engine in lacking {
+        let options = engine["options"].as_str().expect("options");
+        let advised = |advice: &serde_json::Value| {
+            advice["gives"].as_str().is_some_and(|gives| gives.contains(options))
+                && advice["what"] == engine["remedy"]
+        };
+        assert!(advice.iter().any(advised), "{options} is not in {advice:#?}");
+        assert!(text.contains(&format!("no   {options}\n")), "{text}");
+    }
+    assert!(text.contains("yes  --engine soft\n") && text.contains("tried: "), "{text}");
+    for finding in report["findings"].as_array().expect("a list") {
+        assert!(text.contains(finding["topic"].as_str().expect("a topic")), "{finding:#}");
+    }
 }

@@ -79,7 +79,8 @@ impl KvmError {
         let remedy = match self {
             Self::Missing { .. } => host::how_to_get_kvm(),
             Self::Permission { .. } => {
-                "add yourself to its group (`sudo usermod -aG kvm $USER`) and log in again"
+                "run `sudo setfacl -m u:$USER:rw /dev/kvm`, or for good `sudo usermod -aG kvm $USER` and \
+                 log in again"
             }
             Self::ApiVersion(_) | Self::Lacks(_) => "update the host's kernel",
             Self::NoBranchCounter(refusal) | Self::CounterFailed(refusal) => refusal.remedy(),

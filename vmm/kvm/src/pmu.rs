@@ -61,9 +61,13 @@ pub fn pmu_counter() -> Finding {
 }
 
 fn counter_on(host: &dyn PerfHost) -> Finding {
-    if let Err(error) = open(DEVICE) {
-        return Finding::failed(&error);
+    match open(DEVICE) {
+        Ok(_) => counter_alone_on(host),
+        Err(error) => Finding::failed(&error),
     }
+}
+
+fn counter_alone_on(host: &dyn PerfHost) -> Finding {
     match BranchCounter::open(host) {
         Ok(counter) => {
             let event = counter.event();
@@ -71,6 +75,11 @@ fn counter_on(host: &dyn PerfHost) -> Finding {
         }
         Err(refusal) => Finding::refused(&refusal),
     }
+}
+
+/// Whether this host has a counter for the clock `pmu`, with or without KVM.
+pub(crate) fn counter_alone() -> Finding {
+    on_own_thread(|| counter_alone_on(&ThisHost))
 }
 
 /// Whether this host has the clock `pmu`, and why (not). Runs a tiny guest for some milliseconds.

@@ -7,7 +7,7 @@ use crate::counter_refusal::CounterRefusal;
 use crate::counters::Counted;
 use crate::error::KvmError;
 use crate::host::KvmKind;
-use crate::pmu::pmu_clock;
+use crate::pmu::{counter_alone, pmu_clock};
 use crate::self_test::{Level, SelfTest, step_clock};
 use crate::vcpu::{CAPABILITIES, DEVICE, open};
 
@@ -136,6 +136,8 @@ pub struct KvmReport {
     pub counter_of_cpu: Option<CounterOfCpu>,
     /// This host is a virtual machine.
     pub in_vm: bool,
+    /// A counter for the clock `pmu`, with or without KVM.
+    pub conditional_branch_counter: Finding,
     /// A counter of the guest's retired instructions.
     pub instruction_counter: Finding,
     /// A counter of the guest's retired branches.
@@ -194,6 +196,7 @@ impl KvmReport {
             cpu_model: by_level,
             counter_of_cpu: CounterOfCpu::of_this_host(),
             in_vm: HostCpu::is_virtual(),
+            conditional_branch_counter: counter_alone(),
             instruction_counter: unknown.clone(),
             branch_counter: unknown,
         }

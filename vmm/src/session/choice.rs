@@ -198,15 +198,15 @@ fn automatically(engine: EngineArg, verdict: &Verdict) -> Choice {
         let choice = Choice::because(EngineKind::Pmu, reason);
         return Choice { self_testing: SelfTesting::Done, ..choice };
     }
-    let without = format!("kvm's own exact clock (pmu) cannot be had here: {reason}");
+    let without = format!("the faster kvm with clock pmu cannot be had: {reason}");
     match engine {
         EngineArg::Kvm => Choice::because(
             EngineKind::Kvm(KvmClock::Sync),
-            format!("interrupts arrive at exits only, --clock step is exact everywhere; {without}"),
+            format!("interrupts arrive at exits only, --clock step has no such limit; {without}"),
         ),
         EngineArg::Auto | EngineArg::Soft => Choice::because(
             EngineKind::Soft,
-            format!("exact on every host; {without} (`reprise doctor` says what would help)"),
+            format!("exact on every host; {without}; see `reprise doctor`"),
         ),
     }
 }
