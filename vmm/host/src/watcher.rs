@@ -21,7 +21,7 @@ use crate::input::{MAX_WAITING_BYTES, OpenInput, Stream, StreamRead};
 
 /// How often the log is pushed out: a killed recorder loses no more than this and what one frame
 /// takes to be written, well below the second that is promised.
-const FLUSH_INTERVAL: Duration = Duration::from_millis(250);
+pub(crate) const FLUSH_INTERVAL: Duration = Duration::from_millis(250);
 
 /// What the watcher leaves for the machine.
 pub(crate) struct Shared {
@@ -211,6 +211,7 @@ impl Watcher {
         input: OpenInput,
         stop: &EventFd,
         kick: Arc<dyn Kick>,
+        flush_interval: Duration,
     ) -> Result<Self, HostError> {
         let system = HostError::system;
         let state = State {
@@ -228,7 +229,7 @@ impl Watcher {
         let (room, close) = (eventfd()?, eventfd()?);
         let mut timer = TimerFd::new().map_err(|e| system("a timer")(e.into()))?;
         timer
-            .reset(FLUSH_INTERVAL, Some(FLUSH_INTERVAL))
+            .reset(flush_interval, Some(flush_interval))
             .map_err(|e| system("a timer")(e.into()))?;
         let alarm = Alarm::new()?;
         let closing = Arc::new(AtomicBool::new(false));

@@ -136,8 +136,7 @@ pub fn replay_on(
     let (mut notes, mut instructions) = (Vec::new(), None);
     let beginning = begin(replayable, options.from, kind, &mut notes)?;
     let header = &header.of_stretch(beginning.stretch());
-    let kind = choice::for_replay(options.engine, header, |kind| is_there(hardware, kind))?;
-    let followed = stretches::followed(header, course, options.engine)?;
+    let followed = stretches::followed(hardware, header, course, options.engine)?;
     let verification = followed.verification;
     let from_tick = beginning.tick();
     let (engine, soft) = (options.engine, options.soft);

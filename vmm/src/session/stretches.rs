@@ -149,11 +149,12 @@ pub fn relay(
 ) -> Result<Relay, EngineError> {
     let header = header.clone();
     let make: MakeEngine = Box::new(move |to, ram| {
-        let kind = kind_of(&header, to, engine).map_err(refused)?;
+        let hardware = HostHardware::default();
+        let kind = kind_of(&hardware, &header, to, engine).map_err(refused)?;
         Ok(match kind {
             EngineKind::Soft => Box::new(assembly::soft_engine(ram, soft)?) as Box<dyn Engine>,
             EngineKind::Kvm(clock) => Box::new(assembly::kvm_engine(ram, clock)?),
-            EngineKind::Pmu => Box::new(HostHardware::default().engine(ram)?),
+            EngineKind::Pmu => Box::new(hardware.engine(ram)?),
         })
     });
     Relay::new(ram, first, make)
@@ -164,9 +165,13 @@ fn refused(error: ChoiceError) -> EngineError {
 }
 
 /// What executes a stretch if `engine` is asked for.
-fn kind_of(header: &Header, on: &HandOver, engine: EngineArg) -> Result<EngineKind, ChoiceError> {
-    let hardware = HostHardware::default();
-    choice::for_replay(engine, &header.of_stretch(on), |kind| is_there(&hardware, kind))
+fn kind_of(
+    hardware: &impl BranchHardware,
+    header: &Header,
+    on: &HandOver,
+    engine: EngineArg,
+) -> Result<EngineKind, ChoiceError> {
+    choice::for_replay(engine, &header.of_stretch(on), |kind| is_there(hardware, kind))
 }
 
 /// How a replay follows a recording.
@@ -183,13 +188,14 @@ pub struct Followed {
 /// # Errors
 /// A stretch that `engine` cannot replay.
 pub fn followed(
+    hardware: &impl BranchHardware,
     header: &Header,
     course: &Course,
     engine: EngineArg,
 ) -> Result<Followed, ChoiceError> {
     let (mut same, mut on_soft) = (true, true);
     for stretch in &course.stretches {
-        let kind = kind_of(header, &stretch.on, engine)?;
+        let kind = kind_of(hardware, header, &stretch.on, engine)?;
         same &= choice::recorded_kind(&header.of_stretch(&stretch.on)) == Some(kind);
         on_soft &= kind == EngineKind::Soft;
     }
