@@ -115,7 +115,7 @@ fn values_are_added_to_a_trace_and_nothing_else_changes() {
         let lines = list(added);
         let old: Vec<String> = lines.iter().filter(is_old).map(without_value).collect();
         assert!(old == plain, "{added:?}");
-        assert_eq!(lines.len() > old.len(), true, "{added:?}");
+        assert!(lines.len() > old.len(), "{added:?}");
     }
     let full = list(&["--full"]);
     let loads = full.iter().filter(|line| line.contains(",read,"));
