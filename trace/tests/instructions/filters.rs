@@ -233,7 +233,7 @@ impl Observer for AtOnce {
 
     fn runs(&mut self, runs: &mut PlainRuns<'_>) -> Result<(), TraceError> {
         self.handed += 1;
-        for run in runs.by_ref() {
+        for run in runs {
             self.runs += 1;
             self.account.run(&run)?;
         }

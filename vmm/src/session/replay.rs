@@ -1,6 +1,6 @@
 //! Replays a recording, from the images that it embeds, and verifies it.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fs::{self, File};
 use std::io::{BufReader, Write};
 use std::path::Path;
@@ -19,7 +19,9 @@ use reprise_machine::lawful::SetAside;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, MachineError, Outcome};
 use reprise_machine::ram::GuestRam;
-use reprise_replay::{Beginning, ReplayError, Replayable, Start, accessed_bits};
+use reprise_replay::{
+    Arrived, Beginning, ConsoleOnce, ReplayError, Replayable, Start, accessed_bits,
+};
 use reprise_trace::header::Header;
 use reprise_trace::moment::TickKind;
 use reprise_trace::recording::Recording;
@@ -140,28 +142,33 @@ pub fn replay_on(
     let verification = followed.verification;
     let from_tick = beginning.tick();
     let (engine, soft) = (options.engine, options.soft);
-    let drive = Drive { verification, options };
+    let drive = Drive { replayable, verification, options };
     let first = beginning.stretch().clone();
     let (outcome, wall, profile) = match kind {
         _ if followed.by_relay => {
             let make = |ram| stretches::relay(ram, &first, header, engine, soft);
-            let (outcome, wall, _) = drive.run(beginning, make)?;
+            let Driven { outcome, wall, .. } = drive.run(beginning, make)?;
             (outcome, wall, None)
         }
         EngineKind::Soft => {
-            let (outcome, wall, engine) =
-                drive.run(beginning, |ram| assembly::replaying_soft_engine(ram, header, soft))?;
+            let make = |ram| assembly::replaying_soft_engine(ram, header, soft);
+            let Driven { outcome, wall, engine, .. } = drive.run(beginning, make)?;
             instructions = Some(engine.instructions_executed());
             (outcome, wall, assembly::leave(engine))
         }
         EngineKind::Kvm(clock) => {
-            let (outcome, wall, _) =
-                drive.run(beginning, |ram| assembly::kvm_engine(ram, clock))?;
+            let make = |ram| assembly::kvm_engine(ram, clock);
+            let Driven { outcome, wall, .. } = drive.run(beginning, make)?;
             (outcome, wall, None)
         }
         EngineKind::Pmu => {
-            let (outcome, wall, _) = drive.run(beginning, |ram| hardware.engine(ram))?;
-            (outcome, wall, None)
+            let driven = drive.run(beginning, |ram| hardware.engine(ram))?;
+            if driven.times_back > 0 {
+                let times = driven.times_back;
+                notes
+                    .push(format!("the counter was late: went back to a checkpoint {times} times"));
+            }
+            (driven.outcome, driven.wall, None)
         }
     };
     let outcome = outcome?;
@@ -218,57 +225,82 @@ fn begin(
 }
 
 /// What drives a replaying machine, whatever its engine.
-struct Drive {
+struct Drive<'a> {
+    replayable: &'a Replayable,
     verification: Verification,
     options: ReplayOptions,
 }
 
-impl Drive {
-    /// Makes the machine and runs it. Gives what it came to, how long that took, and the engine.
+/// What a replay came to.
+struct Driven<E> {
+    outcome: Result<Outcome, MachineError>,
+    wall: Duration,
+    engine: E,
+    /// How often it went back to a checkpoint, because the engine stopped late.
+    times_back: u32,
+}
+
+impl Drive<'_> {
+    /// Makes the machine and runs it.
     fn run<E: Engine>(
         self,
         beginning: Beginning,
-        make_engine: impl FnOnce(GuestRam) -> Result<E, EngineError>,
-    ) -> Result<(Result<Outcome, MachineError>, Duration, E), ReplayError> {
-        let Self { verification, options } = self;
+        make_engine: impl Fn(GuestRam) -> Result<E, EngineError>,
+    ) -> Result<Driven<E>, ReplayError> {
+        let Self { replayable, verification, options } = self;
         // Only from the place asked for on.
         let shown = Rc::new(Cell::new(options.from.is_none()));
-        let mut kicks = false;
-        let mut machine = beginning.into_machine(make_engine, |inputs| {
-            let mut inputs = inputs.verifying(verification);
-            if let Some(mut console) = options.console {
-                // Whoever reads it may go away; the replay is worth going on with.
-                let shown = shown.clone();
-                inputs = inputs.on_console(move |bytes| {
-                    if shown.get() {
-                        let _ = console.write_all(bytes);
-                    }
-                });
+        let once = ConsoleOnce::default();
+        let console = options.console.map(|console| Rc::new(RefCell::new(console)));
+        let progress = options.progress.map(|progress| Rc::new(RefCell::new(progress)));
+        let mut checkpointer = options.checkpointer;
+        let make = |beginning: Beginning| {
+            once.begin(beginning.console_bytes());
+            let mut machine = beginning.into_machine(&make_engine, |inputs| {
+                let mut inputs = inputs.verifying(verification);
+                if let Some(console) = console.clone() {
+                    let (shown, once) = (shown.clone(), once.clone());
+                    inputs = inputs.on_console(move |bytes| {
+                        let fresh = once.fresh(bytes);
+                        // Whoever reads it may go away; the replay is worth going on with.
+                        if shown.get() {
+                            let _ = console.borrow_mut().write_all(fresh);
+                        }
+                    });
+                }
+                if let Some(progress) = progress.clone() {
+                    inputs = inputs.on_progress(move |tick, _| (*progress.borrow_mut())(tick));
+                }
+                inputs
+            })?;
+            if let Some(checkpointer) = checkpointer.take() {
+                machine.set_checkpointer(checkpointer);
             }
-            if let Some(mut progress) = options.progress {
-                inputs = inputs.on_progress(move |tick, _| progress(tick));
-                kicks = true;
-            }
-            inputs
-        })?;
-        let kicks = kicks.then(|| RegularKicks::start(machine.engine().kicker()));
-        if let Some(checkpointer) = options.checkpointer {
-            machine.set_checkpointer(checkpointer);
-        }
-        let started = Instant::now();
-        let mut outcome = options.from.map(|from| run_to(&mut machine, Some(from)));
-        let arrived = |outcome: &Result<Outcome, MachineError>| {
-            matches!(outcome, Ok(Outcome { conclusion: Conclusion::TargetReached, .. }))
+            Ok(machine)
         };
-        if outcome.as_ref().is_none_or(arrived) {
-            shown.set(true);
-            outcome = Some(run_to(&mut machine, options.until));
-        }
-        let outcome = outcome.expect("it ran");
-        let wall = started.elapsed();
-        drop(kicks);
+        let go = |machine: &mut Machine<E, Replaying>| {
+            let kicker = progress.is_some().then(|| machine.engine().kicker());
+            let _kicks = kicker.map(RegularKicks::start);
+            if let Some(from) = options.from.filter(|_| !shown.get()) {
+                let outcome = run_to(machine, Some(from))?;
+                if !matches!(outcome.conclusion, Conclusion::TargetReached) {
+                    return Ok(outcome);
+                }
+                shown.set(true);
+            }
+            run_to(machine, options.until)
+        };
+        let mut wall = Duration::ZERO;
+        let run = |machine: &mut Machine<E, Replaying>| {
+            let started = Instant::now();
+            let outcome = go(machine);
+            wall += started.elapsed();
+            outcome
+        };
+        let Arrived { machine, outcome, times_back } =
+            replayable.run_going_back(beginning, make, run)?;
         let (engine, _, _) = machine.into_parts();
-        Ok((outcome, wall, engine))
+        Ok(Driven { outcome, wall, engine, times_back })
     }
 }
 
