@@ -48,6 +48,9 @@ const GUESTS: &[(&str, &str, u64)] = &[
     ("misbehave", "do=divide", u64::MAX),
     ("misbehave", "do=double-fault", u64::MAX),
     ("misbehave", "do=wild-jump", u64::MAX),
+    ("misbehave", "do=wild-jump-no-idt", u64::MAX),
+    ("misbehave", "do=wild-page-tables", u64::MAX),
+    ("misbehave", "do=triple-fault", u64::MAX),
 ];
 
 #[test]
