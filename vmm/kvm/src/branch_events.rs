@@ -42,8 +42,8 @@ impl Caveat {
                  set on each CPU, as zen_workaround.py of rr does; sleep clears it"
             }
             Self::UnboundedSkid => {
-                "overflows may come very late: a replay that was stopped behind its moment says so, \
-                 and is to be run again"
+                "overflows may come very late: a replay that was stopped behind its moment goes back to \
+                 a checkpoint"
             }
             Self::PerformanceCoresOnly => "the guest is kept to the performance cores",
             Self::CountsInSmm => {
