@@ -71,6 +71,20 @@ fn every_embedded_guest_comes_out_of_its_trace() {
     }
 }
 
+#[test]
+fn a_window_may_end_before_the_fault_that_ends_the_guest() {
+    let workplace = Workplace::new();
+    let (file, out) = (workplace.path("guest.rr"), workplace.path("guest.trace"));
+    let words = ["--engine", "soft", "--image", "misbehave", "--cmdline", "do=wild-jump-no-idt"];
+    let ticks = record(&words, &file, 0)["ticks"].as_u64().expect("a number");
+    // The fault retires nothing: these differ in CR2 alone.
+    let registers = [ticks, ticks + 1].map(|to| {
+        expand_in_full(&file, &out, &["--to", &to.to_string()]);
+        check(&out, &file)["against"]["registers"].as_u64().expect("a number")
+    });
+    assert_eq!(registers[1], registers[0] + 1);
+}
+
 /// A guest with timer interrupts, and a checkpoint in the window that tests look at.
 fn ticks(workplace: &Workplace) -> String {
     let file = workplace.path("ticks.rr");
