@@ -123,6 +123,13 @@ pub(crate) fn counter(cpu: &Cpu, accesses: &OpAccesses) -> u64 {
     cpu.registers.gpr[RCX] & mask
 }
 
+/// Sets what a repeated instruction counts down.
+pub(crate) fn set_counter(cpu: &mut Cpu, accesses: &OpAccesses, count: u64) {
+    let mask = accesses.list.first().map_or(u64::MAX, |access| access.mask);
+    let register = &mut cpu.registers.gpr[RCX];
+    *register = if mask == 0xffff { *register & !mask | count } else { count };
+}
+
 /// How far a string instruction's addresses move from one element to the next.
 fn stride(cpu: &Cpu, access: &StaticAccess) -> u64 {
     let bytes = u64::from(access.size_bytes);

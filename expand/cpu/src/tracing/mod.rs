@@ -11,13 +11,12 @@ mod accesses;
 mod blocks;
 mod far;
 mod registers;
+mod repetition;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod value_tests;
 mod values;
-
-use std::ops::Range;
 
 use iced_x86::InstructionInfoFactory;
 use reprise_machine::engine::Access;
@@ -30,15 +29,13 @@ use crate::cpu::{AnsweredAccess, Cpu, TRACE_ADDRESSES, TRACE_PHYSICAL, TRACE_WOR
 use crate::decode::block_cache::Block;
 use crate::decode::op::Op;
 use crate::fault::Flow;
-use crate::memory::Memory;
-use crate::memory::physical::{PAGE_BYTES, Physical};
+use crate::memory::physical::Physical;
 use crate::translate::Translator;
+use accesses::OpAccesses;
 pub(crate) use accesses::Planned;
-use accesses::{OpAccesses, Repeated};
 use blocks::Numbers;
 pub(crate) use blocks::{BlockTrace, TraceId};
 use registers::Told;
-use values::Elements;
 
 /// Takes the pieces of a trace as the CPU makes them.
 pub trait BatchSink: Send {
@@ -438,66 +435,6 @@ impl Cpu {
         if over { Flow::END_BLOCK } else { flow }
     }
 
-    /// The same for an instruction that repeats its accesses: the counter tells how often it has.
-    fn run_repeated(&mut self, block: &Block, op: &Op) -> Flow {
-        let accesses = block.trace_of(op);
-        let before = accesses::counter(self, accesses);
-        let starts: Vec<Repeated> =
-            accesses.list.iter().map(|planned| Repeated::new(self, planned)).collect();
-        let rights = self.memory.present_rights();
-        let flow = self.run_handler(op);
-        let done = before.wrapping_sub(accesses::counter(self, accesses)) as usize;
-        let elements = self.elements(&starts, done);
-        let made = Repetition { starts, rights, done, elements };
-        let long = made.count() > LONG_REPETITION;
-        if long {
-            self.trace_long_repetition(block, op, &made, flow.retires());
-        } else if let Some(tracer) = &mut self.tracer {
-            made.append(0..made.done, tracer, &self.memory);
-            if flow.retires() {
-                tracer.batch.counts.push(made.done as u32);
-            } else {
-                tracer.unretired = made.count() as u32;
-            }
-        }
-        // The run ends here, so that its accesses have a bound.
-        if long && flow == Flow::NEXT { Flow::END_BLOCK } else { flow }
-    }
-
-    /// Notes the accesses of a long repetition: in pieces, each of which is a run of the block's part
-    /// that begins with it.
-    fn trace_long_repetition(&mut self, block: &Block, op: &Op, made: &Repetition, retires: bool) {
-        let number = usize::from(op.number);
-        let linear = self.linear_rip(op.rip(self)).wrapping_sub(u64::from(op.offset));
-        let rest = self.trace_rest(block, linear, number);
-        let Some(tracer) = &mut self.tracer else { return };
-        if number > tracer.run_start {
-            let cut = tracer.batch.cut_last_run((number - tracer.run_start) as u32, 0);
-            assert!(cut, "a run has begun");
-            tracer.batch.words.push(rest);
-        }
-        let per_piece = MAX_PIECE / made.starts.len();
-        let mut first = 0;
-        while made.done - first > per_piece {
-            made.append(first..first + per_piece, tracer, &self.memory);
-            let unretired = (per_piece * made.starts.len()) as u32;
-            tracer.batch.cut_last_run(0, unretired);
-            // A guest may clear all of its memory at once. Numbers stay: `rest` is one of them.
-            if tracer.is_due() {
-                tracer.hand_over(&self.memory.physical, self.tick);
-            }
-            tracer.batch.words.push(rest);
-            first += per_piece;
-        }
-        made.append(first..made.done, tracer, &self.memory);
-        if retires {
-            tracer.batch.counts.push((made.done - first) as u32);
-        } else {
-            tracer.unretired = ((made.done - first) * made.starts.len()) as u32;
-        }
-        tracer.run_start = number;
-    }
-
     /// Notes that a run of `block` has stopped at operation `number`.
     pub(crate) fn trace_stop(&mut self, block: &Block, number: usize, flow: Flow) {
         if let Some(tracer) = &mut self.tracer {
@@ -538,51 +475,6 @@ impl Cpu {
             let gpr = &self.registers.gpr;
             let slots = [TRACE_WORDS, TRACE_ADDRESSES, TRACE_PHYSICAL];
             tracer.take_back(slots.map(|slot| gpr[usize::from(slot)]), ahead);
-        }
-    }
-}
-
-/// What a repeated instruction did, under which rights, and how often.
-struct Repetition {
-    starts: Vec<Repeated>,
-    rights: usize,
-    done: usize,
-    /// Their values, if they are traced.
-    elements: Option<Elements>,
-}
-
-impl Repetition {
-    fn count(&self) -> usize {
-        self.done * self.starts.len()
-    }
-
-    fn append(&self, elements: Range<usize>, tracer: &mut Tracer, memory: &Memory) {
-        let Batch { addresses, physical, .. } = &mut tracer.batch;
-        addresses.reserve(elements.len() * self.starts.len());
-        for element in elements.clone() {
-            for repeated in &self.starts {
-                addresses.push(repeated.linear(element));
-            }
-        }
-        if let Some(made) = &self.elements {
-            let per_element = self.starts.len();
-            made.append(elements.start * per_element..elements.end * per_element, tracer);
-            return;
-        }
-        if !tracer.contents.physical {
-            return;
-        }
-        // Neighbours lie in one page mostly.
-        let mut pages = vec![(u64::MAX, 0); self.starts.len()];
-        for element in elements {
-            for (repeated, (page, distance)) in self.starts.iter().zip(&mut pages) {
-                let linear = repeated.linear(element);
-                if linear / PAGE_BYTES != *page {
-                    let seen = memory.seen_address(self.rights, repeated.writes, linear);
-                    (*page, *distance) = (linear / PAGE_BYTES, seen.wrapping_sub(linear));
-                }
-                physical.push(linear.wrapping_add(*distance));
-            }
         }
     }
 }

@@ -26,6 +26,9 @@ const OPERAND_BYTES: usize = 0x1_0000;
 /// The entry of the large page in which operands lie.
 const OPERAND_ENTRY: u64 = 0x3008;
 
+/// Where that page ends.
+const OPERAND_PAGE_END: u64 = 0x40_0000;
+
 /// The compared parts of memory.
 #[derive(Clone, PartialEq, Eq)]
 struct Parts {
@@ -148,9 +151,9 @@ fn random_state(random: &mut Random, base: &CpuState) -> CpuState {
     state
 }
 
-/// Runs one instruction under a trace and carries out what that says; what came out otherwise, and how many
+/// Runs so many instructions under a trace and carries out what that says; what came out otherwise, and how many
 /// page walks wrote.
-fn difference(machine: &mut Machine) -> (Vec<String>, usize) {
+fn difference(machine: &mut Machine, instructions: u64) -> (Vec<String>, usize) {
     let before = Parts::of(machine);
     let cpu = &mut machine.cpu;
     let mut carried =
@@ -161,7 +164,7 @@ fn difference(machine: &mut Machine) -> (Vec<String>, usize) {
     let (send, batches) = channel();
     cpu.start_trace(Box::new(Collect(send)), FULL);
     let kick = AtomicBool::new(false);
-    with_guest_fpu(cpu, |cpu| cpu.execute(1, &kick, false));
+    with_guest_fpu(cpu, |cpu| cpu.execute(instructions, &kick, false));
     cpu.stop_trace();
     let mut feed = Feed::new(FULL);
     for batch in batches {
@@ -204,7 +207,7 @@ fn check_forms(machine: &mut Machine, bits: u32, seed: u64) -> usize {
                 machine.write(DATA + 0x8000 + at, &random.integer().to_le_bytes());
             }
             machine.cpu.set_state(&random_state(&mut random, &base));
-            let (differences, walked) = difference(machine);
+            let (differences, walked) = difference(machine, 1);
             walks += walked;
             if !differences.is_empty() {
                 wrong.push(format!("seed {seed:#x}, {code:?} {bytes:02x?}: {differences:?}"));
@@ -214,6 +217,66 @@ fn check_forms(machine: &mut Machine, bits: u32, seed: u64) -> usize {
     let some = wrong[..wrong.len().min(30)].join("\n");
     assert!(wrong.is_empty(), "{} are wrong, such as\n{some}", wrong.len());
     walks
+}
+
+/// Of repetitions that take several pieces.
+const PIECE: u64 = super::MAX_PIECE as u64;
+
+#[test]
+fn a_long_repetition_says_all_that_it_does() {
+    // REP STOSB, MOVSB over each other, and REPE CMPSB that finds a difference at a piece's very end.
+    let cases = [
+        ([0xf3, 0xaa], 3 * PIECE + 5, None, 3 * PIECE + 5),
+        ([0xf3, 0xa4], 2 * PIECE + 5, None, 2 * PIECE + 5),
+        ([0xf3, 0xa6], 2 * PIECE, Some(PIECE / 2 - 1), PIECE / 2),
+        ([0xf3, 0xa6], 2 * PIECE, Some(PIECE / 2), PIECE / 2 + 1),
+    ];
+    for (code, count, differs, done) in cases {
+        // At the block's beginning, and behind INC EBX.
+        for before in [&[][..], &[0xff, 0xc3]] {
+            let mut machine = Machine::long_64(&[before, &code, &[HALT]].concat());
+            if let Some(at) = differs {
+                machine.write(DATA + at, &[1]);
+            }
+            let mut state = machine.cpu.state();
+            (state.gpr[0], state.gpr[1]) = (0x5a, count);
+            let target = if differs.is_some() { 0x4_0000 } else { 7 };
+            (state.gpr[6], state.gpr[7]) = (DATA, DATA + target);
+            machine.cpu.set_state(&state);
+            let instructions = 1 + before.len() as u64 / 2;
+            let (wrong, _) = difference(&mut machine, instructions);
+            assert!(wrong.is_empty(), "{before:02x?} {code:02x?}: {wrong:?}");
+            assert_eq!(machine.cpu.state().gpr[1], count - done, "{before:02x?} {code:02x?}");
+            assert_eq!(machine.cpu.tick, instructions, "{before:02x?} {code:02x?}");
+        }
+    }
+}
+
+#[test]
+fn a_long_repetition_that_faults_leaves_what_it_leaves_untraced() {
+    // REP STOSB by EDI and ECX: at once, and in the second piece.
+    for mapped in [0, PIECE + 5] {
+        let run = |traced: bool| {
+            let mut machine = Machine::long_64(&[0x67, 0xf3, 0xaa, HALT]);
+            // The large page behind that of operands is not there.
+            machine.write(OPERAND_ENTRY + 8, &[0; 8]);
+            let mut state = machine.cpu.state();
+            (state.gpr[1], state.gpr[7]) = ((1 << 32) | (3 * PIECE), OPERAND_PAGE_END - mapped);
+            machine.cpu.set_state(&state);
+            if traced {
+                let (wrong, _) = difference(&mut machine, 1);
+                assert!(wrong.is_empty(), "{mapped}: {wrong:?}");
+            } else {
+                let kick = AtomicBool::new(false);
+                with_guest_fpu(&mut machine.cpu, |cpu| cpu.execute(1, &kick, false));
+            }
+            machine.cpu.state()
+        };
+        let untraced = run(false);
+        let whole = if mapped == 0 { (1 << 32) | (3 * PIECE) } else { 3 * PIECE - mapped };
+        assert_eq!(untraced.gpr[1], whole);
+        assert!(run(true) == untraced, "{mapped}");
+    }
 }
 
 #[test]

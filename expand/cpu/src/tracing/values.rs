@@ -4,10 +4,11 @@
 
 use std::ops::Range;
 
+use iced_x86::Mnemonic;
 use reprise_trace::instructions::{Event, StaticAccess, SystemAccessKind};
 
-use super::Tracer;
-use super::accesses::Repeated;
+use super::accesses::{OpAccesses, Repeated};
+use super::{MAX_PIECE, Tracer};
 use crate::cpu::Cpu;
 use crate::decode::block_cache::Block;
 use crate::decode::op::Op;
@@ -107,6 +108,29 @@ impl Cpu {
         journal.clear();
         self.memory.physical.journal = Some(journal);
         true
+    }
+
+    /// How many of a repeated instruction's elements are to wait, so that the journal of those before has a
+    /// bound. Those of ports leave for the board one by one.
+    pub(super) fn elements_beyond_piece(&self, op: &Op, accesses: &OpAccesses, all: u64) -> u64 {
+        use Mnemonic::{Insb, Insd, Insw, Outsb, Outsd, Outsw};
+        let ports = matches!(op.instruction.mnemonic(), Insb | Insw | Insd | Outsb | Outsw | Outsd);
+        let whole = ports || self.careful || self.stops_between_elements;
+        if whole || self.memory.physical.journal.is_none() {
+            return 0;
+        }
+        all.saturating_sub((MAX_PIECE / accesses.list.len().max(1)) as u64)
+    }
+
+    /// Whether a repeated instruction that has come to the end of its piece goes on: comparisons stop by
+    /// their result.
+    pub(super) fn repeats_on(&self, op: &Op) -> bool {
+        use Mnemonic::{Cmpsb, Cmpsd, Cmpsq, Cmpsw, Scasb, Scasd, Scasq, Scasw};
+        let compares = matches!(
+            op.instruction.mnemonic(),
+            Cmpsb | Cmpsw | Cmpsd | Cmpsq | Scasb | Scasw | Scasd | Scasq
+        );
+        !compares || self.registers.arithmetic.condition::<4>() == op.instruction.has_rep_prefix()
     }
 
     /// What a repeated instruction has just done, if values are traced.
