@@ -126,6 +126,13 @@ _Noreturn void exception_end(const struct frame *frame)
     machine_end();
 }
 
+/* A guest that handles exceptions has its own. */
+__attribute__((weak)) bool exception_handler(struct frame *frame)
+{
+    (void)frame;
+    return false;
+}
+
 /* Called by interrupts.S. */
 void interrupt_handler(struct frame *frame)
 {
@@ -133,8 +140,11 @@ void interrupt_handler(struct frame *frame)
         system_call_handler(frame);
         return;
     }
-    if (frame->vector < VECTOR_IRQ_BASE)
-        exception_end(frame);
+    if (frame->vector < VECTOR_IRQ_BASE) {
+        if (!exception_handler(frame))
+            exception_end(frame);
+        return;
+    }
     unsigned irq = (unsigned)frame->vector - VECTOR_IRQ_BASE;
     irq_handler(irq, frame);
     if (irq >= 8)

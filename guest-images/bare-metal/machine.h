@@ -67,6 +67,7 @@ struct frame {
  * interpreter may not. */
 #define RFLAGS_CONTROL 0x700
 
+#define VECTOR_GENERAL_PROTECTION 13
 #define VECTOR_IRQ_BASE 0x20
 /* INT 4, the overflow exception's vector: a hypervisor without hardware support runs CPL3 on the
  * host's own IDT, and passes on only those software interrupts whose gates the host opens to CPL3.
@@ -85,6 +86,8 @@ void timer_start(uint32_t hz);
 /* Each guest has these. For an IRQ the end of interrupt is sent after `irq_handler` returns. */
 void irq_handler(unsigned irq, struct frame *frame);
 void system_call_handler(struct frame *frame);
+/* May be left out: then every exception ends the machine. False if the exception is to do so. */
+bool exception_handler(struct frame *frame);
 
 /* Prints the exception and ends the machine. */
 _Noreturn void exception_end(const struct frame *frame);

@@ -20,7 +20,14 @@ void system_yield(void)
 {
 }
 
+uint64_t system_time(void)
+{
+    uint32_t low, high;
+    __asm__ volatile("rdtsc" : "=a"(low), "=d"(high));
+    return (uint64_t)high << 32 | low;
+}
+
 int main(int count, char **words)
 {
-    return program_run(count > 1 ? (uint32_t)atoi(words[1]) : 1) ? 0 : 1;
+    return program_run(count > 1 ? (uint32_t)atoi(words[1]) : 1, false) ? 0 : 1;
 }

@@ -83,6 +83,42 @@ fn compute_under_sync() {
     ten_of_ten(&["--image", "compute", "--cmdline", "scale=1"], "sync");
 }
 
+/// User code reads the time-stamp counter: refused by CR4.TSD, asked for by the guest's kernel, trapped
+/// there, and answered from the log.
+#[test]
+fn time_stamps_of_user_code_under_sync() {
+    let words = ["--image", "compute", "--cmdline", "scale=1 timing=1"];
+    ten_of_ten(&words, "sync");
+    if !kvm_opens() {
+        return;
+    }
+    let workplace = Workplace::new();
+    let mut times = std::collections::BTreeSet::new();
+    for name in ["a.rr", "b.rr", "c.rr"] {
+        let (file, console) = (workplace.path(name), workplace.path(&format!("{name}.console")));
+        let engine = ["--engine", "kvm", "--clock", "sync", "--console", &console];
+        let recorded = record(&[&engine[..], &words[..]].concat(), &file, 0);
+        let printed = std::fs::read_to_string(&console).expect("a console");
+        let lines: Vec<_> = printed.lines().filter(|line| line.contains("nanoseconds")).collect();
+        assert_eq!(lines.len(), 4, "{printed:?}");
+        // The host's time, and another each time: it is the log that makes the replay equal.
+        for line in &lines {
+            let digits = line.rsplit(' ').next().expect("a number");
+            let ns = u64::from_str_radix(digits, 16).expect("hexadecimal");
+            assert!((1_000..60_000_000_000).contains(&ns), "{line}");
+        }
+        times.insert(printed);
+        let replayed = replay(&file, &[]);
+        assert_eq!(replayed["final_digest"], recorded["final_digest"]);
+        let info = run(&["--json", "info", &file]).expect_code(0).json();
+        let precautions = info["precautions"].as_array().expect("a list");
+        let about = |what: &str| precautions.iter().find(|one| one["what"] == what);
+        let kernel = about("RDTSC, kernel code").expect("it is told");
+        assert_eq!(kernel["treatment"], "Closed", "{kernel}");
+    }
+    assert_eq!(times.len(), 3, "{times:?}");
+}
+
 #[test]
 fn ticks_under_pmu() {
     if !pmu_counts() {

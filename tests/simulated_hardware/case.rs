@@ -2,10 +2,13 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use reprise::boot::{self, GuestSource};
 use reprise_branch_clock::engine::{BranchClock, Counts, Parameters};
 use reprise_branch_clock::settle::Stand;
+use reprise_branch_clock::vcpu::Vcpu;
 use reprise_devices::board::{Board, BoardConfig};
 use reprise_devices::cpu_model;
 use reprise_machine::clock::TimeSource;
@@ -77,7 +80,7 @@ pub(crate) struct Recorded {
 }
 
 impl Case<'_> {
-    fn load(&self) -> (GuestRam, CpuState, Board) {
+    pub(crate) fn load(&self) -> (GuestRam, CpuState, Board) {
         let ram = GuestRam::new(self.ram_mib).expect("the host has RAM");
         let config = BoardConfig { ram_bytes: ram.ram_bytes(), rtc_start_s: RTC_START_S };
         let state = boot::load(&self.source, &ram).expect("it boots");
@@ -94,8 +97,13 @@ impl Case<'_> {
     /// Replays a recording on the software CPU, which finds every moment by itself. Gives how many
     /// instructions it executed.
     pub(crate) fn replay_on_software(&self, recorded: &Recorded) -> u64 {
+        self.replay_on_software_as(recorded, &self.header())
+    }
+
+    /// As [`Case::replay_on_software`], of a recording with this header.
+    pub(crate) fn replay_on_software_as(&self, recorded: &Recorded, header: &Header) -> u64 {
         let (ram, state, board) = self.load();
-        let mut engine = RecordedClock::new(ram, &self.header()).expect("the host has memory");
+        let mut engine = RecordedClock::new(ram, header).expect("the host has memory");
         // As on the hardware: virtual time is not what Linux's RDTSC read there.
         engine.software().stop_time_stamp_counter();
         engine.set_cpu_state(&state).expect("a first state");
@@ -128,6 +136,7 @@ impl Case<'_> {
             },
             created_unix_s: RTC_START_S,
             reprise_version: "0".to_owned(),
+            precautions: Vec::new(),
         }
     }
 
@@ -148,9 +157,20 @@ impl Case<'_> {
 
     pub(crate) fn record(&self, hardware: &Hardware) -> Recorded {
         let (engine, board) = self.start(hardware);
+        let world_clock_ns = engine.vcpu().world_clock_ns();
+        self.record_on(hardware, engine, board, world_clock_ns).1
+    }
+
+    /// Records on an engine of this hardware.
+    pub(crate) fn record_on<V: Vcpu>(
+        &self,
+        hardware: &Hardware,
+        engine: BranchClock<V>,
+        board: Board,
+        world_clock_ns: Arc<AtomicU64>,
+    ) -> (BranchClock<V>, Recorded) {
         let seed = hardware.disturbance.seed;
-        let world = SeededWorld::new(seed, self.typed, engine.vcpu().world_clock_ns())
-            .stopping_at(self.stops_ns);
+        let world = SeededWorld::new(seed, self.typed, world_clock_ns).stopping_at(self.stops_ns);
         let inputs = Recording::new(world, LogWriter::new(MemorySink::default()));
         let mut machine = Machine::new(engine, board, inputs, TimeSource::Host);
         let outcome = machine.run().expect("the machine runs");
@@ -160,7 +180,8 @@ impl Case<'_> {
         let next = || log.next_record().expect("the log is whole");
         let records = std::iter::from_fn(next).map(|record| record.get().clone()).collect();
         let console = String::from_utf8_lossy(&world.console).into_owned();
-        Recorded { outcome, records, console, counts: engine.counts() }
+        let counts = engine.counts();
+        (engine, Recorded { outcome, records, console, counts })
     }
 
     pub(crate) fn replay(
@@ -169,6 +190,15 @@ impl Case<'_> {
         hardware: &Hardware,
     ) -> (Result<Outcome, MachineError>, Counts) {
         let (engine, board) = self.start(hardware);
+        Self::replay_on(engine, board, records)
+    }
+
+    /// Replays on an engine in its first state.
+    pub(crate) fn replay_on<V: Vcpu>(
+        engine: BranchClock<V>,
+        board: Board,
+        records: &[Record],
+    ) -> (Result<Outcome, MachineError>, Counts) {
         let inputs = Replaying::new(log_of(records));
         let mut machine = Machine::new(engine, board, inputs, TimeSource::Host);
         let outcome = machine.run();

@@ -3,8 +3,8 @@
 //! boot.
 //!
 //! Even where CPUID hides the time-stamp counter, Linux reads it (its first stack canary does): without
-//! a trap on RDTSC each replay would go its own way from there, as one did at tick 19733171. Until RDTSC
-//! is trapped and its answers logged, the counter stands still here.
+//! a trap on RDTSC each replay would go its own way from there, as one did at tick 19733171. The counter
+//! stands still here but for the tests that trap RDTSC.
 
 use std::ops::Range;
 use std::path::Path;
@@ -91,6 +91,35 @@ fn linux_starts_and_replays_under_other_seeds() {
         assert_equal(&recorded.outcome, &replay, seed);
     }
     case.replay_on_software(&recorded);
+}
+
+/// The counter runs, and every RDTSC is trapped. For it to be found the kernel has to lie where it is linked to.
+fn replays_with_time_stamps(stops_ns: Option<u64>, expected: &str) {
+    let Some(image) = image() else { return };
+    let command_line = format!("{} nokaslr", image.command_line);
+    let plain = case(&image);
+    let case =
+        Case { source: GuestSource { cmdline: &command_line, ..plain.source }, stops_ns, ..plain };
+    let running = |seed| {
+        let disturbance = Disturbance { time_stamp_runs: true, ..intel(seed).disturbance };
+        Hardware { disturbance, ..intel(seed) }
+    };
+    let (recorded, traps) = case.record_trapping(&running(1));
+    eprintln!("{} ticks, {:?}, {traps:?}", recorded.outcome.ticks, recorded.counts);
+    assert!(recorded.console.contains(expected), "{}", recorded.console);
+    assert!(traps.kernel > 0 && traps.refused == 0, "{traps:?}");
+    case.replays_trapping(&recorded, [running(2)]);
+}
+
+#[test]
+fn linux_starts_with_its_time_stamps_trapped() {
+    replays_with_time_stamps(Some(WINDOW_NS), "PCI:");
+}
+
+#[test]
+#[ignore = "takes minutes"]
+fn linux_works_with_its_time_stamps_trapped() {
+    replays_with_time_stamps(None, "forked 60");
 }
 
 /// Everything that disturbs happens far more often than on hardware.

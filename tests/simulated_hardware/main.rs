@@ -9,6 +9,7 @@ mod kept;
 mod linux;
 mod positions;
 mod probe;
+mod time_stamps;
 mod world;
 mod zen;
 

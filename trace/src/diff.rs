@@ -3,7 +3,9 @@
 use std::fmt::{self, Debug, Display, Formatter};
 
 use crate::event::{Event, Record};
-use crate::header::{CpuModelInfo, GuestInfo, Header, HostInfo, MachineInfo};
+use crate::header::{
+    CpuModelInfo, GuestInfo, Header, HostInfo, MachineInfo, Precaution, Treatment,
+};
 use crate::log::{LogError, LogReader};
 
 /// What a person sees where a recording has no more records.
@@ -116,6 +118,7 @@ pub fn header_differences(a: &Header, b: &Header) -> Vec<HeaderDifference> {
         guest,
         created_unix_s,
         reprise_version,
+        precautions,
     } = a;
     let mut list = HeaderDifferences::default();
     let MachineInfo { ram_mib, rtc_start_s } = machine;
@@ -134,7 +137,14 @@ pub fn header_differences(a: &Header, b: &Header) -> Vec<HeaderDifference> {
     list.compare("guest.images", &image_list(guest), &image_list(&b.guest));
     list.compare("created_unix_s", created_unix_s, &b.created_unix_s);
     list.compare("reprise_version", reprise_version, &b.reprise_version);
+    list.compare("precautions", &open_ones(precautions), &open_ones(&b.precautions));
     list.0
+}
+
+/// What was not dealt with.
+fn open_ones(precautions: &[Precaution]) -> Vec<String> {
+    let open = |precaution: &&Precaution| precaution.treatment == Treatment::Open;
+    precautions.iter().filter(open).map(|precaution| precaution.what.clone()).collect()
 }
 
 /// Images in a form that a person can compare.

@@ -8,7 +8,9 @@ use crate::moment::TickKind;
 
 /// What a header's bytes start with: the schema's name, then its version, little-endian.
 const SCHEMA_ID: [u8; 4] = *b"rrHD";
-const SCHEMA_VERSION: u16 = 1;
+const SCHEMA_VERSION: u16 = 2;
+/// The schema before, which has no precautions.
+const SCHEMA_VERSION_1: u16 = 1;
 
 /// The most images that a recording embeds.
 pub const MAX_IMAGES: usize = 16;
@@ -101,6 +103,26 @@ pub struct GuestInfo {
     pub images: Vec<ImageInfo>,
 }
 
+/// Whether a guest could have an instruction's answer that no log has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Treatment {
+    /// The answer followed from the machine's state, or came from the log.
+    Closed,
+    /// It may have been the host's: a replay may differ.
+    Open,
+}
+
+/// How an instruction whose answers only a CPU knows was dealt with while recording.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Precaution {
+    /// Its mnemonic, and the code that executes it, for example `RDTSC, user code`.
+    pub what: String,
+    /// Whether it was dealt with.
+    pub treatment: Treatment,
+    /// How, in a few words.
+    pub how: String,
+}
+
 /// What a recording says about itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Header {
@@ -124,6 +146,10 @@ pub struct Header {
     pub created_unix_s: u64,
     /// The version of Reprise that recorded.
     pub reprise_version: String,
+    /// How instructions were dealt with whose answers only a CPU knows; empty where the recording does
+    /// not say. Stored behind the other fields, from schema 2 on.
+    #[serde(skip)]
+    pub precautions: Vec<Precaution>,
 }
 
 /// Why bytes are no header that can be used.
@@ -131,7 +157,7 @@ pub struct Header {
 pub enum HeaderError {
     /// Written under another schema version.
     #[error(
-        "its header has schema version {found}, and this Reprise reads {SCHEMA_VERSION}: use the Reprise that recorded it"
+        "its header has schema version {found}, and this Reprise reads up to {SCHEMA_VERSION}: use the Reprise that recorded it"
     )]
     Version {
         /// The version in the file.
@@ -150,13 +176,30 @@ pub enum HeaderError {
     Images,
 }
 
+impl Precaution {
+    /// [`Precaution::what`] of RDTSC in the guest's kernel.
+    pub const KERNEL_TIME_STAMPS: &str = "RDTSC, kernel code";
+}
+
 impl Header {
+    /// Whether RDTSC was trapped in the guest's kernel and answered from the log, or from what follows from
+    /// it.
+    pub fn logs_time_stamps(&self) -> bool {
+        let closed = |precaution: &Precaution| {
+            precaution.what == Precaution::KERNEL_TIME_STAMPS
+                && precaution.treatment == Treatment::Closed
+        };
+        self.precautions.iter().any(closed)
+    }
+
     /// The header's bytes.
     pub(crate) fn encode(&self) -> Result<Vec<u8>, HeaderError> {
         self.check_images()?;
         let mut bytes = SCHEMA_ID.to_vec();
         bytes.extend_from_slice(&SCHEMA_VERSION.to_le_bytes());
-        postcard::to_extend(self, bytes).map_err(|_| HeaderError::Malformed)
+        postcard::to_extend(self, bytes)
+            .and_then(|bytes| postcard::to_extend(&self.precautions, bytes))
+            .map_err(|_| HeaderError::Malformed)
     }
 
     /// From a header's bytes.
@@ -164,18 +207,73 @@ impl Header {
         let bytes = bytes.strip_prefix(&SCHEMA_ID).ok_or(HeaderError::Malformed)?;
         let (version, bytes) = bytes.split_first_chunk().ok_or(HeaderError::Malformed)?;
         let found = u16::from_le_bytes(*version);
-        if found != SCHEMA_VERSION {
+        if !(SCHEMA_VERSION_1..=SCHEMA_VERSION).contains(&found) {
             return Err(HeaderError::Version { found });
         }
-        match postcard::take_from_bytes::<Self>(bytes) {
-            Ok((header, [])) => header.check_images().map(|()| header),
-            _ => Err(HeaderError::Malformed),
+        let (mut header, mut rest) =
+            postcard::take_from_bytes::<Self>(bytes).map_err(|_| HeaderError::Malformed)?;
+        if found > SCHEMA_VERSION_1 {
+            (header.precautions, rest) =
+                postcard::take_from_bytes(rest).map_err(|_| HeaderError::Malformed)?;
         }
+        if !rest.is_empty() {
+            return Err(HeaderError::Malformed);
+        }
+        header.check_images()?;
+        Ok(header)
     }
 
     fn check_images(&self) -> Result<(), HeaderError> {
         let images = &self.guest.images;
         let all_fit = images.iter().all(|image| image.bytes <= MAX_IMAGE_BYTES);
         if images.len() > MAX_IMAGES || !all_fit { Err(HeaderError::Images) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header() -> Header {
+        Header {
+            machine: MachineInfo { ram_mib: 64, rtc_start_s: 1 },
+            cpu_model: CpuModelInfo { name: "model".to_owned(), version: 2 },
+            tick_kind: TickKind::Exit,
+            ns_per_tick: 0,
+            engine: "kvm".to_owned(),
+            clock: "sync".to_owned(),
+            host: HostInfo::default(),
+            guest: GuestInfo {
+                name: "compute".to_owned(),
+                command_line: String::new(),
+                images: Vec::new(),
+            },
+            created_unix_s: 3,
+            reprise_version: "0".to_owned(),
+            precautions: vec![Precaution {
+                what: "RDTSC".to_owned(),
+                treatment: Treatment::Closed,
+                how: "trapped".to_owned(),
+            }],
+        }
+    }
+
+    #[test]
+    fn a_header_of_schema_1_reads_without_precautions() {
+        let header = header();
+        let bytes = header.encode().expect("it fits");
+        assert_eq!(Header::decode(&bytes), Ok(header.clone()));
+        // What schema 1 had: the same, without what stands behind the fields.
+        let behind = postcard::to_allocvec(&header.precautions).expect("it encodes").len();
+        let mut old = bytes[..bytes.len() - behind].to_vec();
+        old[4] = 1;
+        assert_eq!(Header::decode(&old), Ok(Header { precautions: Vec::new(), ..header }));
+        // Nor may anything stand there under schema 1, or be missing under schema 2.
+        old.push(0);
+        assert_eq!(Header::decode(&old), Err(HeaderError::Malformed));
+        assert_eq!(Header::decode(&bytes[..bytes.len() - behind]), Err(HeaderError::Malformed));
+        let mut newer = bytes;
+        newer[4] = 3;
+        assert_eq!(Header::decode(&newer), Err(HeaderError::Version { found: 3 }));
     }
 }

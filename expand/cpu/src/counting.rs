@@ -90,7 +90,8 @@ impl SoftEngine {
                 for _ in 1..most {
                     let exit = cpu.execute_one();
                     let window = requested && cpu.interruptible();
-                    if exit.is_some() || window || stops.contains(&cpu.code_address()) {
+                    let watched = cpu.memory.physical.has_watched_writes();
+                    if exit.is_some() || window || watched || stops.contains(&cpu.code_address()) {
                         return exit;
                     }
                 }

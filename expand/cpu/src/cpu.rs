@@ -110,6 +110,33 @@ pub(crate) struct AnsweredAccess {
     pub(crate) value: u128,
 }
 
+/// Who answers RDTSC.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TimeStamps {
+    /// The CPU itself, from virtual time.
+    #[default]
+    Computed,
+    /// The machine, as an access: it has the answer in its log.
+    Asked,
+    /// The machine, and user code's comes to it as it does on hardware that cannot trap it otherwise: as
+    /// a #GP whose handler is never run, so that only its frame is left below the handler's stack.
+    AskedThroughFault,
+}
+
+/// What becomes of INT3.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum BreakpointInstructions {
+    /// It is the guest's.
+    #[default]
+    Passed,
+    /// It comes back, not retired.
+    Caught,
+    /// It has come back.
+    Stopped,
+    /// The next one is the guest's.
+    PassedOnce,
+}
+
 /// One x86-64 CPU with its RAM. `registers` comes first: generated code finds it at offset zero.
 #[repr(C)]
 pub struct Cpu {
@@ -161,6 +188,10 @@ pub struct Cpu {
     pub(crate) hides_time_stamp: bool,
     /// A repeated instruction stops after each element, though nothing traps (`counting.rs`).
     pub(crate) stops_between_elements: bool,
+    /// Who answers RDTSC.
+    pub(crate) time_stamps: TimeStamps,
+    /// What becomes of INT3.
+    pub(crate) breakpoints: BreakpointInstructions,
 }
 
 impl Cpu {
@@ -213,6 +244,8 @@ impl Cpu {
             counts_branches: false,
             hides_time_stamp: false,
             stops_between_elements: false,
+            time_stamps: TimeStamps::default(),
+            breakpoints: BreakpointInstructions::default(),
         });
         cpu.set_state(&CpuState::default());
         Ok(cpu)

@@ -10,6 +10,7 @@ use crate::cpu::{BLOCK_RIP, Cpu, WAITING};
 use crate::decode::block_cache::Block;
 use crate::fault::{Flow, Stop};
 use crate::flags;
+use crate::intervention::keeps_shadow;
 use crate::translate::Left;
 
 /// The guest took an exception while it was being delivered a double fault.
@@ -79,10 +80,11 @@ impl Cpu {
                 self.drop_overwritten_code();
             }
             if let Some(exit) = exit {
-                // An instruction that starts again stands in the shadow still.
-                let again = matches!(exit, Exit::Access(_) | Exit::Unsupported(_));
-                self.interrupt_shadow |= again && shadowed == Some(self.tick);
+                self.interrupt_shadow |= keeps_shadow(&exit) && shadowed == Some(self.tick);
                 return exit;
+            }
+            if self.memory.physical.has_watched_writes() {
+                return Exit::Kicked;
             }
         }
     }

@@ -18,6 +18,7 @@ mod execute;
 pub mod fault;
 mod flags;
 mod integer_hash;
+mod intervention;
 pub mod memory;
 pub mod mode;
 mod native;

@@ -2,10 +2,27 @@
 
 #include "program.h"
 
-bool program_run(uint32_t scale)
+typedef bool (*stage_function)(uint32_t scale);
+
+static const stage_function stages[] = { stage_sha256, stage_sort, stage_matrix,
+                                         stage_compression };
+
+bool program_run(uint32_t scale, bool timing)
 {
-    return stage_sha256(scale) && stage_sort(scale) && stage_matrix(scale)
-        && stage_compression(scale);
+    uint64_t before = timing ? system_time() : 0;
+    for (size_t stage = 0; stage < sizeof stages / sizeof *stages; stage++) {
+        if (!stages[stage](scale))
+            return false;
+        if (!timing)
+            continue;
+        uint64_t now = system_time();
+        if (now < before)
+            return false;
+        uint64_t taken = now - before;
+        report("  nanoseconds", &taken, 1, 16);
+        before = now;
+    }
+    return true;
 }
 
 void report(const char *name, const uint64_t *words, size_t count, unsigned digits)

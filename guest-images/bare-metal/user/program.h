@@ -12,11 +12,14 @@
 void system_write(const char *bytes, size_t count);
 /* Lets interrupts in where an engine can deliver them only at exits. */
 void system_yield(void);
+/* The time-stamp counter: nanoseconds in the guest. */
+uint64_t system_time(void);
 
 /* ---- the program ----------------------------------------------------------------------------- */
 
-/* About 20 million instructions for each unit of `scale`. False if a result is wrong. */
-bool program_run(uint32_t scale);
+/* About 20 million instructions for each unit of `scale`. False if a result is wrong. If `timing`,
+ * prints how long each stage took; then also false if the time-stamp counter does not go on. */
+bool program_run(uint32_t scale, bool timing);
 
 /* Each stage does about 5 million instructions for each unit of `scale`, yields every two
  * million or so, and prints one line. False if it finds its own result wrong. */

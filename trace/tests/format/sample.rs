@@ -3,6 +3,7 @@
 use std::io::Cursor;
 
 use reprise_trace::event::{EffectDigest, Ending, Event, HandOver, MarkDigest, Record};
+use reprise_trace::header::{Precaution, Treatment};
 use reprise_trace::log::{LogError, LogReader, LogWriter};
 use reprise_trace::moment::{Moment, TickKind};
 use reprise_trace::recording::{
@@ -139,6 +140,11 @@ pub(crate) fn header(images: &[Vec<u8>]) -> Header {
         },
         created_unix_s: 1_790_000_001,
         reprise_version: "0.1.0".to_owned(),
+        precautions: vec![Precaution {
+            what: "RDTSC, user code".to_owned(),
+            treatment: Treatment::Open,
+            how: "not trapped".to_owned(),
+        }],
     }
 }
 

@@ -139,6 +139,9 @@ impl<V: Vcpu> BranchClock<V> {
             VcpuExit::InterruptWindow => Exit::InterruptWindow,
             VcpuExit::TripleFault => Exit::TripleFault,
             VcpuExit::Unsupported(reason) => Exit::Unsupported(reason),
+            VcpuExit::BreakpointInstruction | VcpuExit::WatchedWrite(_) => {
+                unreachable!("nobody asked for it")
+            }
             VcpuExit::Breakpoint | VcpuExit::Interrupted { .. } => {
                 unreachable!("not the guest's doing")
             }
@@ -277,14 +280,17 @@ impl<V: Vcpu> Engine for BranchClock<V> {
     }
 
     fn read_ram(&self, address: u64, bytes: &mut [u8]) {
-        self.vcpu.ram().read(address, bytes);
+        self.vcpu.read_ram(address, bytes);
     }
 
     fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8])) {
-        self.vcpu.ram().visit(visit);
+        self.vcpu.visit_ram(visit);
     }
 
     fn save(&mut self) -> Result<Option<EngineState>, EngineError> {
+        if !self.vcpu.is_all_in_state() {
+            return Ok(None);
+        }
         // Only the first place of a tick is found again by the tick alone.
         if self.halted || self.amid || self.injected || !self.first_of_tick {
             return Ok(None);
@@ -297,6 +303,10 @@ impl<V: Vcpu> Engine for BranchClock<V> {
     /// Takes up any state of a recording under this clock, whichever engine saved it: what else it kept
     /// decides nothing here, as the translations that hardware knows are its own affair.
     fn restore(&mut self, state: &EngineState) -> Result<(), EngineError> {
+        if !self.vcpu.is_all_in_state() {
+            let what = "time stamps are trapped from a run's start only: replay from there, or use --engine soft";
+            return Err(EngineError { what: what.to_owned() });
+        }
         self.set_cpu_state(&state.cpu)?;
         self.events = state.tick.wrapping_sub(self.branches);
         (self.amid, self.injected, self.kick_owed) = (false, false, false);

@@ -19,10 +19,14 @@
 #![forbid(unsafe_code)]
 
 mod approach;
+mod candidates;
 pub mod engine;
 pub mod guest_code;
 pub mod paging;
+mod planted;
 pub mod probe;
 pub mod register_bits;
+pub mod retired;
 pub mod settle;
+pub mod time_stamp_trap;
 pub mod vcpu;

@@ -8,6 +8,8 @@ pub const CR0_WP: u64 = 1 << 16;
 /// Paging.
 pub const CR0_PG: u64 = 1 << 31;
 
+/// User code cannot read the time-stamp counter.
+pub const CR4_TSD: u64 = 1 << 2;
 /// Pages of 4 MiB.
 pub const CR4_PSE: u64 = 1 << 4;
 /// Page tables of 64-bit entries.

@@ -98,7 +98,7 @@ impl<V: Vcpu> BranchClock<V> {
         let mut places = Places::default();
         for step in 0..=MAX_STEPS {
             let state = self.vcpu.state()?;
-            let instruction = decode_at(self.vcpu.ram(), &state, state.rip);
+            let instruction = self.vcpu.instruction_at(&state);
             let retired = places.successors().contains(&linear_of(&state, state.rip));
             if retired && is_found_by_breakpoint(&state, instruction.as_ref()) {
                 let fresh = self.branches != start || self.parameters.stand == Stand::AtOnce;
@@ -135,7 +135,7 @@ impl<V: Vcpu> BranchClock<V> {
             });
         }
         let state = self.vcpu.state()?;
-        let instruction = decode_at(self.vcpu.ram(), &state, state.rip);
+        let instruction = self.vcpu.instruction_at(&state);
         let places = places_after(self.vcpu.ram(), &state, instruction.as_ref());
         self.step(&state, &places)
     }

@@ -1,10 +1,14 @@
 //! What the clock asks of a vCPU: as much as KVM and a performance counter give.
 
+use std::ops::Range;
 use std::sync::Arc;
 
+use iced_x86::Instruction;
 use reprise_machine::engine::{Access, EngineError, Kick};
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::CpuState;
+
+use crate::guest_code::decode_at;
 
 /// Breakpoints that a CPU has.
 pub const MAX_BREAKPOINTS: usize = 4;
@@ -26,6 +30,10 @@ pub enum VcpuExit {
         /// Somebody kicked.
         kicked: bool,
     },
+    /// The guest is about to execute INT3, which is caught: [`Vcpu::catch_breakpoint_instructions`].
+    BreakpointInstruction,
+    /// The guest wrote to RAM that is watched: [`Vcpu::watch_writes`] gives where.
+    WatchedWrite(Vec<Range<u64>>),
     /// The guest took a triple fault.
     TripleFault,
     /// The vCPU cannot execute what the guest wants, as in
@@ -104,7 +112,62 @@ pub trait Vcpu {
     /// If the host refuses.
     fn inject(&mut self, vector: u8) -> Result<(), EngineError>;
 
-    /// Guest RAM.
+    /// Has INT3 come back instead of reaching the guest, or no longer.
+    ///
+    /// # Errors
+    /// If the host refuses.
+    fn catch_breakpoint_instructions(&mut self, catch: bool) -> Result<(), EngineError>;
+
+    /// Has the INT3 that just came back reach the guest after all.
+    ///
+    /// # Errors
+    /// If the host refuses.
+    fn pass_breakpoint_instruction(&mut self) -> Result<(), EngineError>;
+
+    /// Has each write to a page that this guest-physical range touches come back, when it is done and
+    /// before another instruction executes; or no longer.
+    ///
+    /// # Errors
+    /// If the host refuses.
+    fn watch_writes(&mut self, physical: Range<u64>, watch: bool) -> Result<(), EngineError>;
+
+    /// Has an instruction that somebody else did retire: general registers, RIP and RFLAGS become those
+    /// of `after`, and the interrupt shadow ends.
+    ///
+    /// # Errors
+    /// If the host refuses.
+    fn retire_instruction(&mut self, after: &CpuState) -> Result<(), EngineError>;
+
+    /// Writes guest RAM within a page.
+    ///
+    /// # Panics
+    /// If the range is not all RAM.
+    fn write_ram(&mut self, address: u64, bytes: &[u8]);
+
+    /// The guest's instruction at RIP; `None` where it cannot be fetched or is none.
+    fn instruction_at(&self, state: &CpuState) -> Option<Instruction> {
+        decode_at(self.ram(), state, state.rip)
+    }
+
+    /// Reads guest RAM as the guest has it.
+    ///
+    /// # Panics
+    /// If the range is not all RAM.
+    fn read_ram(&self, address: u64, bytes: &mut [u8]) {
+        self.ram().read(address, bytes);
+    }
+
+    /// Shows guest RAM as the guest has it, as [`reprise_machine::engine::Engine::visit_ram`] does.
+    fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8])) {
+        self.ram().visit(visit);
+    }
+
+    /// Whether the CPU state and guest RAM are all that another vCPU has to know to go on from here.
+    fn is_all_in_state(&self) -> bool {
+        true
+    }
+
+    /// Guest RAM, with whatever is in it that the guest must not see.
     fn ram(&self) -> &GuestRam;
 
     /// Something that kicks this vCPU from another thread.

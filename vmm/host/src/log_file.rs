@@ -210,6 +210,7 @@ mod tests {
             },
             created_unix_s: 0,
             reprise_version: "0".to_owned(),
+            precautions: Vec::new(),
         }
     }
 

@@ -16,7 +16,9 @@ impl PendingExit {
     /// None if the exit is no access.
     pub(crate) fn new(exit: RawExit) -> Option<Self> {
         match exit {
-            RawExit::Port { count: 1.., .. } | RawExit::Mmio { .. } => Some(Self { exit, next: 0 }),
+            RawExit::Port { count: 1.., .. } | RawExit::Mmio { .. } | RawExit::TimeStamp => {
+                Some(Self { exit, next: 0 })
+            }
             _ => None,
         }
     }
@@ -34,8 +36,14 @@ impl PendingExit {
                 let value = little_endian(&vcpu.mmio_data()[..usize::from(size)]);
                 Access::MmioWrite { address, size, value }
             }
+            RawExit::TimeStamp => Access::TimeStamp,
             _ => unreachable!("only accesses are constructed"),
         }
+    }
+
+    /// Whether nothing in KVM waits for the answer.
+    pub(crate) fn is_time_stamp(&self) -> bool {
+        self.exit == RawExit::TimeStamp
     }
 
     /// Answers one element; true if another one waits.

@@ -3,10 +3,12 @@
 //! Signals end KVM_RUN: a kick, and the counter's overflow. One that comes between two KVM_RUNs ends
 //! none, which loses nothing: the clock reads the counter before each run and asks anew.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvm_bindings::KVM_GUESTDBG_USE_HW_BP;
+use kvm_bindings::{KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP};
+use reprise_branch_clock::paging::write_ram;
 use reprise_branch_clock::register_bits::RFLAGS_RF;
 use reprise_branch_clock::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
@@ -32,6 +34,8 @@ pub struct PmuVcpu {
     resuming: bool,
     breakpoints_set: bool,
     watchdog: Option<Watchdog>,
+    /// INT3 comes back.
+    catches_breakpoints: bool,
 }
 
 impl PmuVcpu {
@@ -39,8 +43,15 @@ impl PmuVcpu {
     pub(crate) fn new(ram: GuestRam, host: &dyn PerfHost) -> Result<Self, KvmError> {
         let engine = KvmEngine::untested(ram, KvmClock::Sync)?;
         let counter = BranchCounter::open(host).map_err(KvmError::NoBranchCounter)?;
-        let (window_wanted, resuming, breakpoints_set) = (false, false, false);
-        Ok(Self { engine, counter, window_wanted, resuming, breakpoints_set, watchdog: None })
+        Ok(Self {
+            engine,
+            counter,
+            window_wanted: false,
+            resuming: false,
+            breakpoints_set: false,
+            watchdog: None,
+            catches_breakpoints: false,
+        })
     }
 
     /// From now on, a guest that does not come back for so long is an error.
@@ -78,6 +89,21 @@ impl PmuVcpu {
             && state::read_events(&self.engine.vcpu.fd)?.interrupt.injected != 0)
     }
 
+    fn set_debug_registers(&mut self, addresses: &[u64]) -> Result<(), KvmError> {
+        let mut debugreg = [0; 8];
+        let mut enabled = 0;
+        for (number, address) in addresses.iter().enumerate() {
+            debugreg[number] = *address;
+            // L and G of this breakpoint; type and length zero stand for execution.
+            enabled |= 3 << (2 * number);
+        }
+        debugreg[7] = DR7_FIXED | enabled;
+        self.breakpoints_set = !addresses.is_empty();
+        let hardware = if self.breakpoints_set { KVM_GUESTDBG_USE_HW_BP } else { 0 };
+        let software = if self.catches_breakpoints { KVM_GUESTDBG_USE_SW_BP } else { 0 };
+        self.engine.vcpu.set_debug(hardware | software, debugreg)
+    }
+
     /// Sets or clears RFLAGS.RF.
     fn set_resume_flag(&mut self, resume: bool) -> Result<(), KvmError> {
         let fd = &self.engine.vcpu.fd;
@@ -108,6 +134,7 @@ impl PmuVcpu {
         Ok(match exit {
             RawExit::Interrupted => VcpuExit::Interrupted { kicked: self.engine.kick.take() },
             RawExit::InterruptWindow => VcpuExit::InterruptWindow,
+            RawExit::Debug { vector: 3 } => VcpuExit::BreakpointInstruction,
             RawExit::Debug { .. } => VcpuExit::Breakpoint,
             RawExit::Halt => {
                 self.engine.halted = true;
@@ -185,17 +212,7 @@ impl Vcpu for PmuVcpu {
         if addresses.is_empty() && !self.breakpoints_set {
             return Ok(());
         }
-        let mut debugreg = [0; 8];
-        let mut enabled = 0;
-        for (number, address) in addresses.iter().enumerate() {
-            debugreg[number] = *address;
-            // L and G of this breakpoint; type and length zero stand for execution.
-            enabled |= 3 << (2 * number);
-        }
-        debugreg[7] = DR7_FIXED | enabled;
-        self.breakpoints_set = !addresses.is_empty();
-        let control = if self.breakpoints_set { KVM_GUESTDBG_USE_HW_BP } else { 0 };
-        Ok(self.engine.vcpu.set_debug(control, debugreg)?)
+        Ok(self.set_debug_registers(addresses)?)
     }
 
     fn step_off(&mut self) -> Result<(), EngineError> {
@@ -223,6 +240,36 @@ impl Vcpu for PmuVcpu {
 
     fn inject(&mut self, vector: u8) -> Result<(), EngineError> {
         self.engine.inject(vector)
+    }
+
+    fn catch_breakpoint_instructions(&mut self, catch: bool) -> Result<(), EngineError> {
+        self.catches_breakpoints = catch;
+        Ok(self.set_debug_registers(&[])?)
+    }
+
+    fn pass_breakpoint_instruction(&mut self) -> Result<(), EngineError> {
+        const BREAKPOINT: u8 = 3;
+        let fd = &self.engine.vcpu.fd;
+        let mut events = state::read_events(fd)?;
+        events.exception.injected = 1;
+        events.exception.nr = BREAKPOINT;
+        events.exception.has_error_code = 0;
+        let set = fd.set_vcpu_events(&events);
+        Ok(set.map_err(|errno| KvmError::refused("KVM_SET_VCPU_EVENTS", errno))?)
+    }
+
+    fn watch_writes(&mut self, _physical: Range<u64>, _watch: bool) -> Result<(), EngineError> {
+        let what = "writes to the guest's text are not watched under KVM yet: use --engine soft";
+        Err(EngineError { what: what.to_owned() })
+    }
+
+    fn retire_instruction(&mut self, after: &CpuState) -> Result<(), EngineError> {
+        self.resuming = false;
+        Ok(self.engine.retire_instruction(after)?)
+    }
+
+    fn write_ram(&mut self, address: u64, bytes: &[u8]) {
+        write_ram(&self.engine.ram, address, bytes);
     }
 
     fn ram(&self) -> &GuestRam {

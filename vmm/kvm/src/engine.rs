@@ -66,7 +66,11 @@ pub struct KvmEngine {
     pub(crate) stepper: Stepper,
     /// `tsc_offset` and `tsc_aux`, which are only kept: not every KVM can set the guest's TSC, and the
     /// CPU model has no RDTSCP.
-    tsc: [u64; 2],
+    pub(crate) tsc: [u64; 2],
+    /// What RDTSC that is stepped reads.
+    pub(crate) time_base: TimeBase,
+    /// Where RDTSC is trapped.
+    pub(crate) time_stamp_sites: Vec<u64>,
 }
 
 impl KvmEngine {
@@ -105,6 +109,8 @@ impl KvmEngine {
             kick: Arc::default(),
             stepper: Stepper::default(),
             tsc: [0; 2],
+            time_base: TimeBase { tick: 0, ns: 0, ns_per_tick: 0 },
+            time_stamp_sites: Vec::new(),
         })
     }
 
@@ -193,6 +199,12 @@ impl KvmEngine {
     fn sync_exit(&mut self, exit: RawExit) -> Result<Exit, EngineError> {
         if let Some(pending) = PendingExit::new(exit) {
             return Ok(self.present(pending));
+        }
+        if let RawExit::Debug { .. } = exit
+            && self.stands_at_time_stamp()?
+        {
+            let exit = PendingExit::new(RawExit::TimeStamp).expect("it is an access");
+            return Ok(self.present(exit));
         }
         if exit == RawExit::Halt {
             self.tick += 1;
@@ -290,7 +302,9 @@ impl Engine for KvmEngine {
     fn finish_access(&mut self, value: u128) -> Result<(), EngineError> {
         let mut exit = self.pending.take().expect("run came back with an access");
         assert!(std::mem::take(&mut self.awaiting_answer), "an access is finished once");
-        if exit.finish(&mut self.vcpu, value) {
+        if exit.is_time_stamp() {
+            self.retire_time_stamp(value as u64)?;
+        } else if exit.finish(&mut self.vcpu, value) {
             self.pending = Some(exit);
         } else {
             self.incomplete = true;
@@ -333,8 +347,8 @@ impl Engine for KvmEngine {
         Ok(())
     }
 
-    fn set_time_base(&mut self, _base: TimeBase) {
-        // KVM's guest reads the host's TSC.
+    fn set_time_base(&mut self, base: TimeBase) {
+        self.time_base = base;
     }
 
     fn moment(&mut self) -> Result<Moment, EngineError> {

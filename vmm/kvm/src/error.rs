@@ -51,6 +51,11 @@ pub enum KvmError {
     /// The counter failed in the middle of a run.
     #[error("the branch counter failed: {0}; {remedy}, or use --engine soft", remedy = .0.remedy())]
     CounterFailed(CounterRefusal),
+    /// The guest's kernel reads the time-stamp counter at more places than there are breakpoints.
+    #[error(
+        "the guest's kernel reads the time-stamp counter at {0} places, and this clock traps four: use --engine soft"
+    )]
+    TooManyTimeStampSites(usize),
     /// An ioctl was refused.
     #[error("KVM refused {what} ({reason}): {advice}")]
     Refused {
@@ -84,7 +89,10 @@ impl KvmError {
             }
             Self::ApiVersion(_) | Self::Lacks(_) => "update the host's kernel",
             Self::NoBranchCounter(refusal) | Self::CounterFailed(refusal) => refusal.remedy(),
-            Self::Unusable { .. } | Self::CannotStep(_) | Self::Refused { .. } => return None,
+            Self::Unusable { .. }
+            | Self::CannotStep(_)
+            | Self::TooManyTimeStampSites(_)
+            | Self::Refused { .. } => return None,
         };
         Some(remedy.to_owned())
     }

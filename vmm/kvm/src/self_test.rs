@@ -162,6 +162,24 @@ impl SelfTest {
         })
     }
 
+    /// The exception that `code` comes to, with these bits of CR4 set besides: 3 if it just executes. Or
+    /// what else happens.
+    pub(crate) fn fault_of(
+        &mut self,
+        level: Level,
+        code: &[u8],
+        control: u64,
+    ) -> Result<Result<u8, String>, KvmError> {
+        self.start(level, code)?;
+        let state = self.state()?;
+        let state = CpuState { cr4: state.cr4 | control, ..state };
+        crate::state::write(&self.engine.vcpu.fd, &state)?;
+        let Stop { exit, rip } = self.run()?;
+        let in_handler =
+            |vector: &u8| (1..=2).contains(&rip.wrapping_sub(handler_address(*vector)));
+        Ok((0..=31).find(in_handler).ok_or_else(|| exit.to_string()))
+    }
+
     /// Whether the guest sees the CPU model that it is given.
     pub(crate) fn shows_cpu_model(&mut self, level: Level) -> Result<Finding, KvmError> {
         for (leaf, subleaf) in [(0, 0), (1, 0), (7, 0)] {

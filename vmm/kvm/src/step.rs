@@ -29,6 +29,7 @@ use reprise_branch_clock::guest_code::{
     Successors, decode_at, handler_of, repeats, stack_word, successors,
 };
 use reprise_branch_clock::register_bits::{RFLAGS_IF, RFLAGS_RF, RFLAGS_TF};
+use reprise_branch_clock::retired::time_stamp_retired;
 
 /// What cannot be stepped because the guest does it already.
 const SELF_STEPPING: &str = "a guest that steps itself (TF)";
@@ -218,6 +219,10 @@ impl KvmEngine {
                 self.halted = true;
                 let rip = instruction.next_ip();
                 Some(CpuState { interrupt_shadow: false, rip, ..started() })
+            }
+            Code::Rdtsc => {
+                let ns = self.time_base.at(self.tick).ns;
+                Some(time_stamp_retired(&CpuState { tsc_offset: self.tsc[0], ..started() }, ns))
             }
             Code::Iretq if self.loads_trap_flag(instruction) => {
                 return self.cannot_step(SELF_STEPPING).map(Some);

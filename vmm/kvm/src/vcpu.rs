@@ -12,6 +12,7 @@ use vmm_sys_util::ioctl_iow_nr;
 use crate::error::KvmError;
 use crate::memory::map_ram;
 use crate::model_specific;
+use crate::time_stamp::{needs_host_refusal, refuse_to_this_thread};
 
 /// Where KVM is reached.
 pub(crate) const DEVICE: &str = "/dev/kvm";
@@ -57,6 +58,8 @@ pub(crate) enum RawExit {
     Debug { vector: u32 },
     /// The guest takes interrupts here, which was asked for.
     InterruptWindow,
+    /// RDTSC at a place where it is trapped: the engine makes this of [`RawExit::Debug`].
+    TimeStamp,
     /// A signal, or `immediate_exit`.
     Interrupted,
     /// KVM's instruction emulator gave up.
@@ -132,6 +135,8 @@ pub(crate) struct Vcpu {
     guest_debug: u32,
     /// Every KVM_RUN steps.
     stepping: bool,
+    /// This thread is refused RDTSC while the guest runs.
+    refuses_time_stamps: bool,
 }
 
 impl Vcpu {
@@ -155,7 +160,13 @@ impl Vcpu {
         fd.set_cpuid2(cpuid).map_err(|errno| KvmError::refused("KVM_SET_CPUID2", errno))?;
         // Without the newer capability, only what has always been there.
         let guest_debug = vm.check_extension_raw(u64::from(KVM_CAP_SET_GUEST_DEBUG2)) as u32;
-        Ok(Self { fd, _vm: vm, guest_debug, stepping: false })
+        Ok(Self {
+            fd,
+            _vm: vm,
+            guest_debug,
+            stepping: false,
+            refuses_time_stamps: needs_host_refusal(),
+        })
     }
 
     /// Runs the guest until it exits.
@@ -177,7 +188,14 @@ impl Vcpu {
 
     /// KVM_RUN, once.
     fn enter(&mut self) -> Result<RawExit, KvmError> {
-        match self.fd.run() {
+        if self.refuses_time_stamps {
+            refuse_to_this_thread(true);
+        }
+        let result = self.fd.run();
+        if self.refuses_time_stamps {
+            refuse_to_this_thread(false);
+        }
+        match result {
             Ok(kvm_ioctls::VcpuExit::MemoryFault { .. }) => return Ok(RawExit::MemoryFault),
             Ok(_) => {}
             Err(errno) => {

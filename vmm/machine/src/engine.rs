@@ -46,6 +46,9 @@ pub enum Access {
         /// What is written, little-endian, in the low `size` bytes.
         value: u128,
     },
+    /// RDTSC, from an engine that has it answered: with virtual time in nanoseconds, to which the
+    /// engine adds what the guest has set ([`reprise_trace::cpu_state::CpuState::tsc_offset`]).
+    TimeStamp,
 }
 
 /// Why [`Engine::run`] came back.

@@ -465,6 +465,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
                 self.board.mmio_write(address, size, value, now);
                 0
             }
+            Access::TimeStamp => u128::from(now.ns),
         };
         self.engine.finish_access(value)?;
         self.drain_console();
@@ -479,6 +480,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
                 Board::port_depends_on_time(*port)
             }
             Access::MmioRead { .. } | Access::MmioWrite { .. } => false,
+            Access::TimeStamp => true,
         };
         if depends && self.time == TimeSource::Host {
             let ns = self.inputs.clock_answer(tick, access, self.base.at(tick))?;

@@ -9,6 +9,7 @@
 
 use std::sync::Arc;
 
+use reprise_cpu::cpu::TimeStamps;
 use reprise_cpu::engine::SoftEngine;
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Access, Engine, EngineError, Exit, Kick};
@@ -71,6 +72,12 @@ impl RecordedClock {
             software.count_conditional_branches();
             software.hide_time_stamp_counter();
         }
+        software.set_time_stamps(match header.tick_kind {
+            _ if !header.logs_time_stamps() => TimeStamps::Computed,
+            TickKind::ConditionalBranch => TimeStamps::AskedThroughFault,
+            TickKind::Exit => TimeStamps::Asked,
+            TickKind::Instruction => TimeStamps::Computed,
+        });
         Ok(Self {
             software,
             kind: header.tick_kind,
@@ -138,7 +145,7 @@ impl RecordedClock {
 /// How many exits KVM makes of an access.
 fn exits_of(access: &Access) -> u64 {
     match access {
-        Access::PortRead { .. } | Access::PortWrite { .. } => 1,
+        Access::PortRead { .. } | Access::PortWrite { .. } | Access::TimeStamp => 1,
         Access::MmioRead { size, .. } | Access::MmioWrite { size, .. } => {
             u64::from(size.div_ceil(LARGEST_MMIO_EXIT_BYTES)).max(1)
         }

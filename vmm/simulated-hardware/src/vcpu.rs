@@ -1,9 +1,11 @@
 //! [`SimulatedVcpu`].
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use reprise_branch_clock::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
+use reprise_cpu::cpu::TimeStamps;
 use reprise_cpu::engine::SoftEngine;
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
@@ -119,6 +121,12 @@ impl SimulatedVcpu {
     /// Leaves the time-stamp counter out of what CPUID says: what RDTSC reads is in no log.
     pub fn hide_time_stamp_counter(&mut self) {
         self.engine.hide_time_stamp_counter();
+    }
+
+    /// Chooses who answers RDTSC: only for a vCPU that is the software CPU, undisturbed. Hardware answers
+    /// it itself.
+    pub fn set_time_stamps(&mut self, time_stamps: TimeStamps) {
+        self.engine.set_time_stamps(time_stamps);
     }
 
     /// A clock of the world outside that goes on while the guest runs, by a nanosecond or so an
@@ -247,7 +255,22 @@ impl SimulatedVcpu {
         if self.engine.tick() != before {
             self.stepping_off = None;
         }
-        exit.map(of_engine)
+        exit.map(|exit| self.of_engine(exit)).or_else(|| self.watched_write())
+    }
+
+    /// An exit as a vCPU gives it.
+    fn of_engine(&mut self, exit: Exit) -> VcpuExit {
+        match exit {
+            Exit::Kicked if self.engine.take_caught_breakpoint() => VcpuExit::BreakpointInstruction,
+            Exit::Kicked => self.watched_write().unwrap_or(VcpuExit::Interrupted { kicked: true }),
+            exit => of_engine(exit),
+        }
+    }
+
+    /// The exit for a write that is watched, if there was one.
+    fn watched_write(&mut self) -> Option<VcpuExit> {
+        let writes = self.engine.take_watched_writes();
+        (!writes.is_empty()).then_some(VcpuExit::WatchedWrite(writes))
     }
 
     fn hits_breakpoint(&self) -> bool {
@@ -271,7 +294,7 @@ impl SimulatedVcpu {
                 few if few <= 1 || !self.breakpoints.is_empty() => self.step(false, few),
                 many => match self.engine.run(self.engine.tick() + many)? {
                     Exit::TickReached => None,
-                    exit => Some(of_engine(exit)),
+                    exit => Some(self.of_engine(exit)),
                 },
             };
             if let Some(exit) = exit {
@@ -301,6 +324,9 @@ impl Vcpu for SimulatedVcpu {
         }
         self.engine.set_interrupt_request(self.window_wanted);
         let before = self.engine.tick();
+        if let Some(exit) = self.watched_write() {
+            return Ok(exit);
+        }
         if self.disturbance.time_stamp_runs {
             // The TSC of a machine that does other things as well.
             let ns = self.random.below(1 << 40);
@@ -363,6 +389,31 @@ impl Vcpu for SimulatedVcpu {
     fn inject(&mut self, vector: u8) -> Result<(), EngineError> {
         self.queued_interrupt = Some(vector);
         Ok(())
+    }
+
+    fn catch_breakpoint_instructions(&mut self, catch: bool) -> Result<(), EngineError> {
+        self.engine.catch_breakpoint_instructions(catch);
+        Ok(())
+    }
+
+    fn pass_breakpoint_instruction(&mut self) -> Result<(), EngineError> {
+        self.engine.pass_breakpoint_instruction();
+        Ok(())
+    }
+
+    fn watch_writes(&mut self, physical: Range<u64>, watch: bool) -> Result<(), EngineError> {
+        self.engine.watch_writes(physical, watch);
+        Ok(())
+    }
+
+    fn retire_instruction(&mut self, after: &CpuState) -> Result<(), EngineError> {
+        self.stepping_off = None;
+        self.engine.retire_instruction(after);
+        Ok(())
+    }
+
+    fn write_ram(&mut self, address: u64, bytes: &[u8]) {
+        self.engine.write_ram(address, bytes);
     }
 
     fn ram(&self) -> &GuestRam {

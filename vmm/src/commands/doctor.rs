@@ -7,7 +7,7 @@ use anyhow::Result;
 use reprise_cpu::engine::SoftEngine;
 use reprise_devices::cpu_model;
 use reprise_host::host_info;
-use reprise_kvm::{ByLevel, Finding, KvmClock, KvmReport, probe};
+use reprise_kvm::{ByLevel, Finding, KvmClock, KvmReport, Precaution, precautions, probe};
 use reprise_machine::ram::{GuestRam, MIN_RAM_MIB};
 use reprise_trace::header::HostInfo;
 use serde::Serialize;
@@ -127,7 +127,9 @@ fn finding_of<'a>(kind: EngineKind, soft: &'a Finding, kvm: &'a KvmReport) -> &'
 fn gives(kind: EngineKind) -> &'static str {
     match kind {
         EngineKind::Soft => "the software CPU: exact everywhere, hundreds of MIPS",
-        EngineKind::Pmu => "the speed of hardware, with interrupts at exact places",
+        EngineKind::Pmu => {
+            "the speed of hardware, with interrupts at exact places; RDTSC is not trapped yet"
+        }
         EngineKind::Kvm(KvmClock::Sync) => {
             "the speed of KVM; interrupts arrive only when the guest exits"
         }
@@ -218,6 +220,10 @@ fn findings(soft: &Finding, kvm: &KvmReport) -> Vec<FindingReport> {
     for (topic, ByLevel { kernel, user }) in by_level {
         rows.push(row(&format!("{topic}, kernel code"), kernel));
         rows.push(row(&format!("{topic}, user code"), user));
+    }
+    for Precaution { instruction, closed: ByLevel { kernel, user } } in precautions() {
+        rows.push(row(&format!("{instruction} closed, kernel code"), kernel));
+        rows.push(row(&format!("{instruction} closed, user code"), user));
     }
     rows
 }

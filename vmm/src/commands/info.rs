@@ -4,7 +4,7 @@ use anyhow::Result;
 use reprise_replay::Replayable;
 use reprise_trace::checkpoint::CheckpointInfo;
 use reprise_trace::event::{Assists, EffectDigest, Event};
-use reprise_trace::header::{Header, HostInfo, ImageInfo};
+use reprise_trace::header::{Header, HostInfo, ImageInfo, Precaution, Treatment};
 use reprise_trace::moment::TickKind;
 use reprise_trace::recording::{Recording, SeekIndexState, Summary};
 use serde::Serialize;
@@ -38,6 +38,8 @@ struct InfoReport {
     ns_per_tick: u64,
     replays_on: Vec<ReplaysOn>,
     host: HostInfo,
+    /// How instructions were dealt with whose answers only a CPU knows; empty if it does not say.
+    precautions: Vec<Precaution>,
     complete: bool,
     damage: Option<String>,
     truncated_bytes: u64,
@@ -184,6 +186,7 @@ impl InfoReport {
             ns_per_tick: header.ns_per_tick,
             replays_on: ReplaysOn::of(header),
             host: header.host.clone(),
+            precautions: header.precautions.clone(),
             complete: summary.complete,
             damage: summary.damage.as_ref().map(ToString::to_string),
             truncated_bytes: summary.truncated_bytes,
@@ -253,6 +256,13 @@ impl InfoReport {
         }
         rows.push(("recorded on", cpu));
         rows.push(("recorded by", format!("Reprise {}", self.reprise_version)));
+        for Precaution { what, treatment, how } in &self.precautions {
+            let word = match treatment {
+                Treatment::Closed => "closed",
+                Treatment::Open => "OPEN",
+            };
+            rows.push(("time stamps, entropy", format!("{word}: {what}: {how}")));
+        }
         rows.push(("state", self.state_text()));
         if let Some(ticks) = self.ticks {
             let kind = match self.stretches.len() {

@@ -9,6 +9,7 @@ use reprise_kvm::{KvmClock, KvmEngine};
 use reprise_machine::engine::{Engine, EngineError};
 use reprise_machine::ram::{GuestRam, RamError};
 use reprise_replay::{OnSoftware, RecordedClock};
+use reprise_time_stamp_sites::{Instruction, KernelText};
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::header::Header;
 
@@ -47,6 +48,7 @@ pub struct LoadedGuest {
     ram: GuestRam,
     state: CpuState,
     board: BoardConfig,
+    time_stamp_sites: TimeStampSites,
 }
 
 impl LoadedGuest {
@@ -62,7 +64,8 @@ impl LoadedGuest {
         let ram = GuestRam::new(ram_mib)?;
         let state = boot::load(source, &ram)?;
         let board = BoardConfig { ram_bytes: ram.ram_bytes(), rtc_start_s };
-        Ok(Self { ram, state, board })
+        let time_stamp_sites = TimeStampSites::of_kernel(source.kernel);
+        Ok(Self { ram, state, board, time_stamp_sites })
     }
 
     /// Hands the guest to an engine, and both to `visitor`; `hardware` has the clock `pmu`. Gives what
@@ -77,7 +80,7 @@ impl LoadedGuest {
         soft: SoftOptions,
         visitor: V,
     ) -> Result<(V::Output, Option<ProfileReport>), AssemblyError> {
-        let Self { ram, state, board } = self;
+        let Self { ram, state, board, time_stamp_sites } = self;
         let board = Board::new(&board);
         match kind {
             EngineKind::Soft => {
@@ -87,7 +90,7 @@ impl LoadedGuest {
                 Ok((output, leave(engine)))
             }
             EngineKind::Kvm(clock) => {
-                let mut engine = kvm_engine(ram, clock)?;
+                let mut engine = kvm_engine(ram, clock, &time_stamp_sites)?;
                 engine.set_cpu_state(&state)?;
                 let (output, _) = visitor.visit(engine, board);
                 Ok((output, None))
@@ -113,12 +116,66 @@ impl LoadedGuest {
         soft: SoftOptions,
         visitor: V,
     ) -> Result<V::Output, AssemblyError> {
-        let Self { ram, state, board } = self;
+        let Self { ram, state, board, .. } = self;
         let first = header.first_stretch();
         let mut engine = stretches::relay(ram, &first, header, EngineArg::Auto, soft)?;
         engine.set_cpu_state(&state)?;
         Ok(visitor.visit(engine, Board::new(&board)).0)
     }
+}
+
+/// Where a kernel reads the time-stamp counter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TimeStampSites {
+    /// At these linear addresses.
+    At(Vec<u64>),
+    /// That is not known, or of no use; the reason is for a person.
+    Unknown(String),
+}
+
+impl TimeStampSites {
+    /// Of a machine that moves between engines: not trapped, since not all of them can.
+    pub fn of_relay() -> Self {
+        Self::Unknown("the machine moves between engines".to_owned())
+    }
+
+    /// Of a kernel's file.
+    pub fn of_kernel(kernel: &[u8]) -> Self {
+        // A packed kernel has more than can be trapped with breakpoints in debug registers, and is not
+        // there yet when they are set.
+        if !kernel.starts_with(b"\x7fELF") {
+            return Self::Unknown("the kernel is packed".to_owned());
+        }
+        match KernelText::of_image(kernel) {
+            Ok(text) => {
+                let sites = text.sites_of(Instruction::ReadTimeStamp);
+                Self::At(sites.map(|site| site.address).collect())
+            }
+            Err(error) => Self::Unknown(error.to_string()),
+        }
+    }
+}
+
+/// Breakpoints in debug registers.
+pub(super) const MAX_TRAPPED: usize = 4;
+
+/// KVM, with the software CPU for the instructions that it refuses, and what reads the time-stamp counter
+/// trapped as far as its clock can.
+///
+/// # Errors
+/// The host has no KVM that can be used so.
+pub fn kvm_engine(
+    ram: GuestRam,
+    clock: KvmClock,
+    time_stamp_sites: &TimeStampSites,
+) -> Result<Assisted<KvmEngine>, EngineError> {
+    let mut engine = KvmEngine::new(ram, clock)?;
+    if let (KvmClock::Sync, TimeStampSites::At(places)) = (clock, time_stamp_sites)
+        && places.len() <= MAX_TRAPPED
+    {
+        engine.trap_time_stamps(places)?;
+    }
+    Ok(Assisted::new(engine))
 }
 
 /// The software CPU, set up as asked.
@@ -150,14 +207,6 @@ fn set_up(engine: &mut SoftEngine, soft: SoftOptions) {
     if soft.profile {
         engine.start_profile();
     }
-}
-
-/// KVM, with the software CPU for the instructions that it refuses.
-///
-/// # Errors
-/// The host has no KVM that can be used so.
-pub fn kvm_engine(ram: GuestRam, clock: KvmClock) -> Result<Assisted<KvmEngine>, EngineError> {
-    Ok(Assisted::new(KvmEngine::new(ram, clock)?))
 }
 
 /// Gives up the software CPU at the end of a session, and says where its time went, if it was to count

@@ -9,11 +9,12 @@ use reprise_trace::moment::TickKind;
 
 use super::automatic::{self, Verdict};
 use super::hardware::HostHardware;
+use super::precautions::PMU_DOES_NOT_TRAP;
 
 /// What the user asked for with `--engine`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum EngineArg {
-    /// The fastest exact engine that this host has; for a replay, the engine that recorded.
+    /// The fastest engine of this host that replays every guest exactly; for a replay, the engine that recorded.
     #[default]
     Auto,
     /// The host's KVM.
@@ -189,12 +190,23 @@ fn choose(
     }
 }
 
-/// The clock `pmu` if the host has it, else what the engine asked for has instead.
+/// On `kvm` the clock `pmu` if the host has it. Nobody gets it who did not ask for `kvm`, as long as a
+/// guest's RDTSC is not in its log.
 fn automatically(engine: EngineArg, verdict: &Verdict) -> Choice {
     let Finding { available, reason, .. } = &verdict.finding;
+    let earlier = if verdict.remembered { ", as was tried since the last boot" } else { "" };
+    if *available && engine == EngineArg::Auto {
+        return Choice::because(
+            EngineKind::Soft,
+            format!(
+                "exact on every host; this one has the faster --clock pmu as well \
+                 ({reason}{earlier}), but {PMU_DOES_NOT_TRAP}: Linux may not replay"
+            ),
+        );
+    }
     if *available {
-        let earlier = if verdict.remembered { ", as was tried since the last boot" } else { "" };
-        let reason = format!("exact at the speed of hardware: {reason}{earlier}");
+        let reason =
+            format!("the speed of hardware, though {PMU_DOES_NOT_TRAP}: {reason}{earlier}");
         let choice = Choice::because(EngineKind::Pmu, reason);
         return Choice { self_testing: SelfTesting::Done, ..choice };
     }
@@ -290,7 +302,7 @@ mod tests {
             }
         }
         assert_eq!(kind(E::Auto, C::Auto, false), Ok(EngineKind::Soft));
-        assert_eq!(kind(E::Auto, C::Auto, true), Ok(EngineKind::Pmu));
+        assert_eq!(kind(E::Auto, C::Auto, true), Ok(EngineKind::Soft));
         assert_eq!(kind(E::Kvm, C::Auto, false), Ok(SYNC));
         assert_eq!(kind(E::Kvm, C::Auto, true), Ok(EngineKind::Pmu));
         assert_eq!(kind(E::Kvm, C::Pmu, true), Ok(EngineKind::Pmu));
@@ -316,6 +328,7 @@ mod tests {
             let reason = choice.reason.expect("a reason");
             let expected = if pmu { "it counts" } else { "no permission" };
             assert!(reason.contains(expected) && !reason.contains('\n'), "{reason}");
+            assert_eq!(reason.contains(PMU_DOES_NOT_TRAP), pmu, "{reason}");
         }
         assert_eq!(chosen(EngineArg::Soft, ClockArg::Auto, true).expect("a choice").reason, None);
     }

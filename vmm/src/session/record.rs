@@ -29,6 +29,7 @@ use super::checkpoints::{self, CheckpointArg, CheckpointReport};
 use super::choice::{Choice, EngineKind};
 use super::guest::Guest;
 use super::hardware::BranchHardware;
+use super::precautions;
 use super::profile_report::ProfileReport;
 use super::report::SessionReport;
 
@@ -136,7 +137,7 @@ pub fn run(plan: RunPlan<'_>) -> Result<SessionReport> {
 pub fn run_on(hardware: &impl BranchHardware, plan: RunPlan<'_>) -> Result<SessionReport> {
     let (guest, choice) = (plan.guest, plan.choice.clone());
     let now_unix_s = unix_time_s();
-    let header = header(guest, choice.kind, plan.memory_mib, now_unix_s);
+    let header = header(guest, choice.kind, &plan.plan, plan.memory_mib, now_unix_s);
     let finished = execute(hardware, plan, &header, || Ok((DiscardSink, None)))?;
     let mut report =
         SessionReport::new("run", &guest.name, choice.kind, &finished.outcome, finished.wall);
@@ -166,7 +167,7 @@ pub fn record_on(
 ) -> Result<SessionReport> {
     let (guest, choice) = (plan.guest, plan.choice.clone());
     let now_unix_s = unix_time_s();
-    let header = header(guest, choice.kind, plan.memory_mib, now_unix_s);
+    let header = header(guest, choice.kind, &plan.plan, plan.memory_mib, now_unix_s);
     let mut begun = None;
     let recorded = execute(hardware, plan, &header, || {
         let file = create(to)?;
@@ -308,7 +309,13 @@ fn start_log(
     Ok((LogFile::start(writer, images, embedded, file.try_clone()?)?, identity))
 }
 
-fn header(guest: &Guest, kind: EngineKind, ram_mib: u64, now_unix_s: u64) -> Header {
+fn header(
+    guest: &Guest,
+    kind: EngineKind,
+    plan: &[Planned],
+    ram_mib: u64,
+    now_unix_s: u64,
+) -> Header {
     let ns_per_tick = kind.time_source().ns_per_tick();
     Header {
         machine: MachineInfo { ram_mib, rtc_start_s: now_unix_s },
@@ -321,6 +328,7 @@ fn header(guest: &Guest, kind: EngineKind, ram_mib: u64, now_unix_s: u64) -> Hea
         guest: guest.info(),
         created_unix_s: now_unix_s,
         reprise_version: env!("CARGO_PKG_VERSION").to_owned(),
+        precautions: precautions::of_run(kind, plan, &guest.kernel.bytes),
     }
 }
 

@@ -22,12 +22,12 @@ use reprise_machine::ram::GuestRam;
 use reprise_replay::{
     Arrived, Beginning, ConsoleOnce, ReplayError, Replayable, Start, accessed_bits,
 };
-use reprise_trace::header::Header;
+use reprise_trace::header::{Header, ImageRole};
 use reprise_trace::moment::TickKind;
 use reprise_trace::recording::Recording;
 use reprise_trace::stretches::Course;
 
-use super::assembly::{self, SoftOptions};
+use super::assembly::{self, SoftOptions, TimeStampSites};
 use super::choice::{self, EngineArg, EngineKind};
 use super::file_kind::NoFile;
 use super::hardware::{BranchHardware, HostHardware};
@@ -157,7 +157,8 @@ pub fn replay_on(
             (outcome, wall, assembly::leave(engine))
         }
         EngineKind::Kvm(clock) => {
-            let make = |ram| assembly::kvm_engine(ram, clock);
+            let sites = recorded_time_stamp_sites(recording)?;
+            let make = |ram| assembly::kvm_engine(ram, clock, &sites);
             let Driven { outcome, wall, .. } = drive.run(beginning, make)?;
             (outcome, wall, None)
         }
@@ -192,6 +193,19 @@ pub(super) fn is_there(hardware: &impl BranchHardware, kind: EngineKind) -> bool
         EngineKind::Kvm(_) => reprise_kvm::opens(),
         EngineKind::Pmu => hardware.is_there(),
     }
+}
+
+/// Where the recorded kernel reads the time-stamp counter.
+fn recorded_time_stamp_sites(recording: &Recording) -> Result<TimeStampSites> {
+    let header = recording.header();
+    if !header.logs_time_stamps() {
+        return Ok(TimeStampSites::Unknown("its recording has no time stamps".to_owned()));
+    }
+    let images = &header.guest.images;
+    let Some(index) = images.iter().position(|image| image.role == ImageRole::Kernel) else {
+        return Ok(TimeStampSites::At(Vec::new()));
+    };
+    Ok(TimeStampSites::of_kernel(&recording.read_image(index)?))
 }
 
 /// The last usable beginning at or before the place asked for. A damaged checkpoint is no reason not to

@@ -15,7 +15,7 @@ use reprise_trace::header::Header;
 use reprise_trace::stretches::Course;
 use serde::Serialize;
 
-use super::assembly::{self, SoftOptions};
+use super::assembly::{self, SoftOptions, TimeStampSites};
 use super::choice::{self, ChoiceError, EngineArg, EngineKind};
 use super::hardware::{BranchHardware, HostHardware};
 use super::replay::{At, is_there};
@@ -153,7 +153,9 @@ pub fn relay(
         let kind = kind_of(&hardware, &header, to, engine).map_err(refused)?;
         Ok(match kind {
             EngineKind::Soft => Box::new(assembly::soft_engine(ram, soft)?) as Box<dyn Engine>,
-            EngineKind::Kvm(clock) => Box::new(assembly::kvm_engine(ram, clock)?),
+            EngineKind::Kvm(clock) => {
+                Box::new(assembly::kvm_engine(ram, clock, &TimeStampSites::of_relay())?)
+            }
             EngineKind::Pmu => Box::new(hardware.engine(ram)?),
         })
     });

@@ -329,8 +329,13 @@ impl Memory {
 
     /// See [`Physical::start_capture`].
     pub(crate) fn start_capture(&mut self) {
-        self.tlb.forbid_all_writes();
+        self.forbid_all_writes();
         self.physical.start_capture();
+    }
+
+    /// Takes back every permission to write without asking.
+    pub(crate) fn forbid_all_writes(&mut self) {
+        self.tlb.forbid_all_writes();
     }
 
     /// Where the software TLB's entries for data accesses in `mode` begin: less than 2^31. (Not for

@@ -49,6 +49,10 @@ pub(crate) struct Physical {
     pub(crate) journal: Option<Box<Journal>>,
     /// Pages whose decoded code was written since the block cache last looked, with the chunks.
     code_written: Vec<(u64, u64)>,
+    /// Pages whose every write is noted for whoever watches them; empty if nobody does.
+    watched: Vec<bool>,
+    /// Writes to them: address and bytes.
+    watched_writes: Vec<(u64, u64)>,
 }
 
 // SAFETY: the pointers lead into the mapping that `ram` owns and moves with it; nothing else holds
@@ -76,6 +80,8 @@ impl Physical {
             capture: Capture::default(),
             journal: None,
             code_written: Vec::new(),
+            watched: Vec::new(),
+            watched_writes: Vec::new(),
         }
     }
 
@@ -170,6 +176,11 @@ impl Physical {
     pub(crate) fn note_write(&mut self, address: u64, size_bytes: u64) {
         let page = address / PAGE_BYTES;
         let code = self.code_chunks[page as usize];
+        if self.is_watched(page) {
+            self.watched_writes.push((address, size_bytes));
+            // Ends the block behind the instruction.
+            self.code_written.push((page * PAGE_BYTES, 0));
+        }
         if code != 0 {
             let hit = code & chunk_mask(address % PAGE_BYTES, size_bytes);
             if hit != 0 {
@@ -182,12 +193,41 @@ impl Physical {
     /// remembered that somebody relies on it.
     pub(crate) fn permit_writes(&mut self, page: u64) -> bool {
         let number = (page / PAGE_BYTES) as usize;
-        let permit = self.code_chunks[number] == 0;
+        let permit = self.code_chunks[number] == 0 && !self.is_watched(page / PAGE_BYTES);
         self.writes_permitted[number] |= permit;
         if permit {
             self.before_write(page / PAGE_BYTES);
         }
         permit
+    }
+
+    fn is_watched(&self, number: u64) -> bool {
+        self.watched.get(number as usize).is_some_and(|watched| *watched)
+    }
+
+    /// Notes every write to a page, or no longer. The caller takes back every permission to write without
+    /// asking.
+    pub(crate) fn watch(&mut self, page: u64, watch: bool) {
+        self.watched.resize(self.code_chunks.len(), false);
+        let number = (page / PAGE_BYTES) as usize;
+        self.watched[number] = watch;
+        self.writes_permitted[number] &= !watch;
+    }
+
+    /// Whether there are writes that [`Physical::take_watched_writes`] gives.
+    #[inline(always)]
+    pub(crate) fn has_watched_writes(&self) -> bool {
+        !self.watched_writes.is_empty()
+    }
+
+    /// Takes the writes to watched pages: address and bytes.
+    pub(crate) fn take_watched_writes(&mut self) -> Vec<(u64, u64)> {
+        std::mem::take(&mut self.watched_writes)
+    }
+
+    /// Takes them back.
+    pub(crate) fn set_watched_writes(&mut self, writes: Vec<(u64, u64)>) {
+        self.watched_writes = writes;
     }
 
     /// The page of this number is about to be written, or may be from now on.

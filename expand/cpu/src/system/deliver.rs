@@ -155,6 +155,35 @@ impl Cpu {
         }
     }
 
+    /// Does to memory what delivering `fault` to its handler does, and nothing to the registers.
+    ///
+    /// # Errors
+    /// What delivering it would raise.
+    pub(super) fn leave_frame_of(&mut self, fault: Fault) -> Result<(), Stop> {
+        let event = self.exception(fault);
+        let gate = self.read_gate(&event)?;
+        let stack = self.handler_stack(&gate)?;
+        let frame = self.frame_of(&event, &stack);
+        self.write_frame(&stack, &frame, gate.push_bytes, gate.cpl)?;
+        self.mark_accessed(&gate.code)
+    }
+
+    /// What the handler of `event` finds on its stack.
+    fn frame_of(&self, event: &Event, stack: &Stack) -> Frame {
+        let mut frame = Frame::new();
+        if stack.switched || self.long_mode() {
+            frame.push(u64::from(self.system.segments[SS].selector));
+            frame.push(self.registers.gpr[RSP]);
+        }
+        frame.push(event.rflags);
+        frame.push(u64::from(self.system.segments[CS].selector));
+        frame.push(event.return_rip);
+        if let Some(error_code) = event.error_code {
+            frame.push(u64::from(error_code));
+        }
+        frame
+    }
+
     fn deliver(&mut self, mut event: Event) -> Result<(), TripleFault> {
         while let Err(stop) = self.deliver_event(&event) {
             if stop == Stop::Exit {
@@ -208,17 +237,7 @@ impl Cpu {
         let code = gate.code.segment(gate.cpl);
         self.check_code_offset(&code, gate.offset)?;
         let stack = self.handler_stack(&gate)?;
-        let mut frame = Frame::new();
-        if stack.switched || self.long_mode() {
-            frame.push(u64::from(self.system.segments[SS].selector));
-            frame.push(self.registers.gpr[RSP]);
-        }
-        frame.push(event.rflags);
-        frame.push(u64::from(self.system.segments[CS].selector));
-        frame.push(event.return_rip);
-        if let Some(error_code) = event.error_code {
-            frame.push(u64::from(error_code));
-        }
+        let frame = self.frame_of(event, &stack);
         let pointer = self.write_frame(&stack, &frame, gate.push_bytes, gate.cpl)?;
         self.mark_accessed(&gate.code)?;
 

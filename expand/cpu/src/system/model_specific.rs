@@ -3,9 +3,10 @@
 
 use iced_x86::Mnemonic;
 use reprise_devices::cpu_model::{self, MsrWrite};
+use reprise_machine::engine::Access;
 use reprise_trace::cpu_state::{FS, GS, RAX, RBX, RCX, RDX};
 
-use crate::cpu::{CR0_PG, CR4_TSD, Cpu, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE};
+use crate::cpu::{CR0_PG, CR4_TSD, Cpu, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, TimeStamps};
 use crate::decode::op::{Handler, Op};
 use crate::fault::{Fault, Stop};
 use crate::memory::walk::canonical;
@@ -100,6 +101,12 @@ impl Cpu {
         now.ns.wrapping_add(self.system.tsc_offset)
     }
 
+    /// The time-stamp counter as the machine answers it.
+    fn asked_time_stamp(&mut self) -> Result<u64, Stop> {
+        let ns = self.board(Access::TimeStamp)? as u64;
+        Ok(ns.wrapping_add(self.system.tsc_offset))
+    }
+
     /// WRMSR to EFER.
     fn set_extended_features(&mut self, value: u64) -> Result<(), Stop> {
         let before = self.system.efer;
@@ -171,7 +178,15 @@ handler!(read_time_stamp(cpu, op) {
     if cpu.cpl != 0 && cpu.system.cr4 & CR4_TSD != 0 {
         return cpu.fault(Fault::GP0);
     }
-    cpu.set_pair(cpu.time_stamp(op));
+    let value = match cpu.time_stamps {
+        TimeStamps::Computed => cpu.time_stamp(op),
+        TimeStamps::AskedThroughFault if cpu.cpl == 3 && cpu.answered.is_empty() => {
+            cpu.leave_frame_of(Fault::GP0)?;
+            cpu.asked_time_stamp()?
+        }
+        TimeStamps::Asked | TimeStamps::AskedThroughFault => cpu.asked_time_stamp()?,
+    };
+    cpu.set_pair(value);
     Ok(())
 });
 

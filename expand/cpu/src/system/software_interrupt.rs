@@ -1,9 +1,10 @@
 //! INT n, INT3, INT1, INTO and BOUND.
 
 use iced_x86::Mnemonic;
+use reprise_machine::engine::Exit;
 
 use super::deliver::{Event, Source};
-use crate::cpu::Cpu;
+use crate::cpu::{BreakpointInstructions, Cpu};
 use crate::decode::op::{Handler, Op};
 use crate::fault::{Fault, Stop, vector};
 use crate::flags;
@@ -13,7 +14,7 @@ use crate::ops::{BlockEnd, handler};
 pub(super) fn select(op: &mut Op, _mode: Mode) -> Option<BlockEnd> {
     let (handler, vector): (Handler, u8) = match op.instruction.mnemonic() {
         Mnemonic::Int => (interrupt, op.instruction.immediate8()),
-        Mnemonic::Int3 => (interrupt, vector::BP),
+        Mnemonic::Int3 => (breakpoint, vector::BP),
         Mnemonic::Into => (interrupt_on_overflow, vector::OF),
         Mnemonic::Int1 => (interrupt_debug, vector::DB),
         Mnemonic::Bound => {
@@ -45,6 +46,18 @@ impl Cpu {
 }
 
 handler!(interrupt(cpu, op) {
+    cpu.interrupt(op, Source::Software)
+});
+handler!(breakpoint(cpu, op) {
+    match cpu.breakpoints {
+        BreakpointInstructions::Passed => {}
+        BreakpointInstructions::PassedOnce => cpu.breakpoints = BreakpointInstructions::Caught,
+        BreakpointInstructions::Caught | BreakpointInstructions::Stopped => {
+            cpu.breakpoints = BreakpointInstructions::Stopped;
+            cpu.pending_exit = Some(Exit::Kicked);
+            return Err(Stop::Exit);
+        }
+    }
     cpu.interrupt(op, Source::Software)
 });
 handler!(interrupt_debug(cpu, op) {

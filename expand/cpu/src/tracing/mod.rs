@@ -452,8 +452,8 @@ impl Cpu {
     /// Notes what the board answered.
     pub(crate) fn trace_answers(&mut self) {
         if self.tracer.is_some() {
-            for answered in self.answered.clone() {
-                self.trace_event(event_of(answered));
+            for event in self.answered.clone().into_iter().filter_map(event_of) {
+                self.trace_event(event);
             }
         }
     }
@@ -479,10 +479,11 @@ impl Cpu {
     }
 }
 
-fn event_of(AnsweredAccess { access, value }: AnsweredAccess) -> Event {
+/// `None` for what is no access to a device.
+fn event_of(AnsweredAccess { access, value }: AnsweredAccess) -> Option<Event> {
     let port =
         |direction, port, size_bytes, value| Event::Port { direction, port, size_bytes, value };
-    match access {
+    Some(match access {
         Access::PortRead { port: number, size } => port(Direction::In, number, size, value as u32),
         Access::PortWrite { port: number, size, value } => {
             port(Direction::Out, number, size, value)
@@ -499,5 +500,6 @@ fn event_of(AnsweredAccess { access, value }: AnsweredAccess) -> Event {
             size_bytes: size,
             value: value as u64,
         },
-    }
+        Access::TimeStamp => return None,
+    })
 }

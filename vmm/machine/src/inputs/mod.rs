@@ -73,6 +73,9 @@ impl Stamp {
                 hasher.update(&[3, size]).update(&address.to_le_bytes());
                 hasher.update(&value.to_le_bytes());
             }
+            Access::TimeStamp => {
+                hasher.update(&[4]);
+            }
         }
         let digest = hasher.finalize();
         let prefix = digest.as_bytes().first_chunk().expect("a digest has 32 bytes");

@@ -1,0 +1,98 @@
+//! Instructions whose answers only a CPU knows, and whether this host's KVM lets a guest have them behind
+//! everybody's back. Asked of the hardware once, by running each in a tiny guest.
+
+use std::sync::OnceLock;
+
+use reprise_branch_clock::register_bits::CR4_TSD;
+
+use crate::error::KvmError;
+use crate::report::{ByLevel, Finding};
+use crate::self_test::{Level, SelfTest};
+
+/// What became of one instruction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Precaution {
+    /// Its mnemonic.
+    pub instruction: &'static str,
+    /// Whether a guest cannot have an answer that no log has.
+    pub closed: ByLevel,
+}
+
+/// What the CPU model hides, which must fault: mnemonic and bytes.
+const HIDDEN: [(&str, &[u8]); 5] = [
+    ("RDTSCP", &[0x0f, 0x01, 0xf9]),
+    ("RDRAND", &[0x0f, 0xc7, 0xf0]),
+    ("RDSEED", &[0x0f, 0xc7, 0xf8]),
+    ("RDPMC", &[0x0f, 0x33]),
+    ("MONITOR", &[0x0f, 0x01, 0xc8]),
+];
+const RDTSC: [u8; 2] = [0x0f, 0x31];
+/// #UD and #GP.
+const REFUSALS: [u8; 2] = [6, 13];
+
+/// What this host's KVM does with each of them.
+pub fn precautions() -> &'static [Precaution] {
+    static ANSWER: OnceLock<Vec<Precaution>> = OnceLock::new();
+    ANSWER.get_or_init(|| ask().unwrap_or_default())
+}
+
+fn ask() -> Result<Vec<Precaution>, KvmError> {
+    let mut guest = SelfTest::new()?;
+    let mut precautions = vec![Precaution {
+        instruction: "RDTSC",
+        closed: ByLevel {
+            kernel: trapped_in_kernel(&mut guest)?,
+            user: refused_to_user(&mut guest)?,
+        },
+    }];
+    for (instruction, code) in HIDDEN {
+        let kernel = faults(&mut guest, Level::Kernel, code)?;
+        let user = faults(&mut guest, Level::User, code)?;
+        precautions.push(Precaution { instruction, closed: ByLevel { kernel, user } });
+    }
+    let kernel = guest.shows_cpu_model(Level::Kernel)?;
+    let user = guest.shows_cpu_model(Level::User)?;
+    precautions.push(Precaution { instruction: "CPUID", closed: ByLevel { kernel, user } });
+    Ok(precautions)
+}
+
+fn trapped_in_kernel(guest: &mut SelfTest) -> Result<Finding, KvmError> {
+    let breakpoint = guest.hardware_breakpoint(Level::Kernel)?;
+    Ok(match breakpoint.available {
+        true => Finding::yes("trapped at known places, by breakpoints in debug registers"),
+        false => Finding::no(format!("not trapped: {}", breakpoint.reason)),
+    })
+}
+
+fn refused_to_user(guest: &mut SelfTest) -> Result<Finding, KvmError> {
+    Ok(match guest.fault_of(Level::User, &RDTSC, CR4_TSD)? {
+        Ok(13) => Finding::yes("raises #GP where the guest sets CR4.TSD, and executes elsewhere"),
+        Ok(vector) => Finding::no(format!("raises exception {vector} under CR4.TSD")),
+        Err(what) => Finding::no(format!("CR4.TSD does not stop it: {what}")),
+    })
+}
+
+fn faults(guest: &mut SelfTest, level: Level, code: &[u8]) -> Result<Finding, KvmError> {
+    Ok(match guest.fault_of(level, code, 0)? {
+        Ok(vector) if REFUSALS.contains(&vector) => {
+            Finding::yes(format!("hidden: raises exception {vector}"))
+        }
+        Ok(3) => Finding::no("executes, though CPUID hides it"),
+        Ok(vector) => Finding::no(format!("raises exception {vector}")),
+        Err(what) => Finding::yes(format!("ends the run: {what}")),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_instruction_has_an_answer_at_each_level() {
+        let found = precautions();
+        for Precaution { instruction, closed } in found {
+            eprintln!("{instruction}: kernel {}; user {}", closed.kernel, closed.user);
+        }
+        assert!(found.is_empty() || found.len() == HIDDEN.len() + 2);
+    }
+}
