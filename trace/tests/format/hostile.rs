@@ -237,8 +237,8 @@ fn headers_that_are_none_are_refused() {
     let forge = |payload: &[u8]| Forge::preamble(FORMAT_VERSION).plain(b'H', payload, 0);
     let open_with = |payload: &[&[u8]]| open(&forge(&payload.concat()).file).map(drop);
     assert!(open_with(&[b"rrHD\x01\x00", &sound]).is_ok());
-    let newer = open_with(&[b"rrHD\x02\x00", &sound]);
-    assert!(matches!(newer, Err(RecordingError::Header(HeaderError::Version { found: 2 }))));
+    let newer = open_with(&[b"rrHD\x03\x00", &sound]);
+    assert!(matches!(newer, Err(RecordingError::Header(HeaderError::Version { found: 3 }))));
     let malformed: [&[&[u8]]; 5] = [
         &[b""],
         &[b"rrHD\x01"],
