@@ -211,6 +211,25 @@ fn put_all(out: &mut Vec<u8>, tag: u8, direction: Direction, values: &[u64]) {
 }
 
 impl Event {
+    /// Whether it is part of what the run before it did.
+    pub(super) fn is_of_run(&self) -> bool {
+        match self {
+            Self::Port { .. }
+            | Self::Mmio { .. }
+            | Self::SystemAccess { .. }
+            | Self::MemoryWrite { .. }
+            | Self::SecondPage { .. }
+            | Self::Register { .. }
+            | Self::PageWalk(_) => true,
+            Self::Delivery { .. }
+            | Self::Return { .. }
+            | Self::AddressSpace { .. }
+            | Self::Dma { .. }
+            | Self::Marker(_)
+            | Self::Skipped { .. } => false,
+        }
+    }
+
     /// Appends the event's bytes.
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
         match *self {

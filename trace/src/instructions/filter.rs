@@ -406,15 +406,11 @@ impl<O: Observer> Observer for Parts<O> {
         }
         self.position.pass_event(event);
         match event {
-            Event::AddressSpace { .. } | Event::Marker(_) | Event::Dma { .. } => {
-                self.observer.event(event)
-            }
             // A gap within what is left out here is part of that.
             Event::Skipped { instructions, .. } if self.skipped_from.is_some() => {
                 self.skipped = self.skipped.saturating_add(*instructions);
                 Ok(())
             }
-            Event::Skipped { .. } => self.observer.event(event),
             Event::Delivery { .. }
             | Event::Return { .. }
             | Event::PageWalk(PageWalk { cause: WalkCause::Fetch, .. }) => {
@@ -426,20 +422,11 @@ impl<O: Observer> Observer for Parts<O> {
                 self.held.push(*event);
                 Ok(())
             }
-            Event::Port { .. }
-            | Event::Mmio { .. }
-            | Event::SystemAccess { .. }
-            | Event::MemoryWrite { .. }
-            | Event::SecondPage { .. }
-            | Event::Register { .. }
-            | Event::PageWalk(_) => {
-                if self.kept_last {
-                    self.observer.event(event)
-                } else {
-                    self.left_out.events += 1;
-                    Ok(())
-                }
+            of_run if of_run.is_of_run() && !self.kept_last => {
+                self.left_out.events += 1;
+                Ok(())
             }
+            _ => self.observer.event(event),
         }
     }
 

@@ -177,17 +177,7 @@ impl<O: Observer> Observer for SkipIdle<O> {
         if !self.in_stretch {
             return self.observer.event(event);
         }
-        let is_within_run = matches!(
-            event,
-            Event::Port { .. }
-                | Event::Mmio { .. }
-                | Event::SystemAccess { .. }
-                | Event::MemoryWrite { .. }
-                | Event::SecondPage { .. }
-                | Event::Register { .. }
-                | Event::PageWalk(_)
-        );
-        if is_within_run && self.held.entries.is_empty() {
+        if event.is_of_run() && self.held.entries.is_empty() {
             // Of the run that ended in HLT and was handed on.
             return self.observer.event(event);
         }
