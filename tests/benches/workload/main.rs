@@ -245,8 +245,8 @@ fn user_code_contenders(options: &Options, directory: &Path) -> Result<Vec<Conte
     let kvm = [&guest[..], &["--engine", "kvm", "--clock", "sync"]].concat();
     let words = vec![text(&program)?.to_owned(), scale.to_owned()];
     Ok(vec![
-        reprise::run("compute_kvm_user", "user code: kvm sync", &kvm),
-        reprise::process("compute_process", "user code: a process", words),
+        reprise::run("user_code_kvm", "user code: kvm sync", &kvm),
+        reprise::process("user_code_process", "user code: a process", words),
     ])
 }
 

@@ -113,8 +113,8 @@ const RATIOS: &[Ratio] = &[
     Ratio {
         key: "kvm_user_by_process",
         label: "user code: kvm sync / a process, user",
-        dividend: "compute_kvm_user",
-        divisor: "compute_process",
+        dividend: "user_code_kvm",
+        divisor: "user_code_process",
         value: user_seconds,
     },
 ];
@@ -153,12 +153,14 @@ impl<'a> Report<'a> {
     }
 
     /// QEMU and the `sync` clock count no instructions that they would tell; theirs are taken from
-    /// the contender that runs the same work and counts.
+    /// the contender that runs the same work and counts, if there is one.
     fn instructions(&self, contender: &Contender) -> Option<f64> {
         let counted = |contender: &Contender| contender.median(|sample| sample.instructions);
-        let same_work =
-            if contender.key.starts_with("compute") { "compute_soft" } else { "linux_run" };
-        counted(contender).or_else(|| counted(self.contender(same_work)?))
+        let works = [("compute_", "compute_soft"), ("linux_", "linux_run"), ("qemu_", "linux_run")];
+        counted(contender).or_else(|| {
+            let (_, same_work) = works.iter().find(|(work, _)| contender.key.starts_with(work))?;
+            counted(self.contender(same_work)?)
+        })
     }
 
     fn row(&self, contender: &Contender) -> Row {
