@@ -22,6 +22,9 @@ pub(crate) struct Sample {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Spread {
     pub(crate) median: f64,
+    /// Where the median of very many rounds would lie, with a probability of 95% or more: two of the
+    /// values. None from fewer rounds than tell.
+    pub(crate) confidence: Option<(f64, f64)>,
     pub(crate) least: f64,
     pub(crate) greatest: f64,
 }
@@ -57,7 +60,7 @@ impl Contender {
     }
 
     /// This contender's value by `other`'s in the same round: the median, since rounds that other load
-    /// slows are to count no more than the rest, the least and the greatest.
+    /// slows are to count no more than the rest, how sure it is, the least and the greatest.
     pub(crate) fn ratio(
         &self,
         other: &Self,
@@ -68,7 +71,8 @@ impl Contender {
         let mut ratios: Vec<f64> = rounds.filter_map(ratio).collect();
         ratios.sort_by(f64::total_cmp);
         let (least, greatest) = (*ratios.first()?, *ratios.last()?);
-        Some(Spread { median: median(ratios)?, least, greatest })
+        let confidence = median_confidence(&ratios);
+        Some(Spread { median: median(ratios)?, confidence, least, greatest })
     }
 }
 
@@ -91,4 +95,25 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
     let upper = *values.get(values.len() / 2)?;
     let lower = values[(values.len() - 1) / 2];
     Some((lower + upper) / 2.0)
+}
+
+/// The confidence interval of the median of sorted values, at 95%, whatever their distribution is. Each
+/// value is below the true median as a tossed coin falls, so that median is below all but the `k` least
+/// of `n` values only if `k` or fewer of `n` coins show heads; and likewise above.
+fn median_confidence(sorted: &[f64]) -> Option<(f64, f64)> {
+    const EITHER_SIDE: f64 = 0.025;
+    let count = sorted.len();
+    let mut exactly = 0.5f64.powi(i32::try_from(count).ok()?);
+    let mut at_most = exactly;
+    let mut outermost = None;
+    for k in 0..count / 2 {
+        if at_most > EITHER_SIDE {
+            break;
+        }
+        outermost = Some(k);
+        exactly *= (count - k) as f64 / (k + 1) as f64;
+        at_most += exactly;
+    }
+    let k = outermost?;
+    Some((sorted[k], sorted[count - 1 - k]))
 }

@@ -1,22 +1,23 @@
 //! What running, recording and replaying cost, and what the same work costs on QEMU.
 //!
-//!     cargo bench -p reprise-tests --bench workload -- [--runs N] [--small] [--traces] [--without-qemu]
-//!         [--json]
+//!     cargo bench -p reprise-tests --bench workload -- [--runs N] [--only RACE] [--small] [--traces]
+//!         [--without-qemu] [--json]
 //!
 //! Races, each of N rounds (5 where no number is given) in which every contender runs once; every
 //! other round goes backwards, so that a drift of the machine's speed falls on all alike. Printed are
-//! medians.
+//! medians; of a ratio, from six rounds on, also between which bounds its median is known.
 //!
-//! - Linux with the workload W: `reprise run`, `record` and `replay` on the software CPU; where QEMU is
+//! - `linux`: Linux with the workload W: `reprise run`, `record` and `replay` on the software CPU; where QEMU is
 //!   installed, its translator with the same kernel, initramfs and commands, plain and recording.
-//! - `compute`, nearly all of it user code: the software CPU, and, where there is KVM, the processor
-//!   itself, with and without recording; then user code alone, against the same program as a process.
+//! - `compute`: nearly all of it user code; the software CPU, and, where there is KVM, the processor
+//!   itself, with and without recording.
+//! - `user-code`: user code alone on KVM, against the same program as a process.
 //!
 //! `--traces` runs another race instead: the recording of W expanded into nothing and into a file, and
 //! QEMU with a plugin that traces blocks and accesses and forgets them, which takes it minutes.
 //!
-//! `--small` takes less of all, `--without-qemu` leaves QEMU out, so that small differences can have
-//! many rounds. Nothing here passes or fails by a time. Use a machine on which nothing
+//! `--small` takes less of all, `--only` one race, `--without-qemu` leaves QEMU out: so small differences
+//! can have the many rounds that they want. Nothing here passes or fails by a time. Use a machine on which nothing
 //! else runs.
 
 mod contender;
@@ -67,17 +68,37 @@ struct Options {
     json: bool,
     without_qemu: bool,
     traces: bool,
+    /// One race alone.
+    only: Option<String>,
 }
 
+/// The races without `--traces`.
+const RACES: [(&str, fn(&Options, &Path) -> Result<Vec<Contender>>); 3] = [
+    ("linux", linux_contenders),
+    ("compute", compute_contenders),
+    ("user-code", user_code_contenders),
+];
+
 fn options() -> Result<Options> {
-    let mut options =
-        Options { runs: 5, small: false, json: false, without_qemu: false, traces: false };
+    let mut options = Options {
+        runs: 5,
+        small: false,
+        json: false,
+        without_qemu: false,
+        traces: false,
+        only: None,
+    };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         match word.as_str() {
             "--runs" => {
                 let number = words.next().context("--runs wants a number")?;
                 options.runs = number.parse().context("--runs wants a number")?;
+            }
+            "--only" => {
+                let race = words.next().filter(|race| RACES.iter().any(|(name, _)| name == race));
+                let names = RACES.map(|(name, _)| name).join(", ");
+                options.only = Some(race.with_context(|| format!("--only wants one of {names}"))?);
             }
             "--small" => options.small = true,
             "--json" => options.json = true,
@@ -87,13 +108,17 @@ fn options() -> Result<Options> {
             "--bench" => {}
             other => {
                 bail!(
-                    "{other} is not known: give --runs N, --small, --traces, --without-qemu or --json"
+                    "{other} is not known: give --runs N, --only RACE, --small, --traces, --without-qemu or \
+                     --json"
                 )
             }
         }
     }
     if options.runs == 0 {
         bail!("--runs wants at least 1");
+    }
+    if options.traces && options.only.is_some() {
+        bail!("--traces is a race of its own: leave --only out");
     }
     Ok(options)
 }
@@ -122,10 +147,11 @@ fn benchmark(options: &Options) -> Result<()> {
             Err(error) => missing.push((what.to_owned(), format!("{error:#}"))),
         }
     };
-    measure("linux", linux_contenders(options, directory.path()));
-    if !options.traces {
-        measure("compute", compute_contenders(options, directory.path()));
-        measure("user code", user_code_contenders(options, directory.path()));
+    for (name, contenders_of) in RACES {
+        let traced = !options.traces || name == "linux";
+        if traced && options.only.as_deref().is_none_or(|only| only == name) {
+            measure(name, contenders_of(options, directory.path()));
+        }
     }
     let with_kvm = kvm_opens();
     for (what, reason) in

@@ -208,6 +208,10 @@ impl<'a> Report<'a> {
             let spread = self.ratio(ratio).map(|spread| [spread.least, spread.greatest]);
             (ratio.key.to_owned(), json!(spread))
         });
+        let confidences = RATIOS.iter().map(|ratio| {
+            let confidence = self.ratio(ratio).and_then(|spread| spread.confidence);
+            (ratio.key.to_owned(), json!(confidence))
+        });
         let missing =
             self.missing.iter().map(|(what, reason)| (what.clone(), reason.as_str().into()));
         json!({
@@ -215,6 +219,7 @@ impl<'a> Report<'a> {
             "small": self.small,
             "medians": medians.collect::<Map<_, _>>(),
             "ratios": ratios.collect::<Map<_, _>>(),
+            "ratio_confidences": confidences.collect::<Map<_, _>>(),
             "ratio_spreads": spreads.collect::<Map<_, _>>(),
             "not_measured": missing.collect::<Map<_, _>>(),
         })
@@ -251,12 +256,13 @@ impl<'a> Report<'a> {
             );
         }
         text.push('\n');
-        for ratio in RATIOS {
+        let raced = |ratio: &&Ratio| {
+            [ratio.dividend, ratio.divisor].iter().any(|key| self.contender(key).is_some())
+        };
+        for ratio in RATIOS.iter().filter(raced) {
             let spread = self.ratio(ratio);
             let median = or_dash(spread.map(|spread| spread.median), 3);
-            let range = spread.map_or(String::new(), |Spread { least, greatest, .. }| {
-                format!("  ({least:.3} to {greatest:.3})")
-            });
+            let range = spread.map_or(String::new(), |spread| as_text(&spread));
             let _ = writeln!(text, "{:40} {median:>8}{range}", ratio.label);
         }
         for (what, reason) in self.missing {
@@ -264,6 +270,12 @@ impl<'a> Report<'a> {
         }
         text
     }
+}
+
+fn as_text(&Spread { confidence, least, greatest, .. }: &Spread) -> String {
+    let sure =
+        confidence.map_or(String::new(), |(from, to)| format!("  95% sure: {from:.3} to {to:.3};"));
+    format!("{sure}  rounds: {least:.3} to {greatest:.3}")
 }
 
 fn or_dash(value: Option<f64>, digits: usize) -> String {
