@@ -68,33 +68,9 @@ pub(crate) trait Device: Clone {
 pub(crate) mod contract {
     use alloc::vec::Vec;
 
+    use reprise_random::Random;
+
     use super::{Device, LoadError};
-
-    /// Pseudo-random numbers (SplitMix64), from a seed that failing tests print.
-    #[derive(Clone, Debug)]
-    pub(crate) struct Random(pub(crate) u64);
-
-    impl Random {
-        pub(crate) fn next(&mut self) -> u64 {
-            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            let mut mixed = self.0;
-            mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            mixed ^ (mixed >> 31)
-        }
-
-        pub(crate) fn below(&mut self, bound: u64) -> u64 {
-            self.next() % bound
-        }
-
-        pub(crate) fn byte(&mut self) -> u8 {
-            self.next() as u8
-        }
-
-        pub(crate) fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
-            choices[self.below(choices.len() as u64) as usize]
-        }
-    }
 
     /// Accesses before the save, between save and load, and after the load.
     const ACCESSES: usize = 300;
@@ -104,7 +80,7 @@ pub(crate) mod contract {
         access: &mut impl FnMut(&mut D, &mut Random) -> u64,
         seed: u64,
     ) -> Vec<u64> {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         (0..ACCESSES).map(|_| access(device, &mut random)).collect()
     }
 

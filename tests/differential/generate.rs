@@ -10,7 +10,7 @@ use crate::case::{Case, Piece, encode};
 use crate::opcodes::{self, Kind};
 use crate::preparation;
 use crate::{raw_bytes, values};
-use reprise_tests::random::Random;
+use reprise_random::Random;
 
 /// Instructions of a sequence, at most.
 const MAX_INSTRUCTIONS: u64 = 8;
@@ -135,7 +135,7 @@ impl Builder {
     /// An instruction, and whether it branches to a label; `None` where the draw was bad.
     fn instruction(&mut self) -> Option<(Instruction, bool)> {
         let kind = self.random.weighted(&opcodes::SHARES);
-        let code = *self.random.pick(opcodes::of_kind(kind));
+        let code = self.random.pick(opcodes::of_kind(kind));
         let mut instruction = Instruction::default();
         instruction.set_code(code);
         let mut memory_operand = None;
@@ -233,7 +233,7 @@ impl Builder {
         const SEGMENTS: [Register; 6] =
             [Register::ES, Register::CS, Register::SS, Register::DS, Register::FS, Register::GS];
         if random.percent(8) {
-            let segment = *random.pick(&SEGMENTS);
+            let segment = random.pick(&SEGMENTS);
             instruction.set_segment_prefix(segment);
         }
     }

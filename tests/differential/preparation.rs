@@ -223,7 +223,7 @@ impl Builder {
         let aligned = data & !(size.next_power_of_two().min(16) - 1);
         let middle = DATA_ADDRESS + DATA_BYTES as u64 / 2;
         let end = DATA_ADDRESS + DATA_BYTES as u64;
-        let before = |random: &mut reprise_tests::random::Random, edge: u64| {
+        let before = |random: &mut reprise_random::Random, edge: u64| {
             edge - random.below(size.clamp(1, 64) + 1)
         };
         match self.random.below(100) {

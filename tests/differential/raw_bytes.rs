@@ -6,7 +6,7 @@ use reprise_kvm::user_oracle::CODE_ADDRESS;
 use crate::case::{Case, DECODER, Piece};
 use crate::generate::state;
 use crate::opcodes::{beyond_the_model, shows_the_host};
-use reprise_tests::random::Random;
+use reprise_random::Random;
 
 const MAX_INSTRUCTION_BYTES: usize = 15;
 
@@ -39,7 +39,7 @@ fn bytes(random: &mut Random) -> Vec<u8> {
     const PREFIXES: [u8; 10] = [0x66, 0xf2, 0xf3, 0xf0, 0x67, 0x2e, 0x64, 0x40, 0x48, 0x4f];
     let mut bytes = Vec::new();
     for _ in 0..random.below(4) {
-        bytes.push(*random.pick(&PREFIXES));
+        bytes.push(random.pick(&PREFIXES));
     }
     match random.below(8) {
         0..=2 => {}

@@ -5,7 +5,7 @@ use reprise_kvm::user_oracle::{
 };
 use reprise_trace::cpu_state::FpuState;
 
-use reprise_tests::random::Random;
+use reprise_random::Random;
 
 /// An integer: a boundary, a power of two or its neighbour, few bits, or anything.
 pub(crate) fn integer(random: &mut Random) -> u64 {
@@ -28,7 +28,7 @@ pub(crate) fn integer(random: &mut Random) -> u64 {
         0xffff_ffff_8000_0000,
     ];
     match random.below(8) {
-        0..=2 => *random.pick(&BOUNDARIES),
+        0..=2 => random.pick(&BOUNDARIES),
         3 => {
             let power = 1u64 << random.below(64);
             power.wrapping_add(random.below(3)).wrapping_sub(1)
@@ -77,7 +77,7 @@ pub(crate) fn single(random: &mut Random) -> u32 {
         0x4b00_0001,
     ];
     match random.below(4) {
-        0 | 1 => *random.pick(&SPECIAL),
+        0 | 1 => random.pick(&SPECIAL),
         // Around one, so that sums cancel and round.
         2 => (random.next() as u32 & 0x807f_ffff) | (0x70 + random.below(0x20) as u32) << 23,
         _ => random.next() as u32,
@@ -109,7 +109,7 @@ pub(crate) fn double(random: &mut Random) -> u64 {
         0x47ef_ffff_f000_0000,
     ];
     match random.below(4) {
-        0 | 1 => *random.pick(&SPECIAL),
+        0 | 1 => random.pick(&SPECIAL),
         2 => (random.next() & 0x800f_ffff_ffff_ffff) | (0x3f0 + random.below(0x20)) << 52,
         _ => random.next(),
     }
@@ -148,7 +148,7 @@ pub(crate) fn extended(random: &mut Random) -> [u8; 10] {
         (0xc03e, 1 << 63),
     ];
     let (high, low) = match random.below(4) {
-        0 => *random.pick(&SPECIAL),
+        0 => random.pick(&SPECIAL),
         1 => (0x3ff0 + random.below(0x20) as u16, random.next() | 1 << 63),
         2 => {
             let sign = (random.below(2) << 15) as u16;

@@ -7,7 +7,7 @@ use std::io::Write;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use reprise_tests::random::Random;
+use reprise_random::Random;
 
 use crate::program::{Finished, Workplace, record, reprise, reprise_after, run};
 

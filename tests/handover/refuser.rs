@@ -7,7 +7,7 @@ use reprise_machine::assist::Refusing;
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
 use reprise_machine::ram::GuestRam;
-use reprise_tests::random::Random;
+use reprise_random::Random;
 use reprise_trace::checkpoint::EngineState;
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::moment::{Moment, TickKind};

@@ -7,7 +7,7 @@ use reprise_machine::engine::{Engine, EngineError};
 use reprise_machine::inputs::{Planned, Then, When};
 use reprise_machine::ram::GuestRam;
 use reprise_machine::relay::{MakeEngine, Relay};
-use reprise_tests::random::Random;
+use reprise_random::Random;
 use reprise_trace::event::HandOver;
 use reprise_trace::moment::TickKind;
 

@@ -5,7 +5,7 @@ use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::translate::Translation;
 use reprise_machine::engine::{Access, Engine, Exit};
 use reprise_machine::ram::GuestRam;
-use reprise_simulated_hardware::Random;
+use reprise_random::Random;
 
 use crate::case::Case;
 use crate::guest;

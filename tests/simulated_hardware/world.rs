@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use reprise_machine::host::{Host, Wake};
-use reprise_simulated_hardware::Random;
+use reprise_random::Random;
 use reprise_trace::event::Ending;
 
 /// So long at most does somebody think before typing on.

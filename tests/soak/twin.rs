@@ -11,7 +11,7 @@ use reprise_cpu::translate::Translation;
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Engine, EngineError, Exit, FlagKick, Kick};
 use reprise_machine::ram::GuestRam;
-use reprise_tests::random::Random;
+use reprise_random::Random;
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::moment::{Moment, TickKind};
 

@@ -2,4 +2,3 @@
 //! one of them needs.
 
 pub mod linux_image;
-pub mod random;

@@ -13,6 +13,7 @@
 #[allow(dead_code)]
 mod synthetic;
 
+use reprise_random::Random;
 use std::collections::HashMap;
 use std::io::Cursor;
 use std::time::{Duration, Instant};
@@ -25,7 +26,7 @@ use reprise_trace::instructions::{
 };
 use reprise_trace::moment::TickKind;
 
-use synthetic::{Options, Random, Synthetic};
+use synthetic::{Options, Synthetic};
 
 /// Instructions of a batch: some hundred KiB, so that it is still in a cache when it is read.
 const BATCH_INSTRUCTIONS: u64 = 60_000;
@@ -123,7 +124,7 @@ fn hard(instructions: u64) -> Stretch {
             BlockDefinition { linear, physical: linear, next_page: None, mode, end, instructions };
         Definition { id, block }
     };
-    let mut random = Random(7);
+    let mut random = Random::new(7);
     let mut batches = Vec::new();
     let mut made = 0;
     while made < instructions {

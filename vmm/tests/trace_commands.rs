@@ -5,6 +5,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Command, Output, Stdio};
 
+use reprise_random::Random;
 use reprise_trace::header::CpuModelInfo;
 use reprise_trace::instructions::{
     Feed, Observer, Position, SegmentOptions, Share, TraceHeader, TraceWriter,
@@ -408,7 +409,7 @@ fn whatever_a_file_holds_the_commands_end_with_a_reason() {
     let whole = fs::read(directory.path().join("3.trace")).expect("there");
     let seed = 0x9e37_79b9_7f4a_7c15_u64;
     println!("seed {seed:#x}");
-    let mut random = synthetic::Random(seed);
+    let mut random = Random::new(seed);
     for round in 0..24 {
         let mut broken = whole.clone();
         let at = random.below(whole.len() as u64) as usize;

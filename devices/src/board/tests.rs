@@ -1,6 +1,7 @@
 //! The wiring: interrupts, deadlines, ports, and one leap against many steps.
 
 use alloc::vec;
+use reprise_random::Random;
 
 use reprise_trace::event::{Event, LoggedEvent, Record};
 use reprise_trace::log::{DiscardSink, LogWriter};
@@ -8,7 +9,6 @@ use reprise_trace::moment::Moment;
 
 use super::*;
 use crate::pic::tests::OPEN as OPEN_PIC;
-use crate::state::contract::Random;
 use crate::time::NS_PER_S;
 
 const CONFIG: BoardConfig = BoardConfig { ram_bytes: 512 << 20, rtc_start_s: 1_795_391_998 };
@@ -296,7 +296,7 @@ fn leap_ns(random: &mut Random) -> u64 {
 #[test]
 fn one_leap_is_many_steps_and_a_loaded_board_goes_on_as_the_saved_one() {
     for seed in 1..=300 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let mut leaping = lively_board(&mut random);
         let mut stepping = leaping.clone();
         let mut now_ns = 0;
@@ -337,7 +337,7 @@ fn one_leap_is_many_steps_and_a_loaded_board_goes_on_as_the_saved_one() {
 fn nothing_interrupts_before_the_deadline_and_something_does_then() {
     let mut deadlines = 0;
     for seed in 1..=300 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let mut board = lively_board(&mut random);
         let mut now_ns = 0;
         for action in 0..100 {
@@ -394,7 +394,7 @@ fn a_state_of_another_version_or_out_of_step_is_refused() {
 fn a_damaged_state_is_refused_or_does_no_harm() {
     let mut loaded = 0;
     for seed in 1..=5000 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let mut board = lively_board(&mut random);
         let mut now_ns = 0;
         for _ in 0..10 {
@@ -404,7 +404,8 @@ fn a_damaged_state_is_refused_or_does_no_harm() {
         let mut bytes = postcard::to_allocvec(&board.save()).expect("a state encodes");
         for _ in 0..=random.below(3) {
             let index = random.below(bytes.len() as u64) as usize;
-            bytes[index] = random.pick(&[0x00, 0x7f, 0xff, random.0 as u8]);
+            let any = random.byte();
+            bytes[index] = random.pick(&[0x00, 0x7f, 0xff, any]);
         }
         let Ok(state) = postcard::from_bytes::<BoardState>(&bytes) else {
             continue;

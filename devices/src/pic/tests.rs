@@ -1,7 +1,8 @@
 //! Priorities, the cascade and the modes, vector by vector.
 
 use super::*;
-use crate::state::contract::{Random, device_contract};
+use crate::state::contract::device_contract;
+use reprise_random::Random;
 
 device_contract!(Pic::new(), |pic: &mut Pic, random: &mut Random| {
     let port = random.pick(&[0x20, 0x20, 0x21, 0xa0, 0xa0, 0xa1, 0x4d0, 0x4d1]);
@@ -273,7 +274,7 @@ fn polling_acknowledges() {
 #[test]
 fn passing_on_means_to_interrupt() {
     for seed in 1..=2000 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let mut pic = initialized();
         pic.write(0x21, random.byte() & random.byte());
         pic.write(0xa1, random.byte() & random.byte());

@@ -2,9 +2,10 @@
 //! of guests that are known.
 
 use alloc::vec::Vec;
+use reprise_random::Random;
 
 use super::*;
-use crate::state::contract::{Random, device_contract};
+use crate::state::contract::device_contract;
 use crate::time::NS_PER_S;
 
 device_contract!(Pit::new(), |pit: &mut Pit, random| {
@@ -257,7 +258,7 @@ impl Pair {
 #[test]
 fn every_mode_counts_as_a_clocked_counter_does() {
     for seed in 1..=300 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let mut pair = Pair::new();
         for action in 0..60 {
             pair.random_action(&mut random);

@@ -2,7 +2,6 @@
 //! panic, and in the same state whether it runs at one go, tick by tick or translated.
 
 mod guest;
-mod random;
 mod traced;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,11 +10,11 @@ use guest::{
     ABSENT, GDT, Guest, HANDLERS, IDT, KERNEL_CODE, KERNEL_DATA, KERNEL_STACK, LDT, SPARE, TSS,
     USER_CODE, USER_DATA, USER_STACK, segment, system_descriptor,
 };
-use random::Random;
 use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::translate::Translation;
 use reprise_machine::engine::{Access, Engine, Exit};
 use reprise_machine::ram::GuestRam;
+use reprise_random::Random;
 use reprise_trace::cpu_state::{CpuState, DS, ES, FS, GS, RCX, RSP, SS, Segment};
 
 const CASES: u64 = 100;
@@ -268,7 +267,7 @@ fn random_code_ends_alike_at_every_stride() {
     for seed in ONCE_DIFFERENT.iter().copied().chain(FIRST_SEED..FIRST_SEED + cases()) {
         SEED.store(seed, Ordering::Relaxed);
         let run = |translation, stride| {
-            let mut engine = guest(&mut Random(seed)).engine();
+            let mut engine = guest(&mut Random::new(seed)).engine();
             engine.set_translation(translation);
             outcome(&mut engine, stride)
         };
@@ -284,8 +283,8 @@ fn random_code_ends_alike_at_every_stride() {
         }
         assert_eq!(whole, stepped, "seed {seed:#x}");
         assert_traced_alike(seed, &whole);
-        let move_at = 1 + Random(!seed).below(TICKS - 1);
-        let mut engine = guest(&mut Random(seed)).engine();
+        let move_at = 1 + Random::new(!seed).below(TICKS - 1);
+        let mut engine = guest(&mut Random::new(seed)).engine();
         let moved = outcome_moved(&mut engine, u64::MAX, Some(move_at));
         assert_eq!(whole, moved, "seed {seed:#x}, moved at {move_at}");
     }
@@ -294,7 +293,7 @@ fn random_code_ends_alike_at_every_stride() {
 /// A trace changes nothing, and is the same however the code runs.
 fn assert_traced_alike(seed: u64, whole: &Outcome) {
     let trace = |translation| {
-        let mut engine = guest(&mut Random(seed)).engine();
+        let mut engine = guest(&mut Random::new(seed)).engine();
         engine.set_translation(translation);
         let pending = traced::start(&mut engine);
         let outcome = outcome(&mut engine, u64::MAX);

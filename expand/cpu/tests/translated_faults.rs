@@ -4,7 +4,6 @@
 
 mod guest;
 mod lockstep;
-mod random;
 
 use std::collections::BTreeSet;
 

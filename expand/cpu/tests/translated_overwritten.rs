@@ -3,7 +3,6 @@
 
 mod guest;
 mod lockstep;
-mod random;
 
 use guest::{Guest, KERNEL_CODE, KERNEL_DATA};
 use lockstep::{Code, Lockstep, lockstep};

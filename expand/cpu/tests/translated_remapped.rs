@@ -4,7 +4,6 @@
 
 mod guest;
 mod lockstep;
-mod random;
 
 use guest::{ACCESSED, CR4, DIRTY, Guest, KERNEL_CODE, PRESENT, USER, WRITABLE};
 use lockstep::{Code, Lockstep, lockstep};

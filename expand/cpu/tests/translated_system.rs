@@ -4,15 +4,14 @@
 
 mod guest;
 mod lockstep;
-mod random;
 
 use guest::{AC, CR4_SMAP, Guest, HANDLERS, IF, KERNEL_DATA, TF, USER_CODE, USER_DATA, USER_STACK};
 use lockstep::{Code, lockstep};
-use random::Random;
 use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::profile::Profile;
 use reprise_cpu::translate::Translation;
 use reprise_machine::engine::{Engine, Exit};
+use reprise_random::Random;
 use reprise_trace::cpu_state::{CpuState, RAX, RBP, RBX, RDI, RSI, RSP};
 
 const R15: usize = 15;
@@ -189,7 +188,7 @@ fn supervisor(code: &Code, smap: bool, flags: u64) -> Guest {
 fn strings(code: &Code, random: &mut Random) -> Guest {
     let seed = random.next();
     supervisor(code, false, seed & ARITHMETIC).with(|guest| {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         // mov qword [the hole's entry], its value; add rsp, 8; iretq
         let map = Code::at(HANDLERS + 16 * PAGE_FAULT)
             .put(&[0x48, 0xc7, 0x04, 0x25])
@@ -215,7 +214,7 @@ fn strings(code: &Code, random: &mut Random) -> Guest {
 #[test]
 fn random_strings_divisions_and_bits_are_the_same_at_every_instruction() {
     const SEED: u64 = 0x5eed_0203;
-    let mut random = Random(SEED);
+    let mut random = Random::new(SEED);
     // mov qword [the hole's entry], 0; invlpg [the hole]; mov rsi, r8; mov rdi, r9
     let first = [
         &[0x48, 0xc7, 0x04, 0x25][..],
@@ -230,7 +229,7 @@ fn random_strings_divisions_and_bits_are_the_same_at_every_instruction() {
         let code = program(&mut random, &first, DATA_PIECES);
         let seed = random.next();
         let what = format!("seed {SEED:#x}, program {number}");
-        let ended = lockstep(&what, || strings(&code, &mut Random(seed)));
+        let ended = lockstep(&what, || strings(&code, &mut Random::new(seed)));
         halted += u64::from(ended.state.gpr[R15] == 0);
     }
     assert!(halted > 20, "only {halted} programs came to their end");
@@ -239,7 +238,7 @@ fn random_strings_divisions_and_bits_are_the_same_at_every_instruction() {
 #[test]
 fn random_system_code_is_the_same_at_every_instruction() {
     const SEED: u64 = 0x5eed_0201;
-    let mut random = Random(SEED);
+    let mut random = Random::new(SEED);
     let mut halted = 0;
     for number in 0..30 {
         let code = program(&mut random, &[], PIECES);
@@ -263,7 +262,7 @@ struct Interrupted {
 
 /// Runs the guest; an interrupt is asked for now and then, as `seed` has it.
 fn interrupted(guest: Guest, translation: Translation, seed: u64) -> (Interrupted, SoftEngine) {
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let mut engine = guest.engine();
     engine.set_translation(translation);
     engine.start_profile();
@@ -288,7 +287,7 @@ fn interrupted(guest: Guest, translation: Translation, seed: u64) -> (Interrupte
 #[test]
 fn interrupts_come_at_the_same_instruction() {
     const SEED: u64 = 0x5eed_0202;
-    let mut random = Random(SEED);
+    let mut random = Random::new(SEED);
     let mut windows = 0;
     for number in 0..30 {
         let code = program(&mut random, &[], PIECES);

@@ -1,6 +1,7 @@
 //! The file of checkpoints from outside: whatever is written comes back, whatever is done to the bytes
 //! is told, and nothing that is not what was saved is ever loaded.
 
+use reprise_random::Random;
 use std::collections::BTreeMap;
 use std::io::{self, Cursor, Write};
 use std::sync::{Arc, Mutex};
@@ -11,8 +12,6 @@ use reprise_trace::checkpoint::{
 };
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::moment::Moment;
-
-use crate::sample::Random;
 
 const RECORDING: [u8; 32] = [7; 32];
 const PREAMBLE_BYTES: usize = 16;
@@ -108,7 +107,7 @@ fn take<W: Write>(
 }
 
 fn sample(seed: u64, ticks: &[u64]) -> (Vec<u8>, Vec<Saved>) {
-    let (mut random, file) = (Random(seed), Shared::default());
+    let (mut random, file) = (Random::new(seed), Shared::default());
     let mut writer = CheckpointWriter::create(file.clone(), &RECORDING).expect("a file");
     let saved = take(&mut writer, &mut random, &mut Ram::new(), ticks);
     assert_eq!(writer.bytes(), file.bytes().len() as u64);
@@ -167,7 +166,7 @@ fn what_was_saved_comes_back_in_the_order_of_ticks() {
 fn a_page_is_stored_once() {
     let file = Shared::default();
     let mut writer = CheckpointWriter::create(file.clone(), &RECORDING).expect("a file");
-    let mut random = Random(1);
+    let mut random = Random::new(1);
     let page: Vec<u8> = (0..PAGE_BYTES).map(|_| random.next() as u8).collect();
     for address in (0..100).map(|number| number * PAGE_BYTES as u64) {
         writer.page(address, &page).expect("memory takes all");

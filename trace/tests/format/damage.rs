@@ -1,5 +1,6 @@
 //! Recordings cut short, and recordings with flipped, moved and missing bytes.
 
+use reprise_random::Random;
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
 use std::sync::{Arc, Mutex};
 
@@ -8,7 +9,7 @@ use reprise_trace::frame::FrameFault;
 use reprise_trace::log::LogError;
 use reprise_trace::recording::{Recording, RecordingError, SeekIndexState};
 
-use crate::sample::{Random, Sample, header, open, read_log};
+use crate::sample::{Sample, header, open, random_bytes, random_records, read_log};
 
 #[test]
 fn cut_at_every_byte_it_opens_to_what_was_whole_or_says_why_not() {
@@ -109,7 +110,7 @@ fn every_flipped_bit_of_a_small_recording_is_told_or_harmless() {
 fn spoiled_bytes_of_a_larger_recording_are_told_or_harmless() {
     let sample = Sample::large(5);
     for seed in 0..600 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let mut file = sample.file.clone();
         let mut changed_before_index = false;
         for _ in 0..=random.below(3) {
@@ -182,10 +183,10 @@ fn frames_removed_repeated_or_exchanged_are_told() {
 
 #[test]
 fn a_length_that_reaches_past_a_closed_file_is_damage_and_not_a_cut() {
-    let mut random = Random(11);
-    let mut records = random.records(3);
+    let mut random = Random::new(11);
+    let mut records = random_records(&mut random, 3);
     for record in &mut records {
-        record.event = Event::Console(random.bytes(300));
+        record.event = Event::Console(random_bytes(&mut random, 300));
     }
     let sample = Sample::new(Vec::new(), records, 1);
     let last_frame = sample.log_ends[2].0 as usize;
@@ -288,7 +289,7 @@ fn a_file_that_changes_while_it_is_open_is_told() {
 fn no_read_is_longer_than_a_frame_whatever_lengths_say() {
     let sample = Sample::small(14);
     for seed in 0..500 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let mut file = sample.file.clone();
         let position = random.below(file.len() as u64) as usize;
         file.splice(position..(position + 8).min(sample.file.len()), [0xff, 0xff, 0xff, 0x3f]);

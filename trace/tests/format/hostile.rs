@@ -1,13 +1,14 @@
 //! Files that somebody made on purpose: sound checksums and chain, contents that no writer writes.
 //! They are made here from `FORMAT.md`, not by the writer, so the document is tested too.
 
+use reprise_random::Random;
 use reprise_trace::frame::FrameFault;
 use reprise_trace::log::LogError;
 use reprise_trace::recording::{
     FORMAT_VERSION, HeaderError, OLDEST_FORMAT_VERSION, RecordingError, SeekIndexState,
 };
 
-use crate::sample::{Random, Sample, header, open, read_log};
+use crate::sample::{Sample, header, open, random_bytes, read_log};
 
 /// A recording under construction.
 #[derive(Clone)]
@@ -256,12 +257,12 @@ fn headers_that_are_none_are_refused() {
     let refused = open_with(&[b"rrHD\x01\x00", &huge]);
     assert!(matches!(refused, Err(RecordingError::Header(HeaderError::Images))));
     for seed in 0..500 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let mut spoiled = sound.clone();
         let position = random.below(spoiled.len() as u64) as usize;
         spoiled[position] = random.next() as u8;
         let _ = open_with(&[b"rrHD\x01\x00", &spoiled]);
-        let noise = random.bytes(60);
+        let noise = random_bytes(&mut random, 60);
         let _ = open_with(&[b"rrHD\x01\x00", &noise]);
     }
 }

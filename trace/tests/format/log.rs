@@ -1,5 +1,6 @@
 //! The record codec.
 
+use reprise_random::Random;
 use reprise_trace::event::{EffectDigest, Ending, Event, HandOver, MarkDigest, Record};
 use reprise_trace::log::{
     DiscardSink, FRAME_BYTES, FrameSink, LogError, LogReader, LogWriter, MAX_RECORD_BYTES,
@@ -7,7 +8,7 @@ use reprise_trace::log::{
 };
 use reprise_trace::moment::{Moment, TickKind};
 
-use crate::sample::{Random, read_log};
+use crate::sample::{random_bytes, random_records, read_log};
 
 /// Keeps frames apart, to decode them one by one.
 #[derive(Default)]
@@ -44,9 +45,9 @@ fn console(tick: u64, byte_count: usize) -> Record {
 #[test]
 fn records_come_back_wherever_frames_are_cut() {
     for seed in 0..200 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let count = random.below(60) as usize;
-        let records = random.records(count);
+        let records = random_records(&mut random, count);
         let mut log = LogWriter::new(MemorySink::default());
         for record in &records {
             assert_eq!(log.append(record.clone()).expect("in order").into_inner(), *record);
@@ -66,7 +67,7 @@ fn records_come_back_wherever_frames_are_cut() {
 
 #[test]
 fn frames_are_cut_at_their_size_and_decode_alone() {
-    let records = Random(7).records(10_000);
+    let records = random_records(&mut Random::new(7), 10_000);
     let frames = frames_of(&records);
     assert!(frames.len() > 2, "{} frames", frames.len());
     let (last, full) = frames.split_last().expect("some");
@@ -96,7 +97,7 @@ fn extremes_come_back() {
 
 #[test]
 fn peek_takes_nothing() {
-    let records = Random(3).records(4);
+    let records = random_records(&mut Random::new(3), 4);
     let mut log = LogReader::from_records(records.clone());
     for record in &records {
         assert_eq!(log.peek().expect("sound"), Some(record));
@@ -198,12 +199,12 @@ fn the_bytes_are_those_of_the_documented_example() {
 fn spoiled_records_end_in_an_error_that_stays() {
     let mut refused = 0;
     for seed in 0..4000 {
-        let mut random = Random(seed);
-        let (mut bytes, count) = frames_of(&random.records(6)).remove(0);
+        let mut random = Random::new(seed);
+        let (mut bytes, count) = frames_of(&random_records(&mut random, 6)).remove(0);
         match random.below(4) {
             0 => bytes.truncate(random.below(bytes.len() as u64) as usize),
             1 => bytes.push(random.next() as u8),
-            2 => bytes = random.bytes(50),
+            2 => bytes = random_bytes(&mut random, 50),
             _ => {
                 let position = random.below(bytes.len() as u64) as usize;
                 bytes[position] = random.next() as u8;

@@ -1,5 +1,6 @@
 //! Whole recordings: what is written comes back, and a writer that stops anywhere leaves a prefix.
 
+use reprise_random::Random;
 use std::cell::RefCell;
 use std::io::{self, Write};
 use std::rc::Rc;
@@ -11,7 +12,7 @@ use reprise_trace::recording::{
     FORMAT_VERSION, HeaderError, RecordingError, RecordingWriter, SeekIndexState,
 };
 
-use crate::sample::{Random, Sample, header, open, read_log};
+use crate::sample::{Sample, header, open, random_bytes, random_records, read_log};
 
 /// Takes so many bytes, then fails, in the middle of a write.
 struct FullDisk {
@@ -91,9 +92,9 @@ fn a_recording_without_records_or_images_is_one() {
 #[test]
 fn images_of_awkward_sizes_come_back() {
     let sizes = [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 0];
-    let mut random = Random(5);
-    let images: Vec<_> = sizes.iter().map(|size| random.bytes(*size)).collect();
-    let sample = Sample::new(images, random.records(3), 2);
+    let mut random = Random::new(5);
+    let images: Vec<_> = sizes.iter().map(|size| random_bytes(&mut random, *size)).collect();
+    let sample = Sample::new(images, random_records(&mut random, 3), 2);
     let recording = open(&sample.file).expect("sound");
     assert!(recording.summary().complete);
     for (index, image) in sample.images.iter().enumerate() {
@@ -104,7 +105,7 @@ fn images_of_awkward_sizes_come_back() {
 /// 300 frames with a mark and a time each, as a run of a minute or so cuts them.
 #[test]
 fn frames_of_a_mark_stay_small() {
-    let mut random = Random(11);
+    let mut random = Random::new(11);
     let writer = RecordingWriter::create(Vec::new(), &header(&[])).expect("memory takes all");
     let mut log = LogWriter::new(writer);
     let mut moment = Moment { tick: 0, rip: 0, rcx: 0 };

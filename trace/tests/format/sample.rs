@@ -2,6 +2,7 @@
 
 use std::io::Cursor;
 
+use reprise_random::Random;
 use reprise_trace::event::{EffectDigest, Ending, Event, HandOver, MarkDigest, Record};
 use reprise_trace::header::{Precaution, Treatment};
 use reprise_trace::log::{LogError, LogReader, LogWriter};
@@ -11,106 +12,86 @@ use reprise_trace::recording::{
     RecordingWriter,
 };
 
-/// SplitMix64: the whole state is the seed.
-pub(crate) struct Random(pub(crate) u64);
+/// A number of any magnitude.
+fn any_size(random: &mut Random) -> u64 {
+    let bits = random.below(65) as u32;
+    random.next().checked_shr(64 - bits).unwrap_or(0)
+}
 
-impl Random {
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
+pub(crate) fn random_bytes(random: &mut Random, count: usize) -> Vec<u8> {
+    (0..count).map(|_| random.byte()).collect()
+}
 
-    /// A number below `limit`.
-    pub(crate) fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
+fn digest(random: &mut Random) -> [u8; 32] {
+    random_bytes(random, 32).try_into().expect("32 bytes")
+}
 
-    /// A number of any magnitude.
-    fn any_size(&mut self) -> u64 {
-        let bits = self.below(65) as u32;
-        self.next().checked_shr(64 - bits).unwrap_or(0)
-    }
-
-    pub(crate) fn bytes(&mut self, count: usize) -> Vec<u8> {
-        (0..count).map(|_| self.next() as u8).collect()
-    }
-
-    fn digest(&mut self) -> [u8; 32] {
-        self.bytes(32).try_into().expect("32 bytes")
-    }
-
-    fn event(&mut self) -> Event {
-        match self.below(10) {
-            0 => {
-                let count = self.below(40) as usize;
-                Event::Console(self.bytes(count))
-            }
-            1..=3 => Event::Time(self.any_size()),
-            4 | 5 => Event::ClockRead(self.any_size()),
-            6 => Event::Mark(MarkDigest {
-                console_bytes: self.any_size(),
-                console_digest_prefix: self.next(),
-            }),
-            7 => Event::HandOver(self.hand_over()),
-            8 => {
-                let names = ["cmpxchg16b", "fxsave", "xsave"].map(str::to_owned);
-                let count = self.below(4) as usize;
-                Event::Assists(
-                    names.into_iter().take(count).map(|n| (n, self.any_size())).collect(),
-                )
-            }
-            _ => Event::End {
-                ending: self.ending(),
-                effects: EffectDigest {
-                    console_bytes: self.any_size(),
-                    console_digest: self.digest(),
-                },
-                final_digest: (self.below(2) == 0).then(|| self.digest()),
+fn event(random: &mut Random) -> Event {
+    match random.below(10) {
+        0 => {
+            let count = random.below(40) as usize;
+            Event::Console(random_bytes(random, count))
+        }
+        1..=3 => Event::Time(any_size(random)),
+        4 | 5 => Event::ClockRead(any_size(random)),
+        6 => Event::Mark(MarkDigest {
+            console_bytes: any_size(random),
+            console_digest_prefix: random.next(),
+        }),
+        7 => Event::HandOver(hand_over(random)),
+        8 => {
+            let names = ["cmpxchg16b", "fxsave", "xsave"].map(str::to_owned);
+            let count = random.below(4) as usize;
+            Event::Assists(names.into_iter().take(count).map(|n| (n, any_size(random))).collect())
+        }
+        _ => Event::End {
+            ending: ending(random),
+            effects: EffectDigest {
+                console_bytes: any_size(random),
+                console_digest: digest(random),
             },
-        }
+            final_digest: (random.below(2) == 0).then(|| digest(random)),
+        },
     }
+}
 
-    fn hand_over(&mut self) -> HandOver {
-        let kinds = [TickKind::Instruction, TickKind::ConditionalBranch, TickKind::Exit];
-        HandOver {
-            engine: "soft".to_owned(),
-            clock: "instructions".to_owned(),
-            tick_kind: kinds[self.below(3) as usize],
-            ns_per_tick: self.any_size(),
-        }
+fn hand_over(random: &mut Random) -> HandOver {
+    let kinds = [TickKind::Instruction, TickKind::ConditionalBranch, TickKind::Exit];
+    HandOver {
+        engine: "soft".to_owned(),
+        clock: "instructions".to_owned(),
+        tick_kind: kinds[random.below(3) as usize],
+        ns_per_tick: any_size(random),
     }
+}
 
-    fn ending(&mut self) -> Ending {
-        match self.below(7) {
-            0 => Ending::Reset,
-            1 => Ending::TripleFault,
-            2 => Ending::PowerOff,
-            3 => Ending::IdleForever,
-            4 => Ending::DebugExit(self.next() as u8),
-            5 => Ending::Stopped,
-            _ => Ending::EngineFailed("the engine met – what? – an ‹error›".to_owned()),
-        }
+fn ending(random: &mut Random) -> Ending {
+    match random.below(7) {
+        0 => Ending::Reset,
+        1 => Ending::TripleFault,
+        2 => Ending::PowerOff,
+        3 => Ending::IdleForever,
+        4 => Ending::DebugExit(random.next() as u8),
+        5 => Ending::Stopped,
+        _ => Ending::EngineFailed("the engine met – what? – an ‹error›".to_owned()),
     }
+}
 
-    /// Records with every kind of event, repeated addresses and leaps of any size.
-    pub(crate) fn records(&mut self, count: usize) -> Vec<Record> {
-        let mut moment = Moment { tick: 0, rip: 0, rcx: 0 };
-        let record = |_| {
-            let leap = self.any_size();
-            moment.tick = moment.tick.checked_add(leap >> 20).unwrap_or(moment.tick);
-            if self.below(3) > 0 {
-                moment.rip = self.any_size();
-            }
-            if self.below(3) > 1 {
-                moment.rcx = self.any_size();
-            }
-            Record { moment, cpu_digest: self.next(), event: self.event() }
-        };
-        (0..count).map(record).collect()
-    }
+/// Records with every kind of event, repeated addresses and leaps of any size.
+pub(crate) fn random_records(random: &mut Random, count: usize) -> Vec<Record> {
+    let mut moment = Moment { tick: 0, rip: 0, rcx: 0 };
+    let record = |_| {
+        let leap = any_size(random);
+        moment.tick = moment.tick.checked_add(leap >> 20).unwrap_or(moment.tick);
+        if random.below(3) > 0 {
+            moment.rip = any_size(random);
+        }
+        if random.below(3) > 1 {
+            moment.rcx = any_size(random);
+        }
+        Record { moment, cpu_digest: random.next(), event: event(random) }
+    };
+    (0..count).map(record).collect()
 }
 
 /// A header with these images.
@@ -190,18 +171,18 @@ impl Sample {
 
     /// From a seed: two small images and a log of some frames.
     pub(crate) fn small(seed: u64) -> Self {
-        let mut random = Random(seed);
-        let images = vec![random.bytes(70), vec![0x90; 300]];
-        let records = random.records(24);
+        let mut random = Random::new(seed);
+        let images = vec![random_bytes(&mut random, 70), vec![0x90; 300]];
+        let records = random_records(&mut random, 24);
         Self::new(images, records, 5)
     }
 
     /// From a seed: images of several pieces, and a log of many frames, some compressed.
     pub(crate) fn large(seed: u64) -> Self {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let text = b"all work and no play ".repeat(50_000);
-        let images = vec![text, Vec::new(), random.bytes(9000)];
-        let mut records = random.records(600);
+        let images = vec![text, Vec::new(), random_bytes(&mut random, 9000)];
+        let mut records = random_records(&mut random, 600);
         for record in &mut records[200..400] {
             record.moment = Moment { tick: record.moment.tick, rip: 0x1000, rcx: 0 };
             record.cpu_digest = 5;

@@ -1,5 +1,6 @@
 //! Batches that break the contract are refused, whatever is wrong with them.
 
+use reprise_random::Random;
 use reprise_trace::instructions::{
     AccessKind, Batch, BlockDefinition, BlockEnd, Blocks, CUT, Contents, Definition, EVENT, Event,
     Feed, InstructionDefinition, MAX_RUN_ACCESSES, Mode, SegmentOptions, StaticAccess, TraceError,
@@ -7,7 +8,7 @@ use reprise_trace::instructions::{
 };
 
 use crate::account::{Account, header};
-use crate::synthetic::{Options, Random, Synthetic};
+use crate::synthetic::{Options, Synthetic};
 
 /// The same trace in batches of about so many words; no run is divided.
 pub(crate) fn divide(whole: &Batch, words: usize, contents: Contents) -> Vec<Batch> {
@@ -192,7 +193,7 @@ fn a_run_is_cut_after_the_fact() {
 fn random_batches_end_in_a_value() {
     let contents = Contents { physical: true, values: true, registers: true, page_walks: true };
     for seed in 0..300 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let mut whole = Synthetic::new(Options::with_everything(1)).advance(300);
         for _ in 0..=random.below(3) {
             let position = random.below(whole.words.len() as u64) as usize;

@@ -1,5 +1,6 @@
 //! Traces cut short, and traces with flipped, moved and missing bytes.
 
+use reprise_random::Random;
 use std::io::{self, Write};
 
 use reprise_trace::instructions::{
@@ -8,7 +9,7 @@ use reprise_trace::instructions::{
 };
 
 use crate::account::{Account, Sample, header, read};
-use crate::synthetic::{Entry, Options, Random, Synthetic};
+use crate::synthetic::{Entry, Options, Synthetic};
 
 /// Where each frame of a sound file ends, the header's first.
 fn frame_ends(file: &[u8]) -> Vec<usize> {
@@ -72,7 +73,7 @@ fn check_changed(sample: &Sample, file: &[u8], what: &str) {
 #[test]
 fn every_changed_byte_is_told_or_harmless() {
     let sample = small(2);
-    let mut random = Random(2);
+    let mut random = Random::new(2);
     for position in 0..sample.file.len() {
         let mut file = sample.file.clone();
         file[position] ^= 1 << random.below(8);
@@ -84,7 +85,7 @@ fn every_changed_byte_is_told_or_harmless() {
 fn spoiled_copies_are_told_or_harmless() {
     let sample = Sample::new(Options::with_everything(3), 6_000, 2_000);
     for seed in 0..200 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let mut file = sample.file.clone();
         for _ in 0..=random.below(4) {
             let position = random.below(file.len() as u64) as usize;

@@ -1,6 +1,7 @@
 //! What an idle guest does is left out, and nothing else: held against an account of random guests that
 //! is divided at its HLTs afterwards.
 
+use reprise_random::Random;
 use reprise_trace::instructions::filter::{Filter, LeftOut, MAX_IDLE_INSTRUCTIONS, Selection};
 use reprise_trace::instructions::{
     AccessKind, Batch, BlockDefinition, BlockEnd, CUT, Contents, Definition, Delivery, Direction,
@@ -9,7 +10,7 @@ use reprise_trace::instructions::{
 };
 
 use crate::account::Account;
-use crate::synthetic::{Entry, Random};
+use crate::synthetic::Entry;
 
 const KERNEL: u64 = 0xffff_ffff_8100_0000;
 const HALTING: usize = 0;
@@ -70,7 +71,7 @@ struct Guest {
 impl Guest {
     fn new(seed: u64) -> Self {
         let mut guest = Self {
-            random: Random(seed),
+            random: Random::new(seed),
             blocks: blocks(),
             first: 0,
             batch: Batch::default(),
@@ -143,11 +144,11 @@ impl Guest {
 
     /// From a HLT to the next, with seldom anything but the interrupt controller accessed.
     fn stretch(&mut self) {
-        if self.random.chance(4) {
+        if self.random.one_in(4) {
             let marker = Marker { tick: self.ticks, virtual_ns: 3 * self.ticks };
             self.event(Event::Marker(marker));
         }
-        if self.random.chance(20) {
+        if self.random.one_in(20) {
             self.event(Event::Dma { direction: Direction::In, physical: 0x1000, bytes: 512 });
         }
         let (kind, address) = (Delivery::Interrupt, KERNEL + 2);
@@ -155,7 +156,7 @@ impl Guest {
             Event::Delivery { kind, vector: 32, error_code: None, address, fault_address: None };
         self.event(delivery);
         for _ in 0..self.random.below(4) {
-            let cut = self.random.chance(3);
+            let cut = self.random.one_in(3);
             self.run(HANDLER, cut);
             match self.random.below(30) {
                 0 => self.port(0x3f8),
@@ -171,11 +172,11 @@ impl Guest {
                 _ => {}
             }
         }
-        if self.random.chance(10) {
+        if self.random.one_in(10) {
             self.run(USER, false);
         }
         self.event(Event::Return { address: KERNEL });
-        if self.random.chance(10) {
+        if self.random.one_in(10) {
             self.run(HALTING, true);
         }
         self.run(HALTING, false);
@@ -190,7 +191,7 @@ impl Guest {
     /// What it has made since it was last asked; then, sometimes, block numbers change.
     fn take(&mut self) -> Batch {
         let batch = std::mem::take(&mut self.batch);
-        if self.random.chance(3) {
+        if self.random.one_in(3) {
             let first = self.random.below(self.blocks.len() as u64) as usize;
             self.define(first);
         }
@@ -301,7 +302,7 @@ fn what_an_idle_guest_does_is_left_out_and_nothing_else() {
         let mut batches = Vec::new();
         for _ in 0..40 {
             guest.stretch();
-            if guest.random.chance(3) {
+            if guest.random.one_in(3) {
                 // In the midst of a stretch.
                 guest.run(HANDLER, false);
                 batches.push(guest.take());

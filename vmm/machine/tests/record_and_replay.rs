@@ -9,8 +9,8 @@ use reprise_trace::event::{Ending, Event, Record};
 use reprise_trace::log::MemorySink;
 use reprise_trace::moment::TickKind;
 
+use reprise_random::Random;
 use simulation::program::{FINISHES, Finish, Program};
-use simulation::random::Random;
 use simulation::sim_host::{FullDisk, World};
 use simulation::toy_engine::Disturbance;
 use simulation::{CLOCKS, Clock, Recorded, record, record_into, records_of, replay, replaying};

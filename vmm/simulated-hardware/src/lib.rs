@@ -13,9 +13,7 @@
 
 pub mod disturbance;
 mod page_tables;
-mod random;
 pub mod vcpu;
 
 pub use disturbance::{Disturbance, Skid};
-pub use random::Random;
 pub use vcpu::SimulatedVcpu;

@@ -8,7 +8,7 @@ use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::CpuState;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use crate::random::Random;
+use reprise_random::Random;
 
 const PRESENT: u64 = 1;
 const ACCESSED: u64 = 1 << 5;

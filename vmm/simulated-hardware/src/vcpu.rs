@@ -14,7 +14,7 @@ use reprise_trace::cpu_state::CpuState;
 
 use crate::disturbance::{Disturbance, Skid};
 use crate::page_tables::access_early;
-use crate::random::Random;
+use reprise_random::Random;
 
 /// Steps (elements of a REP among them) from where a kick is due to where it strikes, at most; now and
 /// then it may be deep within a long REP.
@@ -74,7 +74,7 @@ impl Due {
     }
 
     fn schedule(&mut self, now: u64, random: &mut Random) {
-        self.at = self.every.map_or(u64::MAX, |mean| now + random.around(mean));
+        self.at = self.every.map_or(u64::MAX, |mean| now + around(random, mean));
     }
 
     /// Whether it happens now, and then when next.
@@ -423,4 +423,15 @@ impl Vcpu for SimulatedVcpu {
     fn kicker(&self) -> Arc<dyn Kick> {
         self.engine.kicker()
     }
+}
+
+/// A distance whose mean is about `mean`, often short and sometimes long.
+fn around(random: &mut Random, mean: u64) -> u64 {
+    let longest = match random.below(4) {
+        0 => mean / 8,
+        1 => mean,
+        2 => mean * 2,
+        _ => mean * 4,
+    };
+    1 + random.below(longest.max(1))
 }

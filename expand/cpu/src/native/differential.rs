@@ -3,13 +3,14 @@
 //! The guest's page tables map a buffer of the test's own address to guest RAM, so that the same
 //! bytes with the same registers run in both places.
 
+use reprise_random::Random;
 use std::collections::{BTreeMap, BTreeSet};
 
 use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, MemoryOperand, Mnemonic, Register};
 use reprise_trace::cpu_state::{CpuState, FpuState};
 
 use super::direct::{BUFFER, GUARD, Host};
-use super::forms::{Random, build};
+use super::forms::{build, integer};
 use super::host_fpu::{Area, fxsave};
 use crate::fault::{Fault, vector};
 use crate::flags::ARITHMETIC;
@@ -39,7 +40,7 @@ fn lane(random: &mut Random, bits: u32) -> u128 {
             let exponent = ones / 2 - 3 + u128::from(random.below(12));
             sign | exponent << fraction_bits | fraction
         }
-        _ => u128::from(random.integer()) & ((1 << bits) - 1),
+        _ => u128::from(integer(random)) & ((1 << bits) - 1),
     }
 }
 
@@ -243,7 +244,7 @@ fn set_address(gpr: &mut [u64; 16], instruction: &Instruction, address: u64, ind
 }
 
 fn input(random: &mut Random, instruction: &Instruction, unmasked: Unmasked) -> Outcome {
-    let mut gpr: [u64; 16] = std::array::from_fn(|_| random.integer());
+    let mut gpr: [u64; 16] = std::array::from_fn(|_| integer(random));
     gpr[Register::RSP.number()] = STACK;
     let size = operand_bytes(instruction);
     if size != 0 {
@@ -332,7 +333,7 @@ fn compare(
     let base = machine.cpu.state();
     let mut runs = 0;
     let mut differences = BTreeMap::new();
-    visit_native_forms(&mut Random(seed), wanted, |random, instruction, bytes| {
+    visit_native_forms(&mut Random::new(seed), wanted, |random, instruction, bytes| {
         let before = input(random, &instruction, unmasked);
         let expected = on_host(&mut host, bytes, &before);
         let actual = in_guest(&mut machine, &base, bytes, &before);
@@ -397,7 +398,7 @@ fn operands_have_the_size_and_alignment_of_the_host() {
     let mut host = Host::new();
     let mut checked = 0;
     let mut wrong = BTreeSet::new();
-    visit_native_forms(&mut Random(seed), computes, |random, instruction, bytes| {
+    visit_native_forms(&mut Random::new(seed), computes, |random, instruction, bytes| {
         let size = operand_bytes(&instruction);
         if size == 0 {
             return;

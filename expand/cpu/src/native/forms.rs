@@ -3,35 +3,19 @@
 use iced_x86::{
     Code, Decoder, Encoder, Instruction, MemoryOperand, OpCodeOperandKind, OpKind, Register,
 };
+use reprise_random::Random;
 
 use crate::decode::OPTIONS;
 
-/// SplitMix64: tests must not depend on anything but their seed.
-pub(crate) struct Random(pub(crate) u64);
-
-impl Random {
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut value = self.0;
-        value = (value ^ value >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        value = (value ^ value >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        value ^ value >> 31
-    }
-
-    pub(crate) fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
-
-    /// An integer that is often an edge.
-    pub(crate) fn integer(&mut self) -> u64 {
-        match self.below(8) {
-            0 => 0,
-            1 => u64::MAX,
-            2 => self.below(256),
-            3 => 1 << self.below(64),
-            4 => (1 << self.below(64)) - 1,
-            _ => self.next(),
-        }
+/// An integer that is often an edge.
+pub(crate) fn integer(random: &mut Random) -> u64 {
+    match random.below(8) {
+        0 => 0,
+        1 => u64::MAX,
+        2 => random.below(256),
+        3 => 1 << random.below(64),
+        4 => (1 << random.below(64)) - 1,
+        _ => random.next(),
     }
 }
 
@@ -178,7 +162,7 @@ fn immediate(kind: OpCodeOperandKind, number: &mut u32) -> Option<OpKind> {
 }
 
 fn set_immediate(instruction: &mut Instruction, kind: OpKind, random: &mut Random) {
-    let value = random.integer();
+    let value = integer(random);
     let constant_1 =
         instruction.code().op_code().op_kinds().contains(&OpCodeOperandKind::imm8_const_1);
     match kind {

@@ -1,5 +1,6 @@
 //! Every instruction of the CPU model is either written by hand or runs natively.
 
+use reprise_random::Random;
 use std::collections::BTreeSet;
 
 use iced_x86::{Code, EncodingKind, Instruction, MemoryOperand, Register};
@@ -8,12 +9,12 @@ use super::testing::Machine;
 use super::{BY_HAND, undefined};
 use crate::decode::op::Op;
 use crate::native;
-use crate::native::forms::{Random, build};
+use crate::native::forms::build;
 
 /// Visits every instruction form that the model has in a code segment of 32 or 64 bits.
 fn visit_forms(bits: u32, mut visit: impl FnMut(&mut Machine, Instruction)) {
     let seed = 0x5eed;
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let mut machine = if bits == 64 { Machine::long_64(&[]) } else { Machine::flat_32(&[]) };
     let base = if bits == 64 { Register::RBX } else { Register::EBX };
     let operand = MemoryOperand::with_base_displ_size(base, 0x40, 1);

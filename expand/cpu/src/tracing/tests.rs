@@ -1,5 +1,6 @@
 //! A trace says of every instruction what memory it accesses: here it is held against what it did.
 
+use reprise_random::Random;
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Sender, channel};
@@ -12,7 +13,7 @@ use reprise_trace::instructions::{
 
 use super::{BatchSink, FULL_ADDRESSES, MAX_PIECE};
 use crate::cpu::Cpu;
-use crate::native::forms::{Random, build};
+use crate::native::forms::{build, integer};
 use crate::native::host_fpu::with_guest_fpu;
 use crate::ops::testing::{CODE, DATA, Machine};
 use crate::translate::Translation;
@@ -132,7 +133,7 @@ pub(super) fn state(random: &mut Random, base: &CpuState) -> CpuState {
     }
     state.gpr[RCX] = random.below(20);
     if random.below(8) == 0 {
-        state.gpr[0] = random.integer();
+        state.gpr[0] = integer(random);
     }
     state.rflags |= random.next() & (crate::flags::ARITHMETIC | crate::flags::DF);
     state
@@ -163,7 +164,7 @@ fn ranges(bytes: &BTreeSet<u64>) -> Vec<(u64, u64)> {
 }
 
 fn check_forms(machine: &mut Machine, bits: u32, seed: u64) -> usize {
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let base = machine.cpu.state();
     let (mut retired, mut wrong) = (0, Vec::new());
     for code in Code::values() {

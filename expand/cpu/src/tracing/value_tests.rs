@@ -1,6 +1,7 @@
 //! A trace with values and registers says all that an instruction does: here every form runs once, and what
 //! the trace says, carried out on the state before, must be the state after.
 
+use reprise_random::Random;
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::channel;
@@ -13,7 +14,7 @@ use reprise_trace::instructions::{
 };
 
 use super::tests::{Collect, HALT, operand, state};
-use crate::native::forms::{Random, build};
+use crate::native::forms::{build, integer};
 use crate::native::host_fpu::with_guest_fpu;
 use crate::ops::testing::{DATA, Machine};
 
@@ -140,10 +141,10 @@ impl Observer for Carried {
 fn random_state(random: &mut Random, base: &CpuState) -> CpuState {
     let mut state = state(random, base);
     for register in &mut state.fpu.xmm {
-        *register = u128::from(random.integer()) << 64 | u128::from(random.integer());
+        *register = u128::from(integer(random)) << 64 | u128::from(integer(random));
     }
     for register in &mut state.fpu.st {
-        register[..8].copy_from_slice(&(random.integer() | 1 << 63).to_le_bytes());
+        register[..8].copy_from_slice(&(integer(random) | 1 << 63).to_le_bytes());
         register[8..].copy_from_slice(&(0x3ff0 + random.below(0x20) as u16).to_le_bytes());
     }
     state.fpu.ftw = if random.below(2) == 0 { 0 } else { random.next() as u8 };
@@ -184,7 +185,7 @@ fn difference(machine: &mut Machine, instructions: u64) -> (Vec<String>, usize) 
 }
 
 fn check_forms(machine: &mut Machine, bits: u32, seed: u64) -> usize {
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let base = machine.cpu.state();
     let (mut walks, mut wrong) = (0, Vec::new());
     for code in Code::values() {
@@ -204,7 +205,7 @@ fn check_forms(machine: &mut Machine, bits: u32, seed: u64) -> usize {
             machine.replace_code(&bytes);
             machine.write(OPERAND_ENTRY, &(1u64 << 21 | 0x87).to_le_bytes());
             for at in (0..0x1000).step_by(8) {
-                machine.write(DATA + 0x8000 + at, &random.integer().to_le_bytes());
+                machine.write(DATA + 0x8000 + at, &integer(&mut random).to_le_bytes());
             }
             machine.cpu.set_state(&random_state(&mut random, &base));
             let (differences, walked) = difference(machine, 1);

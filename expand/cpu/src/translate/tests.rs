@@ -1,5 +1,6 @@
 //! Any instruction, translated in any company, does what it does alone.
 
+use reprise_random::Random;
 use std::sync::atomic::AtomicBool;
 
 use iced_x86::{Code, MemoryOperand, Register};
@@ -7,7 +8,7 @@ use reprise_machine::engine::Exit;
 use reprise_trace::cpu_state::{CpuState, RCX, RSP};
 
 use super::{MAX_UNIT_CODE_BYTES, Translation, Translator};
-use crate::native::forms::{Random, build};
+use crate::native::forms::{build, integer};
 use crate::native::host_fpu::with_guest_fpu;
 use crate::ops::testing::{CODE, DATA, Machine};
 
@@ -52,7 +53,7 @@ fn operand(random: &mut Random) -> MemoryOperand {
 
 fn state(random: &mut Random, base: &CpuState) -> CpuState {
     let mut state = base.clone();
-    state.gpr = std::array::from_fn(|_| random.integer());
+    state.gpr = std::array::from_fn(|_| integer(random));
     if random.below(2) == 0 {
         for index in INDICES {
             state.gpr[index.number()] = random.below(32) * 2;
@@ -102,7 +103,7 @@ struct Outcome {
 }
 
 fn run(machine: &mut Machine, translation: Translation, before: &CpuState, ticks: u64) -> Outcome {
-    let mut random = Random(before.gpr[0]);
+    let mut random = Random::new(before.gpr[0]);
     let bytes: Vec<u8> = (0..WINDOW_BYTES / 8).flat_map(|_| random.next().to_le_bytes()).collect();
     for middle in [MIDDLE, STACK] {
         machine.write(middle - WINDOW_BYTES as u64 / 2, &bytes);
@@ -147,7 +148,7 @@ fn is_wanted(code: Code) -> bool {
 #[test]
 fn every_form_does_the_same_translated() {
     let seed = 0x5eed_0101;
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let mut machine = confined();
     let base = machine.cpu.state();
     let mut programs = 0;
@@ -172,7 +173,7 @@ fn every_form_does_the_same_translated() {
 #[test]
 fn any_block_can_be_translated() {
     let seed = 0x5eed_0102;
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let mut machine = Machine::long_64(&[]);
     let base = machine.cpu.state();
     let codes: Vec<Code> = Code::values().filter(|&code| is_wanted(code)).collect();
@@ -248,7 +249,7 @@ const LONGEST: &[&[u8]] = &[
 fn small_buffers_are_filled_again_and_again() {
     let seed = 0x5eed_0103;
     for (hot, exits) in [(2 * MAX_UNIT_CODE_BYTES, 0x10_0000), (0x10_0000, 0x1000)] {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let mut machine = confined();
         machine.cpu.translator = Translator::with_room(hot, 0x10_0000, exits).expect("memory");
         machine.cpu.profile = Some(Box::default());

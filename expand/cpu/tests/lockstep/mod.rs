@@ -8,7 +8,7 @@ use reprise_machine::engine::{Engine, Exit};
 use reprise_trace::cpu_state::CpuState;
 
 use crate::guest::Guest;
-use crate::random::Random;
+use reprise_random::Random;
 
 /// Instructions of a guest, at most.
 const TICKS: u64 = 20_000;
@@ -82,7 +82,7 @@ fn follow(
     let mut engine = make().engine();
     engine.set_translation(translation);
     engine.start_profile();
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let mut alike_at = 0;
     let exit = loop {
         let step = if seed == 0 { 2 * TICKS } else { 1 + random.below(90) };

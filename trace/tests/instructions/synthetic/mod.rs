@@ -5,6 +5,7 @@
 
 mod program;
 
+use reprise_random::Random;
 use std::collections::HashMap;
 
 use program::Place::{Array, Global, Local, Object, Push, Strings, Table};
@@ -43,29 +44,9 @@ pub(crate) struct Accessed {
     pub(crate) values: Vec<u64>,
 }
 
-/// SplitMix64.
-#[derive(Clone, Debug)]
-pub(crate) struct Random(pub u64);
-
-impl Random {
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        mix(self.0)
-    }
-
-    pub(crate) fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
-    }
-
-    pub(crate) fn chance(&mut self, one_in: u64) -> bool {
-        self.below(one_in) == 0
-    }
-}
-
-fn mix(mut z: u64) -> u64 {
-    z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ z >> 31
+/// A number that looks like any other, always the same for `number`.
+fn mix(number: u64) -> u64 {
+    Random::new(number).next()
 }
 
 /// What to make.
@@ -126,7 +107,7 @@ pub(crate) struct Synthetic {
 
 impl Synthetic {
     pub(crate) fn new(options: Options) -> Self {
-        let mut random = Random(options.seed);
+        let mut random = Random::new(options.seed);
         let user = Code::new(&mut random, options.functions, true);
         let kernel = Code::new(&mut random, options.functions, false);
         Self {
@@ -165,14 +146,14 @@ impl Synthetic {
     pub(crate) fn advance(&mut self, instructions: u64) -> Batch {
         self.target_instructions = self.instructions + instructions;
         while self.instructions < self.target_instructions {
-            if self.random.chance(8) {
+            if self.random.one_in(8) {
                 self.process ^= 1;
                 let cr3 = self.cr3();
                 self.event(Event::AddressSpace { cr3 });
             }
             let function = 1 + self.random.below(self.options.functions as u64 / 4) as usize;
             self.call(false, function);
-            if self.random.chance(16) {
+            if self.random.one_in(16) {
                 self.restart_blocks();
             }
         }
@@ -241,7 +222,7 @@ impl Synthetic {
                     let times = self.times.entry(place).or_insert(0);
                     *times += 1;
                     let taken = match period {
-                        0 => self.random.chance(3),
+                        0 => self.random.one_in(3),
                         period => times.is_multiple_of(*period),
                     };
                     number += usize::from(taken && number + 2 < count);
@@ -283,7 +264,7 @@ impl Synthetic {
     fn execute(&mut self, place: (bool, usize, usize), piece: &Piece, first: usize) {
         self.maybe_marker();
         let overwritten = piece.forms.iter().any(|form| form.bytes[0] == 0xb8);
-        if overwritten && self.random.chance(60) {
+        if overwritten && self.random.one_in(60) {
             *self.versions.entry(place).or_insert(0) += 1;
         }
         let version = self.versions.get(&place).copied().unwrap_or(0);
@@ -301,7 +282,7 @@ impl Synthetic {
         let rep = instructions.iter().position(|one| one.repeated);
         let period = self.options.interrupt_period;
         let period = if rep.is_some() { period.min(20) } else { period };
-        let interrupted = !self.handling && self.random.chance(period);
+        let interrupted = !self.handling && self.random.one_in(period);
         let anywhere = self.random.below(instructions.len() as u64) as usize;
         let cut = interrupted.then(|| rep.unwrap_or(anywhere));
         self.batch.words.push(id);
@@ -332,7 +313,7 @@ impl Synthetic {
     }
 
     fn deliver(&mut self, address: u64, may_fault: bool) {
-        let is_fault = may_fault && self.random.chance(2);
+        let is_fault = may_fault && self.random.one_in(2);
         let event = if is_fault {
             let fault_address = Some(self.object);
             let (kind, error_code) = (Delivery::Exception, Some(6));

@@ -4,7 +4,7 @@ use reprise_trace::instructions::{
     AccessKind, InstructionDefinition, NO_BASE, RegisterWrite, StaticAccess,
 };
 
-use super::Random;
+use reprise_random::Random;
 
 /// How an access finds its address.
 #[derive(Clone, Copy, Debug)]
@@ -141,7 +141,7 @@ impl Code {
                 for (rare, one_in) in
                     [(TABLE_READ, 20), (VECTOR_READ, 12), (REP_MOVSQ, 15), (CONSTANT, 10)]
                 {
-                    if random.chance(one_in) {
+                    if random.one_in(one_in) {
                         forms.push(rare);
                     }
                 }
@@ -153,11 +153,11 @@ impl Code {
                     _ if is_last => End::Return,
                     0 => End::Loop(1 + random.below(24)),
                     1..=2 if left > 0 => {
-                        let count = if random.chance(4) { 3 } else { 1 };
+                        let count = if random.one_in(4) { 3 } else { 1 };
                         let target = |_| number + 1 + random.below(left as u64) as usize;
                         End::Call((0..count).map(target).collect())
                     }
-                    3 if is_user && random.chance(4) => End::Syscall,
+                    3 if is_user && random.one_in(4) => End::Syscall,
                     _ => End::If { period: [0, 1, 2, 3, 8][random.below(5) as usize] },
                 };
                 if is_last {

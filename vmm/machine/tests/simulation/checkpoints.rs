@@ -17,10 +17,10 @@ use reprise_trace::event::Record;
 use reprise_trace::log::{LogReader, MemorySink};
 
 use super::program::{FINISHES, Program};
-use super::random::Random;
 use super::sim_host::World;
 use super::toy_engine::{Disturbance, ToyEngine};
 use super::{CLOCKS, Clock, Recorded, board, recording, records_of, replaying};
+use reprise_random::Random;
 
 const SEEDS: u64 = 60;
 

@@ -2,7 +2,6 @@
 
 mod checkpoints;
 pub(crate) mod program;
-pub(crate) mod random;
 pub(crate) mod sim_host;
 pub(crate) mod toy_engine;
 

@@ -1,7 +1,7 @@
 //! Programs for the toy CPU: a PC's devices set up as a kernel does, then a random mix of what
 //! guests do. Interrupt handlers hash the exact place where they struck.
 
-use super::random::Random;
+use reprise_random::Random;
 
 /// One instruction. Its address is its index in the program.
 #[derive(Clone, Copy, Debug)]

@@ -6,7 +6,7 @@ use reprise_machine::host::{Host, Wake};
 use reprise_trace::event::Ending;
 use reprise_trace::log::{FrameSink, LogError, MemorySink};
 
-use super::random::Random;
+use reprise_random::Random;
 
 /// How the world outside behaves.
 #[derive(Clone, Debug)]

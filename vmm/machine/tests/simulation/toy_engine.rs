@@ -11,7 +11,7 @@ use reprise_trace::cpu_state::{CpuState, RCX};
 use reprise_trace::moment::{Moment, TickKind};
 
 use super::program::{Op, Program, STACK};
-use super::random::Random;
+use reprise_random::Random;
 
 const RAM_BYTES: usize = 64 << 10;
 const INTERRUPT_FLAG: u64 = 1 << 9;
