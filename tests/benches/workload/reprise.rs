@@ -76,15 +76,15 @@ fn timed(words: &[String]) -> Result<Sample> {
     })
 }
 
-/// Runs a program by a shell, which tells its times.
+/// Runs a program by a shell, which tells its times: bash, since others tell them in hundredths.
 fn run_timed(words: &[String]) -> Result<(Sample, Output)> {
     let started = Instant::now();
-    let output = Command::new("sh")
+    let output = Command::new("bash")
         .args(["-c", "\"$0\" \"$@\"; status=$?; times >&2; exit $status"])
         .args(words)
         .stdin(Stdio::null())
         .output()
-        .with_context(|| format!("{} does not start", words[0]))?;
+        .context("bash does not start: it tells the benchmark what processes take")?;
     let process_seconds = started.elapsed().as_secs_f64();
     let stderr = String::from_utf8_lossy(&output.stderr);
     // The last line of `times`: user and system time of what the shell has waited for.
