@@ -143,6 +143,25 @@ fn echo_and_compute_under_pmu() {
     ten_of_ten(&["--image", "compute", "--cmdline", "scale=1"], "pmu");
 }
 
+/// Where interrupts are hardest to find again, as on simulated hardware.
+#[test]
+fn hard_positions_under_pmu() {
+    const SCENARIOS: [&str; 9] =
+        ["rep", "straight", "itself", "shadow", "hlt", "fault", "window", "user", "code"];
+    if !pmu_counts() {
+        return;
+    }
+    let workplace = Workplace::new();
+    let typed = workplace.file("typed", "two at one moment");
+    for scenario in SCENARIOS {
+        eprintln!("{scenario}");
+        let command_line = format!("do={scenario} hz=2000 count=20");
+        let guest = ["--image", "positions", "--cmdline", &command_line, "--input", &typed];
+        let report = ten_of_ten(&guest, "pmu").expect("a host with the clock pmu has KVM");
+        assert!(report["interrupts"].as_u64() >= Some(20), "{report:#}");
+    }
+}
+
 #[test]
 fn where_there_is_no_counter_one_line_says_what_to_do() {
     if reprise_kvm::pmu_clock().available {
