@@ -15,6 +15,7 @@ pub mod log;
 pub mod logged;
 pub mod moment;
 pub mod recording;
+pub mod register_bits;
 mod seek_index;
 pub mod stretches;
 mod varint;

@@ -4,6 +4,10 @@ use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Access, Exit};
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::{CS, CpuState, DS, DescriptorTable, ES, FS, GS, SS, Segment};
+pub(crate) use reprise_trace::register_bits::{
+    CR0_AM, CR0_EM, CR0_NE, CR0_PE, CR0_PG, CR0_TS, CR0_WP, CR4_DE, CR4_OSFXSR, CR4_OSXMMEXCPT,
+    CR4_PAE, CR4_PGE, CR4_PSE, CR4_SMAP, CR4_SMEP, CR4_TSD, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE,
+};
 
 use crate::decode::block_cache::BlockCache;
 use crate::fault::{Fault, Stop};
@@ -472,47 +476,6 @@ impl SystemState {
         }
     }
 }
-
-/// Protected mode.
-pub(crate) const CR0_PE: u64 = 1 << 0;
-/// Emulate x87.
-pub(crate) const CR0_EM: u64 = 1 << 2;
-/// Task switched.
-pub(crate) const CR0_TS: u64 = 1 << 3;
-/// Native x87 errors.
-pub(crate) const CR0_NE: u64 = 1 << 5;
-/// Write protect.
-pub(crate) const CR0_WP: u64 = 1 << 16;
-/// Alignment mask.
-pub(crate) const CR0_AM: u64 = 1 << 18;
-/// Paging.
-pub(crate) const CR0_PG: u64 = 1 << 31;
-/// Time-stamp disable.
-pub(crate) const CR4_TSD: u64 = 1 << 2;
-/// Debugging extensions.
-pub(crate) const CR4_DE: u64 = 1 << 3;
-/// Page-size extensions.
-pub(crate) const CR4_PSE: u64 = 1 << 4;
-/// Physical-address extension.
-pub(crate) const CR4_PAE: u64 = 1 << 5;
-/// Global pages.
-pub(crate) const CR4_PGE: u64 = 1 << 7;
-/// FXSAVE and SSE enabled by the system.
-pub(crate) const CR4_OSFXSR: u64 = 1 << 9;
-/// Unmasked SSE exceptions raise #XM rather than #UD.
-pub(crate) const CR4_OSXMMEXCPT: u64 = 1 << 10;
-/// Supervisor-mode execution prevention.
-pub(crate) const CR4_SMEP: u64 = 1 << 20;
-/// Supervisor-mode access prevention.
-pub(crate) const CR4_SMAP: u64 = 1 << 21;
-/// System-call extensions.
-pub(crate) const EFER_SCE: u64 = 1 << 0;
-/// Long-mode enable.
-pub(crate) const EFER_LME: u64 = 1 << 8;
-/// Long-mode active.
-pub(crate) const EFER_LMA: u64 = 1 << 10;
-/// No-execute enable.
-pub(crate) const EFER_NXE: u64 = 1 << 11;
 
 /// Whether every segment that data can go through is a writable or readable one over the whole
 /// 32-bit space, so that checking limits could find nothing. FS and GS may have any base, and what is

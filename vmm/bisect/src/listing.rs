@@ -8,8 +8,8 @@ use iced_x86::{
     SymbolResult,
 };
 use reprise_branch_clock::guest_code::{MAX_BYTES, decode_at, linear_of};
-use reprise_branch_clock::paging::Paging;
 use reprise_export::symbols::Symbols;
+use reprise_machine::paging::Paging;
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::CpuState;
 use serde::Serialize;

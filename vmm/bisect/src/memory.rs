@@ -1,19 +1,16 @@
 //! Pages of guest RAM that differ, and which of them are page tables.
 
-use reprise_branch_clock::register_bits::{CR0_PG, CR4_PAE, EFER_LMA};
+use std::collections::BTreeMap;
+
+use reprise_machine::paging::{ACCESSED, ADDRESS, DIRTY, LARGE, PRESENT};
 use reprise_machine::ram::GuestRam;
 use reprise_trace::checkpoint::PAGE_BYTES;
 use reprise_trace::cpu_state::CpuState;
+use reprise_trace::register_bits::{CR0_PG, CR4_PAE, EFER_LMA};
 use serde::Serialize;
-use std::collections::BTreeMap;
 
 use crate::image::Page;
 
-const PRESENT: u64 = 1;
-const ACCESSED: u64 = 1 << 5;
-const DIRTY: u64 = 1 << 6;
-const LARGE: u64 = 1 << 7;
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 /// Bytes shown of each side.
 const SHOWN_BYTES: usize = 16;
 
@@ -105,7 +102,7 @@ impl PageTables {
         let mut open = vec![(cpu.cr3 & mask, levels - 1, 0)];
         while let Some((page, level, linear)) = open.pop() {
             if tables.pages.contains_key(&page)
-                || !reprise_branch_clock::paging::is_ram(ram, page, PAGE_BYTES)
+                || !reprise_machine::paging::is_ram(ram, page, PAGE_BYTES)
             {
                 continue;
             }

@@ -4,8 +4,8 @@ use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, OpKind, 
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::{CS, CpuState, ES, RCX, RSP, SS};
 
-use crate::paging::Paging;
-use crate::register_bits::{CR0_PE, EFER_LMA};
+use reprise_machine::paging::Paging;
+use reprise_trace::register_bits::{CR0_PE, EFER_LMA};
 
 /// The longest instruction, in bytes.
 pub const MAX_BYTES: usize = 15;

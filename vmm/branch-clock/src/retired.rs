@@ -3,8 +3,8 @@
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::{CS, CpuState, RAX, RDX, RSP, SS, Segment};
 
-use crate::paging::Paging;
-use crate::register_bits::RFLAGS_RF;
+use reprise_machine::paging::Paging;
+use reprise_trace::register_bits::RFLAGS_RF;
 
 /// `state` once an instruction of so many bytes, which changes nothing else, has retired.
 pub(crate) fn retired(state: &CpuState, bytes: usize) -> CpuState {

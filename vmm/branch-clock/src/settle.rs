@@ -21,8 +21,8 @@ use reprise_trace::cpu_state::{CpuState, RCX};
 
 use crate::engine::BranchClock;
 use crate::guest_code::{Successors, decode_at, handler_of, linear_of, repeats, successors};
-use crate::register_bits::RFLAGS_RF;
 use crate::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
+use reprise_trace::register_bits::RFLAGS_RF;
 
 /// Where a kicked guest is led to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

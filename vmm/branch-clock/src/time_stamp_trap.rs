@@ -32,11 +32,11 @@ use reprise_trace::cpu_state::CpuState;
 
 use crate::candidates::{Alternatives, Candidate, candidates_of, is_trapped};
 use crate::guest_code::{MAX_BYTES, bitness, decode_at, handler_of, linear_of};
-use crate::paging::{Paging, is_ram};
 use crate::planted::Planted;
-use crate::register_bits::{CR4_TSD, EFER_LMA};
 use crate::retired::{before_fault, retired, time_stamp_retired};
 use crate::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
+use reprise_machine::paging::{Paging, is_ram};
+use reprise_trace::register_bits::{CR4_TSD, EFER_LMA};
 
 /// #GP.
 const GENERAL_PROTECTION: u8 = 13;

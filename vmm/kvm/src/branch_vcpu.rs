@@ -8,12 +8,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvm_bindings::{KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP};
-use reprise_branch_clock::paging::write_ram;
-use reprise_branch_clock::register_bits::RFLAGS_RF;
 use reprise_branch_clock::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
+use reprise_machine::paging::write_ram;
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::CpuState;
+use reprise_trace::register_bits::RFLAGS_RF;
 
 use crate::access::PendingExit;
 use crate::branch_counter::BranchCounter;

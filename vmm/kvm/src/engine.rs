@@ -24,8 +24,8 @@ use crate::step::Stepper;
 use crate::vcpu::{RawExit, Vcpu};
 use crate::{cpuid, state};
 use reprise_branch_clock::guest_code::{MAX_BYTES, decode_at, repeats};
-use reprise_branch_clock::paging::Paging;
-use reprise_branch_clock::register_bits::RFLAGS_IF;
+use reprise_machine::paging::Paging;
+use reprise_trace::register_bits::RFLAGS_IF;
 
 /// #UD's vector.
 const INVALID_OPCODE: u8 = 6;

@@ -3,7 +3,7 @@
 
 use std::sync::OnceLock;
 
-use reprise_branch_clock::register_bits::CR4_TSD;
+use reprise_trace::register_bits::CR4_TSD;
 
 use crate::error::KvmError;
 use crate::report::{ByLevel, Finding};

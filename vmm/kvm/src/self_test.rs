@@ -19,8 +19,8 @@ use crate::user_oracle::{
 use crate::vcpu::RawExit;
 use crate::watchdog::Watchdog;
 use crate::{KvmClock, KvmEngine};
-use reprise_branch_clock::paging::write_ram;
-use reprise_branch_clock::register_bits::RFLAGS_TF;
+use reprise_machine::paging::write_ram;
+use reprise_trace::register_bits::RFLAGS_TF;
 
 /// A guest that runs this long has run away.
 const TIME_LIMIT: Duration = Duration::from_millis(50);

@@ -20,7 +20,7 @@ use reprise_trace::cpu_state::{
 use vmm_sys_util::errno::Error as Errno;
 
 use crate::error::KvmError;
-use reprise_branch_clock::register_bits::RFLAGS_IF;
+use reprise_trace::register_bits::RFLAGS_IF;
 
 /// Attribute bits of [`Segment::attributes`].
 const TYPE_MASK: u16 = 0xf;

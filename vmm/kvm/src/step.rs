@@ -28,8 +28,8 @@ use crate::{state, transfer};
 use reprise_branch_clock::guest_code::{
     Successors, decode_at, handler_of, repeats, stack_word, successors,
 };
-use reprise_branch_clock::register_bits::{RFLAGS_IF, RFLAGS_RF, RFLAGS_TF};
 use reprise_branch_clock::retired::time_stamp_retired;
+use reprise_trace::register_bits::{RFLAGS_IF, RFLAGS_RF, RFLAGS_TF};
 
 /// What cannot be stepped because the guest does it already.
 const SELF_STEPPING: &str = "a guest that steps itself (TF)";

@@ -11,8 +11,8 @@
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::{CS, CpuState, RSP, SS, Segment};
 
-use reprise_branch_clock::paging::{Mapping, Paging, is_ram, write_ram};
-use reprise_branch_clock::register_bits::{
+use reprise_machine::paging::{Mapping, Paging, is_ram, write_ram};
+use reprise_trace::register_bits::{
     CR4_SMAP, EFER_LMA, RFLAGS_IF, RFLAGS_NT, RFLAGS_RF, RFLAGS_TF, RFLAGS_VM,
 };
 

@@ -9,17 +9,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use reprise_trace::cpu_state::CpuState;
+use reprise_trace::register_bits::{CR0_PG, CR4_PAE, EFER_LMA};
 
 use crate::engine::{Engine, EngineError};
+use crate::paging::{ACCESSED, ADDRESS, LARGE, PRESENT};
 use crate::touched::PAGE_BYTES;
-
-const PRESENT: u64 = 1;
-const ACCESSED: u64 = 1 << 5;
-const LARGE: u64 = 1 << 7;
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
-const CR0_PG: u64 = 1 << 31;
-const CR4_PAE: u64 = 1 << 5;
-const EFER_LMA: u64 = 1 << 10;
 
 /// The tables of the paging mode in force.
 #[derive(Clone, Copy)]

@@ -14,6 +14,7 @@ pub mod inputs;
 pub mod lawful;
 pub mod machine;
 pub mod outcome;
+pub mod paging;
 pub mod ram;
 pub mod relay;
 pub mod stepping;

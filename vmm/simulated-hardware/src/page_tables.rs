@@ -4,18 +4,13 @@
 //! Only the accessed bit is ever early; the dirty bit is set by a write that retires (Intel SDM volume
 //! 3A, 4.8).
 
+use reprise_machine::paging::{ACCESSED, ADDRESS, LARGE, PRESENT};
 use reprise_machine::ram::GuestRam;
+use reprise_random::Random;
 use reprise_trace::cpu_state::CpuState;
+use reprise_trace::register_bits::{CR0_PG, EFER_LMA};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use reprise_random::Random;
-
-const PRESENT: u64 = 1;
-const ACCESSED: u64 = 1 << 5;
-const LARGE: u64 = 1 << 7;
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
-const CR0_PG: u64 = 1 << 31;
-const EFER_LMA: u64 = 1 << 10;
 const ENTRIES: u64 = 512;
 const LEVELS: u32 = 4;
 /// Entries that are looked at, to find one that is present.

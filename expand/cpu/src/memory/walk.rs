@@ -1,6 +1,7 @@
 //! Page walks: linear to guest-physical addresses, with rights, accessed and dirty bits.
 
 use reprise_devices::cpu_model::PHYSICAL_ADDRESS_BITS;
+use reprise_machine::paging::{ACCESSED, DIRTY, LARGE, PRESENT, USER, WRITABLE};
 use reprise_trace::instructions::{MAX_WALK_ENTRIES, PageWalk, SystemAccessKind, WalkCause};
 
 use super::physical::Physical;
@@ -34,12 +35,6 @@ pub(crate) struct Accessor {
     pub(crate) user_pages_forbidden: bool,
 }
 
-const PRESENT: u64 = 1 << 0;
-const WRITABLE: u64 = 1 << 1;
-const USER: u64 = 1 << 2;
-const ACCESSED: u64 = 1 << 5;
-const DIRTY: u64 = 1 << 6;
-const LARGE: u64 = 1 << 7;
 const GLOBAL: u64 = 1 << 8;
 const NO_EXECUTE: u64 = 1 << 63;
 

@@ -3,18 +3,26 @@
 //!
 //! Formats: AMD64 APM volume 2, chapter 5. Linear addresses of 32-bit modes wrap at 4 GiB.
 
-use crate::register_bits::{CR0_PG, CR0_WP, CR4_PAE, CR4_PSE, EFER_LMA};
-use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::CpuState;
+use reprise_trace::register_bits::{CR0_PG, CR0_WP, CR4_PAE, CR4_PSE, EFER_LMA};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-const PRESENT: u64 = 1;
-const WRITABLE: u64 = 1 << 1;
-const USER: u64 = 1 << 2;
-const ACCESSED: u64 = 1 << 5;
-const DIRTY: u64 = 1 << 6;
-const LARGE: u64 = 1 << 7;
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+use crate::ram::GuestRam;
+
+/// The entry leads somewhere.
+pub const PRESENT: u64 = 1;
+/// Writes are allowed.
+pub const WRITABLE: u64 = 1 << 1;
+/// User code may go through.
+pub const USER: u64 = 1 << 2;
+/// A translation went through.
+pub const ACCESSED: u64 = 1 << 5;
+/// The page was written.
+pub const DIRTY: u64 = 1 << 6;
+/// A large page, where the level has those.
+pub const LARGE: u64 = 1 << 7;
+/// Where the entry leads, but for a large page's lowest bits.
+pub const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// Which paging is on, and where its tables start.
 #[derive(Clone, Copy, Debug)]
