@@ -22,6 +22,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("expand/cpu/src/translate/mod.rs", "runs translated code and keeps pointers to it"),
     ("expand/cpu/src/translate/site.rs", "runs operations for translated code"),
     ("expand/cpu/src/translate/jump_cache.rs", "says that its entries may hold any bytes"),
+    ("expand/cpu/src/other_maker.rs", "calls the handler whose flags it changes"),
     ("expand/cpu/src/ops/testing.rs", "tests: calls handlers as the block loop does"),
     ("expand/cpu/src/ops/string.rs", "copies runs of guest RAM at the host's speed"),
     ("expand/cpu/src/system/segment.rs", "calls the handler behind a segment check"),

@@ -12,6 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use reprise_cpu::engine::SoftEngine;
+use reprise_cpu::latitude_sites::Sites;
 use reprise_machine::engine::Engine;
 use reprise_machine::inputs::Replaying;
 use reprise_machine::lawful::SetAside;
@@ -58,6 +59,8 @@ pub struct Pieces {
     pub checkpoints_verified: u64,
     /// What the comparison with the recording left out.
     pub set_aside: Vec<SetAside>,
+    /// Instructions in the code that ran whose results CPUs of other makers may have otherwise.
+    pub latitude_sites: Vec<Sites>,
 }
 
 /// The window's pieces: each ends at a checkpoint, or with the window.
@@ -77,7 +80,7 @@ pub fn share(count: usize, number: u32, shares: u32) -> Range<usize> {
 /// What a worker tells of its piece.
 enum Message {
     Segment(EncodedSegment),
-    Done { expanded: Box<Expanded<LeftOut>>, verified: bool },
+    Done { expanded: Box<Expanded<LeftOut>>, verified: bool, latitude_sites: Vec<Sites> },
     Failed(ExpandError),
 }
 
@@ -129,7 +132,8 @@ fn collect<W: Write>(
                     return Ok(Pieces { outcome: None, ..all });
                 }
                 Ok(Message::Failed(error)) => return Err(error),
-                Ok(Message::Done { expanded, verified }) => {
+                Ok(Message::Done { expanded, verified, latitude_sites }) => {
+                    Sites::merge(&mut all.latitude_sites, latitude_sites);
                     all.instructions += expanded.instructions;
                     all.left_out.add(expanded.observer);
                     all.checkpoints_verified += u64::from(verified);
@@ -210,11 +214,12 @@ impl Worker<'_> {
         }
         // A run that ends at a checkpoint's tick has gone past the checkpoint.
         let verified = came_to_its_end(expanded.outcome.as_ref()) && self.verify(&mut machine)?;
+        let latitude_sites = machine.engine().software().latitude_sites();
         self.machine = Some(machine);
         let Expanded { observer, outcome, instructions } = expanded;
         let observer = observer.left_out();
         let expanded = Box::new(Expanded { observer, outcome, instructions });
-        Ok(Message::Done { expanded, verified })
+        Ok(Message::Done { expanded, verified, latitude_sites })
     }
 
     /// Compares the machine with the checkpoint that it stands at, if there is one.
@@ -253,7 +258,7 @@ pub fn start(
 ) -> Result<Machine<RecordedClock, Replaying>, ExpandError> {
     let beginning = replayable.begin(at)?;
     let header = &replayable.recording().header().of_stretch(beginning.stretch());
-    let verification = verification(replayable.course(), "soft");
+    let verification = verification(replayable.recording().header(), replayable.course(), "soft");
     let make = |ram| {
         let mut engine = RecordedClock::new(ram, header)?;
         set_up(engine.software());

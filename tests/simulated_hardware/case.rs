@@ -142,8 +142,13 @@ impl Case<'_> {
 
     /// Writes the recording's file.
     pub(crate) fn write(&self, recorded: &Recorded, path: &Path) {
+        self.write_as(recorded, path, &self.header());
+    }
+
+    /// As [`Case::write`], with this header.
+    pub(crate) fn write_as(&self, recorded: &Recorded, path: &Path, header: &Header) {
         let file = File::create(path).expect("a file");
-        let mut writer = RecordingWriter::create(file, &self.header()).expect("a header");
+        let mut writer = RecordingWriter::create(file, header).expect("a header");
         let images = [Some(self.source.kernel), self.source.initrd];
         for (index, image) in images.into_iter().flatten().enumerate() {
             writer.write_image(index, image).expect("an image");

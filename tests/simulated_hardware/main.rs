@@ -7,6 +7,7 @@ mod counting;
 mod crossing;
 mod kept;
 mod linux;
+mod makers;
 mod positions;
 mod probe;
 mod time_stamps;

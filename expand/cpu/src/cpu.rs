@@ -12,6 +12,7 @@ pub(crate) use reprise_trace::register_bits::{
 use crate::decode::block_cache::BlockCache;
 use crate::fault::{Fault, Stop};
 use crate::flags::{self, Arithmetic};
+use crate::latitude_sites::LatitudeSites;
 use crate::memory::Memory;
 use crate::mode::Mode;
 use crate::native::Native;
@@ -196,6 +197,10 @@ pub struct Cpu {
     pub(crate) time_stamps: TimeStamps,
     /// What becomes of INT3.
     pub(crate) breakpoints: BreakpointInstructions,
+    /// Instructions that have run and whose results other CPUs may have otherwise.
+    pub(crate) latitude_sites: LatitudeSites,
+    /// Flags that come out inverted where they are undefined.
+    pub(crate) inverted_undefined: u64,
 }
 
 impl Cpu {
@@ -250,6 +255,8 @@ impl Cpu {
             stops_between_elements: false,
             time_stamps: TimeStamps::default(),
             breakpoints: BreakpointInstructions::default(),
+            latitude_sites: LatitudeSites::default(),
+            inverted_undefined: 0,
         });
         cpu.set_state(&CpuState::default());
         Ok(cpu)

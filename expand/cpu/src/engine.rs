@@ -13,6 +13,8 @@ use reprise_trace::instructions::{Contents, Position};
 use reprise_trace::moment::{Moment, TickKind};
 
 use crate::cpu::{AnsweredAccess, Cpu};
+use crate::flags::Arithmetic;
+use crate::latitude_sites::Sites;
 use crate::native::host_fpu::with_guest_fpu;
 use crate::profile::Profile;
 use crate::tracing::BatchSink;
@@ -25,6 +27,8 @@ pub struct SoftEngine {
     kick: Arc<AtomicBool>,
     interrupt_requested: bool,
     halted: bool,
+    /// Which flags are undefined must be known.
+    knows_undefined_flags: bool,
     /// RDTSC reads zero.
     pub(crate) time_stands_still: bool,
     /// The access that the machine has been handed and not yet finished.
@@ -47,10 +51,22 @@ impl SoftEngine {
             kick: Arc::default(),
             interrupt_requested: false,
             halted: false,
+            knows_undefined_flags: false,
             time_stands_still: false,
             unfinished: None,
             queued: None,
         })
+    }
+
+    /// Has [`Engine::undefined_flags`] know them, of what runs from here on, which costs speed: for
+    /// comparisons with what another CPU recorded.
+    pub fn know_undefined_flags(&mut self) {
+        self.knows_undefined_flags = true;
+    }
+
+    /// Instructions in the code that has run whose results the architecture leaves to makers of CPUs.
+    pub fn latitude_sites(&self) -> Vec<Sites> {
+        self.cpu.latitude_sites.to_vec()
     }
 
     /// Starts to count where time goes.
@@ -160,6 +176,9 @@ impl Engine for SoftEngine {
             return Ok(self.hand_over(exit));
         }
         assert!(!self.halted, "a halted guest runs only after an interrupt");
+        if self.knows_undefined_flags {
+            self.cpu.trace_for_flags();
+        }
         let (kick, requested) = (&self.kick, self.interrupt_requested);
         let exit = with_guest_fpu(&mut self.cpu, |cpu| cpu.execute(until, kick, requested));
         // A kick comes when it comes, and the trace is to be the same each time.
@@ -215,6 +234,15 @@ impl Engine for SoftEngine {
     fn set_cpu_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
         self.halted = state.halted;
         self.cpu.set_state(state);
+        Ok(())
+    }
+
+    fn undefined_flags(&mut self) -> u64 {
+        self.cpu.undefined_flags()
+    }
+
+    fn set_undefined_flags(&mut self, rflags: u64) -> Result<(), EngineError> {
+        self.cpu.registers.arithmetic = Arithmetic::from_rflags(rflags);
         Ok(())
     }
 

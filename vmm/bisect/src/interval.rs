@@ -148,7 +148,7 @@ fn replay(replayable: &Replayable, watch: &mut dyn Watch) -> Result<Replayed, Bi
     let recording = replayable.recording();
     let agreed = Rc::new(RefCell::new(None));
     let (into, mut number) = (agreed.clone(), 0);
-    let verification = verification(replayable.course(), "soft");
+    let verification = verification(replayable.recording().header(), replayable.course(), "soft");
     let set_up = |inputs: Replaying| {
         inputs.verifying(verification).on_record(move |record: &Record| {
             let tick = record.moment.tick;

@@ -62,7 +62,7 @@ pub(crate) fn between(
     (from, to): (u64, u64),
     symbols: &Arc<Symbols>,
 ) -> Result<Ran, BisectError> {
-    let verification = verification(replayable.course(), "soft");
+    let verification = verification(replayable.recording().header(), replayable.course(), "soft");
     let beginning = replayable.begin(start)?;
     let mut machine =
         beginning.into_machine(SoftEngine::new, |inputs| inputs.verifying(verification))?;

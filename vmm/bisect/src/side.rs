@@ -43,7 +43,8 @@ impl<'a> Side<'a> {
         replayable: &'a Replayable,
         make_engine: impl Fn(GuestRam) -> Result<E, EngineError> + 'a,
     ) -> Self {
-        let verification: Verification = verification(replayable.course(), "soft");
+        let verification: Verification =
+            verification(replayable.recording().header(), replayable.course(), "soft");
         let make = move |beginning: Beginning| -> Result<Box<dyn Replica>, ReplayError> {
             let set_up =
                 |inputs: reprise_machine::inputs::Replaying| inputs.verifying(verification);

@@ -18,11 +18,11 @@ use iced_x86::{FlowControl, Instruction, InstructionInfoFactory, OpAccess, Regis
 use reprise_machine::engine::{EngineError, Exit};
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::{CpuState, RCX};
-use reprise_trace::register_bits::RFLAGS_RF;
 
 use crate::engine::BranchClock;
 use crate::guest_code::{Successors, decode_at, handler_of, linear_of, repeats, successors};
 use crate::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
+use reprise_trace::register_bits::RFLAGS_RF;
 
 /// Where a kicked guest is led to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -26,17 +26,17 @@ use std::sync::Arc;
 
 use iced_x86::{Instruction as Decoded, Mnemonic};
 use reprise_machine::engine::{Access, EngineError, Kick};
-use reprise_machine::paging::{Paging, is_ram};
 use reprise_machine::ram::GuestRam;
 use reprise_time_stamp_sites::{Instruction, KernelText};
 use reprise_trace::cpu_state::CpuState;
-use reprise_trace::register_bits::{CR4_TSD, EFER_LMA};
 
 use crate::candidates::{Alternatives, Candidate, candidates_of, is_trapped};
 use crate::guest_code::{MAX_BYTES, bitness, decode_at, handler_of, linear_of};
 use crate::planted::Planted;
 use crate::retired::{before_fault, retired, time_stamp_retired};
 use crate::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
+use reprise_machine::paging::{Paging, is_ram};
+use reprise_trace::register_bits::{CR4_TSD, EFER_LMA};
 
 /// #GP.
 const GENERAL_PROTECTION: u8 = 13;

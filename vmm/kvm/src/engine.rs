@@ -11,12 +11,10 @@ use std::sync::Arc;
 use reprise_machine::assist::Refusing;
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
-use reprise_machine::paging::Paging;
 use reprise_machine::ram::GuestRam;
 use reprise_trace::checkpoint::{EngineState, HiddenState};
 use reprise_trace::cpu_state::{CS, CpuState};
 use reprise_trace::moment::{Moment, TickKind};
-use reprise_trace::register_bits::RFLAGS_IF;
 
 use crate::access::PendingExit;
 use crate::error::KvmError;
@@ -26,6 +24,8 @@ use crate::step::Stepper;
 use crate::vcpu::{RawExit, Vcpu};
 use crate::{cpuid, state};
 use reprise_branch_clock::guest_code::{MAX_BYTES, decode_at, repeats};
+use reprise_machine::paging::Paging;
+use reprise_trace::register_bits::RFLAGS_IF;
 
 /// #UD's vector.
 const INVALID_OPCODE: u8 = 6;

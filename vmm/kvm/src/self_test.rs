@@ -6,10 +6,8 @@ use std::time::Duration;
 use kvm_bindings::{KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP};
 use reprise_devices::cpu_model::cpuid;
 use reprise_machine::engine::Engine;
-use reprise_machine::paging::write_ram;
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::{CpuState, RAX, RBX, RCX, RDX};
-use reprise_trace::register_bits::RFLAGS_TF;
 
 use crate::counter_refusal::CounterRefusal;
 use crate::counters::{Counted, Counter};
@@ -21,6 +19,8 @@ use crate::user_oracle::{
 use crate::vcpu::RawExit;
 use crate::watchdog::Watchdog;
 use crate::{KvmClock, KvmEngine};
+use reprise_machine::paging::write_ram;
+use reprise_trace::register_bits::RFLAGS_TF;
 
 /// A guest that runs this long has run away.
 const TIME_LIMIT: Duration = Duration::from_millis(50);

@@ -17,10 +17,10 @@ use kvm_ioctls::VcpuFd;
 use reprise_trace::cpu_state::{
     CS, CpuState, DS, DescriptorTable, ES, FS, FpuState, GS, SS, Segment,
 };
-use reprise_trace::register_bits::RFLAGS_IF;
 use vmm_sys_util::errno::Error as Errno;
 
 use crate::error::KvmError;
+use reprise_trace::register_bits::RFLAGS_IF;
 
 /// Attribute bits of [`Segment::attributes`].
 const TYPE_MASK: u16 = 0xf;

@@ -19,7 +19,6 @@ use iced_x86::{Code, Instruction};
 use kvm_bindings::*;
 use reprise_machine::engine::{EngineError, Exit};
 use reprise_trace::cpu_state::CpuState;
-use reprise_trace::register_bits::{RFLAGS_IF, RFLAGS_RF, RFLAGS_TF};
 
 use crate::access::PendingExit;
 use crate::engine::KvmEngine;
@@ -30,6 +29,7 @@ use reprise_branch_clock::guest_code::{
     Successors, decode_at, handler_of, repeats, stack_word, successors,
 };
 use reprise_branch_clock::retired::time_stamp_retired;
+use reprise_trace::register_bits::{RFLAGS_IF, RFLAGS_RF, RFLAGS_TF};
 
 /// What cannot be stepped because the guest does it already.
 const SELF_STEPPING: &str = "a guest that steps itself (TF)";

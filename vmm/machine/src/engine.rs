@@ -208,6 +208,22 @@ pub trait Engine {
     /// Sets the whole CPU state; ticks are not touched.
     fn set_cpu_state(&mut self, state: &CpuState) -> Result<(), EngineError>;
 
+    /// Bits of RFLAGS that the architecture leaves undefined where the guest stands, since its last
+    /// instructions did, so that another CPU may have them otherwise. An engine that does not know which
+    /// gives none.
+    fn undefined_flags(&mut self) -> u64 {
+        0
+    }
+
+    /// Sets flags that were undefined to what they were on the CPU that recorded.
+    ///
+    /// # Errors
+    /// The engine refuses the state.
+    fn set_undefined_flags(&mut self, rflags: u64) -> Result<(), EngineError> {
+        let state = self.cpu_state()?;
+        self.set_cpu_state(&CpuState { rflags, ..state })
+    }
+
     /// Reads guest RAM.
     ///
     /// # Panics

@@ -15,6 +15,8 @@ pub enum Lawful {
     /// processors FDP (CPUID leaf 7, FDP_EXCPTN_ONLY) and all of them FOP likewise (Intel 64 and IA-32
     /// Architectures Software Developer's Manual, volume 1, 8.1.8 and 8.1.9).
     X87LastInstruction,
+    /// Flags that the guest's last instructions left undefined, so that they are another CPU's own.
+    UndefinedFlags,
     /// Accessed bits in the tables that CR3 leads to (`accessed_bits.rs`).
     AccessedBits,
 }
@@ -23,6 +25,7 @@ impl std::fmt::Display for Lawful {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::X87LastInstruction => "the x87 unit's last instruction (FOP, FIP, FDP)",
+            Self::UndefinedFlags => "flags that the guest's last instructions left undefined",
             Self::AccessedBits => "accessed bits of the guest's page tables",
         })
     }
@@ -54,20 +57,51 @@ impl SetAside {
     }
 }
 
+/// How another CPU lawfully came to a record's digest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Explained {
+    /// What differs.
+    pub what: Vec<Lawful>,
+    /// The state that it had.
+    pub state: CpuState,
+}
+
+/// What of FOP, FIP and FDP hardware keeps; what it does not keep reads as zero.
+const KEPT: [[bool; 3]; 5] = [
+    [true, true, true],
+    [false, true, true],
+    [true, true, false],
+    [false, true, false],
+    [false, false, false],
+];
+
 /// The state as hardware may have it instead, if it then has the digest of a record; and what differs.
-pub fn explained(state: &CpuState, recorded: u64) -> Option<(Lawful, CpuState)> {
-    // What hardware does not keep reads as zero.
-    let kept =
-        [(false, true, true), (true, true, false), (false, true, false), (false, false, false)];
-    kept.into_iter().find_map(|(opcode, instruction, data)| {
-        let mut there = state.clone();
-        let fpu = &mut there.fpu;
-        fpu.fop = if opcode { fpu.fop } else { 0 };
-        fpu.fip = if instruction { fpu.fip } else { 0 };
-        fpu.fdp = if data { fpu.fdp } else { 0 };
-        let differs = there.fpu != state.fpu && there.short_digest() == recorded;
-        differs.then_some((Lawful::X87LastInstruction, there))
-    })
+/// `undefined_flags` are the bits of RFLAGS that the instructions before left undefined.
+pub fn explained(state: &CpuState, recorded: u64, undefined_flags: u64) -> Option<Explained> {
+    let mut flipped = 0;
+    loop {
+        for [opcode, instruction, data] in KEPT {
+            let mut there = state.clone();
+            there.rflags ^= flipped;
+            let fpu = &mut there.fpu;
+            fpu.fop = if opcode { fpu.fop } else { 0 };
+            fpu.fip = if instruction { fpu.fip } else { 0 };
+            fpu.fdp = if data { fpu.fdp } else { 0 };
+            if there != *state && there.short_digest() == recorded {
+                let x87 = (there.fpu != state.fpu).then_some(Lawful::X87LastInstruction);
+                let flags = (flipped != 0).then_some(Lawful::UndefinedFlags);
+                return Some(Explained {
+                    what: x87.into_iter().chain(flags).collect(),
+                    state: there,
+                });
+            }
+        }
+        // The next set of them, in the order of binary numbers.
+        flipped = flipped.wrapping_sub(undefined_flags) & undefined_flags;
+        if flipped == 0 {
+            return None;
+        }
+    }
 }
 
 #[cfg(test)]
@@ -85,9 +119,32 @@ mod tests {
         let state = behind_an_x87_instruction();
         let mut there = state.clone();
         there.fpu.fdp = 0;
-        let explanation = explained(&state, there.short_digest());
-        assert_eq!(explanation, Some((Lawful::X87LastInstruction, there)));
-        assert_eq!(explained(&state, state.short_digest()), None, "nothing differs");
+        let explanation = explained(&state, there.short_digest(), 0);
+        let what = vec![Lawful::X87LastInstruction];
+        assert_eq!(explanation, Some(Explained { what, state: there }));
+        assert_eq!(explained(&state, state.short_digest(), 0), None, "nothing differs");
+    }
+
+    #[test]
+    fn undefined_flags_explain_a_digest_and_others_do_not() {
+        const CF: u64 = 1;
+        const AF: u64 = 1 << 4;
+        const ZF: u64 = 1 << 6;
+        let state = CpuState { rflags: 2 | ZF, ..behind_an_x87_instruction() };
+        let there = CpuState { rflags: 2 | AF, ..state.clone() };
+        let of = |there: &CpuState, undefined| explained(&state, there.short_digest(), undefined);
+        let what = vec![Lawful::UndefinedFlags];
+        let explanation = Explained { what, state: there.clone() };
+        assert_eq!(of(&there, AF | ZF), Some(explanation.clone()));
+        assert_eq!(of(&there, AF | ZF | CF), Some(explanation));
+        assert_eq!(of(&there, AF), None, "ZF is defined");
+        assert_eq!(of(&state, AF | ZF), None, "nothing differs");
+        let mut both = there;
+        both.fpu.fdp = 0;
+        let what = vec![Lawful::X87LastInstruction, Lawful::UndefinedFlags];
+        assert_eq!(of(&both, AF | ZF), Some(Explained { what, state: both.clone() }));
+        both.gpr[0] = 1;
+        assert_eq!(of(&both, AF | ZF), None);
     }
 
     #[test]
@@ -96,10 +153,10 @@ mod tests {
         let mut there = state.clone();
         there.fpu.fdp = 0;
         there.gpr[3] = 1;
-        assert_eq!(explained(&state, there.short_digest()), None);
+        assert_eq!(explained(&state, there.short_digest(), 0), None);
         let mut there = state.clone();
         there.fpu.fip += 1;
-        assert_eq!(explained(&state, there.short_digest()), None);
+        assert_eq!(explained(&state, there.short_digest(), 0), None);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use crate::clock::{TimeBase, TimeSource};
 use crate::digest::{AccessedBits, StateDigest};
 use crate::effects::Effects;
 use crate::engine::{Access, Engine, EngineError, Exit};
-use crate::inputs::{Arrival, Boundary, Idle, Inputs, Stamp, Stop};
+use crate::inputs::{Arrival, Boundary, EndState, Idle, Inputs, Stamp, Stop};
 use crate::outcome::{Conclusion, MachineError, Outcome};
 use crate::watch::Watch;
 
@@ -532,8 +532,10 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
         }
         let (state, cpu) = (self.state_digest()?, self.engine.cpu_state()?);
         let stamp = Stamp { moment: self.engine.moment()?, cpu_digest: state.cpu_short() };
-        self.inputs.end(stamp, effects, ending, Some((&state, &cpu)), assists)?;
-        Ok((stamp, Some(state)))
+        let undefined_flags = self.engine.undefined_flags();
+        let end = EndState { digest: &state, cpu: &cpu, undefined_flags };
+        let state = self.inputs.end(stamp, effects, ending, Some(end), assists)?;
+        Ok((stamp, state))
     }
 
     /// The outcome of a replay that stops at a boundary.

@@ -126,6 +126,14 @@ impl Engine for Relay {
         self.active.inject(vector)
     }
 
+    fn undefined_flags(&mut self) -> u64 {
+        self.active.undefined_flags()
+    }
+
+    fn set_undefined_flags(&mut self, rflags: u64) -> Result<(), EngineError> {
+        self.active.set_undefined_flags(rflags)
+    }
+
     fn set_time_base(&mut self, base: TimeBase) {
         self.active.set_time_base(base);
     }

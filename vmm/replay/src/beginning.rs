@@ -3,11 +3,13 @@
 use reprise_boot::GuestSource;
 use reprise_devices::board::{Board, BoardConfig};
 use reprise_devices::cpu_model;
+use reprise_host::host_info;
 use reprise_machine::checkpoint;
 use reprise_machine::clock::TimeSource;
 use reprise_machine::digest::AccessedBits;
 use reprise_machine::engine::{Engine, EngineError};
 use reprise_machine::inputs::{Replaying, Verification};
+use reprise_machine::lawful::{Lawful, explained};
 use reprise_machine::machine::Machine;
 use reprise_machine::ram::GuestRam;
 use reprise_trace::checkpoint::{
@@ -15,7 +17,7 @@ use reprise_trace::checkpoint::{
 };
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::event::HandOver;
-use reprise_trace::header::{Header, ImageRole};
+use reprise_trace::header::{Header, HostInfo, ImageRole};
 use reprise_trace::log::LogReader;
 use reprise_trace::recording::Recording;
 use reprise_trace::stretches::Course;
@@ -191,9 +193,16 @@ pub fn accessed_bits(course: &Course, records: u64) -> AccessedBits {
 }
 
 /// How much of a recording a replay by this engine alone can compare.
-pub fn verification(course: &Course, engine: &str) -> Verification {
+pub fn verification(header: &Header, course: &Course, engine: &str) -> Verification {
     let own = course.stretches.iter().all(|stretch| stretch.on.engine == engine);
-    if own { Verification::Exact } else { Verification::AcrossEngines }
+    if own && recorded_here(header) { Verification::Exact } else { Verification::AcrossEngines }
+}
+
+/// Whether a recording was made on a CPU like this host's: of the same maker, family and model. One that
+/// does not say was.
+pub fn recorded_here(header: &Header) -> bool {
+    let of = |host: &HostInfo| (host.cpu_vendor.clone(), host.cpu_family, host.cpu_model);
+    header.host.cpu_vendor.is_empty() || of(&header.host) == of(&host_info())
 }
 
 /// Compares a machine that stands at a checkpoint's tick with the checkpoint. Gives what differs, in
@@ -206,7 +215,26 @@ pub fn compare<E: Engine>(
     machine: &mut Machine<E, Replaying>,
     checkpoint: &CheckpointInfo,
 ) -> Result<Option<String>, ReplayError> {
+    leave_lawful_flags(machine, checkpoint)?;
     Ok(checkpoint.digest.difference(&digest(machine)?))
+}
+
+/// Gives flags that are undefined here the values that they have in a checkpoint that another CPU made.
+fn leave_lawful_flags<E: Engine>(
+    machine: &mut Machine<E, Replaying>,
+    checkpoint: &CheckpointInfo,
+) -> Result<(), ReplayError> {
+    let [a, b, c, d, e, f, g, h, ..] = checkpoint.digest.cpu;
+    let there = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+    let engine = machine.engine();
+    let (state, undefined) = (engine.cpu_state()?, engine.undefined_flags());
+    if undefined != 0
+        && let Some(explained) = explained(&state, there, undefined)
+        && explained.what == [Lawful::UndefinedFlags]
+    {
+        engine.set_undefined_flags(explained.state.rflags)?;
+    }
+    Ok(())
 }
 
 /// The digest that a checkpoint of the machine has here.

@@ -13,7 +13,9 @@ mod recorded_clock;
 mod replayable;
 mod software;
 
-pub use beginning::{Beginning, Start, accessed_bits, compare, time_source, verification};
+pub use beginning::{
+    Beginning, Start, accessed_bits, compare, recorded_here, time_source, verification,
+};
 pub use error::ReplayError;
 pub use going_back::{Arrived, ConsoleOnce, MAX_ATTEMPTS};
 pub use recorded_clock::RecordedClock;

@@ -23,6 +23,7 @@ use reprise_trace::header::Header;
 use reprise_trace::moment::{Moment, TickKind};
 use serde::{Deserialize, Serialize};
 
+use crate::recorded_here;
 use crate::software::OnSoftware;
 
 /// The name of what [`RecordedClock`] keeps in a checkpoint, if a tick is no instruction.
@@ -78,6 +79,9 @@ impl RecordedClock {
             TickKind::Exit => TimeStamps::Asked,
             TickKind::Instruction => TimeStamps::Computed,
         });
+        if !recorded_here(header) {
+            software.know_undefined_flags();
+        }
         Ok(Self {
             software,
             kind: header.tick_kind,
@@ -137,8 +141,11 @@ impl RecordedClock {
             return Ok(false);
         }
         let state = self.cpu_state()?;
-        let same = state.short_digest() == stamp.cpu_digest;
-        Ok(same || explained(&state, stamp.cpu_digest).is_some())
+        if state.short_digest() == stamp.cpu_digest {
+            return Ok(true);
+        }
+        let undefined_flags = self.software.undefined_flags();
+        Ok(explained(&state, stamp.cpu_digest, undefined_flags).is_some())
     }
 }
 
@@ -262,6 +269,14 @@ impl Engine for RecordedClock {
     fn set_cpu_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
         self.halted = state.halted;
         self.software.set_cpu_state(state)
+    }
+
+    fn undefined_flags(&mut self) -> u64 {
+        self.software.undefined_flags()
+    }
+
+    fn set_undefined_flags(&mut self, rflags: u64) -> Result<(), EngineError> {
+        self.software.set_undefined_flags(rflags)
     }
 
     fn read_ram(&self, address: u64, bytes: &mut [u8]) {

@@ -175,7 +175,7 @@ impl Replayable {
         start: Start,
     ) -> Result<Machine<RecordedClock, Replaying>, ReplayError> {
         let header = self.recording.header();
-        let verification = verification(self.course(), "soft");
+        let verification = verification(header, self.course(), "soft");
         let beginning = self.begin(start)?;
         let header = header.of_stretch(beginning.stretch());
         let make = |ram| RecordedClock::new(ram, &header);

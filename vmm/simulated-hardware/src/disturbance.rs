@@ -33,6 +33,8 @@ pub struct Disturbance {
     /// From one branch that is counted too many to the next, as Zen has them unless its speculation past
     /// locks is switched off.
     pub overcount_every: Option<u64>,
+    /// It is another maker's: flags that the architecture leaves undefined come out inverted.
+    pub other_maker: bool,
     /// RDTSC reads a counter of its own, which no log has; else it reads zero.
     pub time_stamp_runs: bool,
 }
@@ -48,6 +50,7 @@ impl Disturbance {
             forget_every: None,
             access_every: None,
             overcount_every: None,
+            other_maker: false,
             time_stamp_runs: false,
         }
     }
@@ -62,8 +65,14 @@ impl Disturbance {
             forget_every: Some(50_000),
             access_every: Some(5_000),
             overcount_every: None,
+            other_maker: false,
             time_stamp_runs: true,
         }
+    }
+
+    /// The same of another maker.
+    pub fn of_other_maker(self) -> Self {
+        Self { other_maker: true, ..self }
     }
 
     /// A Zen machine of this seed, with the cure for its overcount.

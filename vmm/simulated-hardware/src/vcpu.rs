@@ -95,6 +95,9 @@ impl SimulatedVcpu {
     pub fn new(ram: GuestRam, disturbance: Disturbance) -> Result<Self, EngineError> {
         let mut engine = SoftEngine::new(ram)?;
         engine.count_conditional_branches();
+        if disturbance.other_maker {
+            engine.invert_undefined_flags(u64::MAX);
+        }
         engine.set_time_base(TimeBase { tick: 0, ns: 0, ns_per_tick: 0 });
         let mut random = Random::new(disturbance.seed);
         Ok(Self {

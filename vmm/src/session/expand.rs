@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use reprise_cpu::engine::SoftEngine;
+use reprise_cpu::latitude_sites::Sites;
 use reprise_expand::pieces::{self, Pieces, Plan};
 use reprise_expand::{
     Control, Counting, ExpandError, Expanded, Threads, Towards, Window, approach, expand,
@@ -14,7 +15,7 @@ use reprise_export::output::PendingFile;
 use reprise_export::{Destination, ExportOptions, Format};
 use reprise_machine::lawful::SetAside;
 use reprise_machine::outcome::{Conclusion, Outcome};
-use reprise_replay::{Replayable, Start};
+use reprise_replay::{OnSoftware, Replayable, Start};
 use reprise_trace::checkpoint::CheckpointInfo;
 use reprise_trace::instructions::filter::{Filter, Selection};
 use reprise_trace::instructions::{
@@ -23,6 +24,7 @@ use reprise_trace::instructions::{
 
 use super::assembly::SoftOptions;
 use super::expand_report::ExpandReport;
+use super::makers::{self, MakerDependentReport};
 use super::replay::{At, set_aside};
 use crate::output::grouped;
 
@@ -178,8 +180,8 @@ impl Session<'_> {
         let totals = writer.totals();
         let bytes = writer.finish(&notes)?.finish().context("the trace cannot be finished")?;
         let kept = Kept { bytes: Some(bytes), accesses: Some(totals.accesses), notes };
-        let Pieces { instructions, outcome, set_aside, .. } = done;
-        let ran = Ran { instructions, outcome, set_aside };
+        let Pieces { instructions, outcome, set_aside, latitude_sites, .. } = done;
+        let ran = Ran { instructions, outcome, set_aside, latitude_sites };
         Ok(self.report(started, &ran, kept, checkpoints_verified))
     }
 
@@ -210,8 +212,10 @@ impl Session<'_> {
             let left_out = observer.left_out().notes();
             (observer.into_observer(), Ran::of(instructions, outcome), left_out)
         };
+        let latitude_sites = machine.engine().software().latitude_sites();
         // Its memory goes with the process.
         std::mem::forget(machine);
+        let ran = Ran { latitude_sites, ..ran };
         if let Some(Outcome { conclusion: Conclusion::Diverged(divergence), .. }) = &ran.outcome {
             return Err(ExpandError::Diverged {
                 tick: divergence.moment.tick,
@@ -233,8 +237,10 @@ impl Session<'_> {
         report.checkpoints_verified = verified;
         report.set_aside =
             set_aside(self.replayable.course(), &ran.set_aside, ran.outcome.as_ref());
+        report.maker_dependent = MakerDependentReport::of(&ran.latitude_sites);
         report.set_trace(kept.bytes, kept.accesses);
         report.notes = kept.notes;
+        report.notes.extend(makers::note(recording.header(), Some(&ran.latitude_sites)));
         report
     }
 }
@@ -259,12 +265,14 @@ struct Ran {
     outcome: Option<Outcome>,
     instructions: u64,
     set_aside: Vec<SetAside>,
+    latitude_sites: Vec<Sites>,
 }
 
 impl Ran {
     fn of(instructions: u64, outcome: Option<Outcome>) -> Self {
         let set_aside = outcome.as_ref().map(|outcome| outcome.set_aside.clone());
-        Self { outcome, instructions, set_aside: set_aside.unwrap_or_default() }
+        let set_aside = set_aside.unwrap_or_default();
+        Self { outcome, instructions, set_aside, latitude_sites: Vec::new() }
     }
 }
 

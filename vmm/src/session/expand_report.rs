@@ -6,6 +6,7 @@ use reprise_machine::outcome::{Conclusion, Outcome};
 use reprise_trace::recording::Recording;
 use serde::Serialize;
 
+use super::makers::MakerDependentReport;
 use super::report::SetAsideReport;
 
 use crate::output::{byte_size, counted, grouped, hex, table};
@@ -38,6 +39,8 @@ pub struct ExpandReport {
     pub verified: Option<bool>,
     /// Checkpoints on the way at which the whole machine was as they say.
     pub checkpoints_verified: u64,
+    /// Instructions in the code that ran whose results CPUs of other makers may have otherwise.
+    pub maker_dependent: Vec<MakerDependentReport>,
     /// What the comparison with the recording left out.
     pub set_aside: Vec<SetAsideReport>,
     /// BLAKE3 over CPU, devices and RAM at the end.
@@ -73,6 +76,7 @@ impl ExpandReport {
             end_tick: outcome.map(|outcome| outcome.ticks),
             verified,
             checkpoints_verified: 0,
+            maker_dependent: Vec::new(),
             set_aside: Vec::new(),
             final_digest: outcome.and_then(Outcome::final_digest).map(|digest| hex(&digest)),
             filters: Vec::new(),

@@ -11,6 +11,7 @@ pub mod expand_report;
 pub mod file_kind;
 pub mod guest;
 pub mod hardware;
+pub mod makers;
 pub mod precautions;
 pub mod profile_report;
 pub mod record;

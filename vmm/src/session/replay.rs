@@ -10,7 +10,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use reprise_host::host_info;
+use reprise_cpu::latitude_sites::Sites;
 use reprise_machine::checkpoint::Checkpointer;
 use reprise_machine::digest::AccessedBits;
 use reprise_machine::engine::{Engine, EngineError, Kick};
@@ -20,7 +20,8 @@ use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, MachineError, Outcome};
 use reprise_machine::ram::GuestRam;
 use reprise_replay::{
-    Arrived, Beginning, ConsoleOnce, ReplayError, Replayable, Start, accessed_bits,
+    Arrived, Beginning, ConsoleOnce, OnSoftware, ReplayError, Replayable, Start, accessed_bits,
+    recorded_here,
 };
 use reprise_trace::header::{Header, ImageRole};
 use reprise_trace::moment::TickKind;
@@ -31,6 +32,7 @@ use super::assembly::{self, SoftOptions, TimeStampSites};
 use super::choice::{self, EngineArg, EngineKind};
 use super::file_kind::NoFile;
 use super::hardware::{BranchHardware, HostHardware};
+use super::makers::{self, MakerDependentReport};
 use super::report::{SessionReport, SetAsideReport, damage_of};
 use super::stretches;
 
@@ -135,7 +137,7 @@ pub fn replay_on(
     let header = recording.header();
     let course = replayable.course();
     let kind = choice::for_replay(options.engine, header, |kind| is_there(hardware, kind))?;
-    let (mut notes, mut instructions) = (Vec::new(), None);
+    let (mut notes, mut instructions, mut sites) = (Vec::new(), None, None);
     let beginning = begin(replayable, options.from, kind, &mut notes)?;
     let header = &header.of_stretch(beginning.stretch());
     let followed = stretches::followed(hardware, header, course, options.engine)?;
@@ -152,8 +154,9 @@ pub fn replay_on(
         }
         EngineKind::Soft => {
             let make = |ram| assembly::replaying_soft_engine(ram, header, soft);
-            let Driven { outcome, wall, engine, .. } = drive.run(beginning, make)?;
+            let Driven { outcome, wall, mut engine, .. } = drive.run(beginning, make)?;
             instructions = Some(engine.instructions_executed());
+            sites = Some(engine.software().latitude_sites());
             (outcome, wall, assembly::leave(engine))
         }
         EngineKind::Kvm(clock) => {
@@ -181,8 +184,9 @@ pub fn replay_on(
         report = report.having_executed(instructions, tick_name(header.tick_kind));
     }
     report.set_aside = set_aside(course, &outcome.set_aside, Some(&outcome));
+    report.maker_dependent = MakerDependentReport::of(sites.as_deref().unwrap_or_default());
     report.profile = profile;
-    notes.extend(self::notes(header, verification, kind));
+    notes.extend(self::notes(header, verification, kind, sites.as_deref()));
     Ok(Replayed { report, notes, kind })
 }
 
@@ -393,6 +397,7 @@ fn report(
     report.verified_until = outcome.verified_until.map(Into::into);
     report.verification = Some(match verification {
         Verification::Exact => "exact",
+        Verification::AcrossEngines if header.engine == kind.engine_name() => "across-cpus",
         Verification::AcrossEngines => "across-engines",
     });
     report.complete = Some(summary.complete);
@@ -426,9 +431,15 @@ pub(super) fn set_aside(
     all
 }
 
-fn notes(header: &Header, verification: Verification, kind: EngineKind) -> Vec<String> {
+fn notes(
+    header: &Header,
+    verification: Verification,
+    kind: EngineKind,
+    sites: Option<&[Sites]>,
+) -> Vec<String> {
     let mut notes = Vec::new();
-    if verification == Verification::AcrossEngines {
+    let other_engine = header.engine != kind.engine_name();
+    if other_engine || verification == Verification::AcrossEngines && recorded_here(header) {
         notes.push(format!(
             "recorded on engine {} (clock {}), replayed on {}",
             header.engine,
@@ -436,16 +447,6 @@ fn notes(header: &Header, verification: Verification, kind: EngineKind) -> Vec<S
             kind.engine_name()
         ));
     }
-    let (there, here) = (&header.host, host_info());
-    let of = |host: &reprise_trace::header::HostInfo| {
-        (host.cpu_vendor.clone(), host.cpu_family, host.cpu_model, host.cpu_stepping)
-    };
-    if of(there) != of(&here) {
-        notes.push(format!(
-            "recorded on {:?}, replayed on {:?}: flags and results that the architecture leaves \
-             undefined may differ",
-            there.cpu_brand, here.cpu_brand
-        ));
-    }
+    notes.extend(makers::note(header, sites));
     notes
 }

@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use super::checkpoints::CheckpointReport;
 use super::choice::EngineKind;
+use super::makers::MakerDependentReport;
 use super::profile_report::ProfileReport;
 use super::stretches::StretchReport;
 use crate::output::{byte_size, counted, grouped, hex, seconds, table};
@@ -147,9 +148,12 @@ pub struct SessionReport {
     pub verified: Option<bool>,
     /// Replay: the last record that agreed.
     pub verified_until: Option<MomentReport>,
-    /// Replay: `exact`, or `across-engines` where another engine recorded: what hardware may lawfully
-    /// keep otherwise is then in `set_aside`.
+    /// Replay: `exact`, or `across-engines` where another engine recorded, or `across-cpus` where another
+    /// CPU did: what hardware may lawfully keep otherwise is then in `set_aside`.
     pub verification: Option<&'static str>,
+    /// Replay on the software CPU: instructions in the code that ran whose results CPUs of other makers
+    /// may have otherwise.
+    pub maker_dependent: Vec<MakerDependentReport>,
     /// Replay: what the comparison left out.
     pub set_aside: Vec<SetAsideReport>,
     /// Replay: the recording has its end.
@@ -216,6 +220,7 @@ impl SessionReport {
             verified: None,
             verified_until: None,
             verification: None,
+            maker_dependent: Vec::new(),
             set_aside: Vec::new(),
             complete: None,
             divergence: outcome.divergence().map(DivergenceReport::from),

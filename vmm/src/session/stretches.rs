@@ -10,6 +10,7 @@ use reprise_machine::inputs::{Planned, Then, Verification, When};
 use reprise_machine::outcome::Outcome;
 use reprise_machine::ram::GuestRam;
 use reprise_machine::relay::{MakeEngine, Relay};
+use reprise_replay::recorded_here;
 use reprise_trace::event::HandOver;
 use reprise_trace::header::Header;
 use reprise_trace::stretches::Course;
@@ -152,7 +153,13 @@ pub fn relay(
         let hardware = HostHardware::default();
         let kind = kind_of(&hardware, &header, to, engine).map_err(refused)?;
         Ok(match kind {
-            EngineKind::Soft => Box::new(assembly::soft_engine(ram, soft)?) as Box<dyn Engine>,
+            EngineKind::Soft => {
+                let mut engine = assembly::soft_engine(ram, soft)?;
+                if !recorded_here(&header) {
+                    engine.know_undefined_flags();
+                }
+                Box::new(engine) as Box<dyn Engine>
+            }
             EngineKind::Kvm(clock) => {
                 Box::new(assembly::kvm_engine(ram, clock, &TimeStampSites::of_relay())?)
             }
@@ -195,7 +202,7 @@ pub fn followed(
     course: &Course,
     engine: EngineArg,
 ) -> Result<Followed, ChoiceError> {
-    let (mut same, mut on_soft) = (true, true);
+    let (mut same, mut on_soft) = (recorded_here(header), true);
     for stretch in &course.stretches {
         let kind = kind_of(hardware, header, &stretch.on, engine)?;
         same &= choice::recorded_kind(&header.of_stretch(&stretch.on)) == Some(kind);

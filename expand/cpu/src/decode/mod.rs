@@ -67,6 +67,7 @@ impl Cpu {
             self.forget_code();
         }
         let block = Box::new(self.decode_block(linear, address)?);
+        self.note_latitude(&block, linear);
         if !self.memory.physical.is_ram(address) {
             return Ok(self.blocks.keep_transient(block));
         }
@@ -160,6 +161,7 @@ impl Cpu {
             op.instruction.inner = op.handler;
             op.handler = system::segment::checked;
         }
+        self.leave_to_other_maker(&mut op);
         (op, end)
     }
 

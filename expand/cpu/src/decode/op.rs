@@ -62,6 +62,8 @@ pub(crate) struct Decoded {
     instruction: Instruction,
     /// In a segmented mode, what runs after the segment's limit and rights are checked.
     pub(crate) inner: Handler,
+    /// What runs before undefined flags become another maker's (`other_maker.rs`).
+    pub(crate) own: Handler,
     /// The instruction does nothing but what the host's same instruction does to registers, flags and
     /// its memory operand: translated code may hold it as it is.
     pub(crate) inline: bool,
@@ -101,7 +103,12 @@ impl Op {
             offset: offset as u16,
             number: number as u16,
             length: instruction.len() as u8,
-            instruction: Box::new(Decoded { instruction, inner: raise_ud, inline: false }),
+            instruction: Box::new(Decoded {
+                instruction,
+                inner: raise_ud,
+                own: raise_ud,
+                inline: false,
+            }),
         }
     }
 

@@ -50,17 +50,18 @@ impl Block {
 pub(super) struct Numbers {
     /// By a hash of the definition: those that have it.
     known: HashMap<u64, Vec<(u32, BlockDefinition)>, IntegerHash>,
-    count: usize,
+    /// By number, the hash.
+    places: Vec<u64>,
 }
 
 impl Numbers {
     pub(super) fn count(&self) -> usize {
-        self.count
+        self.places.len()
     }
 
     pub(super) fn restart(&mut self) {
         self.known.clear();
-        self.count = 0;
+        self.places.clear();
     }
 
     /// The number of a definition, and whether it is new.
@@ -70,10 +71,16 @@ impl Numbers {
         if let Some((id, _)) = same_place.iter().find(|(_, other)| other == definition) {
             return (*id, false);
         }
-        let id = self.count as u32;
-        self.count += 1;
+        let id = self.places.len() as u32;
+        self.places.push(place);
         same_place.push((id, definition.clone()));
         (id, true)
+    }
+
+    /// The definition that has a number.
+    pub(super) fn definition(&self, id: u32) -> Option<&BlockDefinition> {
+        let same_place = self.known.get(self.places.get(id as usize)?)?;
+        same_place.iter().find(|(other, _)| *other == id).map(|(_, definition)| definition)
     }
 }
 

@@ -10,6 +10,7 @@
 mod accesses;
 mod blocks;
 mod far;
+mod flags;
 mod registers;
 mod repetition;
 #[cfg(test)]
@@ -87,6 +88,8 @@ pub(crate) struct Tracer {
     marker_tick: u64,
     /// What the far transfer in hand has done.
     far: Option<Vec<far::Made>>,
+    /// Flags that were undefined where the batch begins.
+    undefined_before: u64,
 }
 
 impl std::fmt::Debug for Tracer {
@@ -111,6 +114,7 @@ impl Tracer {
             run_start: 0,
             marker_tick: tick,
             far: None,
+            undefined_before: 0,
         }
     }
 
@@ -124,6 +128,7 @@ impl Tracer {
     }
 
     fn hand_over(&mut self, memory: &Physical, tick: u64) {
+        self.undefined_before = self.undefined_flags();
         memory.to_guest(&mut self.batch.physical);
         let full = std::mem::take(&mut self.batch);
         if !self.refused {

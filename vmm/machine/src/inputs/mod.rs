@@ -184,6 +184,17 @@ impl From<Divergence> for Stop {
     }
 }
 
+/// The machine where a run ends at an exact moment.
+#[derive(Clone, Copy, Debug)]
+pub struct EndState<'a> {
+    /// All of it.
+    pub digest: &'a StateDigest,
+    /// Its CPU.
+    pub cpu: &'a CpuState,
+    /// What [`Engine::undefined_flags`] gives there.
+    pub undefined_flags: u64,
+}
+
 /// What enters a machine, in the order in which it enters, and what leaves it.
 ///
 /// Implemented by [`Recording`] and [`Replaying`], and by nothing else.
@@ -222,15 +233,16 @@ pub trait Inputs: sealed::Sealed {
     fn console_output(&mut self, bytes: &[u8]);
 
     /// The run ends: recorded, or compared with what was. `state` is `None` where the machine
-    /// stands at no exact moment.
+    /// stands at no exact moment. Gives it as it was recorded, lawful
+    /// differences included.
     fn end(
         &mut self,
         stamp: Stamp,
         effects: EffectDigest,
         ending: &Ending,
-        state: Option<(&StateDigest, &CpuState)>,
+        state: Option<EndState<'_>>,
         assists: Assists,
-    ) -> Result<(), Stop>;
+    ) -> Result<Option<StateDigest>, Stop>;
 
     /// The engine failed, so that where the run ends cannot be said: closes the log behind its last
     /// record.

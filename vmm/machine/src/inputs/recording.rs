@@ -5,14 +5,13 @@ use std::collections::VecDeque;
 
 use reprise_devices::time::VirtualTime;
 use reprise_trace::checkpoint::LastRecord;
-use reprise_trace::cpu_state::CpuState;
 use reprise_trace::event::{Assists, EffectDigest, Ending, Event, HandOver, LoggedEvent, Record};
 use reprise_trace::log::{FrameSink, LogError, LogWriter};
 use reprise_trace::logged::Logged;
 use reprise_trace::moment::Moment;
 
 use super::typing::Typing;
-use super::{Arrival, Boundary, Idle, Inputs, MAX_UNLOGGED_JUMPS, Stamp, Stop};
+use super::{Arrival, Boundary, EndState, Idle, Inputs, MAX_UNLOGGED_JUMPS, Stamp, Stop};
 use crate::clock::{MAX_VIRTUAL_NS, TimeBase, TimeSource};
 use crate::digest::StateDigest;
 use crate::engine::{Access, Engine};
@@ -433,15 +432,16 @@ impl<H: Host, S: FrameSink> Inputs for Recording<H, S> {
         stamp: Stamp,
         effects: EffectDigest,
         ending: &Ending,
-        state: Option<(&StateDigest, &CpuState)>,
+        state: Option<EndState<'_>>,
         assists: Assists,
-    ) -> Result<(), Stop> {
+    ) -> Result<Option<StateDigest>, Stop> {
         if !assists.is_empty() {
             self.append(stamp, Event::Assists(assists))?;
         }
-        let final_digest = state.map(|(state, _)| state.whole());
+        let final_digest = state.map(|state| state.digest.whole());
         self.append(stamp, Event::End { ending: ending.clone(), effects, final_digest })?;
-        self.close_without_end()
+        self.close_without_end()?;
+        Ok(state.map(|state| *state.digest))
     }
 
     fn close_without_end(&mut self) -> Result<(), Stop> {

@@ -10,12 +10,12 @@ use reprise_trace::log::LogReader;
 use reprise_trace::logged::Logged;
 use reprise_trace::moment::{Moment, TickKind};
 
-use super::{Arrival, Boundary, Idle, Inputs, MAX_UNLOGGED_JUMPS, Stamp, Stop};
+use super::{Arrival, Boundary, EndState, Idle, Inputs, MAX_UNLOGGED_JUMPS, Stamp, Stop};
 use crate::clock::{MAX_VIRTUAL_NS, TimeBase, TimeSource};
 use crate::digest::StateDigest;
 use crate::divergence::{Difference, Divergence, describe, describe_ending};
 use crate::engine::{Access, Engine};
-use crate::lawful::{Lawful, SetAside, explained};
+use crate::lawful::{Explained, Lawful, SetAside, explained};
 
 /// How much of the machine a replay compares.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -199,12 +199,27 @@ impl Replaying {
         &self,
         recorded: Stamp,
         here: &mut Boundary<'_, E>,
-    ) -> Result<Result<Option<Lawful>, Divergence>, Stop> {
+    ) -> Result<Result<Option<Explained>, Divergence>, Stop> {
         let (moment, state) = (here.engine.moment()?, here.engine.cpu_state()?);
         let found = Stamp { moment, cpu_digest: state.short_digest() };
-        Ok(self
-            .compare_position(recorded, found, &state)
-            .map(|lawful| lawful.map(|(what, _)| what)))
+        Ok(self.compare_position(recorded, found, &state, || here.engine.undefined_flags()))
+    }
+
+    /// Notes what was lawfully different at a record. Undefined flags become what they were there, so
+    /// that whatever is made of them from here on is what was recorded.
+    fn set_aside_here<E: Engine>(
+        &mut self,
+        lawful: &Explained,
+        moment: Moment,
+        here: &mut Boundary<'_, E>,
+    ) -> Result<(), Stop> {
+        for what in &lawful.what {
+            SetAside::note(&mut self.set_aside, *what, moment);
+        }
+        if lawful.what.contains(&Lawful::UndefinedFlags) {
+            here.engine.set_undefined_flags(lawful.state.rflags)?;
+        }
+        Ok(())
     }
 
     /// Gives the lawful difference that is left, and the state as hardware has it.
@@ -213,7 +228,8 @@ impl Replaying {
         recorded: Stamp,
         found: Stamp,
         state: &CpuState,
-    ) -> Result<Option<(Lawful, CpuState)>, Divergence> {
+        undefined_flags: impl FnOnce() -> u64,
+    ) -> Result<Option<Explained>, Divergence> {
         let (was, is) = (recorded.moment, found.moment);
         let difference = if was.rip != is.rip {
             (Difference::Rip, was.rip, is.rip)
@@ -223,7 +239,7 @@ impl Replaying {
             return Ok(None);
         } else {
             if self.verification == Verification::AcrossEngines
-                && let Some(lawful) = explained(state, recorded.cpu_digest)
+                && let Some(lawful) = explained(state, recorded.cpu_digest, undefined_flags())
             {
                 return Ok(Some(lawful));
             }
@@ -323,8 +339,8 @@ impl Inputs for Replaying {
                 // Taken and compared by `end`.
                 return Ok(Some(Arrival::Stop { ending, exact: final_digest.is_some() }));
             }
-            if let Some(what) = self.compare_here(stamp_of(&record), here)?? {
-                SetAside::note(&mut self.set_aside, what, record.moment);
+            if let Some(lawful) = self.compare_here(stamp_of(&record), here)?? {
+                self.set_aside_here(&lawful, record.moment, here)?;
             }
             match record.event {
                 Event::Time(ns) => compare_time(record.moment, ns, here.now)?,
@@ -415,9 +431,9 @@ impl Inputs for Replaying {
         stamp: Stamp,
         effects: EffectDigest,
         ending: &Ending,
-        state: Option<(&StateDigest, &CpuState)>,
+        state: Option<EndState<'_>>,
         _assists: Assists,
-    ) -> Result<(), Stop> {
+    ) -> Result<Option<StateDigest>, Stop> {
         let record = self.peek()?.clone();
         let moment = record.moment;
         let Event::End { ending: recorded, effects: recorded_effects, final_digest } =
@@ -433,11 +449,12 @@ impl Inputs for Replaying {
             let found = format!("{} at {}", describe_ending(ending), stamp.moment);
             return Err(divergence(moment, Difference::Ending, expected, found).into());
         }
-        let mut state_there = state.map(|(digest, _)| *digest);
-        if let (Some(_), Some((digest, cpu))) = (final_digest, state)
-            && let Some((what, cpu)) = self.compare_position(stamp_of(&record), stamp, cpu)?
+        let mut state_there = state.map(|state| *state.digest);
+        if let (Some(_), Some(EndState { digest, cpu, undefined_flags })) = (final_digest, state)
+            && let Some(Explained { what, state: cpu }) =
+                self.compare_position(stamp_of(&record), stamp, cpu, || undefined_flags)?
         {
-            SetAside::note(&mut self.set_aside, what, moment);
+            what.into_iter().for_each(|what| SetAside::note(&mut self.set_aside, what, moment));
             state_there = Some(StateDigest { cpu: *cpu.digest().as_bytes(), ..*digest });
         }
         compare_effects(
@@ -449,7 +466,7 @@ impl Inputs for Replaying {
             self.compare_final(moment, recorded, &state)?;
         }
         self.take()?;
-        Ok(())
+        Ok(state_there)
     }
 
     fn close_without_end(&mut self) -> Result<(), Stop> {

@@ -1,0 +1,127 @@
+//! What the CPU knows of results that the architecture leaves open: which flags are undefined where it
+//! stands, and where the code has instructions whose results are left to makers.
+
+mod guest;
+
+use guest::{ABSENT, Guest, KERNEL_CODE};
+use iced_x86::{Decoder, DecoderOptions};
+use reprise_cpu::engine::SoftEngine;
+use reprise_cpu::latitude;
+use reprise_cpu::translate::Translation;
+use reprise_machine::engine::{Engine, Exit};
+use reprise_trace::cpu_state::{RBX, RCX, RSI};
+
+/// Every kind of writer of flags, some thousand times.
+const LOOP: &[u8] = &[
+    0x89, 0xf0, // again: mov eax, esi
+    0xf7, 0xe3, // mul ebx
+    0xff, 0xc1, // inc ecx
+    0x89, 0x04, 0x24, // mov [rsp], eax
+    0xc1, 0xe2, 0x03, // shl edx, 3
+    0x0f, 0xa3, 0xd0, // bt eax, edx
+    0xd3, 0xc0, // rol eax, cl
+    0x9c, 0x9d, // pushfq; popfq
+    0x85, 0xc8, // test eax, ecx
+    0x74, 0x00, // jz to the next
+    0x44, 0x0f, 0xbc, 0xc0, // bsf r8d, eax
+    0x48, 0x8d, 0x14, 0x00, // lea rdx, [rax + rax]
+    0xff, 0xce, // dec esi
+    0x75, 0xdd, // jnz again
+    0xf4, // hlt
+];
+const ROUNDS: u64 = 3000;
+const INSTRUCTIONS: u64 = 15;
+
+fn engine(code: &[u8], translation: Translation) -> SoftEngine {
+    let mut engine = Guest::long()
+        .code(code)
+        .with(|guest| {
+            guest.state.gpr[RSI] = ROUNDS;
+            guest.state.gpr[RBX] = 0x9e37_79b9;
+            guest.state.gpr[RCX] = 5;
+        })
+        .engine();
+    engine.set_translation(translation);
+    engine.know_undefined_flags();
+    engine
+}
+
+/// The flags that are undefined behind each of the first instructions, found one after the other.
+fn stepped(count: u64) -> Vec<u64> {
+    let mut engine = engine(LOOP, Translation::Never);
+    let mut undefined = 0;
+    let flags = (1..=count).map(|tick| {
+        let offset = (engine.code_address() - KERNEL_CODE) as usize;
+        let instruction = Decoder::new(64, &LOOP[offset..], DecoderOptions::NONE).decode();
+        assert_eq!(engine.run(tick).expect("it runs"), Exit::TickReached);
+        undefined &= !latitude::defined_flags(&instruction);
+        undefined |= latitude::undefined_flags(&instruction);
+        assert_eq!(engine.undefined_flags(), undefined, "behind {instruction}");
+        undefined
+    });
+    flags.collect()
+}
+
+#[test]
+fn undefined_flags_are_known_wherever_the_guest_stops() {
+    const STRIDES: [u64; 4] = [1, 7, 61, 6007];
+    let flags = stepped(ROUNDS * INSTRUCTIONS / 2);
+    assert!(flags.contains(&0) && flags.iter().any(|it| it.count_ones() == 5));
+    for translation in [Translation::Never, Translation::default()] {
+        for stride in STRIDES {
+            let mut engine = engine(LOOP, translation);
+            for tick in (stride..flags.len() as u64).step_by(stride as usize) {
+                assert_eq!(engine.run(tick).expect("it runs"), Exit::TickReached);
+                let expected = flags[tick as usize - 1];
+                assert_eq!(engine.undefined_flags(), expected, "{translation:?}, tick {tick}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_instruction_that_faults_defines_no_flags() {
+    const SF_ZF_AF_PF: u64 = 0xd4;
+    // mul ebx; add [ABSENT], eax; whose handler halts
+    let mut code = vec![0xf7, 0xe3, 0x01, 0x04, 0x25];
+    code.extend((ABSENT as u32).to_le_bytes());
+    let mut engine = engine(&code, Translation::Never);
+    assert_eq!(engine.run(u64::MAX).expect("it runs"), Exit::Halt);
+    assert_eq!(engine.undefined_flags(), SF_ZF_AF_PF);
+    let mut state = engine.cpu_state().expect("a state");
+    let flags = state.rflags ^ SF_ZF_AF_PF;
+    engine.set_undefined_flags(flags).expect("they are set");
+    state.rflags = flags;
+    assert_eq!(engine.cpu_state().expect("a state"), state, "nothing else is");
+}
+
+#[test]
+fn sites_are_where_the_code_has_them() {
+    let code = [
+        0x0f, 0x52, 0xc1, // again: rsqrtps xmm0, xmm1
+        0x44, 0x0f, 0xbc, 0xc0, // bsf r8d, eax
+        0xf3, 0x0f, 0x53, 0xc1, // rcpss xmm0, xmm1
+        0x0f, 0x52, 0xd3, // rsqrtps xmm2, xmm3
+        0xff, 0xce, // dec esi
+        0x75, 0xee, // jnz again
+        0xf4, // hlt
+        0xd9, 0xfe, // fsin, which never runs
+    ];
+    let mut engine = engine(&code, Translation::default());
+    assert_eq!(engine.run(u64::MAX).expect("it runs"), Exit::Halt);
+    let found: Vec<_> = engine
+        .latitude_sites()
+        .into_iter()
+        .map(|it| {
+            let addresses = it.addresses.into_iter().map(|at| at - KERNEL_CODE);
+            (it.mnemonic, it.latitude.name(), addresses.collect::<Vec<_>>(), it.first.1)
+        })
+        .collect();
+    let row = |name: &str, what, addresses: &[u64]| (name.to_owned(), what, addresses.to_vec(), 0);
+    let expected = [
+        row("rcpss", "approximation", &[7]),
+        row("rsqrtps", "approximation", &[0, 11]),
+        row("bsf", "undefined destination", &[3]),
+    ];
+    assert_eq!(found, expected);
+}

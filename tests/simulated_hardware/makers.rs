@@ -1,0 +1,167 @@
+//! Recorded on a CPU whose maker leaves undefined flags otherwise, replayed on this one: the comparison
+//! sets aside those flags and nothing else, and takes them over, so that what is made of them later is
+//! what was recorded.
+
+use std::collections::BTreeSet;
+
+use reprise::session::replay::{self, ReplayOptions};
+use reprise_cpu::engine::SoftEngine;
+use reprise_machine::clock::TimeSource;
+use reprise_machine::divergence::{Difference, Divergence};
+use reprise_machine::engine::Engine;
+use reprise_machine::inputs::{Recording, Replaying, Verification};
+use reprise_machine::lawful::Lawful;
+use reprise_machine::machine::Machine;
+use reprise_machine::outcome::{Conclusion, Outcome};
+use reprise_replay::RecordedClock;
+use reprise_trace::header::{Header, HostInfo};
+use reprise_trace::log::{LogWriter, MemorySink};
+use reprise_trace::moment::TickKind;
+
+use crate::case::{Case, Hardware, Recorded, assert_equal, log_of};
+use crate::guest;
+use crate::world::SeededWorld;
+
+const OTHER: &str = "OtherMaker";
+/// A recording that does not name its CPU counts as this host's.
+const THIS: &str = "";
+
+fn other_maker(seed: u64) -> Hardware {
+    let intel = Hardware::intel(seed);
+    Hardware { disturbance: intel.disturbance.of_other_maker(), ..intel }
+}
+
+fn header(case: &Case<'_>, vendor: &str) -> Header {
+    let host = HostInfo { cpu_vendor: vendor.to_owned(), ..HostInfo::default() };
+    Header { host, ..case.header() }
+}
+
+/// Replays on the software CPU what a CPU of this vendor recorded.
+fn replay_of(case: &Case<'_>, recorded: &Recorded, header: &Header) -> Outcome {
+    let (ram, state, board) = case.load();
+    let mut engine = RecordedClock::new(ram, header).expect("the host has memory");
+    engine.set_cpu_state(&state).expect("a first state");
+    let inputs = Replaying::new(log_of(&recorded.records)).verifying(Verification::AcrossEngines);
+    let mut machine = Machine::new(engine, board, inputs, TimeSource::of(header.ns_per_tick));
+    machine.run().expect("the machine runs")
+}
+
+fn lawful(outcome: &Outcome) -> Vec<Lawful> {
+    outcome.set_aside.iter().map(|it| it.what).collect()
+}
+
+fn divergence(outcome: &Outcome) -> &Divergence {
+    match &outcome.conclusion {
+        Conclusion::Diverged(divergence) => divergence,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn flags_of_another_maker_are_set_aside_and_taken_over() {
+    let ticks = guest("ticks", "hz=18000 count=60 poll=40", "");
+    let echo = guest("echo", "", "first line\rsecond line\rquit\r");
+    let mut records = BTreeSet::new();
+    for seed in 1..6 {
+        for case in [&ticks, &echo] {
+            let recorded = case.record(&other_maker(seed));
+            let outcome = replay_of(case, &recorded, &header(case, OTHER));
+            assert_equal(&recorded.outcome, &outcome, seed);
+            assert_eq!(lawful(&outcome), [Lawful::UndefinedFlags], "seed {seed}");
+            records.insert(outcome.set_aside[0].records);
+            // Whoever takes it for his own CPU's recording finds the first of them.
+            let outcome = replay_of(case, &recorded, &header(case, THIS));
+            let difference = divergence(&outcome).difference;
+            assert!(
+                matches!(difference, Difference::CpuState | Difference::Passed),
+                "seed {seed}: {difference:?}"
+            );
+        }
+    }
+    assert!(records.len() > 1, "records with such flags: {records:?}");
+}
+
+#[test]
+fn a_recording_of_this_maker_has_nothing_set_aside() {
+    let case = guest("ticks", "hz=18000 count=60 poll=40", "");
+    let recorded = case.record(&Hardware::intel(5));
+    let outcome = replay_of(&case, &recorded, &header(&case, OTHER));
+    assert_equal(&recorded.outcome, &outcome, 5);
+    assert_eq!(lawful(&outcome), []);
+}
+
+#[test]
+fn flags_that_the_guest_saved_in_memory_are_told_at_the_end_alone() {
+    let case = guest("compute", "scale=1", "");
+    for seed in 1..4 {
+        let recorded = case.record(&other_maker(seed));
+        let outcome = replay_of(&case, &recorded, &header(&case, OTHER));
+        let divergence = divergence(&outcome);
+        assert_eq!(divergence.difference, Difference::FinalState, "seed {seed}: {divergence}");
+        assert_eq!(divergence.moment, recorded.outcome.moment, "seed {seed}");
+        assert_eq!(lawful(&outcome), [Lawful::UndefinedFlags], "seed {seed}");
+    }
+}
+
+/// Records on the software CPU as another maker's, where a tick is an instruction.
+fn recorded_on_software(case: &Case<'_>, seed: u64) -> Recorded {
+    let (ram, state, board) = case.load();
+    let mut engine = SoftEngine::new(ram).expect("the host has memory");
+    engine.invert_undefined_flags(u64::MAX);
+    engine.set_cpu_state(&state).expect("a first state");
+    let world = SeededWorld::new(seed, case.typed, Default::default());
+    let inputs = Recording::new(world, LogWriter::new(MemorySink::default()));
+    let time = TimeSource::Ticks { ns_per_tick: 1 };
+    let mut machine = Machine::new(engine, board, inputs, time);
+    let outcome = machine.run().expect("the machine runs");
+    let (_, _, inputs) = machine.into_parts();
+    let (world, sink) = inputs.into_parts();
+    let mut log = sink.expect("the log is closed").into_reader();
+    let next = || log.next_record().expect("the log is whole");
+    let records = std::iter::from_fn(next).map(|record| record.get().clone()).collect();
+    let console = String::from_utf8_lossy(&world.console).into_owned();
+    Recorded { outcome, records, console, counts: Default::default() }
+}
+
+#[test]
+fn so_it_is_where_ticks_are_instructions() {
+    for seed in 1..5 {
+        let case = guest("echo", "", "first line\rsecond line\rquit\r");
+        let recorded = recorded_on_software(&case, seed);
+        let software = Header {
+            tick_kind: TickKind::Instruction,
+            ns_per_tick: 1,
+            engine: "soft".to_owned(),
+            clock: "instructions".to_owned(),
+            ..header(&case, OTHER)
+        };
+        let outcome = replay_of(&case, &recorded, &software);
+        assert_equal(&recorded.outcome, &outcome, seed);
+        assert_eq!(lawful(&outcome), [Lawful::UndefinedFlags], "seed {seed}");
+    }
+}
+
+#[test]
+fn a_file_says_what_was_set_aside_and_what_the_code_holds() {
+    let case = guest("ticks", "hz=18000 count=60 poll=40", "");
+    let recorded = case.record(&other_maker(3));
+    let directory = tempfile::TempDir::with_prefix("reprise-test-").expect("a directory");
+    let file = directory.path().join("other.rr");
+    case.write_as(&recorded, &file, &header(&case, OTHER));
+    let replayable = replay::open_replayable(&file).expect("it opens");
+    let replayed = replay::replay(&replayable, ReplayOptions::default()).expect("it replays");
+    let report = replayed.report;
+    assert_eq!(report.verified, Some(true), "{report:#?}");
+    let set_aside: Vec<_> = report.set_aside.iter().map(|it| it.what.as_str()).collect();
+    assert_eq!(
+        set_aside,
+        [
+            "flags that the guest's last instructions left undefined",
+            "accessed bits of the guest's page tables"
+        ]
+    );
+    assert_eq!(report.maker_dependent, []);
+    let note =
+        replayed.notes.iter().find(|note| note.contains("no instruction with an approximate"));
+    assert!(note.is_some(), "{:?}", replayed.notes);
+}
