@@ -25,7 +25,7 @@ const KICK_EVERY: u64 = 200_000;
 const SEEDS: Range<u64> = 2..102;
 const CHECKPOINT_EVERY: u64 = 100_000_000;
 
-fn intel(seed: u64) -> Hardware {
+pub(crate) fn intel(seed: u64) -> Hardware {
     let disturbance = Disturbance {
         kick_every: Some(KICK_EVERY),
         forget_every: Some(400_000),
@@ -47,11 +47,11 @@ fn zen(seed: u64) -> Hardware {
     Hardware { disturbance, ..Hardware::zen(seed) }
 }
 
-fn image() -> Option<LinuxImage> {
+pub(crate) fn image() -> Option<LinuxImage> {
     linux_image(Path::new(env!("CARGO_TARGET_TMPDIR")))
 }
 
-fn case(image: &LinuxImage) -> Case<'_> {
+pub(crate) fn case(image: &LinuxImage) -> Case<'_> {
     let source = GuestSource {
         kernel: &image.kernel.bytes,
         initrd: Some(&image.initrd.bytes),

@@ -13,13 +13,14 @@ use reprise_machine::inputs::{Recording, Replaying, Verification};
 use reprise_machine::lawful::Lawful;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, Outcome};
-use reprise_replay::RecordedClock;
+use reprise_replay::{OnSoftware, RecordedClock};
 use reprise_trace::header::{Header, HostInfo};
 use reprise_trace::log::{LogWriter, MemorySink};
 use reprise_trace::moment::TickKind;
 
 use crate::case::{Case, Hardware, Recorded, assert_equal, log_of};
 use crate::guest;
+use crate::linux;
 use crate::world::SeededWorld;
 
 const OTHER: &str = "OtherMaker";
@@ -40,6 +41,8 @@ fn header(case: &Case<'_>, vendor: &str) -> Header {
 fn replay_of(case: &Case<'_>, recorded: &Recorded, header: &Header) -> Outcome {
     let (ram, state, board) = case.load();
     let mut engine = RecordedClock::new(ram, header).expect("the host has memory");
+    // As on the hardware.
+    engine.software().stop_time_stamp_counter();
     engine.set_cpu_state(&state).expect("a first state");
     let inputs = Replaying::new(log_of(&recorded.records)).verifying(Verification::AcrossEngines);
     let mut machine = Machine::new(engine, board, inputs, TimeSource::of(header.ns_per_tick));
@@ -101,6 +104,24 @@ fn flags_that_the_guest_saved_in_memory_are_told_at_the_end_alone() {
         assert_eq!(divergence.moment, recorded.outcome.moment, "seed {seed}");
         assert_eq!(lawful(&outcome), [Lawful::UndefinedFlags], "seed {seed}");
     }
+}
+
+/// What an operating system saves while it is undefined differs in its memory, and nothing that it does.
+#[test]
+#[ignore = "takes minutes"]
+fn linux_of_another_maker_agrees_at_every_record() {
+    const WINDOW_NS: u64 = 500_000_000;
+    let Some(image) = linux::image() else { return };
+    let case = Case { stops_ns: Some(WINDOW_NS), ..linux::case(&image) };
+    let hardware = linux::intel(1);
+    let disturbance = hardware.disturbance.of_other_maker();
+    let recorded = case.record(&Hardware { disturbance, ..hardware });
+    let outcome = replay_of(&case, &recorded, &header(&case, OTHER));
+    eprintln!("{} records: {:?}", recorded.records.len(), outcome.set_aside);
+    let divergence = divergence(&outcome);
+    assert_eq!(divergence.difference, Difference::FinalState, "{divergence}");
+    assert_eq!(divergence.moment, recorded.outcome.moment);
+    assert_eq!(lawful(&outcome), [Lawful::UndefinedFlags]);
 }
 
 /// Records on the software CPU as another maker's, where a tick is an instruction.

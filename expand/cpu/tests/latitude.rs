@@ -9,7 +9,7 @@ use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::latitude;
 use reprise_cpu::translate::Translation;
 use reprise_machine::engine::{Engine, Exit};
-use reprise_trace::cpu_state::{RBX, RCX, RSI};
+use reprise_trace::cpu_state::{CpuState, RBX, RCX, RSI};
 
 /// Every kind of writer of flags, some thousand times.
 const LOOP: &[u8] = &[
@@ -77,6 +77,34 @@ fn undefined_flags_are_known_wherever_the_guest_stops() {
             }
         }
     }
+}
+
+/// CF, PF, AF, ZF, SF and OF.
+const ALL_FLAGS: u64 = 0x8d5;
+
+#[test]
+fn another_maker_differs_in_undefined_flags_translated_or_not() {
+    let states = |translation, inverted| -> Vec<_> {
+        let mut engine = engine(LOOP, translation);
+        engine.invert_undefined_flags(inverted);
+        let state = |tick| {
+            assert_eq!(engine.run(tick).expect("it runs"), Exit::TickReached);
+            (engine.cpu_state().expect("a state"), engine.undefined_flags())
+        };
+        (1..ROUNDS * 4).step_by(7).map(state).collect()
+    };
+    let own = states(Translation::Never, 0);
+    let other = states(Translation::Never, u64::MAX);
+    assert_eq!(other, states(Translation::default(), u64::MAX));
+    let mut differing = 0;
+    for ((own, undefined), (other, _)) in own.into_iter().zip(other) {
+        differing |= own.rflags ^ other.rflags;
+        // Behind POPF all flags are defined, also those that were not when they were saved.
+        let lawful = if undefined == 0 { ALL_FLAGS } else { undefined };
+        let rflags = own.rflags & !lawful | other.rflags & lawful;
+        assert_eq!(CpuState { rflags, ..own }, other, "{undefined:#x}");
+    }
+    assert_eq!(differing, ALL_FLAGS);
 }
 
 #[test]

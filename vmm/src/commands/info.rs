@@ -1,7 +1,7 @@
 //! `reprise info`: what a recording or a trace holds.
 
 use anyhow::Result;
-use reprise_replay::Replayable;
+use reprise_replay::{Replayable, recorded_here};
 use reprise_trace::checkpoint::CheckpointInfo;
 use reprise_trace::event::{Assists, EffectDigest, Event};
 use reprise_trace::header::{Header, HostInfo, ImageInfo, Precaution, Treatment};
@@ -38,6 +38,8 @@ struct InfoReport {
     ns_per_tick: u64,
     replays_on: Vec<ReplaysOn>,
     host: HostInfo,
+    /// This host's CPU is of the same maker, family and model.
+    recorded_here: bool,
     /// How instructions were dealt with whose answers only a CPU knows; empty if it does not say.
     precautions: Vec<Precaution>,
     complete: bool,
@@ -186,6 +188,7 @@ impl InfoReport {
             ns_per_tick: header.ns_per_tick,
             replays_on: ReplaysOn::of(header),
             host: header.host.clone(),
+            recorded_here: recorded_here(header),
             precautions: header.precautions.clone(),
             complete: summary.complete,
             damage: summary.damage.as_ref().map(ToString::to_string),
@@ -224,12 +227,13 @@ impl InfoReport {
     fn to_table(&self) -> String {
         let host = &self.host;
         let cpu = format!(
-            "{} {} family {} model {} stepping {}, Linux {}",
+            "{} {} family {} model {} stepping {}{}, Linux {}",
             host.cpu_vendor,
             host.cpu_brand,
             host.cpu_family,
             host.cpu_model,
             host.cpu_stepping,
+            if self.recorded_here { "" } else { " (not this host's)" },
             host.kernel_release
         );
         let mut rows = vec![("guest", format!("{}, {} MiB", self.guest, self.memory_mib))];

@@ -69,7 +69,10 @@ pub fn note(header: &Header, sites: Option<&[Sites]>) -> Option<String> {
                 [] => String::new(),
                 texts => format!("; for operands without a result, of {}", texts.join(", ")),
             };
-            format!("{approximations}{destinations}; flags that are undefined may differ anywhere")
+            format!(
+                "{approximations}{destinations}; undefined flags may differ, and stay so in memory \
+                 where the guest saved them"
+            )
         }
     };
     Some(format!("recorded on {there:?}, replayed on {here:?}: {differ}"))

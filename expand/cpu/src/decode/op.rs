@@ -62,8 +62,8 @@ pub(crate) struct Decoded {
     instruction: Instruction,
     /// In a segmented mode, what runs after the segment's limit and rights are checked.
     pub(crate) inner: Handler,
-    /// What runs before undefined flags become another maker's (`other_maker.rs`).
-    pub(crate) own: Handler,
+    /// What runs before undefined flags become another maker's (`other_maker.rs`), where they do.
+    pub(crate) own: Option<Handler>,
     /// The instruction does nothing but what the host's same instruction does to registers, flags and
     /// its memory operand: translated code may hold it as it is.
     pub(crate) inline: bool,
@@ -106,7 +106,7 @@ impl Op {
             instruction: Box::new(Decoded {
                 instruction,
                 inner: raise_ud,
-                own: raise_ud,
+                own: None,
                 inline: false,
             }),
         }

@@ -555,6 +555,9 @@ fn emit_operation(emission: &mut Emission<'_>, op: &Op) -> Option<()> {
         // A prefetch does nothing either, but a trace has its address.
         return if emission.names_address() { None } else { Some(()) };
     }
+    if op.instruction.own.is_some() {
+        return None;
+    }
     if op.instruction.inline {
         return computation::emit_lea(emission, op).or_else(|| computation::emit(emission, op));
     }

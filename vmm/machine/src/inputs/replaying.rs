@@ -23,7 +23,7 @@ pub enum Verification {
     /// Everything: position, CPU state, effects, final state.
     #[default]
     Exact,
-    /// The same for another engine than the one that recorded: what hardware may lawfully keep otherwise
+    /// The same for another engine or CPU than the one that recorded: what hardware may lawfully keep otherwise
     /// is set aside and told ([`crate::lawful`]).
     AcrossEngines,
 }
