@@ -2,6 +2,9 @@
 //! named exactly, with the cause. What is exact is found out by stepping both machines one by one.
 
 mod broken;
+mod clocks;
+mod hardware;
+mod narrowing;
 mod recordings;
 
 use std::sync::Arc;
@@ -23,7 +26,7 @@ use reprise_trace::event::Event;
 const AUXILIARY_FLAG: u64 = 1 << 4;
 
 fn question(until: u64) -> Question<'static> {
-    Question { starts: [Start::Run; 2], until, input: None, symbols: Arc::default() }
+    Question { starts: [Start::Run; 2], until, input: None, typed: None, symbols: Arc::default() }
 }
 
 fn last_tick(recording: &Replayable) -> u64 {
@@ -34,7 +37,7 @@ fn last_tick(recording: &Replayable) -> u64 {
 fn compare_with_broken(recording: &Replayable, wrong: Wrong) -> Compared {
     let sides = [
         Side::soft("sound", recording, Translation::default()),
-        Side::with_engine("broken", recording, move |ram| Broken::new(ram, wrong)),
+        Side::with_engine("broken", recording, move |ram, _| Broken::new(ram, wrong)),
     ];
     compare(&sides, &question(last_tick(recording)), &mut Unwatched).expect("it runs")
 }
@@ -119,7 +122,7 @@ fn one_typed_byte_is_followed_to_the_instruction_that_reads_it() {
     assert_eq!(ran.code, 0, "{}", ran.stderr);
     let report = ran.json();
     let finding = &report["bisection"]["finding"];
-    assert_eq!(finding["tick"], exact - 1, "{finding:#}");
+    assert_eq!(finding["instructions"], exact - 1, "{finding:#}");
     assert_eq!(finding["kind"], "instruction");
     assert!(finding["instruction"].as_str().is_some_and(|text| text.starts_with("in ")));
     assert_eq!(finding["causes"][0]["name"], "input", "{finding:#}");
@@ -129,13 +132,14 @@ fn one_typed_byte_is_followed_to_the_instruction_that_reads_it() {
         (&"RAX".into(), &"0x6f".into(), &"0x74".into())
     );
     let shown = reprise(&["diff", text(&a), text(&b)]).stdout;
-    for part in ["likely cause", "RAX", "0x6f", "0x74", "CR3", "CPL 0"] {
+    assert!(shown.starts_with(&format!("they part at instruction {}: `in ", exact - 1)), "{shown}");
+    for part in ["likely cause: the guest reads", "next: ", "RAX", "0x6f", "0x74", "CR3", "CPL 0"] {
         assert!(shown.contains(part), "no {part:?} in\n{shown}");
     }
     // Where the byte entered is told as well, or that the clocks were set otherwise when recording began.
     let origin = &report["bisection"]["origin"];
     assert!(
-        origin["tick"] == input.tick() || origin["causes"][0]["name"] == "clock-set",
+        origin["instructions"] == input.tick() || origin["causes"][0]["name"] == "clock-set",
         "{origin:#}"
     );
 }
@@ -156,8 +160,8 @@ fn an_altered_record_is_followed_and_its_replay_narrowed() {
     let exact = first_differing_tick(&open(&a), &open(&b), record.moment.tick);
     let report = reprise(&["--json", "diff", text(&a), text(&b)]).json();
     let compared = &report["bisection"];
-    assert_eq!(compared["finding"]["tick"], exact - 1, "{compared:#}");
-    assert_eq!(compared["origin"]["tick"], record.moment.tick, "{compared:#}");
+    assert_eq!(compared["finding"]["instructions"], exact - 1, "{compared:#}");
+    assert_eq!(compared["origin"]["instructions"], record.moment.tick, "{compared:#}");
     assert_eq!(compared["origin"]["kind"], "entering", "{compared:#}");
     // The altered copy alone: its replay differs, offers to narrow that, and does.
     let replayed = reprise(&["replay", text(&b)]);
@@ -204,15 +208,15 @@ fn a_broken_instruction_is_named_exactly_wherever_it_is() {
     for tick in [17, last / 3, last / 2 + 1, last - 50] {
         let compared = compare_with_broken(&recording, Wrong::Cpu { tick, change: spoil });
         let finding = compared.finding.as_ref().expect("they differ");
-        assert_eq!((finding.tick, finding.kind), (tick, Kind::Instruction), "{finding}");
+        assert_eq!((finding.instructions, finding.kind), (tick, Kind::Instruction), "{finding}");
         assert_eq!(finding.cpu.len(), 1, "{finding}");
         assert_eq!(finding.cpu[0].name, "R12", "{finding}");
         assert_eq!(cause(&compared), "engine", "{finding}");
         assert_eq!(compared.comparison.equal_until, tick);
         // What ran before, the instruction, and what follows.
-        assert_eq!(finding.behind[0][0].tick, tick, "{finding}");
+        assert_eq!(finding.behind[0][0].number, tick, "{finding}");
         let before = finding.before.last().expect("it is listed");
-        assert_eq!(before.tick, tick - 1, "{finding}");
+        assert_eq!(before.number, tick - 1, "{finding}");
     }
 }
 
@@ -228,7 +232,7 @@ fn a_flag_that_is_left_undefined_is_told_from_one_that_is_not() {
         let tick = first_tick_of(&recording, 20, |found, _| mnemonics.contains(&found));
         let compared = compare_with_broken(&recording, Wrong::Cpu { tick, change: flip });
         let finding = compared.finding.as_ref().expect("they differ");
-        assert_eq!(finding.tick, tick, "{finding}");
+        assert_eq!(finding.instructions, tick, "{finding}");
         assert_eq!(finding.cpu[0].name, "RFLAGS", "{finding}");
         assert_eq!(cause(&compared), name, "{finding}");
     }
@@ -266,7 +270,7 @@ fn an_accessed_bit_is_told_with_its_entry() {
     let wrong = Wrong::Memory { tick: 1000, address, bits: 0x20 };
     let compared = compare_with_broken(&recording, wrong);
     let finding = compared.finding.as_ref().expect("they differ");
-    assert_eq!((finding.tick, finding.pages), (1000, 1), "{finding}");
+    assert_eq!((finding.instructions, finding.pages), (1000, 1), "{finding}");
     assert_eq!(finding.memory[0].address, address, "{finding}");
     assert_eq!(cause(&compared), "accessed-bit", "{finding}");
     let entry = finding.memory[0].table.as_ref().expect("a page table");
@@ -313,7 +317,7 @@ fn an_interrupt_on_one_side_only_is_a_step_of_its_own() {
     let tick = last_tick(&recording) / 2;
     let compared = compare_with_broken(&recording, Wrong::Cpu { tick, change: shut });
     let finding = compared.finding.as_ref().expect("they differ");
-    assert_eq!(finding.tick, tick, "{finding}");
+    assert_eq!(finding.instructions, tick, "{finding}");
     assert_eq!(finding.cpu[0].name, "RFLAGS", "{finding}");
 }
 

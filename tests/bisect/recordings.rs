@@ -64,6 +64,24 @@ impl Workplace {
         file
     }
 
+    /// Records a guest on this engine under this clock.
+    pub(crate) fn record_on(
+        &self,
+        name: &str,
+        [engine, clock]: [&str; 2],
+        (image, cmdline, typed): (&str, &str, &str),
+    ) -> PathBuf {
+        let (file, input) = (self.path(name), self.path("typed"));
+        std::fs::write(&input, typed).expect("a file");
+        let words = ["--json", "record", "--engine", engine, "--clock", clock, "--image", image];
+        let more = ["--memory", "8", "--input", text(&input), "-o", text(&file)];
+        let set = ["--cmdline", cmdline];
+        let cmdline = if cmdline.is_empty() { &[] } else { &set[..] };
+        let ran = reprise(&[&words[..], &more, cmdline].concat());
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        file
+    }
+
     /// A copy of a recording whose records `change` has changed, and whose chain is right.
     pub(crate) fn altered(
         &self,

@@ -5,19 +5,17 @@ use std::fmt::{self, Display, Formatter, Write as _};
 use std::io;
 use std::sync::Arc;
 
-use iced_x86::{Formatter as _, GasFormatter, Instruction, SymbolResolver, SymbolResult};
+use iced_x86::{Formatter as _, GasFormatter};
 use reprise_trace::instructions::{
     AccessKind, Delivery, Direction, Event, Observer, PageWalk, Position, Run, Step,
     SystemAccessKind, TraceError, WalkCause, WalkEntry, register,
 };
 use serde::Serialize;
 
+use crate::disassembly::{BYTES_COLUMNS, formatter};
 use crate::instruction::decode;
 use crate::stats::exception;
 use crate::symbols::Symbols;
-
-/// Bytes of an instruction that a line has room for; most have fewer.
-const BYTES_COLUMNS: usize = 20;
 
 /// A line of the listing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -134,23 +132,6 @@ impl Display for ShownAccess {
     }
 }
 
-/// Names operands.
-struct Names(Arc<Symbols>);
-
-impl SymbolResolver for Names {
-    fn symbol(
-        &mut self,
-        _: &Instruction,
-        _: u32,
-        _: Option<u32>,
-        address: u64,
-        _: u32,
-    ) -> Option<SymbolResult<'_>> {
-        let name = self.0.describe(address)?;
-        Some(SymbolResult::with_string(address, format!("{address:#x} <{name}>")))
-    }
-}
-
 /// Shows a trace, an entry at a time, to `show`.
 pub struct Dump<F> {
     show: F,
@@ -174,9 +155,7 @@ impl<F: FnMut(&Shown) -> io::Result<()>> Dump<F> {
     /// Shows at most so many instructions, and what is between them.
     pub fn new(symbols: Symbols, instructions: Option<u64>, show: F) -> Self {
         let symbols = Arc::new(symbols);
-        let names: Option<Box<dyn SymbolResolver>> =
-            if symbols.is_empty() { None } else { Some(Box::new(Names(Arc::clone(&symbols)))) };
-        let formatter = GasFormatter::with_options(names, None);
+        let formatter = formatter(&symbols);
         let (position, pending) = (Position::default(), Vec::new());
         Self { show, formatter, symbols, position, pending, left: instructions }
     }

@@ -11,6 +11,7 @@ pub mod champsim;
 pub mod check;
 pub mod csv;
 pub mod dinero;
+pub mod disassembly;
 pub mod drmemtrace;
 pub mod dump;
 pub mod formats;

@@ -199,8 +199,9 @@ fn from_list(mut list: impl BufRead) -> io::Result<Vec<Symbol>> {
             // An absolute value, or undefined: no place in memory.
             _ => continue,
         };
-        // Without the right to see addresses all of them read as zero; so does per-CPU data's.
-        if start > 0 {
+        // Without the right to see addresses all of them read as zero; so does per-CPU data's. Debian's
+        // System.map has one line, at the last address there is, that says that it has no symbols.
+        if start > 0 && start < u64::MAX {
             symbols.push((false, Symbol { start, last: u64::MAX, rank, name: name.into() }));
         }
     }
@@ -273,7 +274,10 @@ nonsense
 
     #[test]
     fn what_is_no_list_names_nothing() {
-        for text in ["", "hello world\n", "zz T name\n", "0 T hidden\n", "\0\x01\x02\n12 T"] {
+        let debian =
+            "ffffffffffffffff B The real System.map is in the linux-image-VERSION-dbg package";
+        for text in [debian, "", "hello world\n", "zz T name\n", "0 T hidden\n", "\0\x01\x02\n12 T"]
+        {
             assert!(from_list(text.as_bytes()).expect("read").is_empty(), "{text:?}");
         }
     }

@@ -1,13 +1,13 @@
-//! Why two machines may have parted: a table of causes, each with its test.
+//! Why two machines may have parted: a table of causes, each with its test and what to do next.
 
 use iced_x86::{Instruction, Mnemonic, Register};
 use reprise_trace::cpu_state::CpuState;
 use serde::Serialize;
 
-use crate::input::InputDifference;
+use crate::input::{InputDifference, TypedDifference};
 use crate::memory::PageDifference;
-use crate::replica::Look;
-use crate::state_rows::flags;
+use crate::replica::{Depth, Look};
+use crate::state_rows::flag_names;
 
 /// A likely cause.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -16,6 +16,8 @@ pub struct Cause {
     pub name: &'static str,
     /// In words.
     pub text: String,
+    /// What to do next.
+    pub next: &'static str,
 }
 
 /// All that the tests look at.
@@ -45,8 +47,12 @@ pub(crate) struct Evidence<'a> {
     pub(crate) pages: &'a [PageDifference],
     /// There are more pages than those.
     pub(crate) more_pages: bool,
-    /// The first input that differs between the two logs.
+    /// The first input that differs between the two logs, if their clocks are one.
     pub(crate) input: Option<&'a InputDifference>,
+    /// The first byte that was typed otherwise.
+    pub(crate) typed: Option<&'a TypedDifference>,
+    /// Ticks and virtual time cannot be compared.
+    pub(crate) other_clocks: bool,
     /// A replay ended here because it is not what its recording says.
     pub(crate) contradicted: Option<(&'a str, &'a str)>,
     /// What executes the two is not the same.
@@ -74,6 +80,11 @@ impl Evidence<'_> {
         only.then_some(a.rflags ^ b.rflags)
     }
 
+    /// The instruction's result is a device's answer.
+    fn asks_devices(&self) -> bool {
+        self.other_clocks && self.port_read().is_some()
+    }
+
     fn port_read(&self) -> Option<u16> {
         let instruction = self.instructions[0]?;
         match instruction.mnemonic() {
@@ -91,43 +102,99 @@ impl Evidence<'_> {
     /// Everything that the instruction could depend on is the same on both sides.
     fn same_before(&self) -> bool {
         let [a, b] = self.entered;
-        a == b && !self.other_code && !self.from_the_start
+        // What neither clocks nor devices say of each other may be the reason.
+        let same = a == b || self.other_clocks && a.is_like(b, Depth::Visible);
+        same && !self.other_code && !self.from_the_start && !self.asks_devices()
     }
 }
 
 type Test = fn(&Evidence<'_>) -> Option<String>;
 
-/// A row a cause, the most telling first: its name, and the test that gives it in words.
-const CAUSES: [(&str, Test); 14] = [
-    ("other-machine", other_machine),
-    ("clock-set", clock_set),
-    ("other-start", other_start),
-    ("input", input),
-    ("contradiction", contradiction),
-    ("interrupt-moment", interrupt_moment),
-    ("time-stamp", time_stamp),
-    ("accessed-bit", accessed_bit),
-    ("undefined-flag", undefined_flag),
-    ("approximation", approximation),
-    ("host-dependent", host_dependent),
-    ("other-code", other_code),
-    ("stale-translation", stale_translation),
-    ("engine", engine),
+/// A row a cause, the most telling first: its name, the test that gives it in words, and what to do next.
+const CAUSES: [(&str, Test, &str); 15] = [
+    ("other-machine", other_machine, "compare two recordings of one guest on one machine"),
+    (
+        "clock-set",
+        clock_set,
+        "no fault: two recordings begin at two times of day; to find one, compare a recording with its own \
+         replay (`reprise replay --bisect`)",
+    ),
+    (
+        "other-start",
+        other_start,
+        "remove the file of checkpoints beside the recording, and compare again",
+    ),
+    (
+        "skid",
+        skid,
+        "if they are two runs, no fault; if both are to be one run, `reprise replay --bisect` tells which of \
+         them is not what its machine did",
+    ),
+    (
+        "input",
+        input,
+        "no fault: the guests were given different things; `reprise replay --show-console --until TICK` \
+         shows what each had printed by then",
+    ),
+    (
+        "contradiction",
+        contradiction,
+        "take another copy of that recording; `reprise replay --bisect` narrows down where it is not what \
+         its machine did",
+    ),
+    (
+        "interrupt-moment",
+        interrupt_moment,
+        "look where devices or virtual time differ first; `reprise replay --bisect` tells whether a \
+         recording is not what its machine did",
+    ),
+    (
+        "time-stamp",
+        time_stamp,
+        "no fault between two runs, whose clocks are the host's; in one run, `reprise info` says which time \
+         stamps were OPEN when it was recorded: those are in no log",
+    ),
+    (
+        "accessed-bit",
+        accessed_bit,
+        "lawful on hardware; a guest that does not read its own page tables cannot tell",
+    ),
+    ("undefined-flag", undefined_flag, "lawful: replay on a processor of the kind that recorded"),
+    ("approximation", approximation, "lawful: replay on a processor of the kind that recorded"),
+    (
+        "host-dependent",
+        host_dependent,
+        "`reprise info` says which of these were OPEN when it was recorded; keep the guest from asking",
+    ),
+    (
+        "other-code",
+        other_code,
+        "the difference is older: remove the files of checkpoints, and compare again from the start",
+    ),
+    (
+        "stale-translation",
+        stale_translation,
+        "lawful on hardware: look for the guest's change of a page table that no INVLPG and no write of CR3 \
+         followed",
+    ),
+    (
+        "engine",
+        engine,
+        "keep both recordings, and report this; `--no-translate` avoids translated code",
+    ),
 ];
 
 /// The likely causes, the most telling first.
 pub(crate) fn causes(evidence: &Evidence<'_>) -> Vec<Cause> {
     let rows = CAUSES.iter();
-    rows.filter_map(|(name, test)| test(evidence).map(|text| Cause { name, text })).collect()
+    let found =
+        rows.filter_map(|(name, test, next)| test(evidence).map(|text| Cause { name, text, next }));
+    found.collect()
 }
 
 fn other_machine(evidence: &Evidence<'_>) -> Option<String> {
-    (!evidence.machines.is_empty()).then(|| {
-        format!(
-            "not the same machine or guest: {} differ; compare recordings of one guest",
-            evidence.machines.join(", ")
-        )
-    })
+    (!evidence.machines.is_empty())
+        .then(|| format!("not the same machine or guest: {} differ", evidence.machines.join(", ")))
 }
 
 /// Index and data port of the real-time clock.
@@ -162,17 +229,42 @@ const SERIAL: std::ops::RangeInclusive<u16> = 0x3f8..=0x3ff;
 const CLOCKS: [u16; 7] = [0x40, 0x41, 0x42, 0x43, 0x61, 0x70, 0x71];
 
 fn input(evidence: &Evidence<'_>) -> Option<String> {
-    let input = evidence.input.filter(|input| input.is_of_input())?;
+    let reads = evidence.port_read().is_some_and(|port| SERIAL.contains(&port));
+    let same_devices = evidence.entered[0].devices == evidence.entered[1].devices;
+    if reads && !same_devices {
+        return Some(match (evidence.typed, evidence.input) {
+            (Some(typed), _) => format!("the guest reads what was typed: {typed}"),
+            // What it reads follows from what came when.
+            (None, Some(input)) => format!("the guest reads what was typed: {input}"),
+            (None, None) => {
+                "the guest asks the serial port, to which the same was typed at other moments"
+                    .to_owned()
+            }
+        });
+    }
+    let input =
+        evidence.input.filter(|input| input.is_of_input() && input.displaced().is_none())?;
     if evidence.tick() == input.tick() && evidence.entering {
         return Some(format!("the recordings hold different input here: {input}"));
     }
-    let reads = evidence.port_read().is_some_and(|port| SERIAL.contains(&port));
+    let before = evidence.tick() < input.tick();
+    (!before && (evidence.entering || !same_devices))
+        .then(|| format!("it follows from other input: {input}"))
+}
+
+fn skid(evidence: &Evidence<'_>) -> Option<String> {
+    let input = evidence.input?;
+    let (one, other) = input.displaced()?;
     let same_devices = evidence.entered[0].devices == evidence.entered[1].devices;
-    if evidence.tick() < input.tick() || same_devices && !evidence.entering {
+    if evidence.tick() < input.tick() || !evidence.entering && same_devices {
         return None;
     }
-    let how = if reads { "the guest reads what was typed" } else { "it follows from other input" };
-    Some(format!("{how}: {input}"))
+    let apart = one.moment.tick.abs_diff(other.moment.tick);
+    let [first, second] = evidence.names;
+    Some(format!(
+        "the same enters at two places, {apart} ticks apart: {one} on the {first} side, {other} on the \
+         {second} one; a counter's skid was passed over, or these are two runs"
+    ))
 }
 
 fn contradiction(evidence: &Evidence<'_>) -> Option<String> {
@@ -241,14 +333,14 @@ fn undefined_flag(evidence: &Evidence<'_>) -> Option<String> {
     (differing & !undefined == 0).then(|| {
         format!(
             "only {} differ, which {:?} leaves undefined: processors differ in them",
-            flags(differing).split_once(' ').map_or("flags", |(_, names)| names),
+            flag_names(differing),
             instruction.mnemonic()
         )
     })
 }
 
 /// Bits of RFLAGS from the decoder's.
-fn rflags_of(bits: u32) -> u64 {
+pub(crate) fn rflags_of(bits: u32) -> u64 {
     use iced_x86::RflagsBits;
     let table = [
         (RflagsBits::CF, 0),

@@ -3,11 +3,12 @@
 use iced_x86::{Decoder, DecoderOptions};
 use reprise_devices::board::{Board, BoardConfig};
 use reprise_machine::stepping::Surroundings;
+use reprise_trace::checkpoint::HiddenState;
 use reprise_trace::event::{EffectDigest, Event, Record};
 use reprise_trace::moment::Moment;
 
 use super::*;
-use crate::input::Numbered;
+use crate::input::{Numbered, Typed};
 use crate::memory::TableEntry;
 
 /// Everything owned, the same on both sides until a test changes it.
@@ -22,7 +23,10 @@ struct Scene {
     code: &'static [u8],
     pages: Vec<PageDifference>,
     input: Option<InputDifference>,
+    typed: Option<TypedDifference>,
+    other_clocks: bool,
     contradicted: bool,
+    other_code: bool,
 }
 
 impl Scene {
@@ -30,6 +34,7 @@ impl Scene {
         let board = Board::new(&BoardConfig { ram_bytes: 64 << 20, rtc_start_s: 0 });
         let effects = EffectDigest { console_bytes: 0, console_digest: [0; 32] };
         let look = Look {
+            instructions: 100,
             tick: 100,
             cpu: CpuState::default(),
             devices: board.save(),
@@ -49,7 +54,10 @@ impl Scene {
             code,
             pages: Vec::new(),
             input: None,
+            typed: None,
+            other_clocks: false,
             contradicted: false,
+            other_code: false,
         }
     }
 
@@ -65,14 +73,18 @@ impl Scene {
             entered: &self.entered,
             after: &self.after,
             instructions: [Some(decoded); 2],
-            other_code: false,
+            other_code: self.other_code,
             pages: &self.pages,
             more_pages: false,
             input: self.input.as_ref(),
+            typed: self.typed.as_ref(),
+            other_clocks: self.other_clocks,
             contradicted: self.contradicted.then_some(("second", "at tick 100")),
             other_engines: false,
         };
-        causes(&evidence).into_iter().map(|cause| cause.name).collect()
+        let found = causes(&evidence);
+        assert!(found.iter().all(|cause| !cause.next.is_empty()), "each says what to do next");
+        found.into_iter().map(|cause| cause.name).collect()
     }
 }
 
@@ -122,6 +134,84 @@ fn input_is_told_where_it_enters_and_where_it_is_read() {
     scene.entering = true;
     scene.before.iter_mut().for_each(|look| look.tick = 90);
     assert_eq!(scene.names()[0], "input");
+}
+
+#[test]
+fn what_was_typed_is_told_byte_by_byte_where_it_is_read() {
+    let mut scene = Scene::of(IN_AL_DX);
+    scene.before.iter_mut().for_each(|look| look.cpu.gpr[2] = 0x3f8);
+    let config = BoardConfig { ram_bytes: 64 << 20, rtc_start_s: 1 };
+    scene.entered[1].devices = Board::new(&config).save();
+    scene.after[0].cpu.gpr[0] = 0x61;
+    // Clocks that cannot be compared, so that no record can.
+    scene.other_clocks = true;
+    assert_eq!(scene.names(), ["input"]);
+    let bytes = [Some(Typed { byte: b'a', tick: 90 }), None];
+    scene.typed = Some(TypedDifference { offset: 7, bytes });
+    assert_eq!(scene.names(), ["input"]);
+    // The line-printer's port is another device.
+    scene.before.iter_mut().for_each(|look| look.cpu.gpr[2] = 0x378);
+    assert_eq!(scene.names(), [""; 0]);
+}
+
+#[test]
+fn the_same_input_at_two_places_is_a_skid_or_two_runs() {
+    let mut scene = Scene::of(NOP);
+    let later = |by: u64| {
+        typed(b'a').map(|mut found| {
+            found.record.moment.tick += by;
+            found
+        })
+    };
+    scene.input = Some(InputDifference { a: typed(b'a'), b: later(1) });
+    scene.entering = true;
+    scene.before.iter_mut().for_each(|look| look.tick = 90);
+    assert_eq!(scene.names()[0], "skid");
+    assert!(!scene.names().contains(&"input"));
+    // Other input is no skid, wherever it enters.
+    scene.input = Some(InputDifference { a: typed(b'b'), b: later(1) });
+    assert_eq!(scene.names()[0], "input");
+    // Before it enters anywhere, it is no reason.
+    scene.before.iter_mut().for_each(|look| look.tick = 80);
+    scene.entering = false;
+    scene.input = Some(InputDifference { a: typed(b'a'), b: later(1) });
+    assert!(!scene.names().contains(&"skid"));
+}
+
+#[test]
+fn under_two_clocks_only_what_the_guest_executes_is_compared() {
+    // ADD gives two results though CPU and RAM were the same: that is nobody's time or device.
+    let mut scene = Scene::of(&[0x01, 0xd8]);
+    scene.other_clocks = true;
+    (scene.entered[1].tick, scene.entered[1].surroundings.virtual_ns) = (7, 7);
+    scene.after[1].cpu.gpr[0] = 1;
+    assert_eq!(scene.names(), ["engine"]);
+    // A device's answer is.
+    let mut scene = Scene::of(IN_AL_DX);
+    scene.other_clocks = true;
+    scene.before.iter_mut().for_each(|look| look.cpu.gpr[2] = 0x40);
+    scene.entered[1].surroundings.virtual_ns += 9;
+    scene.after[1].cpu.gpr[0] = 1;
+    assert_eq!(scene.names(), ["time-stamp"]);
+}
+
+#[test]
+fn code_that_is_not_the_same_is_told() {
+    let mut scene = Scene::of(NOP);
+    scene.other_code = true;
+    scene.after[1].cpu.rip = 7;
+    assert_eq!(scene.names(), ["other-code"]);
+    // What enters before it is not the code's doing.
+    scene.entering = true;
+    assert_eq!(scene.names(), [""; 0]);
+}
+
+#[test]
+fn every_cause_is_met_by_a_test_here() {
+    let tests = include_str!("cause_tests.rs");
+    for (name, ..) in CAUSES {
+        assert!(tests.contains(&format!("\"{name}\"")), "no test meets {name}");
+    }
 }
 
 #[test]
@@ -181,22 +271,49 @@ fn flags_are_undefined_only_where_the_manual_leaves_them_so() {
 
 #[test]
 fn results_that_processors_give_differently_are_told() {
-    // RCPPS XMM0, XMM1.
+    // RCPPS and RSQRTPS XMM0, XMM1.
+    for code in [&[0x0f, 0x53, 0xc1][..], &[0x0f, 0x52, 0xc1]] {
+        let mut scene = Scene::of(code);
+        scene.after[1].cpu.fpu.xmm[0] = 1;
+        assert_eq!(scene.names(), ["approximation"], "{code:x?}");
+    }
+    // FSIN, FCOS, FPTAN, FPATAN, F2XM1, FYL2X.
+    for last in [0xfe, 0xff, 0xf2, 0xf3, 0xf0, 0xf1] {
+        let code: &'static [u8] = Box::leak(Box::new([0xd9, last]));
+        let mut scene = Scene::of(code);
+        scene.after[1].cpu.fpu.st[0][0] = 1;
+        assert_eq!(scene.names(), ["approximation"], "{code:x?}");
+    }
+    // FADD ST, ST(1) and ADDPS are exact.
+    let mut scene = Scene::of(&[0xd8, 0xc1]);
+    scene.after[1].cpu.fpu.st[0][0] = 1;
+    assert_eq!(scene.names(), ["engine"]);
+    // An approximation that jumps elsewhere is none.
     let mut scene = Scene::of(&[0x0f, 0x53, 0xc1]);
-    scene.after[1].cpu.fpu.xmm[0] = 1;
-    assert_eq!(scene.names(), ["approximation"]);
+    (scene.after[1].cpu.fpu.xmm[0], scene.after[1].cpu.gpr[0]) = (1, 1);
+    assert!(!scene.names().contains(&"approximation"));
     let mut scene = Scene::of(&[0x0f, 0xa2]);
     scene.after[1].cpu.gpr[0] = 1;
     assert_eq!(scene.names(), ["host-dependent"]);
 }
 
 #[test]
-fn a_fault_on_one_side_is_a_stale_translation() {
+fn a_fault_or_another_tlb_on_one_side_is_a_stale_translation() {
     // MOV EAX, [RBX].
-    let mut scene = Scene::of(&[0x8b, 0x03]);
+    const LOAD: &[u8] = &[0x8b, 0x03];
+    let mut scene = Scene::of(LOAD);
     scene.after[1].cpu.cr2 = 0x5000;
     scene.after[1].cpu.rip = 0x9000;
     assert_eq!(scene.names()[0], "stale-translation");
+    // The TLBs are not alike, and it reads memory, or does not.
+    let knows = |byte| HiddenState { engine: String::new(), version: 1, bytes: vec![byte] };
+    for (code, told) in [(LOAD, true), (&[0x01, 0xd8], false), (&[0x58], true)] {
+        let mut scene = Scene::of(code);
+        scene.entered[0].hidden = Some(knows(1));
+        scene.entered[1].hidden = Some(knows(2));
+        scene.after[1].cpu.gpr[0] = 1;
+        assert_eq!(scene.names().contains(&"stale-translation"), told, "{code:x?}");
+    }
 }
 
 #[test]

@@ -8,8 +8,9 @@ use reprise_machine::ram::GuestRam;
 use serde::Serialize;
 
 use crate::cause::{Evidence, causes};
-use crate::finding::{Finding, Kind};
+use crate::finding::{Finding, Kind, SideInfo};
 use crate::image::Image;
+use crate::interval::Counts;
 use crate::listing::{Disassembler, Line};
 use crate::memory::{PageDifference, PageTables, page_difference};
 use crate::pair::Pair;
@@ -17,7 +18,7 @@ use crate::replica::{Depth, Look, Runner};
 use crate::search::{BisectError, Gap, Search, Watch, evenly, ever_farther};
 use crate::side::Side;
 use crate::state_rows::{cpu_rows, flags, other_rows};
-use crate::{Question, machine_differences};
+use crate::{Question, clock_differences, machine_differences};
 
 /// Instructions listed before the place and behind it.
 const LISTED: u64 = 8;
@@ -38,10 +39,13 @@ pub struct Compared {
 /// How two machines were compared.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Comparison {
-    /// The tick at which both replays began.
+    /// Instructions before the place where both replays began.
     pub from: u64,
-    /// The last tick at which they were compared and alike; CPU and RAM, if an origin was found.
+    /// Instructions before the last place where they were compared and alike; CPU and RAM, if an origin was
+    /// found or the clocks are not the same.
     pub equal_until: u64,
+    /// Only CPU and RAM were compared, because the recordings' clocks are not the same.
+    pub other_clocks: bool,
     /// How often they were compared.
     pub times: u64,
     /// How the replays ended that came to an end.
@@ -57,6 +61,8 @@ pub(crate) struct Examiner<'a> {
     search: Search<'a>,
     disassembler: Disassembler,
     machines: Vec<String>,
+    /// Ticks and virtual time of the two cannot be compared.
+    other_clocks: bool,
 }
 
 impl<'a> Examiner<'a> {
@@ -71,12 +77,13 @@ impl<'a> Examiner<'a> {
             search: Search::new(sides, watch),
             disassembler: Disassembler::new(question.symbols.clone()),
             machines: machine_differences(sides),
+            other_clocks: !clock_differences(sides).is_empty(),
         }
     }
 
     pub(crate) fn compare(mut self) -> Result<Compared, BisectError> {
         let mut pair = self.search.begin(self.question.starts)?;
-        let from = pair.runners[0].tick();
+        let from = pair.runners[0].instructions();
         let mut origin = None;
         if pair.differs(Depth::Everything)? {
             let visible = pair.differs(Depth::Visible)?;
@@ -87,18 +94,10 @@ impl<'a> Examiner<'a> {
             origin = finding;
             pair = self.search.return_to(from)?;
         }
-        let depth = if origin.is_some() { Depth::Visible } else { Depth::Everything };
-        let until = self.question.until.max(from);
-        let input = self.question.input.map(|input| input.tick());
-        let gap = match input.filter(|input| (from..until).contains(input)) {
-            // The same code on the same input does the same: the first comparison is where that ends.
-            Some(input) => {
-                let ticks = (input > from).then_some(input).into_iter();
-                let ticks = ticks.chain(ever_farther(input, until));
-                self.search.scan(&mut pair, depth, ticks)?
-            }
-            None => self.search.scan(&mut pair, depth, evenly(from, until))?,
-        };
+        let visible = origin.is_some() || self.other_clocks;
+        let depth = if visible { Depth::Visible } else { Depth::Everything };
+        let gap = self.first_gap(&mut pair, depth)?;
+        let until = pair.runners[0].instructions();
         drop(pair);
         let Some(gap) = gap else { return Ok(self.compared(from, until, origin, None)) };
         let gap = self.search.narrow(gap, depth)?;
@@ -106,28 +105,62 @@ impl<'a> Examiner<'a> {
             let finding = Some(Box::new(self.examine(gap, depth)?));
             return Ok(self.compared(from, gap.equal, finding, origin));
         }
-        self.go_on_from(gap, from, until)
+        self.go_on_from(gap, from)
+    }
+
+    /// Compares, from where both are alike, until they are not.
+    fn first_gap(&mut self, pair: &mut Pair, depth: Depth) -> Result<Option<Gap>, BisectError> {
+        let (here, until) = (pair.runners[0].tick(), self.question.until);
+        let input = self.question.input.map(|input| input.tick()).filter(|_| !self.other_clocks);
+        match input.filter(|input| (here..until).contains(input)) {
+            // The same code on the same input does the same: the first comparison is where that ends.
+            Some(input) => {
+                if input > here
+                    && let Some(gap) = self.search.scan_tick(pair, depth, input)?
+                {
+                    return Ok(Some(gap));
+                }
+                let from = pair.runners[0].instructions();
+                self.search.scan(pair, depth, until, ever_farther(from, self.last_instruction()))
+            }
+            None => {
+                let from = pair.runners[0].instructions();
+                match self.last_instruction() {
+                    // How many instructions there are, nobody knows yet.
+                    u64::MAX => self.search.scan(pair, depth, until, ever_farther(from, u64::MAX)),
+                    last => self.search.scan(pair, depth, until, evenly(from, last.max(from))),
+                }
+            }
+        }
+    }
+
+    /// The instruction behind which nothing is compared; [`u64::MAX`] where that is not known.
+    fn last_instruction(&self) -> u64 {
+        let counts = |side: &Side<'_>| Counts::of(side.replayable()) == Counts::Instructions;
+        if self.sides.iter().all(counts) { self.question.until } else { u64::MAX }
     }
 
     /// How the two differ at a tick, which at least one of them has to be brought to.
     pub(crate) fn at(mut self, tick: u64) -> Result<Finding, BisectError> {
         let mut pair = Pair::begin(self.sides, self.question.starts)?;
-        self.search.advance(&mut pair, tick)?;
+        self.search.advance_to_tick(&mut pair, tick)?;
         let mut lines = Pair::begin(self.sides, self.question.starts)?;
-        self.search.advance(&mut lines, tick)?;
+        self.search.advance_to_tick(&mut lines, tick)?;
         self.not_alike(pair, lines)
     }
 
     /// Everything is alike up to a gap: finds where CPU and RAM are not.
-    fn go_on_from(mut self, gap: Gap, from: u64, until: u64) -> Result<Compared, BisectError> {
+    fn go_on_from(mut self, gap: Gap, from: u64) -> Result<Compared, BisectError> {
         let mut pair = self.search.return_to(gap.equal)?;
         self.search.advance(&mut pair, gap.differs)?;
         let origin = Some(Box::new(self.examine(gap, Depth::Everything)?));
         if pair.differs(Depth::Visible)? {
             return Ok(self.compared(from, gap.equal, origin, None));
         }
-        let ticks = ever_farther(gap.differs, until);
-        let visible = self.search.scan(&mut pair, Depth::Visible, ticks)?;
+        let places = ever_farther(gap.differs, self.last_instruction());
+        let until = self.question.until;
+        let visible = self.search.scan(&mut pair, Depth::Visible, until, places)?;
+        let until = pair.runners[0].instructions();
         drop(pair);
         let Some(gap) = visible else { return Ok(self.compared(from, until, origin, None)) };
         let gap = self.search.narrow(gap, Depth::Visible)?;
@@ -150,7 +183,8 @@ impl<'a> Examiner<'a> {
         let endings = if ended { endings } else { [None, None] };
         let diverged = if ended { diverged } else { [false; 2] };
         let times = self.search.comparisons;
-        let comparison = Comparison { from, equal_until, times, endings, diverged };
+        let other_clocks = self.other_clocks;
+        let comparison = Comparison { from, equal_until, other_clocks, times, endings, diverged };
         Compared { finding, origin, comparison }
     }
 
@@ -238,23 +272,23 @@ impl<'a> Examiner<'a> {
             other_code: instructions[0] != instructions[1],
             pages: &memory,
             more_pages: pages > memory.len(),
-            input: self.question.input,
+            input: self.question.input.filter(|_| !self.other_clocks),
+            typed: self.question.typed,
+            other_clocks: self.other_clocks,
             contradicted,
             other_engines: recording[0] == recording[1],
         };
         let (cpu, first) = (&entered[0].cpu, behind[0].first());
         Ok(Finding {
             kind,
-            sides: names.map(str::to_owned),
-            tick: looks_before[0].tick,
+            sides: [0, 1].map(|side: usize| self.side_info(side, &looks_before[side], taken(side))),
+            instructions: looks_before[0].instructions,
             address: linear_of(cpu, cpu.rip),
             symbol: self.question.symbols.describe(linear_of(cpu, cpu.rip)),
             instruction: first.map(|line| line.text.clone()).unwrap_or_default(),
             cpl: cpu.cpl(),
             cr3: cpu.cr3,
             rflags: flags(looks_before[0].cpu.rflags),
-            virtual_ns: looks_before[0].surroundings.virtual_ns,
-            interrupts: [taken(0), taken(1)],
             cpu: cpu_rows(&after[0].cpu, &after[1].cpu),
             other: other_rows(&after[0], &after[1]),
             causes: causes(&evidence),
@@ -263,7 +297,20 @@ impl<'a> Examiner<'a> {
             before,
             behind,
             endings,
+            other_clocks: self.other_clocks,
         })
+    }
+
+    fn side_info(&self, side: usize, before: &Look, interrupts: u64) -> SideInfo {
+        let header = self.sides[side].replayable().recording().header();
+        SideInfo {
+            name: self.sides[side].name.clone(),
+            engine: header.engine.clone(),
+            clock: header.clock.clone(),
+            tick: before.tick,
+            virtual_ns: before.surroundings.virtual_ns,
+            interrupts,
+        }
     }
 
     fn rams(&self, images: &[Image; 2]) -> Result<[GuestRam; 2], BisectError> {
@@ -291,12 +338,12 @@ impl<'a> Examiner<'a> {
         (described, pair.count_differing_pages())
     }
 
-    /// What ran before `tick`, on both sides.
-    fn before(&mut self, tick: u64, image: &Image) -> Result<Vec<Line>, BisectError> {
-        let mut pair = self.search.return_before(tick, LISTED)?;
+    /// What ran before an instruction, on both sides.
+    fn before(&mut self, instruction: u64, image: &Image) -> Result<Vec<Line>, BisectError> {
+        let mut pair = self.search.return_before(instruction, LISTED)?;
         let mut ram = image.to_ram(self.sides[0].ram_mib())?;
-        let here = pair.runners[0].tick();
-        self.list(&mut pair.runners[0], &mut ram, tick - here)
+        let here = pair.runners[0].instructions();
+        self.list(&mut pair.runners[0], &mut ram, instruction - here)
     }
 
     /// What both execute from where they stand.
@@ -332,11 +379,11 @@ impl<'a> Examiner<'a> {
                 debug_assert!(placed, "page {page:#x} lies in RAM");
             }
             let look = runner.look()?;
-            let mut line = self.disassembler.line(ram, look.tick, &look.cpu);
+            let mut line = self.disassembler.line(ram, look.instructions, &look.cpu);
             let taken = look.surroundings.interrupts - interrupts;
             line.note = (taken > 0).then(|| "an interrupt was taken right before".to_owned());
             lines.push(line);
-            runner.advance(look.tick + 1)?;
+            runner.advance(look.instructions + 1)?;
         }
         Ok(lines)
     }

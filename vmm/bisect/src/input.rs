@@ -1,6 +1,7 @@
 //! The first *input* in which two logs differ. Marks are none: they say how far a recorder had come
 //! when the host's clock told it to.
 
+use std::collections::VecDeque;
 use std::fmt::{self, Display, Formatter};
 
 use reprise_trace::event::{Event, Record};
@@ -44,6 +45,88 @@ impl InputDifference {
     }
 }
 
+impl InputDifference {
+    /// Both logs give their machines the same, and not at the same place: the two records.
+    pub fn displaced(&self) -> Option<(&Record, &Record)> {
+        let (one, other) = (&self.a.as_ref()?.record, &self.b.as_ref()?.record);
+        let same = given(&one.event)? == given(&other.event)?;
+        (same && one.moment != other.moment).then_some((one, other))
+    }
+}
+
+/// A byte that was typed, and the tick at which it entered the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Typed {
+    /// The byte.
+    pub byte: u8,
+    /// The tick.
+    pub tick: u64,
+}
+
+/// The first byte that was not typed alike, whenever and in however many pieces it was: what two recordings
+/// of different clocks have in common as well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TypedDifference {
+    /// Bytes before it, which are the same.
+    pub offset: u64,
+    /// The byte on each side; `None` where nothing more was typed.
+    pub bytes: [Option<Typed>; 2],
+}
+
+impl Display for TypedDifference {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let shown = |typed: Option<Typed>| match typed {
+            Some(Typed { byte, tick }) => {
+                format!("'{}' (entered at tick {tick})", char::from(byte).escape_default())
+            }
+            None => "not there".to_owned(),
+        };
+        let [a, b] = self.bytes.map(shown);
+        write!(f, "byte {} is {a} in the first, and {b} in the second", self.offset)
+    }
+}
+
+/// The console bytes of a log, one by one.
+struct TypedBytes<'a> {
+    log: &'a mut LogReader,
+    numbered: u64,
+    left: VecDeque<Typed>,
+}
+
+impl TypedBytes<'_> {
+    fn next(&mut self) -> Result<Option<Typed>, LogError> {
+        while self.left.is_empty() {
+            let Some(found) = next(self.log, &mut self.numbered)? else { return Ok(None) };
+            if let Event::Console(bytes) = found.record.event {
+                let tick = found.record.moment.tick;
+                self.left.extend(bytes.into_iter().map(|byte| Typed { byte, tick }));
+            }
+        }
+        Ok(self.left.pop_front())
+    }
+}
+
+/// Finds the first byte that was not typed alike; `None` if all were. A log that is damaged ends there.
+///
+/// # Errors
+/// If a log cannot be read for another reason than damage.
+pub fn first_typed_difference(
+    a: &mut LogReader,
+    b: &mut LogReader,
+) -> Result<Option<TypedDifference>, LogError> {
+    let [mut one, mut other] =
+        [a, b].map(|log| TypedBytes { log, numbered: 0, left: VecDeque::new() });
+    for offset in 0.. {
+        let bytes = [one.next()?, other.next()?];
+        match bytes {
+            [None, None] => break,
+            [Some(a), Some(b)] if a.byte == b.byte => {}
+            _ => return Ok(Some(TypedDifference { offset, bytes })),
+        }
+    }
+    Ok(None)
+}
+
 /// An event as far as the machine is given it.
 fn given(event: &Event) -> Option<&Event> {
     (!matches!(event, Event::End { .. } | Event::Mark(_) | Event::Assists(_))).then_some(event)
@@ -57,7 +140,11 @@ impl Display for InputDifference {
             }
             None => "no more".to_owned(),
         };
-        write!(f, "the first has {}; the second has {}", shown(&self.a), shown(&self.b))
+        write!(f, "the first has {}; the second has {}", shown(&self.a), shown(&self.b))?;
+        match self.is_of_input() {
+            true => Ok(()),
+            false => f.write_str(" (the same, to machines that were different already)"),
+        }
     }
 }
 
@@ -123,6 +210,36 @@ mod tests {
     }
 
     #[test]
+    fn bytes_are_compared_however_they_were_split() {
+        let typed = |tick: u64, bytes: &str| record(tick, Event::Console(bytes.into()));
+        let found = |a: Vec<Record>, b: Vec<Record>| {
+            let (mut a, mut b) = (LogReader::from_records(a), LogReader::from_records(b));
+            first_typed_difference(&mut a, &mut b).expect("both logs are sound")
+        };
+        let split = || vec![typed(3, "o"), mark(5), typed(9, "ne")];
+        assert_eq!(found(vec![typed(70, "one")], split()), None);
+        let difference = found(vec![typed(70, "onto")], split()).expect("they differ");
+        let bytes = [Some(Typed { byte: b't', tick: 70 }), Some(Typed { byte: b'e', tick: 9 })];
+        assert_eq!(difference, TypedDifference { offset: 2, bytes });
+        assert!(
+            difference.to_string().contains("byte 2 is 't' (entered at tick 70)"),
+            "{difference}"
+        );
+        let difference = found(split(), vec![]).expect("nothing was typed");
+        assert_eq!((difference.offset, difference.bytes[1]), (0, None));
+    }
+
+    #[test]
+    fn the_same_input_at_another_place_is_displaced() {
+        let typed = |tick: u64, byte: u8| record(tick, Event::Console(vec![byte]));
+        let of = |a, b| found(vec![a], vec![b]).expect("they differ");
+        assert!(of(typed(5, b'a'), typed(6, b'a')).displaced().is_some());
+        assert!(of(typed(5, b'a'), typed(6, b'b')).displaced().is_none());
+        let elsewhere = Record { cpu_digest: 9, ..typed(5, b'a') };
+        assert!(of(typed(5, b'a'), elsewhere).displaced().is_none(), "it is the same place");
+    }
+
+    #[test]
     fn the_first_input_that_differs_is_told_with_both_numbers() {
         let typed = |byte: u8| record(5, Event::Console(vec![byte]));
         let difference =
@@ -136,5 +253,6 @@ mod tests {
         let other = Record { cpu_digest: 7, ..typed(b'a') };
         let difference = found(vec![typed(b'a')], vec![other]).expect("digests differ");
         assert!(!difference.is_of_input());
+        assert!(difference.to_string().ends_with("different already)"), "{difference}");
     }
 }

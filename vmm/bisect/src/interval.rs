@@ -10,14 +10,15 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::translate::Translation;
 use reprise_export::symbols::Symbols;
 use reprise_machine::engine::Engine;
 use reprise_machine::inputs::Replaying;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, Outcome};
-use reprise_replay::{ReplayError, Replayable, Start, compare as compare_checkpoint, verification};
+use reprise_replay::{
+    RecordedClock, ReplayError, Replayable, Start, compare as compare_checkpoint,
+};
 use reprise_trace::checkpoint::CheckpointInfo;
 use reprise_trace::event::Record;
 use reprise_trace::moment::TickKind;
@@ -25,8 +26,11 @@ use serde::Serialize;
 
 use crate::examine::{Compared, Examiner};
 use crate::finding::Finding;
+use crate::place::{Elsewhere, Surveyed, survey};
+use crate::ran::{APPROXIMATE_RESULT, PROCESSOR_ASKED, TIME_STAMP_READ};
 use crate::search::{BisectError, Watch};
 use crate::side::Side;
+use crate::state_rows::flag_names;
 use crate::{Cause, Question, ran};
 
 /// Ticks between two looks at whether to stop.
@@ -49,6 +53,8 @@ pub struct Interval {
     pub at_checkpoint: Option<Box<Finding>>,
     /// What ran in the interval, on the replay's side.
     pub ran: ran::Ran,
+    /// What the surroundings of the divergence tell.
+    pub around: Surveyed,
     /// Translated and interpreted execution of the interval, compared.
     pub engines: Option<Compared>,
     /// The likely causes, the most telling first.
@@ -83,18 +89,12 @@ struct Replayed {
 /// Narrows a divergence. What comes out without one says so.
 ///
 /// # Errors
-/// The recording cannot be used or does not count instructions, an engine fails, or somebody asked to
-/// stop.
+/// The recording cannot be used, an engine fails, or somebody asked to stop.
 pub fn narrow(
     replayable: &Replayable,
     symbols: &Arc<Symbols>,
     watch: &mut dyn Watch,
 ) -> Result<Interval, BisectError> {
-    let header = replayable.recording().header();
-    if header.tick_kind != TickKind::Instruction {
-        let (name, clock) = ("the recording".to_owned(), header.clock.clone());
-        return Err(BisectError::Clock { name, clock });
-    }
     let Replayed { outcome, agreed, checkpoints } = replay(replayable, watch)?;
     let divergence = match &outcome.conclusion {
         Conclusion::Diverged(divergence) => Some(divergence.to_string()),
@@ -120,12 +120,19 @@ pub fn narrow(
     };
     let start = last_alike.map_or(Start::Run, Start::Checkpoint);
     let parted = divergence.is_some() || unlike.is_some();
+    // Of another clock's last tick all is looked at that ran before the divergence.
+    let whole = Counts::of(replayable) == Counts::Instructions || unlike.is_some();
+    let end = if whole { to } else { to.saturating_add(1) };
     let ran = match parted {
-        true => ran::between(replayable, start, (from, to), symbols)?,
+        true => ran::between(replayable, start, (from, end), symbols)?,
         false => ran::Ran::default(),
     };
+    let around = match divergence.is_some() {
+        true => survey(replayable, start, symbols)?,
+        false => Surveyed::default(),
+    };
     let engines = match parted {
-        true => Some(engines(replayable, start, to, symbols, watch)?),
+        true => Some(engines(replayable, start, end, symbols, watch)?),
         false => None,
     };
     let mut interval = Interval {
@@ -136,6 +143,7 @@ pub fn narrow(
         checkpoints,
         at_checkpoint,
         ran,
+        around,
         engines,
         causes: Vec::new(),
     };
@@ -148,16 +156,14 @@ fn replay(replayable: &Replayable, watch: &mut dyn Watch) -> Result<Replayed, Bi
     let recording = replayable.recording();
     let agreed = Rc::new(RefCell::new(None));
     let (into, mut number) = (agreed.clone(), 0);
-    let verification = verification(replayable.recording().header(), replayable.course(), "soft");
-    let set_up = |inputs: Replaying| {
-        inputs.verifying(verification).on_record(move |record: &Record| {
+    let observe = |inputs: Replaying| {
+        inputs.on_record(move |record: &Record| {
             let tick = record.moment.tick;
             *into.borrow_mut() = Some(Place { record: number, tick });
             number += 1;
         })
     };
-    let beginning = replayable.begin(Start::Run)?;
-    let mut machine = beginning.into_machine(SoftEngine::new, set_up)?;
+    let mut machine = replayable.soft_machine_with(Start::Run, observe)?;
     let last = recording.summary().last_moment.map_or(0, |moment| moment.tick);
     let mut checkpoints = Vec::new();
     // What KVM's checkpoints say of a TLB and of instructions, the software CPU cannot be compared with.
@@ -191,7 +197,7 @@ fn own_checkpoints(replayable: &Replayable) -> impl Iterator<Item = (usize, &Che
 }
 
 fn advance(
-    machine: &mut Machine<SoftEngine, Replaying>,
+    machine: &mut Machine<RecordedClock, Replaying>,
     tick: u64,
     last: u64,
     watch: &mut dyn Watch,
@@ -228,6 +234,7 @@ fn at_checkpoint(
         starts: [Start::Checkpoint(index), before],
         until: 0,
         input: None,
+        typed: None,
         symbols: symbols.clone(),
     };
     let tick = replayable.checkpoints()[index].moment.tick;
@@ -246,78 +253,180 @@ fn engines(
         Side::soft("translated", replayable, Translation::default()),
         Side::soft("interpreted", replayable, Translation::Never),
     ];
-    let question = Question { starts: [start; 2], until, input: None, symbols: symbols.clone() };
+    let symbols = symbols.clone();
+    let question = Question { starts: [start; 2], until, input: None, typed: None, symbols };
     crate::compare(&sides, &question, watch)
 }
 
 type Test = fn(&Interval, &Replayable) -> Option<String>;
 
-/// A row a cause, the most telling first.
-const CAUSES: [(&str, Test); 6] = [
-    ("engine", |interval, _| {
-        let finding = interval.engines.as_ref()?.finding.as_ref()?;
-        Some(format!(
-            "translated and interpreted execution part, so one of them is wrong: {}; `--no-translate` \
-             avoids one, and please report this",
-            finding.headline()
-        ))
-    }),
-    ("checkpoint-altered", |interval, _| {
-        let unlike = interval.checkpoints.iter().find(|checked| checked.differs_in.is_some())?;
-        let later = interval.agreed.is_some_and(|agreed| agreed.tick > unlike.tick);
-        (interval.divergence.is_none() || later).then(|| {
-            format!(
-                "the log agrees beyond tick {}, and only the checkpoint there does not: it was altered, \
-                 or taken by a faulty build; remove the file of checkpoints and run `reprise checkpoint`",
-                unlike.tick
-            )
-        })
-    }),
-    ("time-stamp", |interval, replayable| {
-        let reads = interval.ran.of_interest("time-stamp counter read")?;
-        let on_hardware = replayable.recording().header().engine != "soft";
-        on_hardware.then(|| {
-            format!(
-                "the time-stamp counter is read {} times in the interval, first at tick {}: hardware \
-                 answers that without asking Reprise unless it is trapped",
-                reads.count, reads.tick
-            )
-        })
-    }),
-    ("accessed-bit", |interval, _| {
-        let pages = &interval.at_checkpoint.as_ref()?.memory;
-        let walked = |table: &crate::TableEntry| table.only_accessed_or_dirty;
-        let only =
-            !pages.is_empty() && pages.iter().all(|page| page.table.as_ref().is_some_and(walked));
-        only.then(|| "nothing but accessed and dirty bits of page tables differs".to_owned())
-    }),
-    ("other-processor", |interval, replayable| {
-        let uncertain = interval.ran.of_interest("approximate result");
-        let undefined = interval.ran.of_interest("flags left undefined");
-        let found = uncertain.or(undefined)?;
-        let on_hardware = replayable.recording().header().engine != "soft";
-        on_hardware.then(|| {
-            format!(
-                "{} instructions in the interval have results that processors may differ in, first at \
-                 tick {}",
-                found.count, found.tick
-            )
-        })
-    }),
-    ("altered", |interval, _| {
-        let alike = interval.engines.as_ref().is_some_and(|engines| engines.finding.is_none());
-        (alike && interval.divergence.is_some()).then(|| {
-            "translated and interpreted execution agree with each other, so the recording is what \
-             differs: it was altered, or made by another build, another processor or a faulty host; \
-             take another copy, and replay it with the build that recorded it"
-                .to_owned()
-        })
-    }),
+/// A row a cause, the most telling first: its name, the test that gives it in words, and what to do next.
+const CAUSES: [(&str, Test, &str); 9] = [
+    (
+        "engine",
+        |interval, _| {
+            let finding = interval.engines.as_ref()?.finding.as_ref()?;
+            Some(format!(
+                "translated and interpreted execution part, so one of them is wrong: {}",
+                finding.headline()
+            ))
+        },
+        "keep the recording, and report this; `--no-translate` avoids one of the two",
+    ),
+    (
+        "checkpoint-altered",
+        |interval, _| {
+            let unlike =
+                interval.checkpoints.iter().find(|checked| checked.differs_in.is_some())?;
+            let later = interval.agreed.is_some_and(|agreed| agreed.tick > unlike.tick);
+            (interval.divergence.is_none() || later).then(|| {
+                format!(
+                    "the log agrees beyond tick {}, and only the checkpoint there does not: it was \
+                     altered, or taken by a faulty build",
+                    unlike.tick
+                )
+            })
+        },
+        "remove the file of checkpoints beside the recording, and run `reprise checkpoint`",
+    ),
+    (
+        "skid",
+        |interval, _| {
+            let Elsewhere { recorded_tick, tick, distance, .. } = interval.around.elsewhere?;
+            let (count, which) = match distance {
+                0 => (0, "from"),
+                ..0 => (distance.unsigned_abs(), "before"),
+                _ => (distance.unsigned_abs(), "behind"),
+            };
+            Some(format!(
+                "the CPU is as recorded {count} instructions {which} the place where the replay diverged, \
+                 at tick {tick}, and the record says tick {recorded_tick}: a counter counted wrongly, was \
+                 passed over by its skid, or the record was altered"
+            ))
+        },
+        "run `reprise doctor` on the host that recorded: its counter is tried there; on AMD's Zen switch \
+         SpecLockMap off",
+    ),
+    (
+        "undefined-flag",
+        |interval, _| {
+            let flags = interval.around.flags?;
+            let names = flag_names(flags);
+            let all = interval.ran.flags.iter().filter(|writer| flags >> writer.bit & 1 != 0);
+            let mut undefined = all.filter(|writer| writer.undefined);
+            let writer = undefined.next()?;
+            Some(format!(
+                "with {names} turned the CPU is as recorded, which `{}` at instruction {} leaves undefined: \
+                 processors differ in them",
+                writer.line.text, writer.line.number
+            ))
+        },
+        "lawful: replay on a processor of the kind that recorded",
+    ),
+    (
+        "time-stamp",
+        |interval, replayable| {
+            if !is_of_hardware(replayable) {
+                return None;
+            }
+            if let Some(line) = interval.around.next.as_ref().filter(|line| line.text == "rdtsc") {
+                return Some(format!(
+                    "the guest reads the time-stamp counter at instruction {}, and the log has no answer \
+                     there: hardware answered by itself, because nothing trapped it",
+                    line.number
+                ));
+            }
+            interval.ran.of_interest(TIME_STAMP_READ).map(|reads| {
+                format!(
+                    "the time-stamp counter is read {} times in the interval, first at instruction {}: \
+                     hardware answers that without asking Reprise unless it is trapped",
+                    reads.count, reads.instruction
+                )
+            })
+        },
+        "`reprise info` says which time stamps were OPEN when it was recorded: those are in no log",
+    ),
+    (
+        "accessed-bit",
+        |interval, _| {
+            let pages = &interval.at_checkpoint.as_ref()?.memory;
+            let walked = |table: &crate::TableEntry| table.only_accessed_or_dirty;
+            let only = !pages.is_empty()
+                && pages.iter().all(|page| page.table.as_ref().is_some_and(walked));
+            only.then(|| "nothing but accessed and dirty bits of page tables differs".to_owned())
+        },
+        "lawful on hardware; a guest that does not read its own page tables cannot tell",
+    ),
+    (
+        "other-processor",
+        |interval, replayable| {
+            let found = interval.ran.of_interest(APPROXIMATE_RESULT)?;
+            is_of_hardware(replayable).then(|| {
+                format!(
+                    "{} instructions in the interval approximate their results, in which processors differ, \
+                     first instruction {}",
+                    found.count, found.instruction
+                )
+            })
+        },
+        "replay on a processor of the kind that recorded (`reprise info` names it)",
+    ),
+    (
+        "host-dependent",
+        |interval, replayable| {
+            let found = interval.ran.of_interest(PROCESSOR_ASKED)?;
+            is_of_hardware(replayable).then(|| {
+                format!(
+                    "{} instructions in the interval ask the processor itself (CPUID, RDRAND and the like), \
+                     first instruction {}: hardware answers unless they are trapped",
+                    found.count, found.instruction
+                )
+            })
+        },
+        "`reprise info` says which of these were OPEN when it was recorded; keep the guest from asking",
+    ),
+    (
+        "altered",
+        |interval, _| {
+            let alike = interval.engines.as_ref().is_some_and(|engines| engines.finding.is_none());
+            (alike && interval.divergence.is_some()).then(|| {
+                "translated and interpreted execution agree with each other, so the recording is what \
+                 differs: it was altered, or made by another build, another processor or a faulty host"
+                    .to_owned()
+            })
+        },
+        "take another copy, and replay it with the build that recorded it",
+    ),
 ];
+
+/// Hardware executed the guest, or some of it.
+fn is_of_hardware(replayable: &Replayable) -> bool {
+    replayable.course().stretches.iter().any(|stretch| stretch.on.engine != "soft")
+}
 
 fn causes(interval: &Interval, replayable: &Replayable) -> Vec<Cause> {
     let rows = CAUSES.iter();
-    let found =
-        rows.filter_map(|(name, test)| test(interval, replayable).map(|text| Cause { name, text }));
+    let found = rows.filter_map(|(name, test, next)| {
+        test(interval, replayable).map(|text| Cause { name, text, next })
+    });
     found.collect()
+}
+
+/// Whether a recording's ticks are instructions all along.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Counts {
+    /// They are.
+    Instructions,
+    /// They are not, or not all along.
+    Others,
+}
+
+impl Counts {
+    pub(crate) fn of(replayable: &Replayable) -> Self {
+        let mut stretches = replayable.course().stretches.iter();
+        match stretches.all(|stretch| stretch.on.tick_kind == TickKind::Instruction) {
+            true => Self::Instructions,
+            false => Self::Others,
+        }
+    }
 }

@@ -14,6 +14,7 @@
 mod cause;
 mod examine;
 mod finding;
+mod finding_text;
 mod image;
 pub mod input;
 pub mod interval;
@@ -21,6 +22,7 @@ mod interval_text;
 mod listing;
 mod memory;
 mod pair;
+pub mod place;
 pub mod ran;
 mod replica;
 mod search;
@@ -32,11 +34,10 @@ use std::sync::Arc;
 use reprise_export::symbols::Symbols;
 use reprise_replay::Start;
 use reprise_trace::diff::header_differences;
-use reprise_trace::moment::TickKind;
 
 pub use crate::cause::Cause;
 pub use crate::examine::{Compared, Comparison};
-pub use crate::finding::{Finding, Kind};
+pub use crate::finding::{Finding, Kind, SideInfo};
 pub use crate::listing::Line;
 pub use crate::memory::{PageDifference, TableEntry};
 pub use crate::replica::{Depth, Look};
@@ -45,17 +46,19 @@ pub use crate::side::Side;
 pub use crate::state_rows::{Row, cpu_rows, other_rows};
 
 use crate::examine::Examiner;
-use crate::input::InputDifference;
+use crate::input::{InputDifference, TypedDifference};
 
 /// What is known before machines are compared.
 #[derive(Clone, Debug)]
 pub struct Question<'a> {
-    /// Where the replays begin, at the same tick.
+    /// Where the replays begin, behind as many instructions.
     pub starts: [Start; 2],
-    /// The tick behind which nothing is compared.
+    /// The tick behind which nothing is compared, of either clock.
     pub until: u64,
-    /// The first input that differs: before its tick the machines cannot differ.
+    /// The first input that differs: before its tick the machines cannot differ, if their clocks are one.
     pub input: Option<&'a InputDifference>,
+    /// The first byte that was typed otherwise.
+    pub typed: Option<&'a TypedDifference>,
     /// Names for addresses.
     pub symbols: Arc<Symbols>,
 }
@@ -63,39 +66,41 @@ pub struct Question<'a> {
 /// Finds the first instruction after which two replays differ.
 ///
 /// # Errors
-/// A recording cannot be used or does not count instructions, an engine fails, or somebody asked to
-/// stop.
+/// A recording cannot be used, an engine fails, or somebody asked to stop.
 pub fn compare(
     sides: &[Side<'_>; 2],
     question: &Question<'_>,
     watch: &mut dyn Watch,
 ) -> Result<Compared, BisectError> {
-    for side in sides {
-        let header = side.replayable().recording().header();
-        if header.tick_kind != TickKind::Instruction {
-            let (name, clock) = (side.name.clone(), header.clock.clone());
-            return Err(BisectError::Clock { name, clock });
-        }
-    }
     Examiner::new(sides, question, watch).compare()
 }
 
 /// The fields of two recordings' headers that decide what the machine is, as far as they differ. When
 /// its real-time clock was set to is not among them: any two recordings differ in that.
 pub fn machine_differences(sides: &[Side<'_>; 2]) -> Vec<String> {
-    const DECIDING: [&str; 8] = [
-        "machine.ram_mib",
-        "cpu_model.name",
-        "cpu_model.version",
-        "tick_kind",
-        "ns_per_tick",
-        "guest.name",
-        "guest.command_line",
-        "guest.images",
-    ];
+    differing_fields(
+        sides,
+        &[
+            "machine.ram_mib",
+            "cpu_model.name",
+            "cpu_model.version",
+            "guest.name",
+            "guest.command_line",
+            "guest.images",
+        ],
+    )
+}
+
+/// The same of the fields that decide how virtual time follows what the guest does. Ticks and time of two
+/// recordings that differ in one cannot be compared; what the guest executes can.
+pub fn clock_differences(sides: &[Side<'_>; 2]) -> Vec<String> {
+    differing_fields(sides, &["tick_kind", "ns_per_tick"])
+}
+
+fn differing_fields(sides: &[Side<'_>; 2], deciding: &[&str]) -> Vec<String> {
     let [a, b] = [0, 1].map(|side: usize| sides[side].replayable().recording().header());
     let all = header_differences(a, b).into_iter().map(|found| found.field);
-    all.filter(|field| DECIDING.contains(field)).map(str::to_owned).collect()
+    all.filter(|field| deciding.contains(field)).map(str::to_owned).collect()
 }
 
 /// The last place at which two recordings of one machine are known to be alike without replaying

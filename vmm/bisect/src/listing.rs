@@ -3,25 +3,20 @@
 use std::fmt::{self, Display, Formatter};
 use std::sync::Arc;
 
-use iced_x86::{
-    Decoder, DecoderOptions, Formatter as _, GasFormatter, Instruction, SymbolResolver,
-    SymbolResult,
-};
+use iced_x86::{Decoder, DecoderOptions, Formatter as _, GasFormatter};
 use reprise_branch_clock::guest_code::{MAX_BYTES, decode_at, linear_of};
+use reprise_export::disassembly::{BYTES_COLUMNS, formatter};
 use reprise_export::symbols::Symbols;
 use reprise_machine::paging::Paging;
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::CpuState;
 use serde::Serialize;
 
-/// Bytes of an instruction that a line has room for; most have fewer.
-const BYTES_COLUMNS: usize = 20;
-
 /// An instruction about to be executed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Line {
     /// Instructions retired before it, since the machine started.
-    pub tick: u64,
+    pub number: u64,
     /// The privilege level.
     pub cpl: u8,
     /// Linear address.
@@ -38,8 +33,8 @@ pub struct Line {
 
 impl Display for Line {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let Self { tick, cpl, address, symbol, bytes, text, note } = self;
-        write!(f, "{tick:>12} {cpl} {address:016x} ")?;
+        let Self { number, cpl, address, symbol, bytes, text, note } = self;
+        write!(f, "{number:>12} {cpl} {address:016x} ")?;
         if let Some(symbol) = symbol {
             write!(f, "<{symbol}> ")?;
         }
@@ -51,23 +46,6 @@ impl Display for Line {
     }
 }
 
-/// Names operands.
-struct Names(Arc<Symbols>);
-
-impl SymbolResolver for Names {
-    fn symbol(
-        &mut self,
-        _: &Instruction,
-        _: u32,
-        _: Option<u32>,
-        address: u64,
-        _: u32,
-    ) -> Option<SymbolResult<'_>> {
-        let name = self.0.describe(address)?;
-        Some(SymbolResult::with_string(address, name))
-    }
-}
-
 /// Makes lines.
 pub(crate) struct Disassembler {
     symbols: Arc<Symbols>,
@@ -76,13 +54,11 @@ pub(crate) struct Disassembler {
 
 impl Disassembler {
     pub(crate) fn new(symbols: Arc<Symbols>) -> Self {
-        let names: Option<Box<dyn SymbolResolver>> =
-            if symbols.is_empty() { None } else { Some(Box::new(Names(symbols.clone()))) };
-        Self { formatter: GasFormatter::with_options(names, None), symbols }
+        Self { formatter: formatter(&symbols), symbols }
     }
 
     /// The instruction that the CPU is about to execute, `ram` being its RAM.
-    pub(crate) fn line(&mut self, ram: &GuestRam, tick: u64, cpu: &CpuState) -> Line {
+    pub(crate) fn line(&mut self, ram: &GuestRam, number: u64, cpu: &CpuState) -> Line {
         let address = linear_of(cpu, cpu.rip);
         let mut bytes = [0; MAX_BYTES];
         let fetched = Paging::from(cpu).read_prefix(ram, address, &mut bytes);
@@ -95,13 +71,13 @@ impl Disassembler {
             None if fetched == 0 => (0, "(not mapped: a page fault)".to_owned()),
             None => (fetched, "(no instruction)".to_owned()),
         };
-        self.shown(tick, cpu.cpl(), address, &bytes[..length], text)
+        self.shown(number, cpu.cpl(), address, &bytes[..length], text)
     }
 
     /// An instruction whose bytes are at hand.
     pub(crate) fn decoded(
         &mut self,
-        tick: u64,
+        number: u64,
         cpl: u8,
         address: u64,
         bytes: &[u8],
@@ -110,12 +86,12 @@ impl Disassembler {
         let mut text = String::new();
         let decoded = Decoder::with_ip(bits, bytes, address, DecoderOptions::NONE).decode();
         self.formatter.format(&decoded, &mut text);
-        self.shown(tick, cpl, address, bytes, text)
+        self.shown(number, cpl, address, bytes, text)
     }
 
-    fn shown(&self, tick: u64, cpl: u8, address: u64, bytes: &[u8], text: String) -> Line {
+    fn shown(&self, number: u64, cpl: u8, address: u64, bytes: &[u8], text: String) -> Line {
         let bytes = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
         let symbol = self.symbols.describe(address);
-        Line { tick, cpl, address, symbol, bytes, text, note: None }
+        Line { number, cpl, address, symbol, bytes, text, note: None }
     }
 }

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use reprise_machine::engine::EngineError;
+use reprise_machine::stepping::Standing;
 use reprise_replay::{ReplayError, Start};
-use reprise_trace::checkpoint::MachineState;
 
 use crate::image::Image;
 use crate::replica::{Depth, Look, Runner};
@@ -13,9 +13,10 @@ use crate::side::Side;
 /// A moment at which both machines had the same RAM, and from which both can go on.
 #[derive(Clone, Debug)]
 pub(crate) struct Base {
-    pub(crate) tick: u64,
+    /// Instructions before it.
+    pub(crate) instructions: u64,
     pub(crate) image: Image,
-    states: [MachineState; 2],
+    standing: [Standing; 2],
 }
 
 /// Both machines.
@@ -34,8 +35,7 @@ impl Pair {
 
     /// Both at a moment that they had in common.
     pub(crate) fn resume(sides: &[Side<'_>; 2], base: &Base) -> Result<Self, ReplayError> {
-        let [one, other] =
-            [0, 1].map(|which| sides[which].resume(&base.states[which], &base.image));
+        let [one, other] = [0, 1].map(|which| sides[which].resume(base, &base.standing[which]));
         let mut pair = Self { runners: [one?, other?], changed: BTreeSet::new() };
         // All of RAM, which is the image.
         pair.forget_changes();
@@ -92,14 +92,15 @@ impl Pair {
         // Taking the states forgets what was written before.
         self.see_changes();
         let [one, other] = &mut self.runners;
-        let (Some(state), Some(other_state)) = (one.state()?, other.state()?) else {
+        let instructions = one.instructions();
+        let (Some(standing), Some(other_standing)) = (one.standing()?, other.standing()?) else {
             return Ok(None);
         };
         let mut image = before.clone();
         for page in std::mem::take(&mut self.changed) {
             image.set(page, self.runners[0].page(page));
         }
-        Ok(Some(Base { tick: state.moment.tick, image, states: [state, other_state] }))
+        Ok(Some(Base { instructions, image, standing: [standing, other_standing] }))
     }
 
     /// RAM as the machine `which` has it, `before` being what both had.

@@ -5,17 +5,21 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic};
-use reprise_cpu::engine::SoftEngine;
 use reprise_expand::{Control, ExpandError, Threads, Window, expand};
 use reprise_export::symbols::Symbols;
-use reprise_replay::{Replayable, Start, verification};
+use reprise_replay::{Replayable, Start};
 use reprise_trace::instructions::{Contents, Event, Observer, Position, Run, TraceError};
 use serde::Serialize;
 
-use crate::cause::APPROXIMATE;
+use crate::cause::{APPROXIMATE, rflags_of};
 use crate::listing::{Disassembler, Line};
+use crate::place::ARITHMETIC_FLAGS;
 use crate::search::BisectError;
 
+/// Kinds that causes ask for.
+pub(crate) const TIME_STAMP_READ: &str = "time-stamp counter read";
+pub(crate) const APPROXIMATE_RESULT: &str = "approximate result";
+pub(crate) const PROCESSOR_ASKED: &str = "processor asked";
 /// Instructions shown of each end of an interval.
 const SHOWN: usize = 8;
 
@@ -30,6 +34,19 @@ pub struct Ran {
     pub last: Vec<Line>,
     /// Instructions whose results may differ, by kind.
     pub interest: Vec<Interest>,
+    /// Who set each of the arithmetic flags last, from CF to OF.
+    pub flags: Vec<FlagWriter>,
+}
+
+/// The last instruction that changed a flag.
+#[derive(Clone, Debug, Serialize)]
+pub struct FlagWriter {
+    /// The flag's bit in RFLAGS.
+    pub bit: u32,
+    /// The instruction.
+    pub line: Line,
+    /// It leaves the flag undefined.
+    pub undefined: bool,
 }
 
 /// Instructions of a kind.
@@ -39,8 +56,8 @@ pub struct Interest {
     pub kind: &'static str,
     /// How many ran.
     pub count: u64,
-    /// The first one's tick.
-    pub tick: u64,
+    /// Instructions before the first one.
+    pub instruction: u64,
     /// Its linear address.
     pub address: u64,
 }
@@ -52,7 +69,7 @@ impl Ran {
     }
 }
 
-/// Shows what a replay from `start` executes behind one tick up to another.
+/// Shows what a replay from `start` executes from one tick to another.
 ///
 /// # Errors
 /// The recording cannot be used, or an engine fails.
@@ -62,10 +79,7 @@ pub(crate) fn between(
     (from, to): (u64, u64),
     symbols: &Arc<Symbols>,
 ) -> Result<Ran, BisectError> {
-    let verification = verification(replayable.recording().header(), replayable.course(), "soft");
-    let beginning = replayable.begin(start)?;
-    let mut machine =
-        beginning.into_machine(SoftEngine::new, |inputs| inputs.verifying(verification))?;
+    let mut machine = replayable.soft_machine(start)?;
     let window = Window { from, to };
     let contents = Contents::default();
     let watching = Watching::default();
@@ -81,21 +95,30 @@ pub(crate) fn between(
     let mut disassembler = Disassembler::new(symbols.clone());
     let mut lines = |seen: Vec<Seen>| -> Vec<Line> {
         let shown = seen.iter().map(|seen| {
-            disassembler.decoded(seen.tick, seen.cpl, seen.address, &seen.bytes, seen.bits)
+            disassembler.decoded(seen.number, seen.cpl, seen.address, &seen.bytes, seen.bits)
         });
         shown.collect()
     };
+    let mut flags = Vec::new();
+    for (bit, writer) in ARITHMETIC_FLAGS.into_iter().zip(watching.flags) {
+        if let Some((seen, undefined)) = writer
+            && let Some(line) = lines(vec![seen]).pop()
+        {
+            flags.push(FlagWriter { bit, line, undefined });
+        }
+    }
     Ok(Ran {
         instructions: watching.instructions,
         first: lines(watching.first),
         last: lines(watching.last.into()),
+        flags,
         interest: watching.interest.into_values().collect(),
     })
 }
 
 #[derive(Clone, Debug)]
 struct Seen {
-    tick: u64,
+    number: u64,
     cpl: u8,
     address: u64,
     bytes: Vec<u8>,
@@ -105,25 +128,50 @@ struct Seen {
 /// Sees instructions go by.
 #[derive(Debug, Default)]
 struct Watching {
-    tick: u64,
+    number: u64,
     instructions: u64,
     first: Vec<Seen>,
     last: VecDeque<Seen>,
     interest: BTreeMap<&'static str, Interest>,
     /// What decoding an instruction's bytes found, kept because loops come back to them.
-    known: BTreeMap<(u32, Vec<u8>), Option<&'static str>>,
+    known: BTreeMap<(u32, Vec<u8>), Known>,
+    /// By arithmetic flag: who changed it last, and whether it is undefined since.
+    flags: [Option<(Seen, bool)>; ARITHMETIC_FLAGS.len()],
+}
+
+/// What an instruction is to whoever watches.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    kind: Option<&'static str>,
+    /// Bits of RFLAGS that it changes.
+    modified: u64,
+    /// Those of them that it leaves undefined.
+    undefined: u64,
+}
+
+impl Known {
+    fn of(instruction: &Instruction) -> Self {
+        let (modified, undefined) = (instruction.rflags_modified(), instruction.rflags_undefined());
+        let (modified, undefined) = (rflags_of(modified), rflags_of(undefined));
+        Self { kind: kind_of(instruction), modified, undefined }
+    }
 }
 
 impl Watching {
     fn see(&mut self, seen: Seen) {
         let key = (seen.bits, seen.bytes.clone());
-        let kind = *self.known.entry(key).or_insert_with(|| {
+        let Known { kind, modified, undefined } = *self.known.entry(key).or_insert_with(|| {
             let options = DecoderOptions::NONE;
-            kind_of(&Decoder::with_ip(seen.bits, &seen.bytes, seen.address, options).decode())
+            Known::of(&Decoder::with_ip(seen.bits, &seen.bytes, seen.address, options).decode())
         });
+        for (bit, writer) in ARITHMETIC_FLAGS.into_iter().zip(&mut self.flags) {
+            if modified >> bit & 1 != 0 {
+                *writer = Some((seen.clone(), undefined >> bit & 1 != 0));
+            }
+        }
         if let Some(kind) = kind {
-            let (tick, address) = (seen.tick, seen.address);
-            let interest = Interest { kind, count: 0, tick, address };
+            let (instruction, address) = (seen.number, seen.address);
+            let interest = Interest { kind, count: 0, instruction, address };
             self.interest.entry(kind).or_insert(interest).count += 1;
         }
         if self.first.len() < SHOWN {
@@ -139,7 +187,7 @@ impl Watching {
 
 impl Observer for Watching {
     fn begin(&mut self, position: &Position) -> Result<(), TraceError> {
-        self.tick = position.instruction;
+        self.number = position.instruction;
         Ok(())
     }
 
@@ -147,13 +195,13 @@ impl Observer for Watching {
         let mode = run.block().mode();
         for step in run.steps().filter(|step| step.retired) {
             self.see(Seen {
-                tick: self.tick,
+                number: self.number,
                 cpl: mode.cpl,
                 address: step.instruction.linear(),
                 bytes: step.instruction.bytes().to_vec(),
                 bits: mode.width.bits(),
             });
-            self.tick += 1;
+            self.number += 1;
             self.instructions += 1;
         }
         Ok(())
@@ -167,14 +215,11 @@ impl Observer for Watching {
 /// What makes an instruction worth naming; `None` for nearly all.
 fn kind_of(instruction: &Instruction) -> Option<&'static str> {
     Some(match instruction.mnemonic() {
-        Mnemonic::Rdtsc | Mnemonic::Rdtscp => "time-stamp counter read",
+        Mnemonic::Rdtsc | Mnemonic::Rdtscp => TIME_STAMP_READ,
         Mnemonic::In | Mnemonic::Insb | Mnemonic::Insw | Mnemonic::Insd => "port read",
-        Mnemonic::Cpuid | Mnemonic::Rdpmc | Mnemonic::Rdrand | Mnemonic::Rdseed => {
-            "processor asked"
-        }
+        Mnemonic::Cpuid | Mnemonic::Rdpmc | Mnemonic::Rdrand | Mnemonic::Rdseed => PROCESSOR_ASKED,
         Mnemonic::Rdmsr => "model-specific register read",
-        mnemonic if APPROXIMATE.contains(&mnemonic) => "approximate result",
-        _ if instruction.rflags_undefined() != 0 => "flags left undefined",
+        mnemonic if APPROXIMATE.contains(&mnemonic) => APPROXIMATE_RESULT,
         _ => return None,
     })
 }

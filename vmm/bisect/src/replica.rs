@@ -1,15 +1,16 @@
-//! A machine that is compared with another: moved to a tick, let in what enters there, and looked at.
+//! A machine that is compared with another: moved to an instruction, let in what enters there, and looked
+//! at.
 
 use std::collections::BTreeSet;
 
 use reprise_devices::board::BoardState;
-use reprise_machine::checkpoint::checkpoint;
 use reprise_machine::engine::{Engine, EngineError};
 use reprise_machine::inputs::Replaying;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, MachineError, Outcome};
-use reprise_machine::stepping::Surroundings;
-use reprise_trace::checkpoint::{HiddenState, MachineState, PAGE_BYTES};
+use reprise_machine::stepping::{Standing, Surroundings};
+use reprise_replay::kept_by_software;
+use reprise_trace::checkpoint::{HiddenState, PAGE_BYTES};
 use reprise_trace::cpu_state::CpuState;
 
 use crate::image::Page;
@@ -23,16 +24,18 @@ pub enum Depth {
     Everything,
 }
 
-/// A machine at a tick, RAM apart.
+/// A machine before an instruction, RAM apart.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Look {
-    /// Ticks since the machine started.
+    /// Instructions retired before, since the machine started.
+    pub instructions: u64,
+    /// Ticks of its recording's clock since the machine started.
     pub tick: u64,
     /// The CPU.
     pub cpu: CpuState,
     /// The board.
     pub devices: BoardState,
-    /// What the engine keeps beside the CPU state; `None` amid an instruction.
+    /// What the engine keeps beside the CPU state and its clock; `None` amid an instruction.
     pub hidden: Option<HiddenState>,
     /// Time, output and counters.
     pub surroundings: Surroundings,
@@ -43,7 +46,9 @@ pub struct Look {
 impl Look {
     /// Whether both are the same, as far as `depth` goes.
     pub fn is_like(&self, other: &Self, depth: Depth) -> bool {
-        let visible = self.tick == other.tick && self.cpu == other.cpu && self.over == other.over;
+        let visible = self.instructions == other.instructions
+            && self.cpu == other.cpu
+            && self.over == other.over;
         match depth {
             Depth::Visible => visible,
             Depth::Everything => visible && self == other,
@@ -53,8 +58,11 @@ impl Look {
 
 /// A replaying machine, whatever its engine.
 pub(crate) trait Replica {
-    fn advance(&mut self, tick: u64) -> Result<Option<Outcome>, MachineError>;
+    fn advance(&mut self, instructions: u64) -> Result<Option<Outcome>, MachineError>;
+    fn advance_to_tick(&mut self, tick: u64) -> Result<Option<Outcome>, MachineError>;
     fn enter(&mut self) -> Result<Option<Outcome>, MachineError>;
+    /// Instructions before it, as far as it knows.
+    fn instructions(&mut self) -> u64;
     fn tick(&mut self) -> u64;
     fn look(&mut self) -> Result<Look, EngineError>;
     /// The CPU alone.
@@ -63,11 +71,17 @@ pub(crate) trait Replica {
     fn add_changed_pages(&mut self, pages: &mut BTreeSet<u64>);
     fn page(&mut self, address: u64) -> Page;
     /// Everything but RAM, where the machine can be gone on from.
-    fn state(&mut self) -> Result<Option<MachineState>, EngineError>;
+    fn standing(&mut self) -> Result<Option<Standing>, EngineError>;
+    /// It was taken up where it stood amid a stretch.
+    fn go_on_amid_stretch(&mut self);
 }
 
 impl<E: Engine> Replica for Machine<E, Replaying> {
-    fn advance(&mut self, tick: u64) -> Result<Option<Outcome>, MachineError> {
+    fn advance(&mut self, instructions: u64) -> Result<Option<Outcome>, MachineError> {
+        self.advance_to_instruction(instructions)
+    }
+
+    fn advance_to_tick(&mut self, tick: u64) -> Result<Option<Outcome>, MachineError> {
         self.advance_to(tick)
     }
 
@@ -75,13 +89,24 @@ impl<E: Engine> Replica for Machine<E, Replaying> {
         Machine::enter(self)
     }
 
+    fn instructions(&mut self) -> u64 {
+        // Sides are made of engines that know.
+        self.engine().instructions().unwrap_or_else(|| self.engine().tick())
+    }
+
     fn tick(&mut self) -> u64 {
         self.engine().tick()
     }
 
     fn look(&mut self) -> Result<Look, EngineError> {
-        let hidden = self.engine().save()?.map(|saved| saved.hidden);
+        // Amid a tick an engine of another clock saves its state only where it was told to pause.
+        let here = self.engine().instructions();
+        self.engine().pause_at(here);
+        let saved = self.engine().save();
+        self.engine().pause_at(None);
+        let hidden = saved?.map(|saved| kept_by_software(saved.hidden));
         Ok(Look {
+            instructions: Replica::instructions(self),
             tick: self.engine().tick(),
             cpu: self.engine().cpu_state()?,
             devices: self.board().save(),
@@ -109,18 +134,20 @@ impl<E: Engine> Replica for Machine<E, Replaying> {
         page
     }
 
-    fn state(&mut self) -> Result<Option<MachineState>, EngineError> {
-        match self.consistent()? {
-            None => Ok(None),
-            // The pages have been asked for already, and have not changed since.
-            Some(consistent) => checkpoint(consistent, &mut |_, _| {}).map(Some),
-        }
+    fn standing(&mut self) -> Result<Option<Standing>, EngineError> {
+        Machine::standing(self)
+    }
+
+    fn go_on_amid_stretch(&mut self) {
+        Machine::go_on_amid_stretch(self);
     }
 }
 
-/// A replica, and whether its run is over.
+/// A replica, where it is in its run, and whether that is over.
 pub(crate) struct Runner {
     replica: Box<dyn Replica>,
+    /// Instructions of the run before those that the replica counts; wraps.
+    before: u64,
     over: Option<Over>,
 }
 
@@ -149,21 +176,50 @@ impl From<Outcome> for Over {
 }
 
 impl Runner {
+    /// A replica where its replay begins.
     pub(crate) fn new(replica: Box<dyn Replica>) -> Self {
-        Self { replica, over: None }
+        Self { replica, before: 0, over: None }
+    }
+
+    /// A replica from where another stood, so many instructions into the run.
+    pub(crate) fn resumed(
+        mut replica: Box<dyn Replica>,
+        instructions: u64,
+        amid_stretch: bool,
+    ) -> Self {
+        if amid_stretch {
+            replica.go_on_amid_stretch();
+        }
+        // Behind a hand-over the state alone does not say how many they are.
+        let before = instructions.wrapping_sub(replica.instructions());
+        Self { replica, before, over: None }
     }
 
     pub(crate) fn over(&self) -> Option<&Over> {
         self.over.as_ref()
     }
 
+    /// Instructions retired before it.
+    pub(crate) fn instructions(&mut self) -> u64 {
+        self.before.wrapping_add(self.replica.instructions())
+    }
+
+    /// Its tick, which is its recording's affair.
     pub(crate) fn tick(&mut self) -> u64 {
         self.replica.tick()
     }
 
-    pub(crate) fn advance(&mut self, tick: u64) -> Result<(), MachineError> {
+    pub(crate) fn advance(&mut self, instructions: u64) -> Result<(), MachineError> {
+        if self.over.is_none() && self.instructions() < instructions {
+            let target = instructions.wrapping_sub(self.before);
+            self.over = self.replica.advance(target)?.map(Over::from);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn advance_to_tick(&mut self, tick: u64) -> Result<(), MachineError> {
         if self.over.is_none() && self.replica.tick() < tick {
-            self.over = self.replica.advance(tick)?.map(Over::from);
+            self.over = self.replica.advance_to_tick(tick)?.map(Over::from);
         }
         Ok(())
     }
@@ -176,7 +232,8 @@ impl Runner {
     }
 
     pub(crate) fn look(&mut self) -> Result<Look, EngineError> {
-        Ok(Look { over: self.over.is_some(), ..self.replica.look()? })
+        let (instructions, over) = (self.instructions(), self.over.is_some());
+        Ok(Look { instructions, over, ..self.replica.look()? })
     }
 
     pub(crate) fn cpu(&mut self) -> Result<CpuState, EngineError> {
@@ -191,7 +248,7 @@ impl Runner {
         self.replica.page(address)
     }
 
-    pub(crate) fn state(&mut self) -> Result<Option<MachineState>, EngineError> {
-        if self.over.is_some() { Ok(None) } else { self.replica.state() }
+    pub(crate) fn standing(&mut self) -> Result<Option<Standing>, EngineError> {
+        if self.over.is_some() { Ok(None) } else { self.replica.standing() }
     }
 }

@@ -1,9 +1,10 @@
 //! The search for the first instruction after which two machines differ.
 //!
-//! Both machines are moved forward together and compared at chosen ticks. Wherever they are alike, what
-//! they have in common is kept, a checkpoint in memory; once they are not, both go back to the last of
-//! them and are compared at sixteen ticks in between, until the gap is one instruction. Of RAM only the
-//! pages are looked at that either may have written since.
+//! Both machines are moved forward together and compared before chosen instructions. Wherever they are alike,
+//! what they have in common is kept, a checkpoint in memory; once they are not, both go back to the last of
+//! them and are compared at sixteen places in between, until the gap is one instruction. Of RAM only the
+//! pages are looked at that either may have written since. Places are counted in instructions, whatever the
+//! recordings' clocks count.
 
 use std::collections::VecDeque;
 
@@ -17,13 +18,15 @@ use crate::pair::{Base, Pair};
 use crate::replica::{Depth, Look, Over};
 use crate::side::Side;
 
-/// Ticks that a machine runs between two looks at whether to stop: a fraction of a second.
-const SLICE_TICKS: u64 = 50_000_000;
+/// Instructions that a machine runs between two looks at whether to stop: a fraction of a second.
+pub(crate) const SLICE: u64 = 50_000_000;
+/// The same in ticks, which may be seldom.
+const SLICE_TICKS: u64 = 1 << 20;
 /// Comparisons in a gap that is searched again.
 const COMPARISONS: u64 = 16;
-/// What is in common is kept at each comparison that is so far from the last one, in ticks, and at every
+/// What is in common is kept at each comparison that is so many instructions from the last one, and at every
 /// sixteenth in any case.
-const WORTH_KEEPING_TICKS: u64 = 4096;
+const WORTH_KEEPING: u64 = 4096;
 /// So many of them are kept: what ran before a difference is shown from one of these.
 const KEPT_BASES: usize = 8;
 
@@ -43,14 +46,16 @@ pub enum BisectError {
     #[error(transparent)]
     Ram(#[from] RamError),
     /// Somebody asked to stop.
-    #[error("stopped: the two were the same up to tick {equal_until}; run it again to go on")]
+    #[error(
+        "stopped: the two were the same up to instruction {equal_until}; run it again to go on"
+    )]
     Stopped {
-        /// The last tick at which they were compared and alike.
+        /// Instructions before the last place at which they were compared and alike.
         equal_until: u64,
     },
     /// The same machine did not do the same twice.
     #[error(
-        "a difference between tick {equal} and tick {differs} was not there when both replayed it \
+        "a difference between instructions {equal} and {differs} was not there when both replayed it \
          again: the host or Reprise is at fault; run `reprise doctor`, and report this"
     )]
     NotAgain {
@@ -59,22 +64,11 @@ pub enum BisectError {
         /// Not alike here, the first time.
         differs: u64,
     },
-    /// The clock counts something else than instructions.
-    #[error(
-        "{name} was recorded under the clock `{clock}`, which does not count instructions, so only the \
-         first record that differs can be told"
-    )]
-    Clock {
-        /// Which recording.
-        name: String,
-        /// Its clock.
-        clock: String,
-    },
 }
 
 /// Watches a search, and may stop it.
 pub trait Watch {
-    /// The machine `side` (0 or 1) stands at `tick`, on its way to `until`.
+    /// The machine `side` (0 or 1) stands at `tick` of its recording, which ends at `until`.
     fn progress(&mut self, side: usize, tick: u64, until: u64);
     /// Whether somebody asked to stop.
     fn is_stopped(&self) -> bool;
@@ -92,7 +86,7 @@ impl Watch for Unwatched {
     }
 }
 
-/// Both machines are alike at one tick and not at the other.
+/// Both machines are alike before one instruction and not before the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Gap {
     pub(crate) equal: u64,
@@ -103,7 +97,9 @@ pub(crate) struct Gap {
 pub(crate) struct Search<'a> {
     pub(crate) sides: &'a [Side<'a>; 2],
     watch: &'a mut dyn Watch,
-    /// What both had in common, at rising ticks; never empty once the search has begun.
+    /// The tick at which each recording ends.
+    ends: [u64; 2],
+    /// What both had in common, ever later; never empty once the search has begun.
     bases: VecDeque<Base>,
     equal_until: u64,
     /// How often they were compared.
@@ -114,9 +110,14 @@ pub(crate) struct Search<'a> {
 
 impl<'a> Search<'a> {
     pub(crate) fn new(sides: &'a [Side<'a>; 2], watch: &'a mut dyn Watch) -> Self {
+        let end = |side: &Side<'_>| {
+            let last = side.replayable().recording().summary().last_moment;
+            last.map_or(0, |moment| moment.tick)
+        };
         Self {
             sides,
             watch,
+            ends: sides.each_ref().map(end),
             bases: VecDeque::new(),
             equal_until: 0,
             comparisons: 0,
@@ -154,76 +155,134 @@ impl<'a> Search<'a> {
         self.bases.back().expect("the search has begun where both are alike")
     }
 
-    /// The last moment in common at or before a tick, or the first that is known.
-    fn base_before(&self, tick: u64) -> &Base {
-        let before = self.bases.iter().rev().find(|base| base.tick <= tick);
+    /// The last moment in common at or before an instruction, or the first that is known.
+    fn base_before(&self, instruction: u64) -> &Base {
+        let before = self.bases.iter().rev().find(|base| base.instructions <= instruction);
         before.unwrap_or_else(|| self.bases.front().expect("the search has begun"))
     }
 
-    /// Both at `tick`, where they are alike; what they had in common is as [`Self::newest`] has it.
-    pub(crate) fn return_to(&mut self, tick: u64) -> Result<Pair, BisectError> {
+    /// Both before an instruction, where they are alike; what they had in common is as [`Self::newest`] has
+    /// it.
+    pub(crate) fn return_to(&mut self, instruction: u64) -> Result<Pair, BisectError> {
         let mut pair = Pair::resume(self.sides, self.newest())?;
-        self.advance(&mut pair, tick)?;
+        self.advance(&mut pair, instruction)?;
         Ok(pair)
     }
 
-    /// Both at so many ticks before `tick`, or less if that far back nothing is kept.
-    pub(crate) fn return_before(&mut self, tick: u64, ticks: u64) -> Result<Pair, BisectError> {
-        let target = tick.saturating_sub(ticks);
+    /// Both so many instructions before `instruction`, or less if that far back nothing is kept.
+    pub(crate) fn return_before(
+        &mut self,
+        instruction: u64,
+        count: u64,
+    ) -> Result<Pair, BisectError> {
+        let target = instruction.saturating_sub(count);
         let base = self.base_before(target);
-        let from = base.tick.max(target);
+        let from = base.instructions.max(target);
         let mut pair = Pair::resume(self.sides, base)?;
         self.advance(&mut pair, from)?;
         Ok(pair)
     }
 
-    pub(crate) fn advance(&mut self, pair: &mut Pair, tick: u64) -> Result<(), BisectError> {
+    pub(crate) fn advance(&mut self, pair: &mut Pair, instruction: u64) -> Result<(), BisectError> {
+        for (side, runner) in pair.runners.iter_mut().enumerate() {
+            while runner.over().is_none() && runner.instructions() < instruction {
+                let here = runner.instructions();
+                runner.advance(instruction.min(here.saturating_add(SLICE)))?;
+                self.watch.progress(side, runner.tick(), self.ends[side]);
+                self.look_whether_to_stop()?;
+            }
+        }
+        self.note_ends(pair);
+        Ok(())
+    }
+
+    /// Moves both to a tick of their recordings, whose clock is one and the same.
+    pub(crate) fn advance_to_tick(
+        &mut self,
+        pair: &mut Pair,
+        tick: u64,
+    ) -> Result<(), BisectError> {
         for (side, runner) in pair.runners.iter_mut().enumerate() {
             while runner.over().is_none() && runner.tick() < tick {
                 let here = runner.tick();
-                runner.advance(tick.min(here.saturating_add(SLICE_TICKS)))?;
-                self.watch.progress(side, runner.tick(), tick);
-                if self.watch.is_stopped() {
-                    return Err(BisectError::Stopped { equal_until: self.equal_until });
-                }
+                runner.advance_to_tick(tick.min(here.saturating_add(SLICE_TICKS)))?;
+                self.watch.progress(side, runner.tick(), self.ends[side]);
+                self.look_whether_to_stop()?;
             }
         }
+        self.note_ends(pair);
+        Ok(())
+    }
+
+    fn look_whether_to_stop(&self) -> Result<(), BisectError> {
+        match self.watch.is_stopped() {
+            true => Err(BisectError::Stopped { equal_until: self.equal_until }),
+            false => Ok(()),
+        }
+    }
+
+    fn note_ends(&mut self, pair: &Pair) {
         for (over, runner) in self.over.iter_mut().zip(&pair.runners) {
             if let Some(found) = runner.over() {
                 *over = Some(found.clone());
             }
         }
-        Ok(())
     }
 
-    /// Compares at each of `ticks`, which rise, up to the first at which they are not alike.
+    /// Compares before each of `instructions`, which rise, up to the first place at which they are not alike,
+    /// to the end of both runs, or to tick `until` of both.
     pub(crate) fn scan(
         &mut self,
         pair: &mut Pair,
         depth: Depth,
-        ticks: impl Iterator<Item = u64>,
+        until: u64,
+        instructions: impl Iterator<Item = u64>,
     ) -> Result<Option<Gap>, BisectError> {
-        let mut equal = pair.runners[0].tick();
-        for tick in ticks {
-            self.advance(pair, tick)?;
+        let mut equal = pair.runners[0].instructions();
+        for instruction in instructions {
+            self.advance(pair, instruction)?;
             self.comparisons += 1;
             if pair.differs(depth)? {
-                return Ok(Some(Gap { equal, differs: tick }));
+                return Ok(Some(Gap { equal, differs: instruction }));
             }
-            if self.watch.is_stopped() {
-                return Err(BisectError::Stopped { equal_until: self.equal_until });
-            }
-            let far = tick - self.newest().tick >= WORTH_KEEPING_TICKS;
-            if far || self.comparisons.is_multiple_of(COMPARISONS) {
-                self.keep(pair)?;
-            }
-            equal = tick;
-            self.equal_until = self.equal_until.max(equal);
-            if pair.is_over() {
+            self.look_whether_to_stop()?;
+            self.alike_at(pair, instruction)?;
+            equal = instruction;
+            if pair.is_over() || pair.runners.iter_mut().all(|runner| runner.tick() >= until) {
                 break;
             }
         }
         Ok(None)
+    }
+
+    /// Compares at a tick that both clocks have.
+    pub(crate) fn scan_tick(
+        &mut self,
+        pair: &mut Pair,
+        depth: Depth,
+        tick: u64,
+    ) -> Result<Option<Gap>, BisectError> {
+        let equal = pair.runners[0].instructions();
+        self.advance_to_tick(pair, tick)?;
+        self.comparisons += 1;
+        let [one, other] = &mut pair.runners;
+        let both = [one.instructions(), other.instructions()];
+        if pair.differs(depth)? {
+            // Where the first came to the tick the other one has not.
+            let differs = both[0].min(both[1]).max(equal + 1);
+            return Ok(Some(Gap { equal, differs }));
+        }
+        self.alike_at(pair, both[0])?;
+        Ok(None)
+    }
+
+    fn alike_at(&mut self, pair: &mut Pair, instruction: u64) -> Result<(), BisectError> {
+        let far = instruction - self.newest().instructions >= WORTH_KEEPING;
+        if far || self.comparisons.is_multiple_of(COMPARISONS) {
+            self.keep(pair)?;
+        }
+        self.equal_until = self.equal_until.max(instruction);
+        Ok(())
     }
 
     /// Narrows a gap to one instruction.
@@ -232,16 +291,17 @@ impl<'a> Search<'a> {
             let Gap { equal, differs } = gap;
             let step = (differs - equal).div_ceil(COMPARISONS);
             let mut pair = self.return_to(equal)?;
-            let ticks = (1..=COMPARISONS).map(|number| differs.min(equal + number * step));
-            let found = self.scan(&mut pair, depth, ticks.take_while_inclusive(differs))?;
+            let places = (1..=COMPARISONS).map(|number| differs.min(equal + number * step));
+            let places = places.take_while_inclusive(differs);
+            let found = self.scan(&mut pair, depth, u64::MAX, places)?;
             gap = found.ok_or(BisectError::NotAgain { equal, differs })?;
         }
         Ok(gap)
     }
 
     /// Both machines right before the instruction of a gap, before anything enters there.
-    pub(crate) fn looks_at(&mut self, tick: u64) -> Result<(Pair, [Look; 2]), BisectError> {
-        let mut pair = self.return_to(tick)?;
+    pub(crate) fn looks_at(&mut self, instruction: u64) -> Result<(Pair, [Look; 2]), BisectError> {
+        let mut pair = self.return_to(instruction)?;
         let looks = pair.looks()?;
         Ok((pair, looks))
     }
@@ -257,11 +317,11 @@ trait TakeWhileInclusive: Iterator<Item = u64> + Sized {
 
 impl<I: Iterator<Item = u64>> TakeWhileInclusive for I {}
 
-/// Ticks behind `from` up to `until`: one after the other at first, then ever farther apart.
+/// Places behind `from` up to `until`: one after the other at first, then ever farther apart.
 pub(crate) fn ever_farther(from: u64, until: u64) -> impl Iterator<Item = u64> {
-    let next = move |tick: &u64| {
-        let step = 1 + (tick - from) / DENSITY;
-        (*tick < until).then(|| until.min(tick + step))
+    let next = move |place: &u64| {
+        let step = 1 + (place - from) / DENSITY;
+        (*place < until).then(|| until.min(place.saturating_add(step)))
     };
     std::iter::successors(Some(from), next).skip(1)
 }
@@ -270,7 +330,7 @@ pub(crate) fn ever_farther(from: u64, until: u64) -> impl Iterator<Item = u64> {
 /// the distance to that place.
 const DENSITY: u64 = 256;
 
-/// Ticks from `from` to `until` in equal steps.
+/// Places from `from` to `until` in equal steps.
 pub(crate) fn evenly(from: u64, until: u64) -> impl Iterator<Item = u64> {
     const STEPS: u64 = 64;
     let step = (until - from).div_ceil(STEPS).max(1);

@@ -1,19 +1,22 @@
 //! One of the two that are compared: a recording, and how machines are made that replay it.
 
-use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::translate::Translation;
 use reprise_machine::engine::{Engine, EngineError};
+use reprise_machine::inputs::Replaying;
 use reprise_machine::inputs::Verification;
 use reprise_machine::ram::GuestRam;
-use reprise_replay::{Beginning, ReplayError, Replayable, Start, verification};
-use reprise_trace::checkpoint::MachineState;
+use reprise_machine::stepping::Standing;
+use reprise_replay::{
+    Beginning, OnSoftware, RecordedClock, ReplayError, Replayable, Start, verification,
+};
+use reprise_trace::header::Header;
 
-use crate::image::Image;
+use crate::pair::Base;
 use crate::replica::{Replica, Runner};
 
 type Make<'a> = Box<dyn Fn(Beginning) -> Result<Box<dyn Replica>, ReplayError> + 'a>;
 
-/// A recording and an engine for it. The engine's ticks are instructions.
+/// A recording and an engine for it.
 pub struct Side<'a> {
     /// What it is called in reports.
     pub name: String,
@@ -30,25 +33,27 @@ impl std::fmt::Debug for Side<'_> {
 impl<'a> Side<'a> {
     /// The recording replayed by the software CPU, which translates blocks as told.
     pub fn soft(name: &str, replayable: &'a Replayable, translation: Translation) -> Self {
-        Self::with_engine(name, replayable, move |ram| {
-            let mut engine = SoftEngine::new(ram)?;
-            engine.set_translation(translation);
+        Self::with_engine(name, replayable, move |ram, header| {
+            let mut engine = RecordedClock::new(ram, header)?;
+            engine.software().set_translation(translation);
             Ok(engine)
         })
     }
 
-    /// The recording replayed by any engine whose ticks are instructions and that saves its state.
+    /// The recording replayed by any engine that has the recording's clock, can be moved by instructions
+    /// ([`Engine::pause_at`], or because they are its ticks) and saves its state. The header is the one that
+    /// is true where the engine begins.
     pub fn with_engine<E: Engine + 'static>(
         name: &str,
         replayable: &'a Replayable,
-        make_engine: impl Fn(GuestRam) -> Result<E, EngineError> + 'a,
+        make_engine: impl Fn(GuestRam, &Header) -> Result<E, EngineError> + 'a,
     ) -> Self {
         let verification: Verification =
             verification(replayable.recording().header(), replayable.course(), "soft");
         let make = move |beginning: Beginning| -> Result<Box<dyn Replica>, ReplayError> {
-            let set_up =
-                |inputs: reprise_machine::inputs::Replaying| inputs.verifying(verification);
-            Ok(Box::new(beginning.into_machine(&make_engine, set_up)?))
+            let header = replayable.recording().header().of_stretch(beginning.stretch());
+            let set_up = |inputs: Replaying| inputs.verifying(verification);
+            Ok(Box::new(beginning.into_machine(|ram| make_engine(ram, &header), set_up)?))
         };
         Self { name: name.to_owned(), replayable, make: Box::new(make) }
     }
@@ -66,12 +71,11 @@ impl<'a> Side<'a> {
         Ok(Runner::new((self.make)(self.replayable.begin(start)?)?))
     }
 
-    pub(crate) fn resume(
-        &self,
-        state: &MachineState,
-        image: &Image,
-    ) -> Result<Runner, ReplayError> {
-        let beginning = self.replayable.begin_from(state.clone(), &mut |ram| image.fill(ram))?;
-        Ok(Runner::new((self.make)(beginning)?))
+    /// At a moment that two machines had in common, where this one stood so.
+    pub(crate) fn resume(&self, base: &Base, standing: &Standing) -> Result<Runner, ReplayError> {
+        let (state, image) = (standing.state.clone(), &base.image);
+        let beginning = self.replayable.begin_from(state, &mut |ram| image.fill(ram))?;
+        let replica = (self.make)(beginning)?;
+        Ok(Runner::resumed(replica, base.instructions, standing.amid_stretch))
     }
 }

@@ -142,8 +142,13 @@ pub fn other_rows(a: &Look, b: &Look) -> Vec<Row> {
 
 /// RFLAGS with its flags' names.
 pub(crate) fn flags(rflags: u64) -> String {
+    format!("{rflags:#x} [{}]", flag_names(rflags))
+}
+
+/// The names of the flags that are set.
+pub(crate) fn flag_names(rflags: u64) -> String {
     let names = FLAGS.iter().filter(|(_, bit)| rflags >> bit & 1 != 0).map(|(name, _)| *name);
-    format!("{rflags:#x} [{}]", names.collect::<Vec<_>>().join(" "))
+    names.collect::<Vec<_>>().join(" ")
 }
 
 fn segment(segment: &Segment) -> String {

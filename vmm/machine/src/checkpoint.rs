@@ -163,7 +163,8 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
 
     /// The same at a boundary that a replay finds again.
     pub(crate) fn consistent_here(&mut self) -> Result<Option<Consistent<'_>>, EngineError> {
-        let entered = self.visited == Some(self.engine.tick());
+        // Whoever stops it by instructions stops it before anything enters.
+        let entered = self.visited == Some(self.engine.tick()) && !self.engine.is_paused();
         if entered || self.sleep.is_some() || self.power_event.is_some() {
             return Ok(None);
         }

@@ -277,6 +277,23 @@ pub trait Engine {
         Assists::new()
     }
 
+    /// Instructions that the guest has retired, by an engine that knows; its ticks, if they are that.
+    fn instructions(&self) -> Option<u64> {
+        (self.tick_kind() == TickKind::Instruction).then(|| self.tick())
+    }
+
+    /// Has the engine stop before the instruction that has so many before it, wherever that is amid its
+    /// ticks: with [`Exit::Kicked`] unless it stops there anyway. Gives false if the engine can stop at ticks
+    /// alone; then nothing has changed. With `None` it stops at ticks alone again.
+    fn pause_at(&mut self, _instructions: Option<u64>) -> bool {
+        false
+    }
+
+    /// Whether the guest stands before the instruction that [`Engine::pause_at`] named.
+    fn is_paused(&self) -> bool {
+        false
+    }
+
     /// Something that kicks this engine from another thread.
     fn kicker(&self) -> Arc<dyn Kick>;
 }

@@ -34,7 +34,7 @@ pub struct Machine<E: Engine, I: Inputs> {
     pub(crate) sleep: Option<Sleep>,
     pub(crate) power_event: Option<PowerEvent>,
     /// The engine was told to come back when interrupts open.
-    interrupt_requested: bool,
+    pub(crate) interrupt_requested: bool,
     /// The recording's own boundaries are exits and places that it names, not ticks: it was made on
     /// hardware that runs freely between them, whatever replays it.
     runs_freely: bool,
@@ -47,6 +47,9 @@ pub struct Machine<E: Engine, I: Inputs> {
     pub(crate) visited: Option<u64>,
     /// Stands at a boundary that a replay finds again, and does not run.
     pub(crate) at_rest: bool,
+    /// Whoever moves the machine by instructions stopped it where it does not stand by itself, or where all
+    /// has entered that does: it goes on with the next instruction.
+    pub(crate) amid_stretch: bool,
     pub(crate) checkpointer: Option<Box<dyn Checkpointer>>,
     watch: Option<Watch>,
     /// RAM is being copied for a checkpoint.
@@ -108,6 +111,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
             delivered_at: None,
             visited: None,
             at_rest: true,
+            amid_stretch: false,
             checkpointer: None,
             watch: None,
             capturing: false,
@@ -202,7 +206,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     /// Runs until something stops the run.
     fn run_loop(&mut self, target: Target) -> Stop {
         // Whether the machine stands at a boundary that a replay finds again.
-        let mut stands = true;
+        let mut stands = !std::mem::take(&mut self.amid_stretch);
         loop {
             let stepped = match self.visit(stands, target) {
                 Ok(true) => self.execute(target),
@@ -226,7 +230,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
         if let Some(event) = self.power_event.take() {
             return Err(Stop::Ended { ending: ending_of(event), exact: true });
         }
-        if tick >= target.tick || self.now().ns >= target.ns {
+        if tick >= target.tick || self.now().ns >= target.ns || self.engine.is_paused() {
             return Err(Stop::TargetReached);
         }
         self.checkpoint_if_due()?;
@@ -397,6 +401,10 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
                     || self.engine.cpu_state()?.rflags & INTERRUPT_FLAG != 0;
                 self.sleep.get_or_insert(Sleep { interruptible });
                 Ok(true)
+            }
+            Exit::Kicked if self.engine.is_paused() => {
+                self.amid_stretch = true;
+                Err(Stop::TargetReached)
             }
             Exit::Kicked => {
                 let stands = self.engine.stands_exactly();

@@ -2,9 +2,12 @@
 //! that the end of a run costs, and with a stop between what enters at a boundary and the instruction
 //! behind it.
 
+use reprise_trace::checkpoint::MachineState;
 use reprise_trace::event::EffectDigest;
+use reprise_trace::moment::TickKind;
 
-use crate::engine::Engine;
+use crate::checkpoint::checkpoint;
+use crate::engine::{Engine, EngineError};
 use crate::inputs::{Inputs, Stop};
 use crate::machine::{Machine, Target};
 use crate::outcome::{MachineError, Outcome};
@@ -20,6 +23,15 @@ pub struct Surroundings {
     pub accesses: u64,
     /// Interrupts delivered so far.
     pub interrupts: u64,
+}
+
+/// A machine where it stands, RAM apart.
+#[derive(Clone, Debug)]
+pub struct Standing {
+    /// Its state.
+    pub state: MachineState,
+    /// It goes on with the next instruction, and nothing enters before.
+    pub amid_stretch: bool,
 }
 
 impl<E: Engine, I: Inputs> Machine<E, I> {
@@ -41,15 +53,79 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     /// # Errors
     /// As [`Machine::run`].
     pub fn enter(&mut self) -> Result<Option<Outcome>, MachineError> {
+        if std::mem::take(&mut self.amid_stretch) && !self.window_opens()? {
+            self.amid_stretch = true;
+            return Ok(None);
+        }
         self.at_rest = false;
         let nowhere = Target { tick: u64::MAX, ns: u64::MAX };
         loop {
             match self.visit(true, nowhere) {
-                Ok(true) => return Ok(None),
+                Ok(true) => {
+                    self.amid_stretch = true;
+                    return Ok(None);
+                }
                 Ok(false) => {}
                 Err(stop) => return self.conclude(stop).map(Some),
             }
         }
+    }
+
+    /// Whether the engine, amid a stretch, would come back at once because interrupts have opened.
+    fn window_opens(&mut self) -> Result<bool, MachineError> {
+        let looks = self.engine.tick_kind() != TickKind::Exit && self.interrupt_requested;
+        Ok(looks && self.engine.interruptible()?)
+    }
+
+    /// Moves the guest to the instruction that has so many before it, before anything enters there, whatever
+    /// the engine's ticks are. Gives an outcome if the run is over before.
+    ///
+    /// # Errors
+    /// As [`Machine::run`].
+    ///
+    /// # Panics
+    /// If the engine's ticks are no instructions, and it can stop at them alone.
+    pub fn advance_to_instruction(
+        &mut self,
+        instructions: u64,
+    ) -> Result<Option<Outcome>, MachineError> {
+        if !self.engine.pause_at(Some(instructions)) {
+            assert_eq!(self.engine.tick_kind(), TickKind::Instruction, "ticks are instructions");
+            return self.advance_to(instructions);
+        }
+        let moved = self.advance_to(u64::MAX);
+        self.engine.pause_at(None);
+        moved
+    }
+
+    /// Everything that decides how the machine goes on, RAM apart, where [`Self::advance_to_instruction`]
+    /// has stopped it: also amid a tick, where no checkpoint can be taken. `None` in a sleep, and amid the
+    /// delivery of an interrupt.
+    ///
+    /// # Errors
+    /// If the engine fails.
+    pub fn standing(&mut self) -> Result<Option<Standing>, EngineError> {
+        let here = self.engine.instructions();
+        let paused = self.engine.pause_at(here);
+        let amid_stretch = self.amid_stretch;
+        let state = match self.consistent()? {
+            None => None,
+            // Whoever compares pages knows himself which have been written.
+            Some(consistent) => Some(checkpoint(consistent, &mut |_, _| {})?),
+        };
+        if paused {
+            self.engine.pause_at(None);
+        }
+        Ok(state.map(|state| Standing { state, amid_stretch }))
+    }
+
+    /// The machine was taken up where it stood amid a stretch ([`Standing::amid_stretch`]): it goes on with
+    /// the next instruction.
+    pub fn go_on_amid_stretch(&mut self) {
+        self.amid_stretch = true;
+        // Whenever the machine has stood it asks for a window exactly if an interrupt is still pending.
+        self.interrupt_requested = self.board.interrupt_pending();
+        self.engine.set_interrupt_request(self.interrupt_requested);
     }
 
     /// What the machine is beside CPU, devices and RAM.

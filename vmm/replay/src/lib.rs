@@ -18,6 +18,6 @@ pub use beginning::{
 };
 pub use error::ReplayError;
 pub use going_back::{Arrived, ConsoleOnce, MAX_ATTEMPTS};
-pub use recorded_clock::RecordedClock;
+pub use recorded_clock::{RecordedClock, kept_by_software};
 pub use replayable::{Replayable, checkpoints_path};
 pub use software::OnSoftware;

@@ -30,6 +30,11 @@ use crate::software::OnSoftware;
 const KEPT: &str = "soft, another clock";
 /// Raised by any change of what the bytes mean.
 const KEPT_VERSION: u32 = 1;
+/// The name of what it keeps amid a tick. No file holds that: only whoever moves it by instructions can bring
+/// it there again.
+const KEPT_AMID: &str = "soft, amid a tick of another clock";
+/// Why what was kept is refused.
+const IMPOSSIBLE: &str = "the saved clock is in a state that it never reaches: take another copy";
 /// KVM hands over a larger access to memory that is not RAM in pieces of so many bytes, each an exit.
 const LARGEST_MMIO_EXIT_BYTES: u8 = 8;
 
@@ -38,8 +43,10 @@ const LARGEST_MMIO_EXIT_BYTES: u8 = 8;
 pub struct RecordedClock {
     software: SoftEngine,
     kind: TickKind,
-    /// The instruction count at which it began.
+    /// The software CPU's tick at which it began; moves where another engine's ticks go on.
     began_at: u64,
+    /// Instructions of the run before it began, as far as that is known.
+    instructions_before: u64,
     /// Ticks that are no instructions and no branches: exits; or finished accesses, HLTs and delivered
     /// interrupts.
     events: u64,
@@ -52,6 +59,8 @@ pub struct RecordedClock {
     delivered: bool,
     /// The guest stands at the first place of its tick.
     first_of_tick: bool,
+    /// It is to stop before the instruction of the run that has so many before it.
+    pause_at: Option<u64>,
 }
 
 /// What a checkpoint keeps of it.
@@ -60,6 +69,24 @@ struct Kept {
     instructions: u64,
     events: u64,
     software: HiddenState,
+}
+
+/// What the software CPU itself keeps, of what [`RecordedClock`] keeps in a state; anything else as it is.
+pub fn kept_by_software(hidden: HiddenState) -> HiddenState {
+    let kept = match hidden.engine.as_str() {
+        KEPT => postcard::from_bytes::<Kept>(&hidden.bytes).ok(),
+        KEPT_AMID => postcard::from_bytes::<KeptAmid>(&hidden.bytes).ok().map(|amid| amid.kept),
+        _ => None,
+    };
+    kept.map_or(hidden, |kept| kept.software)
+}
+
+/// What is kept of it amid a tick.
+#[derive(Serialize, Deserialize)]
+struct KeptAmid {
+    kept: Kept,
+    branches: u64,
+    first_of_tick: bool,
 }
 
 impl RecordedClock {
@@ -86,12 +113,14 @@ impl RecordedClock {
             software,
             kind: header.tick_kind,
             began_at: 0,
+            instructions_before: 0,
             events: 0,
             halted: false,
             exits_of_access: 0,
             amid: false,
             delivered: false,
             first_of_tick: true,
+            pause_at: None,
         })
     }
 
@@ -102,6 +131,10 @@ impl RecordedClock {
 
     /// Lets the software CPU run up to an instruction count, and does the accounting of what it comes to.
     fn run_software(&mut self, until: u64) -> Result<Exit, EngineError> {
+        if self.is_paused() {
+            return Ok(Exit::Kicked);
+        }
+        let until = self.no_further_than(until);
         let (ticks, instructions) = (self.tick(), self.software.tick());
         let exit = self.software.run(until)?;
         self.delivered = false;
@@ -119,6 +152,23 @@ impl RecordedClock {
         Ok(exit)
     }
 
+    /// The software CPU's tick `until`, or the one before it at which the guest is to pause.
+    fn no_further_than(&self, until: u64) -> u64 {
+        let tick_of = |pause: u64| self.began_at.wrapping_add(pause - self.instructions_before);
+        self.pause_at.map_or(until, |pause| until.min(tick_of(pause)))
+    }
+
+    /// Runs until the next exit.
+    fn run_to_exit(&mut self) -> Result<Exit, EngineError> {
+        loop {
+            match self.run_software(u64::MAX)? {
+                // At a pause, which comes next.
+                Exit::TickReached => {}
+                exit => return Ok(exit),
+            }
+        }
+    }
+
     /// Runs until tick `until` under the clock `pmu`: exactly, since so many branches are at least so many
     /// instructions, and what is left shrinks each time.
     fn run_branches(&mut self, until: u64) -> Result<Exit, EngineError> {
@@ -133,6 +183,34 @@ impl RecordedClock {
                 exit => return Ok(exit),
             }
         }
+    }
+
+    /// So many instructions lie before.
+    fn begin_at(&mut self, instructions: u64) {
+        (self.began_at, self.instructions_before) = (instructions, instructions);
+    }
+
+    /// Takes up what was kept amid a tick.
+    fn restore_amid(&mut self, state: &EngineState) -> Result<(), EngineError> {
+        let impossible = || EngineError { what: IMPOSSIBLE.to_owned() };
+        let kept = postcard::take_from_bytes(&state.hidden.bytes).ok();
+        let (KeptAmid { kept, branches, first_of_tick }, []) = kept.ok_or_else(impossible)? else {
+            return Err(impossible());
+        };
+        let Kept { instructions, events, software: hidden } = kept;
+        let counted = match self.kind {
+            TickKind::ConditionalBranch => branches,
+            TickKind::Exit | TickKind::Instruction => 0,
+        };
+        if events.checked_add(counted) != Some(state.tick) {
+            return Err(impossible());
+        }
+        self.begin_at(instructions);
+        (self.events, self.first_of_tick) = (events, first_of_tick);
+        let state = EngineState { tick: instructions, cpu: state.cpu.clone(), hidden };
+        self.software.restore(&state)?;
+        self.software.set_conditional_branches(branches);
+        Ok(())
     }
 
     /// Whether the guest stands where `stamp` was taken.
@@ -180,10 +258,11 @@ impl Engine for RecordedClock {
 
     fn run(&mut self, until: u64) -> Result<Exit, EngineError> {
         match self.kind {
-            TickKind::Instruction => self.software.run(until),
+            TickKind::Instruction if self.is_paused() => Ok(Exit::Kicked),
+            TickKind::Instruction => self.software.run(self.no_further_than(until)),
             _ if self.halted => Ok(Exit::Halt),
             TickKind::Exit if self.events == until => Ok(Exit::TickReached),
-            TickKind::Exit => self.run_software(u64::MAX),
+            TickKind::Exit => self.run_to_exit(),
             TickKind::ConditionalBranch => self.run_branches(until),
         }
     }
@@ -301,13 +380,21 @@ impl Engine for RecordedClock {
             return Ok(Some(state));
         }
         // Only the first place of a tick is found again by the tick alone.
-        if self.amid || self.delivered || !self.first_of_tick {
+        if self.amid || self.delivered || !(self.first_of_tick || self.is_paused()) {
             return Ok(None);
         }
         let EngineState { tick: instructions, cpu, hidden: software } = state;
         let kept = Kept { instructions, events: self.events, software };
-        let bytes = postcard::to_allocvec(&kept).expect("no type of it can fail to encode");
-        let hidden = HiddenState { engine: KEPT.to_owned(), version: KEPT_VERSION, bytes };
+        let (engine, bytes) = if self.is_paused() {
+            let (branches, first_of_tick) =
+                (self.software.conditional_branches(), self.first_of_tick);
+            let amid = KeptAmid { kept, branches, first_of_tick };
+            (KEPT_AMID, postcard::to_allocvec(&amid))
+        } else {
+            (KEPT, postcard::to_allocvec(&kept))
+        };
+        let bytes = bytes.expect("no type of it can fail to encode");
+        let hidden = HiddenState { engine: engine.to_owned(), version: KEPT_VERSION, bytes };
         Ok(Some(EngineState { tick: self.tick(), cpu, hidden }))
     }
 
@@ -315,27 +402,30 @@ impl Engine for RecordedClock {
         self.halted = state.cpu.halted;
         (self.amid, self.delivered, self.first_of_tick) = (false, false, true);
         if self.kind == TickKind::Instruction {
-            self.began_at = state.tick;
+            self.begin_at(state.tick);
             return self.software.restore(state);
         }
         let refused = |what: &str| Err(EngineError { what: what.to_owned() });
         let HiddenState { engine, version, bytes } = &state.hidden;
+        if engine == KEPT_AMID {
+            return self.restore_amid(state);
+        }
         if engine != KEPT || *version != KEPT_VERSION {
             return refused(
                 "this checkpoint was not made by the software CPU, which cannot say how many \
                  instructions lie before it: `reprise checkpoint` makes others",
             );
         }
-        let impossible = "the saved clock is in a state that it never reaches: take another copy";
         let Ok((kept, [])) = postcard::take_from_bytes::<Kept>(bytes) else {
-            return refused(impossible);
+            return refused(IMPOSSIBLE);
         };
         let Kept { instructions, events, software: hidden } = kept;
-        let Some(branches) = state.tick.checked_sub(events) else { return refused(impossible) };
+        let Some(branches) = state.tick.checked_sub(events) else { return refused(IMPOSSIBLE) };
         if self.kind != TickKind::ConditionalBranch && branches != 0 {
-            return refused(impossible);
+            return refused(IMPOSSIBLE);
         }
-        (self.events, self.began_at) = (events, instructions);
+        self.begin_at(instructions);
+        self.events = events;
         let state = EngineState { tick: instructions, cpu: state.cpu.clone(), hidden };
         self.software.restore(&state)?;
         self.software.set_conditional_branches(branches);
@@ -355,6 +445,20 @@ impl Engine for RecordedClock {
         (self.kind, self.events) = (to.tick_kind, tick);
         (self.amid, self.delivered, self.first_of_tick) = (false, false, true);
         Ok(true)
+    }
+
+    fn instructions(&self) -> Option<u64> {
+        Some(self.instructions_before + self.instructions_executed())
+    }
+
+    fn pause_at(&mut self, instructions: Option<u64>) -> bool {
+        self.pause_at = instructions;
+        true
+    }
+
+    fn is_paused(&self) -> bool {
+        // Amid an instruction it is not behind the one before any more.
+        !self.amid && self.pause_at.is_some() && self.pause_at == self.instructions()
     }
 
     fn kicker(&self) -> Arc<dyn Kick> {

@@ -174,11 +174,23 @@ impl Replayable {
         &self,
         start: Start,
     ) -> Result<Machine<RecordedClock, Replaying>, ReplayError> {
+        self.soft_machine_with(start, |inputs| inputs)
+    }
+
+    /// The same with inputs that `observe` completes.
+    ///
+    /// # Errors
+    /// As [`Replayable::soft_machine`].
+    pub fn soft_machine_with(
+        &self,
+        start: Start,
+        observe: impl FnOnce(Replaying) -> Replaying,
+    ) -> Result<Machine<RecordedClock, Replaying>, ReplayError> {
         let header = self.recording.header();
         let verification = verification(header, self.course(), "soft");
         let beginning = self.begin(start)?;
         let header = header.of_stretch(beginning.stretch());
         let make = |ram| RecordedClock::new(ram, &header);
-        beginning.into_machine(make, |inputs| inputs.verifying(verification))
+        beginning.into_machine(make, |inputs| observe(inputs.verifying(verification)))
     }
 }

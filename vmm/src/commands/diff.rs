@@ -4,9 +4,11 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use reprise_bisect::input::{InputDifference, Numbered, first_input_difference};
+use reprise_bisect::input::{
+    InputDifference, Numbered, first_input_difference, first_typed_difference,
+};
 use reprise_bisect::{
-    BisectError, Compared, Kind, Question, Side, common_start, compare, machine_differences,
+    Compared, Finding, Kind, Question, Side, common_start, compare, machine_differences,
 };
 use reprise_cpu::translate::Translation;
 use reprise_replay::Replayable;
@@ -20,6 +22,9 @@ use crate::output::{Output, grouped};
 use crate::session::bisection::Watched;
 use crate::session::replay::open_replayable;
 use crate::session::report::{MomentReport, damage_text};
+
+/// Fields of devices shown where a difference comes from.
+const SHOWN_ROWS: usize = 6;
 
 /// How two recordings differ.
 #[derive(Debug, Serialize)]
@@ -35,6 +40,8 @@ struct DiffReport {
     first_difference: Option<RecordReport>,
     /// The first record that differs and is no mark.
     first_input_difference: Option<InputReport>,
+    /// The first byte that was not typed alike, whenever it was.
+    first_typed_difference: Option<String>,
     /// What replaying both found.
     bisection: Option<Compared>,
     /// Why neither was replayed.
@@ -115,12 +122,12 @@ pub fn run(arguments: &DiffArgs, output: Output) -> Result<u8> {
         .collect();
     let difference = first_difference(&mut a.log(), &mut b.log()).with_context(both)?;
     let input = first_input_difference(&mut a.log(), &mut b.log()).with_context(both)?;
+    let typed = first_typed_difference(&mut a.log(), &mut b.log()).with_context(both)?;
     let reason = match (arguments.records_only, &difference) {
         (true, _) | (_, None) => None,
         (false, Some(difference)) => not_worth_replaying(&sides, difference, input.as_ref()),
     };
     let replays = difference.is_some() && !arguments.records_only && reason.is_none();
-    let mut not_bisected = reason;
     let bisection = match replays {
         false => None,
         true => {
@@ -128,16 +135,11 @@ pub fn run(arguments: &DiffArgs, output: Output) -> Result<u8> {
                 starts: common_start(&sides, hint(difference.as_ref(), input.as_ref())),
                 until: last_tick(&first).max(last_tick(&second)).saturating_add(1),
                 input: input.as_ref(),
+                typed: typed.as_ref(),
                 symbols: names,
             };
             let mut watch = Watched::start(output, ["first", "second"])?;
-            match compare(&sides, &question, &mut watch) {
-                Err(error @ BisectError::Clock { .. }) => {
-                    not_bisected = Some(error.to_string());
-                    None
-                }
-                compared => Some(compared?),
-            }
+            Some(compare(&sides, &question, &mut watch)?)
         }
     };
     let report = DiffReport {
@@ -147,8 +149,9 @@ pub fn run(arguments: &DiffArgs, output: Output) -> Result<u8> {
         header,
         first_difference: difference.as_ref().map(RecordReport::from),
         first_input_difference: input.as_ref().map(InputReport::from),
+        first_typed_difference: typed.map(|typed| typed.to_string()),
         bisection,
-        not_bisected,
+        not_bisected: reason,
     };
     output.result(&report, text(&report));
     Ok(tell_damage(arguments, [&first, &second], output))
@@ -213,12 +216,14 @@ fn tell_damage(arguments: &DiffArgs, both: [&Replayable; 2], output: Output) -> 
     u8::from(!damage.is_empty())
 }
 
+/// The headline first; then what the files hold; then, if both were replayed, where the machines part.
 fn text(report: &DiffReport) -> String {
-    let mut lines: Vec<String> = report
-        .header
-        .iter()
-        .map(|found| format!("header {}: first: {}; second: {}", found.field, found.a, found.b))
-        .collect();
+    let mut lines = Vec::new();
+    if let Some(compared) = &report.bisection {
+        lines.push(bisection_text(compared));
+        lines.push(String::new());
+        lines.push("in the files:".to_owned());
+    }
     lines.push(match (&report.first_difference, report.same) {
         (Some(difference), _) => difference.text.clone(),
         (None, true) => "identical: the headers and the logs are the same".to_owned(),
@@ -230,55 +235,80 @@ fn text(report: &DiffReport) -> String {
     {
         lines.push(format!("the first input that differs: {}", input.text));
     }
-    lines.extend(report.not_bisected.clone());
-    if let Some(compared) = &report.bisection {
-        lines.push(String::new());
-        lines.push(bisection_text(compared));
+    if let Some(typed) = &report.first_typed_difference {
+        lines.push(format!("typed: {typed}"));
     }
+    lines.extend(
+        report.header.iter().map(|found| {
+            format!("header {}: first: {}; second: {}", found.field, found.a, found.b)
+        }),
+    );
+    lines.extend(report.not_bisected.clone());
     lines.join("\n")
 }
 
 /// What replaying both found, for a person.
 fn bisection_text(compared: &Compared) -> String {
     let comparison = &compared.comparison;
-    let (from, until) = (grouped(comparison.from), grouped(comparison.equal_until));
-    let times = grouped(comparison.times);
-    let how = format!("replayed both from tick {from}, and compared them {times} times");
+    let until = comparison.equal_until;
+    let how = format!(
+        "replayed both from instruction {} on, and compared them {} times",
+        comparison.from,
+        grouped(comparison.times)
+    );
     let Some(finding) = &compared.finding else {
-        let mut text = format!(
-            "{how}: at each they are the same machine, up to tick {until}, so at least one recording is \
-             not what its machine did"
-        );
+        let ended = comparison.endings.iter().all(Option::is_some);
+        let mut text = match (comparison.other_clocks, comparison.diverged) {
+            (true, [false, false]) if ended => format!(
+                "CPU and RAM are the same from the first to the last instruction: one run under two clocks, \
+                 {until} instructions"
+            ),
+            _ => format!(
+                "both replays are the same machine up to instruction {until}, so at least one recording is \
+                 not what its machine did\nnext: `reprise replay --bisect` with each of them"
+            ),
+        };
         for (name, ending) in ["first", "second"].iter().zip(&comparison.endings) {
             if let Some(ending) = ending {
                 text += &format!("\nthe {name} replay ends: {ending}");
             }
         }
-        return text;
+        return format!("{text}\n{how}");
     };
     let alike = match &compared.origin {
         _ if finding.kind == Kind::Start => "they are not alike where they begin".to_owned(),
-        None => format!("they are alike up to tick {until}"),
+        None if comparison.other_clocks => {
+            format!("CPU and RAM are alike up to instruction {until}")
+        }
+        None => format!("they are alike up to instruction {until}"),
         Some(origin) if origin.kind == Kind::Start => {
-            format!("CPU and RAM are alike up to tick {until}")
+            format!("CPU and RAM are alike up to instruction {until}")
         }
         Some(origin) => format!(
-            "they are alike up to tick {}, and CPU and RAM up to tick {until}",
-            grouped(origin.tick)
+            "they are alike up to instruction {}, and CPU and RAM up to instruction {until}",
+            origin.instructions
         ),
     };
-    let mut text = format!("{how}: {alike}\n\n");
+    let mut text = format!("{finding}\n\n{how}: {alike}");
     if let Some(origin) = &compared.origin {
-        let parts: Vec<String> = origin
-            .other
-            .iter()
-            .map(|row| format!("{} {} and {}", row.name, row.a, row.b))
-            .collect();
-        text += &format!("where it comes from: {}\n  {}\n", origin.headline(), parts.join("; "));
-        for cause in origin.causes.iter().take(1) {
-            text += &format!("  {} ({})\n", cause.text, cause.name);
-        }
-        text += "\n";
+        text += &origin_text(origin);
     }
-    text + &finding.to_string()
+    text
+}
+
+/// Where devices or time differ, before CPU and RAM do.
+fn origin_text(origin: &Finding) -> String {
+    let shown = origin.other.iter().take(SHOWN_ROWS);
+    let rows: Vec<String> =
+        shown.map(|row| format!("{} {} and {}", row.name, row.a, row.b)).collect();
+    let more = match origin.other.len().saturating_sub(SHOWN_ROWS) {
+        0 => String::new(),
+        more => format!("; and {more} more: see --json"),
+    };
+    let mut text =
+        format!("\nwhere it comes from: {}\n  {}{more}", origin.headline(), rows.join("; "));
+    if let Some(cause) = origin.causes.first() {
+        text += &format!("\n  {} ({})", cause.text, cause.name);
+    }
+    text
 }
