@@ -50,8 +50,11 @@ static uint64_t hash;
 
 void irq_handler(unsigned irq, struct frame *frame)
 {
-    if (irq == IRQ_CONSOLE)
-        hash = hash_mix(hash, (uint64_t)console_take());
+    if (irq == IRQ_CONSOLE) {
+        /* All of it: what is left would raise no edge again. */
+        for (int byte = console_take(); byte >= 0; byte = console_take())
+            hash = hash_mix(hash, (uint64_t)byte);
+    }
     hash = hash_position(hash, frame, RFLAGS_STATUS | RFLAGS_CONTROL);
     if (irq != IRQ_TIMER || remaining == 0)
         return;
@@ -136,6 +139,7 @@ void kernel_main(const char *command_line)
     for (unsigned at = 0; at < sizeof scenarios / sizeof scenarios[0]; at++) {
         if (!command_line_is("do", scenarios[at].name))
             continue;
+        irq_unmask(IRQ_CONSOLE);
         console_receive_interrupt_on();
         timer_start(command_line_number("hz", DEFAULT_HZ));
         scenarios[at].run();

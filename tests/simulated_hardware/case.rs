@@ -11,6 +11,7 @@ use reprise_branch_clock::settle::Stand;
 use reprise_branch_clock::vcpu::Vcpu;
 use reprise_devices::board::{Board, BoardConfig};
 use reprise_devices::cpu_model;
+use reprise_expand::{Control, Counting, Threads, Window, expand};
 use reprise_machine::clock::TimeSource;
 use reprise_machine::engine::{Engine, EngineError};
 use reprise_machine::inputs::{Recording, Replaying};
@@ -24,6 +25,7 @@ use reprise_trace::event::Record;
 use reprise_trace::header::{
     CpuModelInfo, GuestInfo, Header, HostInfo, ImageInfo, ImageRole, MachineInfo,
 };
+use reprise_trace::instructions::Contents;
 use reprise_trace::log::{LogWriter, MemorySink};
 use reprise_trace::moment::TickKind;
 use reprise_trace::recording::RecordingWriter;
@@ -39,6 +41,8 @@ pub(crate) struct Case<'a> {
     pub(crate) source: GuestSource<'a>,
     pub(crate) ram_mib: u64,
     pub(crate) typed: &'a str,
+    /// The longest pause in typing it.
+    pub(crate) longest_pause_ns: u64,
     /// When somebody stops the guest, unless it ends by itself.
     pub(crate) stops_ns: Option<u64>,
 }
@@ -102,16 +106,38 @@ impl Case<'_> {
 
     /// As [`Case::replay_on_software`], of a recording with this header.
     pub(crate) fn replay_on_software_as(&self, recorded: &Recorded, header: &Header) -> u64 {
+        let mut machine = self.on_software(recorded, header);
+        let outcome = machine.run().expect("the machine runs");
+        assert_equal(&recorded.outcome, &outcome, 0);
+        machine.engine().instructions_executed()
+    }
+
+    /// Expands a recording with this header, every instruction shown to an observer. Gives how many those
+    /// were.
+    pub(crate) fn expand(&self, recorded: &Recorded, header: &Header) -> u64 {
+        let mut machine = self.on_software(recorded, header);
+        let (window, contents) = (Window::default(), Contents::default());
+        let (counting, control) = (Counting::default(), Control::default());
+        let expanded = expand(&mut machine, window, counting, contents, Threads::Two, &control);
+        let expanded = expanded.expect("it is expanded");
+        assert_equal(&recorded.outcome, &expanded.outcome.expect("it came to its end"), 0);
+        assert_eq!(machine.engine().instructions_executed(), expanded.instructions);
+        assert_eq!(expanded.observer.instructions, expanded.instructions, "each was shown");
+        expanded.instructions
+    }
+
+    fn on_software(
+        &self,
+        recorded: &Recorded,
+        header: &Header,
+    ) -> Machine<RecordedClock, Replaying> {
         let (ram, state, board) = self.load();
         let mut engine = RecordedClock::new(ram, header).expect("the host has memory");
         // As on the hardware: virtual time is not what Linux's RDTSC read there.
         engine.software().stop_time_stamp_counter();
         engine.set_cpu_state(&state).expect("a first state");
         let inputs = Replaying::new(log_of(&recorded.records));
-        let mut machine = Machine::new(engine, board, inputs, TimeSource::Host);
-        let outcome = machine.run().expect("the machine runs");
-        assert_equal(&recorded.outcome, &outcome, 0);
-        machine.engine().instructions_executed()
+        Machine::new(engine, board, inputs, TimeSource::Host)
     }
 
     /// What a host with a PMU writes at the head of such a recording.
@@ -175,7 +201,9 @@ impl Case<'_> {
         world_clock_ns: Arc<AtomicU64>,
     ) -> (BranchClock<V>, Recorded) {
         let seed = hardware.disturbance.seed;
-        let world = SeededWorld::new(seed, self.typed, world_clock_ns).stopping_at(self.stops_ns);
+        let world = SeededWorld::new(seed, self.typed, world_clock_ns)
+            .typing_within(self.longest_pause_ns)
+            .stopping_at(self.stops_ns);
         let inputs = Recording::new(world, LogWriter::new(MemorySink::default()));
         let mut machine = Machine::new(engine, board, inputs, TimeSource::Host);
         let outcome = machine.run().expect("the machine runs");

@@ -42,6 +42,7 @@ impl Case<'_> {
         let (engine, board) = self.start(hardware);
         let seed = hardware.disturbance.seed;
         let world = SeededWorld::new(seed, self.typed, engine.vcpu().world_clock_ns())
+            .typing_within(self.longest_pause_ns)
             .stopping_at(self.stops_ns);
         let inputs = RecordingInputs::new(world, LogWriter::new(writer));
         let mut machine = Machine::new(engine, board, inputs, TimeSource::Host);

@@ -17,6 +17,7 @@ use reprise_simulated_hardware::{Disturbance, Skid};
 use reprise_tests::linux_image::linux_image;
 
 use crate::case::{Case, Hardware, Recorded, assert_equal};
+use crate::world::LONGEST_PAUSE_NS;
 
 const RAM_MIB: u64 = 256;
 /// Instructions from kick to kick: a timer interrupt is due every four million.
@@ -57,7 +58,13 @@ pub(crate) fn case(image: &LinuxImage) -> Case<'_> {
         initrd: Some(&image.initrd.bytes),
         cmdline: &image.command_line,
     };
-    Case { source, ram_mib: RAM_MIB, typed: WORKLOAD_W, stops_ns: None }
+    Case {
+        source,
+        ram_mib: RAM_MIB,
+        typed: WORKLOAD_W,
+        longest_pause_ns: LONGEST_PAUSE_NS,
+        stops_ns: None,
+    }
 }
 
 fn seeds() -> Range<u64> {
@@ -90,7 +97,7 @@ fn linux_starts_and_replays_under_other_seeds() {
         let replay = replay.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
         assert_equal(&recorded.outcome, &replay, seed);
     }
-    case.replay_on_software(&recorded);
+    case.expand(&recorded, &case.header());
 }
 
 /// The counter runs, and every RDTSC is trapped. For it to be found the kernel has to lie where it is linked to.
@@ -122,6 +129,12 @@ fn linux_works_with_its_time_stamps_trapped() {
     replays_with_time_stamps(None, "forked 60");
 }
 
+/// Seeds of [`linux_starts_and_replays_where_everything_disturbs`] that failed once.
+const FAILED_ONCE: &[u64] = &[
+    // An accessed bit that was set early lay in the tables of a process that did not run at the end.
+    9,
+];
+
 /// Everything that disturbs happens far more often than on hardware.
 #[test]
 #[ignore = "takes minutes; REPRISE_LINUX_SEEDS=0..20 says how many recordings"]
@@ -138,7 +151,7 @@ fn linux_starts_and_replays_where_everything_disturbs() {
         };
         Hardware { disturbance, ..intel(seed) }
     };
-    for seed in seeds() {
+    for seed in FAILED_ONCE.iter().copied().chain(seeds()) {
         let recorded = case.record(&harsh(seed));
         let (ticks, records) = (recorded.outcome.ticks, recorded.records.len());
         eprintln!("seed {seed}: {ticks} ticks, {records} records, {:?}", recorded.counts);
@@ -160,6 +173,8 @@ fn linux_works_and_replays_under_a_hundred_seeds() {
     expect_workload(&recorded, started);
     let instructions = case.replay_on_software(&recorded);
     eprintln!("{instructions} instructions on the software CPU, after {:.1?}", started.elapsed());
+    assert_eq!(case.expand(&recorded, &case.header()), instructions);
+    eprintln!("expanded after {:.1?}", started.elapsed());
     for seed in seeds() {
         let (replay, counts) = case.replay(&recorded.records, &intel(seed));
         eprintln!("seed {seed}: replayed after {:.1?}: {counts:?}", started.elapsed());
@@ -176,6 +191,8 @@ fn linux_works_and_replays_on_zen() {
     let started = Instant::now();
     let kept = case.record_to_file(&intel(1), CHECKPOINT_EVERY);
     expect_workload(&kept.recorded, started);
+    case.expand(&kept.recorded, &case.header());
+    eprintln!("expanded after {:.1?}", started.elapsed());
     for seed in seeds() {
         let replay = kept.replay(Start::Run, &zen(seed));
         let replay = replay.unwrap_or_else(|error| panic!("seed {seed}: {error}"));

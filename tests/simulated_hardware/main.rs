@@ -8,9 +8,11 @@ mod crossing;
 mod kept;
 mod linux;
 mod makers;
+mod met;
 mod positions;
 mod probe;
 mod time_stamps;
+mod watched;
 mod world;
 mod zen;
 
@@ -18,11 +20,12 @@ use reprise::boot::GuestSource;
 use reprise_guest_images::{COMPUTE_AT_SCALE_1, embedded};
 
 use case::{Case, Hardware, Recorded, assert_equal};
+use world::LONGEST_PAUSE_NS;
 
 pub(crate) fn guest<'a>(name: &str, cmdline: &'a str, typed: &'a str) -> Case<'a> {
     let guest = embedded(name).expect("it is listed");
     let source = GuestSource { kernel: guest.image, initrd: None, cmdline };
-    Case { source, ram_mib: 32, typed, stops_ns: None }
+    Case { source, ram_mib: 32, typed, longest_pause_ns: LONGEST_PAUSE_NS, stops_ns: None }
 }
 
 fn recorded(case: &Case<'_>, hardware: &Hardware, expected: &str) -> Recorded {

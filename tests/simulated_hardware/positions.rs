@@ -4,6 +4,7 @@
 
 use crate::case::{Case, Hardware, Recorded, assert_equal};
 use crate::guest;
+use crate::met::{ANY, Met, POSITIONS, Position};
 use reprise_branch_clock::settle::Stand;
 use reprise_simulated_hardware::Disturbance;
 
@@ -28,31 +29,82 @@ const FAILED_ONCE: &[(&str, Stand, u64)] = &[
     ("fault", Stand::AtOnce, 4),
 ];
 
-/// Hardware that is kicked so often that every position gets its turn.
-fn kicked_often(seed: u64, stand: Stand) -> Hardware {
-    let disturbance = Disturbance {
-        kick_every: Some(3_000),
-        signal_every: Some(9_000),
-        forget_every: Some(5_000),
-        access_every: Some(1_000),
-        ..Disturbance::intel(seed)
-    };
-    Hardware { disturbance, stand, ..Hardware::intel(seed) }
+/// How a scenario is recorded: distances are mean numbers of instructions.
+#[derive(Clone, Copy)]
+struct Manner {
+    kick_every: u64,
+    signal_every: u64,
+    timer_hz: u64,
+    interrupts: u64,
+    typed: usize,
+    longest_pause_ns: u64,
 }
 
-fn check(name: &str, stand: Stand, seed: u64) -> Recorded {
-    let cmdline = format!("do={name} hz=18000 count=8");
-    let case = guest("positions", &cmdline, "two at one moment");
-    let recorded = case.record(&kicked_often(seed, stand));
+/// As those were that failed once.
+const AS_ONCE: Manner = Manner {
+    kick_every: 3_000,
+    signal_every: 9_000,
+    timer_hz: 18_000,
+    interrupts: 8,
+    typed: 1,
+    longest_pause_ns: 3_000_000,
+};
+
+/// Kicks and interrupts so often that every position of a scenario gets its turn, and typing so fast that
+/// input comes where the timer is due.
+fn often(name: &str) -> Manner {
+    let plain = Manner {
+        kick_every: 500,
+        signal_every: 3_000,
+        timer_hz: 100_000,
+        interrupts: 40,
+        typed: 8,
+        longest_pause_ns: 20_000,
+    };
+    match name {
+        // Mostly the guest sleeps.
+        "hlt" => Manner { kick_every: 12, interrupts: 400, typed: 80, ..plain },
+        // Its handlers' first instructions are few among many.
+        "rep" | "user" => Manner { kick_every: 100, ..plain },
+        _ => plain,
+    }
+}
+
+impl Manner {
+    fn hardware(&self, seed: u64, stand: Stand) -> Hardware {
+        let disturbance = Disturbance {
+            kick_every: Some(self.kick_every),
+            signal_every: Some(self.signal_every),
+            forget_every: Some(5_000),
+            access_every: Some(1_000),
+            ..Disturbance::intel(seed)
+        };
+        Hardware { disturbance, stand, ..Hardware::intel(seed) }
+    }
+}
+
+/// Gives the interrupts, and how often each of the scenario's positions was met.
+fn check(name: &str, manner: &Manner, stand: Stand, seed: u64) -> (u64, Vec<usize>) {
+    let Manner { timer_hz, interrupts, longest_pause_ns, .. } = *manner;
+    let cmdline = format!("do={name} hz={timer_hz} count={interrupts}");
+    let typed = "two at one moment ".repeat(manner.typed);
+    let case = Case { longest_pause_ns, ..guest("positions", &cmdline, &typed) };
+    let (recorded, seen) = case.record_watched(&manner.hardware(seed, stand));
     let banner = format!("positions: {name}, hash ");
     assert!(recorded.console.contains(&banner), "seed {seed}: {:?}", recorded.console);
     for replay in 0..REPLAYS {
         let other = 1_000 * (seed + 1) + replay;
-        replay_on(&case, &recorded, &kicked_often(other, stand));
+        replay_on(&case, &recorded, &AS_ONCE.hardware(other, stand));
         replay_on(&case, &recorded, &Hardware::zen(other));
     }
-    case.replay_on_software(&recorded);
-    recorded
+    case.expand(&recorded, &case.header());
+    let met = Met { seen: &seen, records: &recorded.records };
+    (recorded.outcome.interrupts, positions_of(name).map(|(_, _, count)| count(&met)).collect())
+}
+
+/// The positions that a scenario is to meet.
+fn positions_of(name: &str) -> impl Iterator<Item = &Position> {
+    POSITIONS.iter().filter(move |(scenario, ..)| *scenario == name || *scenario == ANY)
 }
 
 fn replay_on(case: &Case<'_>, recorded: &Recorded, hardware: &Hardware) {
@@ -71,21 +123,27 @@ fn replay_on(case: &Case<'_>, recorded: &Recorded, hardware: &Hardware) {
 
 /// Both policies, many seeds.
 fn check_all(name: &str) {
+    let mut met = vec![0; positions_of(name).count()];
     for stand in [Stand::BehindBranch, Stand::AtOnce] {
         let mut interrupts = 0;
         let recordings = std::env::var("REPRISE_POSITIONS_RECORDINGS")
             .map_or(RECORDINGS, |count| count.parse().expect("it is a number"));
         for seed in 0..recordings {
             eprintln!("{name}, {stand:?}, recorded under seed {seed}");
-            let recorded = check(name, stand, seed);
-            interrupts += recorded.outcome.interrupts;
+            let (came, counts) = check(name, &often(name), stand, seed);
+            interrupts += came;
+            met.iter_mut().zip(counts).for_each(|(met, count)| *met += count);
         }
-        assert!(interrupts >= 8 * recordings, "only {interrupts} interrupts landed");
+        assert!(interrupts >= 40 * recordings, "only {interrupts} interrupts landed");
     }
-    let again = |(failed, _, seed): &&(&str, Stand, u64)| *failed == name && *seed >= RECORDINGS;
+    for ((_, position, _), count) in positions_of(name).zip(met) {
+        eprintln!("{name}: {position}, {count} times");
+        assert!(count > 0, "{name} does not meet {position}");
+    }
+    let again = |(failed, ..): &&(&str, Stand, u64)| *failed == name;
     for (_, stand, seed) in FAILED_ONCE.iter().filter(again) {
         eprintln!("{name}, {stand:?}, recorded under seed {seed}, which failed once");
-        check(name, *stand, *seed);
+        check(name, &AS_ONCE, *stand, *seed);
     }
 }
 

@@ -51,7 +51,7 @@ impl Case<'_> {
         (recorded, traps)
     }
 
-    /// Replays on trapping hardware under each seed, and on the software CPU.
+    /// Replays on trapping hardware under each seed, and expands on the software CPU.
     #[track_caller]
     pub(crate) fn replays_trapping(
         &self,
@@ -65,7 +65,7 @@ impl Case<'_> {
             let replay = replay.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
             assert_equal(&recorded.outcome, &replay, seed);
         }
-        self.replay_on_software_as(recorded, &self.trapped_header());
+        self.expand(recorded, &self.trapped_header());
     }
 }
 

@@ -9,8 +9,8 @@ use reprise_machine::host::{Host, Wake};
 use reprise_random::Random;
 use reprise_trace::event::Ending;
 
-/// So long at most does somebody think before typing on.
-const LONGEST_PAUSE_NS: u64 = 3_000_000;
+/// So long at most does somebody think before typing on, unless told otherwise.
+pub(crate) const LONGEST_PAUSE_NS: u64 = 3_000_000;
 /// Bytes typed at once, at most.
 const LONGEST_BURST: u64 = 6;
 
@@ -22,6 +22,7 @@ pub(crate) struct SeededWorld {
     random: Random,
     script: VecDeque<u8>,
     next_typed_ns: u64,
+    longest_pause_ns: u64,
     /// When somebody stops the run.
     stops_ns: u64,
     /// What the guest wrote on its console.
@@ -36,6 +37,7 @@ impl SeededWorld {
             random: Random::new(seed ^ 0x0077_6f72_6c64),
             script: script.bytes().collect(),
             next_typed_ns: 0,
+            longest_pause_ns: LONGEST_PAUSE_NS,
             stops_ns: u64::MAX,
             console: Vec::new(),
         }
@@ -44,6 +46,11 @@ impl SeededWorld {
     /// Has somebody stop the run then.
     pub(crate) fn stopping_at(self, stops_ns: Option<u64>) -> Self {
         Self { stops_ns: stops_ns.unwrap_or(u64::MAX), ..self }
+    }
+
+    /// Has somebody type on after so long at most.
+    pub(crate) fn typing_within(self, longest_pause_ns: u64) -> Self {
+        Self { longest_pause_ns, ..self }
     }
 
     fn clock_ns(&self) -> u64 {
@@ -60,7 +67,7 @@ impl Host for SeededWorld {
         if self.script.is_empty() || self.clock_ns() < self.next_typed_ns {
             return Vec::new();
         }
-        self.next_typed_ns = self.clock_ns() + self.random.below(LONGEST_PAUSE_NS);
+        self.next_typed_ns = self.clock_ns() + self.random.below(self.longest_pause_ns);
         let burst = 1 + self.random.below(LONGEST_BURST) as usize;
         self.script.drain(..burst.min(room).min(self.script.len())).collect()
     }

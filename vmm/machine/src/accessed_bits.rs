@@ -3,8 +3,13 @@
 //! A CPU may set an accessed bit for a translation that the program never uses (Intel 64 and IA-32
 //! Architectures Software Developer's Manual, volume 3A, 4.8: speculation), so two runs of one guest on
 //! hardware lawfully differ in them, and in nothing else of RAM. Dirty bits are not among them: only a
-//! write that retires sets one. What is set aside is bit 5 of the present entries in the tables that
-//! CR3 leads to, and no other bit; every one of them counts as set.
+//! write that retires sets one. What is set aside is bit 5 of the present entries in page tables, and no
+//! other bit; every one of them counts as set.
+//!
+//! Those are the tables that CR3 leads to, and those of other processes, in which CR3 may have led to early
+//! bits before: kernels map themselves in the upper half of each address space, so a page that has an
+//! entry of the current root's upper half where that has it is another root. Accessed bits decide
+//! nothing of this, so that two runs which differ in them alone find the same tables.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -34,7 +39,8 @@ impl PageTables {
         Self { pages: BTreeSet::new(), entry_bytes: 8 }
     }
 
-    /// Those that CR3 leads to. Costs a pass over the guest RAM that was ever touched.
+    /// Those that CR3 leads to, and those of address spaces with the same kernel. Costs two passes over the
+    /// guest RAM that was ever touched, the second with a look at few entries of each page.
     pub(crate) fn of<E: Engine>(engine: &mut E) -> Result<Self, EngineError> {
         let state = engine.cpu_state()?;
         let Some((format, root)) = format_of(&state) else { return Ok(Self::none()) };
@@ -44,7 +50,8 @@ impl PageTables {
         });
         // By page, the levels at which it is a table: one page may serve at several.
         let mut found: BTreeMap<u64, u32> = BTreeMap::new();
-        let mut open = vec![(root, format.levels - 1)];
+        let roots = others_like(engine, &there, format, root).into_iter().chain([root]);
+        let mut open: Vec<(u64, u32)> = roots.map(|root| (root, format.levels - 1)).collect();
         while let Some((page, level)) = open.pop() {
             let levels = found.entry(page).or_default();
             if !there.contains(&page) || *levels & 1 << level != 0 {
@@ -85,6 +92,40 @@ impl PageTables {
     }
 }
 
+/// The roots of address spaces that share an entry of the upper half with this one.
+fn others_like<E: Engine>(
+    engine: &E,
+    there: &BTreeSet<u64>,
+    format: Format,
+    root: u64,
+) -> BTreeSet<u64> {
+    let mut others = BTreeSet::new();
+    // With PAE the root is four entries, which lie anywhere.
+    if format.levels == 3 || !there.contains(&root) {
+        return others;
+    }
+    let mut bytes = [0; PAGE_BYTES];
+    engine.read_ram(root, &mut bytes);
+    let upper_half = PAGE_BYTES / format.entry_bytes / 2;
+    let kernel: Vec<(usize, u64)> = entries(&bytes, format.entry_bytes)
+        .enumerate()
+        .skip(upper_half)
+        .filter(|(_, entry)| entry & PRESENT != 0)
+        .map(|(index, entry)| (index, entry | ACCESSED))
+        .collect();
+    engine.visit_ram(&mut |start, piece| {
+        for (address, page) in (start..).step_by(PAGE_BYTES).zip(piece.chunks_exact(PAGE_BYTES)) {
+            let shares = |(index, entry): &(usize, u64)| {
+                entry_at(page, *index, format.entry_bytes) | ACCESSED == *entry
+            };
+            if kernel.iter().any(shares) {
+                others.insert(address);
+            }
+        }
+    });
+    others
+}
+
 fn format_of(state: &CpuState) -> Option<(Format, u64)> {
     if state.cr0 & CR0_PG == 0 {
         return None;
@@ -100,9 +141,124 @@ fn format_of(state: &CpuState) -> Option<(Format, u64)> {
 }
 
 fn entries(page: &[u8], entry_bytes: usize) -> impl Iterator<Item = u64> + '_ {
-    page.chunks_exact(entry_bytes).map(|bytes| {
-        let mut entry = [0; 8];
-        entry[..bytes.len()].copy_from_slice(bytes);
-        u64::from_le_bytes(entry)
-    })
+    (0..page.len() / entry_bytes).map(move |index| entry_at(page, index, entry_bytes))
+}
+
+fn entry_at(page: &[u8], index: usize, entry_bytes: usize) -> u64 {
+    let mut entry = [0; 8];
+    entry[..entry_bytes].copy_from_slice(&page[index * entry_bytes..][..entry_bytes]);
+    u64::from_le_bytes(entry)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use reprise_trace::moment::{Moment, TickKind};
+
+    use super::*;
+    use crate::clock::TimeBase;
+    use crate::engine::{Exit, FlagKick, Kick};
+    use crate::paging::{DIRTY, write_ram};
+    use crate::ram::GuestRam;
+
+    const ROOT: u64 = 0x1000;
+    const OTHER_ROOT: u64 = 0x2000;
+    const KERNEL: u64 = 0x3000;
+    /// The other address space's own tables, from the top, and no table.
+    const OTHERS: [u64; 3] = [0x4000, 0x5000, 0x6000];
+    const DATA: u64 = 0x7000;
+
+    /// Nothing but memory and the state that says how it is paged.
+    struct Memory(GuestRam);
+
+    impl Engine for Memory {
+        fn tick_kind(&self) -> TickKind {
+            TickKind::ConditionalBranch
+        }
+        fn tick(&self) -> u64 {
+            0
+        }
+        fn run(&mut self, _until: u64) -> Result<Exit, EngineError> {
+            Ok(Exit::Halt)
+        }
+        fn finish_access(&mut self, _value: u128) -> Result<(), EngineError> {
+            Ok(())
+        }
+        fn interruptible(&mut self) -> Result<bool, EngineError> {
+            Ok(true)
+        }
+        fn set_interrupt_request(&mut self, _wanted: bool) {}
+        fn inject(&mut self, _vector: u8) -> Result<(), EngineError> {
+            Ok(())
+        }
+        fn set_time_base(&mut self, _base: TimeBase) {}
+        fn moment(&mut self) -> Result<Moment, EngineError> {
+            Ok(Moment { tick: 0, rip: 0, rcx: 0 })
+        }
+        fn cpu_state(&mut self) -> Result<CpuState, EngineError> {
+            let (cr0, cr4, efer) = (CR0_PG, CR4_PAE, EFER_LMA);
+            Ok(CpuState { cr0, cr3: ROOT, cr4, efer, ..CpuState::default() })
+        }
+        fn set_cpu_state(&mut self, _state: &CpuState) -> Result<(), EngineError> {
+            Ok(())
+        }
+        fn read_ram(&self, address: u64, bytes: &mut [u8]) {
+            self.0.read(address, bytes);
+        }
+        fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8])) {
+            self.0.visit(visit);
+        }
+        fn kicker(&self) -> Arc<dyn Kick> {
+            Arc::new(FlagKick::default())
+        }
+    }
+
+    /// Two address spaces with one kernel, CR3 leading to the first; bits are added to entries.
+    fn counted(more: &[(u64, u64)]) -> Vec<Vec<u8>> {
+        let ram = GuestRam::new(4).expect("the host has 4 MiB");
+        let [directory_pointers, directory, table] = OTHERS;
+        let entries = [
+            (ROOT + 511 * 8, KERNEL | PRESENT),
+            (OTHER_ROOT + 511 * 8, KERNEL | PRESENT),
+            (OTHER_ROOT, directory_pointers | PRESENT),
+            (directory_pointers + 8, directory | PRESENT),
+            (directory + 16, table | PRESENT),
+            (table + 24, DATA | PRESENT),
+            (DATA, PRESENT),
+        ];
+        for (address, entry) in entries {
+            let of = |(at, bits): &(u64, u64)| if *at == address { *bits } else { 0 };
+            let bits = more.iter().map(of).fold(0, |all, bits| all | bits);
+            write_ram(&ram, address, &(entry | bits).to_le_bytes());
+        }
+        let mut memory = Memory(ram);
+        let tables = PageTables::of(&mut memory).expect("it does not fail");
+        let mut pages = Vec::new();
+        memory.visit_ram(&mut |start, piece| {
+            for (address, page) in (start..).step_by(PAGE_BYTES).zip(piece.chunks(PAGE_BYTES)) {
+                pages.push(tables.as_counted(address, page, &mut [0; PAGE_BYTES]).to_vec());
+            }
+        });
+        pages
+    }
+
+    #[test]
+    fn tables_of_other_processes_have_their_accessed_bits_set_aside() {
+        let plain = counted(&[]);
+        let [directory_pointers, directory, table] = OTHERS;
+        let entries = [
+            ROOT + 511 * 8,
+            OTHER_ROOT + 511 * 8,
+            OTHER_ROOT,
+            directory_pointers + 8,
+            directory + 16,
+            table + 24,
+        ];
+        for entry in entries {
+            assert!(counted(&[(entry, ACCESSED)]) == plain, "the one at {entry:#x}");
+            assert!(counted(&[(entry, DIRTY)]) != plain, "the one at {entry:#x}");
+        }
+        assert!(counted(&[(DATA, ACCESSED)]) != plain, "data is no table");
+    }
 }

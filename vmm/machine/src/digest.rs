@@ -14,7 +14,7 @@ const ZERO_PAGE: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 pub enum AccessedBits {
     /// As every other bit of RAM.
     Exact,
-    /// Not in the tables that CR3 leads to: hardware that runs freely may set them early
+    /// Not in page tables: hardware that runs freely may set them early
     /// (`accessed_bits.rs`).
     SetAside,
 }

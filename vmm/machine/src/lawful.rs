@@ -17,7 +17,7 @@ pub enum Lawful {
     X87LastInstruction,
     /// Flags that the guest's last instructions left undefined, so that they are another CPU's own.
     UndefinedFlags,
-    /// Accessed bits in the tables that CR3 leads to (`accessed_bits.rs`).
+    /// Accessed bits in page tables (`accessed_bits.rs`).
     AccessedBits,
 }
 

@@ -1,0 +1,194 @@
+//! A vCPU that notes what its guest was about to do when it was kicked and when an interrupt came, so that
+//! a test can say which positions it has met.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use iced_x86::Instruction;
+use reprise_branch_clock::engine::{BranchClock, Parameters};
+use reprise_branch_clock::guest_code::linear_of;
+use reprise_branch_clock::vcpu::{Vcpu, VcpuExit};
+use reprise_machine::engine::{Engine, EngineError, Kick};
+use reprise_machine::paging::Paging;
+use reprise_machine::ram::GuestRam;
+use reprise_simulated_hardware::SimulatedVcpu;
+use reprise_trace::cpu_state::{CS, CpuState};
+
+use crate::case::{Case, Hardware, Recorded};
+
+/// Bytes that are kept from before RIP.
+const BEFORE: u64 = 8;
+/// Bytes that are kept from RIP on.
+const FROM_HERE: usize = 8;
+
+/// What came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum What {
+    /// A kick; the guest has not stood anywhere since interrupts opened.
+    Kick { at_window: bool },
+    /// The exit that says that interrupts are open.
+    Window,
+    /// An external interrupt is delivered here.
+    Interrupt { vector: u8, at_window: bool },
+}
+
+/// The place where it came.
+#[derive(Clone, Debug)]
+pub(crate) struct Seen {
+    pub(crate) what: What,
+    pub(crate) state: CpuState,
+    before: [u8; BEFORE as usize],
+    here: [u8; FROM_HERE],
+}
+
+impl Seen {
+    pub(crate) fn is_kick(&self) -> bool {
+        matches!(self.what, What::Kick { .. })
+    }
+
+    pub(crate) fn is_interrupt(&self) -> bool {
+        matches!(self.what, What::Interrupt { .. })
+    }
+
+    pub(crate) fn is_at_window(&self) -> bool {
+        use What::{Interrupt, Kick};
+        matches!(self.what, Kick { at_window: true } | Interrupt { at_window: true, .. })
+    }
+
+    /// Whether the next instruction begins with these bytes.
+    pub(crate) fn is_at(&self, code: &[u8]) -> bool {
+        self.here.starts_with(code)
+    }
+
+    /// Whether these bytes lie right before the next instruction, `behind` bytes between.
+    pub(crate) fn follows(&self, code: &[u8], behind: usize) -> bool {
+        self.before[..BEFORE as usize - behind].ends_with(code)
+    }
+
+    pub(crate) fn in_user_code(&self) -> bool {
+        self.state.segments[CS].selector & 3 == 3
+    }
+}
+
+/// The vCPU that is watched.
+pub(crate) struct Watched<V> {
+    vcpu: V,
+    seen: Vec<Seen>,
+    /// The last exit was for a window.
+    at_window: bool,
+}
+
+impl<V: Vcpu> Watched<V> {
+    fn note(&mut self, what: What) -> Result<(), EngineError> {
+        let state = self.vcpu.state()?;
+        let (mut before, mut here) = ([0; BEFORE as usize], [0; FROM_HERE]);
+        let linear = linear_of(&state, state.rip);
+        let paging = Paging::from(&state);
+        paging.read_prefix(self.vcpu.ram(), linear.wrapping_sub(BEFORE), &mut before);
+        paging.read_prefix(self.vcpu.ram(), linear, &mut here);
+        self.seen.push(Seen { what, state, before, here });
+        Ok(())
+    }
+}
+
+impl Case<'_> {
+    /// As [`Case::record`], and what was met.
+    pub(crate) fn record_watched(&self, hardware: &Hardware) -> (Recorded, Vec<Seen>) {
+        let (ram, state, board) = self.load();
+        let mut vcpu = SimulatedVcpu::new(ram, hardware.disturbance).expect("the host has memory");
+        vcpu.hide_time_stamp_counter();
+        let world_clock_ns = vcpu.world_clock_ns();
+        let vcpu = Watched { vcpu, seen: Vec::new(), at_window: false };
+        let parameters = Parameters { skid: hardware.skid, stand: hardware.stand };
+        let mut engine = BranchClock::new(vcpu, parameters).expect("it counts");
+        engine.set_cpu_state(&state).expect("a first state");
+        let (engine, recorded) = self.record_on(hardware, engine, board, world_clock_ns);
+        (recorded, engine.vcpu().seen.clone())
+    }
+}
+
+impl<V: Vcpu> Vcpu for Watched<V> {
+    fn enter(&mut self) -> Result<VcpuExit, EngineError> {
+        let exit = self.vcpu.enter()?;
+        let at_window = std::mem::replace(&mut self.at_window, exit == VcpuExit::InterruptWindow);
+        match exit {
+            VcpuExit::Interrupted { kicked: true } => self.note(What::Kick { at_window })?,
+            VcpuExit::InterruptWindow => self.note(What::Window)?,
+            _ => {}
+        }
+        Ok(exit)
+    }
+
+    fn inject(&mut self, vector: u8) -> Result<(), EngineError> {
+        self.note(What::Interrupt { vector, at_window: self.at_window })?;
+        self.vcpu.inject(vector)
+    }
+
+    fn finish_access(&mut self, value: u128) -> Result<bool, EngineError> {
+        self.vcpu.finish_access(value)
+    }
+
+    fn conditional_branches(&mut self) -> Result<u64, EngineError> {
+        self.vcpu.conditional_branches()
+    }
+
+    fn set_overflow(&mut self, branches: Option<u64>) -> Result<(), EngineError> {
+        self.vcpu.set_overflow(branches)
+    }
+
+    fn set_breakpoints(&mut self, addresses: &[u64]) -> Result<(), EngineError> {
+        self.vcpu.set_breakpoints(addresses)
+    }
+
+    fn step_off(&mut self) -> Result<(), EngineError> {
+        self.vcpu.step_off()
+    }
+
+    fn state(&mut self) -> Result<CpuState, EngineError> {
+        self.vcpu.state()
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
+        self.vcpu.set_state(state)
+    }
+
+    fn interruptible(&mut self) -> Result<bool, EngineError> {
+        self.vcpu.interruptible()
+    }
+
+    fn set_window_request(&mut self, wanted: bool) {
+        self.vcpu.set_window_request(wanted);
+    }
+
+    fn catch_breakpoint_instructions(&mut self, catch: bool) -> Result<(), EngineError> {
+        self.vcpu.catch_breakpoint_instructions(catch)
+    }
+
+    fn pass_breakpoint_instruction(&mut self) -> Result<(), EngineError> {
+        self.vcpu.pass_breakpoint_instruction()
+    }
+
+    fn watch_writes(&mut self, physical: Range<u64>, watch: bool) -> Result<(), EngineError> {
+        self.vcpu.watch_writes(physical, watch)
+    }
+
+    fn retire_instruction(&mut self, after: &CpuState) -> Result<(), EngineError> {
+        self.vcpu.retire_instruction(after)
+    }
+
+    fn write_ram(&mut self, address: u64, bytes: &[u8]) {
+        self.vcpu.write_ram(address, bytes);
+    }
+
+    fn instruction_at(&self, state: &CpuState) -> Option<Instruction> {
+        self.vcpu.instruction_at(state)
+    }
+
+    fn ram(&self) -> &GuestRam {
+        self.vcpu.ram()
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        self.vcpu.kicker()
+    }
+}
