@@ -27,4 +27,5 @@ pub mod probe;
 pub mod retired;
 pub mod settle;
 pub mod time_stamp_trap;
+pub mod trap_probe;
 pub mod vcpu;

@@ -17,6 +17,7 @@ use reprise_trace::register_bits::RFLAGS_RF;
 
 use crate::access::PendingExit;
 use crate::branch_counter::BranchCounter;
+use crate::breakpoint_instruction::CaughtBy;
 use crate::error::KvmError;
 use crate::perf_host::PerfHost;
 use crate::vcpu::RawExit;
@@ -27,30 +28,42 @@ use crate::{KvmClock, KvmEngine, state};
 const DR7_FIXED: u64 = 0x400;
 /// KVM's vCPU with a counter.
 pub struct PmuVcpu {
-    engine: KvmEngine,
-    counter: BranchCounter,
+    pub(crate) engine: KvmEngine,
+    /// None only where something else is tried.
+    counter: Option<BranchCounter>,
     window_wanted: bool,
     /// RFLAGS.RF is set so that the instruction at RIP executes.
     resuming: bool,
     breakpoints_set: bool,
     watchdog: Option<Watchdog>,
     /// INT3 comes back.
-    catches_breakpoints: bool,
+    pub(crate) catches_breakpoints: bool,
+    /// Who gave back the INT3 that the guest stands at.
+    pub(crate) caught_by: CaughtBy,
+    /// Writes to watched RAM that are done, and that nobody has been told of.
+    pub(crate) watched_writes: Vec<Range<u64>>,
 }
 
 impl PmuVcpu {
     /// A vCPU whose memory is `ram`, for the calling thread.
     pub(crate) fn new(ram: GuestRam, host: &dyn PerfHost) -> Result<Self, KvmError> {
-        let engine = KvmEngine::untested(ram, KvmClock::Sync)?;
+        let vcpu = Self::without_counter(ram)?;
         let counter = BranchCounter::open(host).map_err(KvmError::NoBranchCounter)?;
+        Ok(Self { counter: Some(counter), ..vcpu })
+    }
+
+    /// As [`Self::new`], for trying what needs no counter.
+    pub(crate) fn without_counter(ram: GuestRam) -> Result<Self, KvmError> {
         Ok(Self {
-            engine,
-            counter,
+            engine: KvmEngine::untested(ram, KvmClock::Sync)?,
+            counter: None,
             window_wanted: false,
             resuming: false,
             breakpoints_set: false,
             watchdog: None,
             catches_breakpoints: false,
+            caught_by: CaughtBy::Hardware,
+            watched_writes: Vec::new(),
         })
     }
 
@@ -59,8 +72,15 @@ impl PmuVcpu {
         self.watchdog = Some(Watchdog::start(self.engine.kicker(), limit));
     }
 
-    pub(crate) fn counter(&self) -> &BranchCounter {
-        &self.counter
+    /// Its counter.
+    ///
+    /// # Errors
+    /// It was made without one.
+    pub(crate) fn counter(&mut self) -> Result<&mut BranchCounter, KvmError> {
+        self.counter.as_mut().ok_or_else(|| KvmError::Unusable {
+            path: "a vCPU made without a counter".into(),
+            reason: "it counts nothing".into(),
+        })
     }
 
     /// [`KvmEngine::run_signalled`], watched.
@@ -121,6 +141,9 @@ impl PmuVcpu {
         if let Some(pending) = self.engine.pending {
             return Ok(access_of(self.engine.present(pending)));
         }
+        if let Some(exit) = self.watched_write() {
+            return Ok(exit);
+        }
         let exit = match self.engine.queued.take() {
             Some(exit) => exit,
             None => {
@@ -128,13 +151,21 @@ impl PmuVcpu {
                 self.run_guest()?
             }
         };
-        if self.resuming && exit != RawExit::Interrupted {
+        let exit = self.carry_out_writes(exit)?;
+        if self.resuming && exit != Some(RawExit::Interrupted) {
             self.set_resume_flag(false)?;
+        }
+        if let Some(written) = self.watched_write() {
+            self.engine.queued = exit;
+            return Ok(written);
+        }
+        let exit = exit.unwrap_or(RawExit::Interrupted);
+        if self.caught_breakpoint_instruction(exit)? {
+            return Ok(VcpuExit::BreakpointInstruction);
         }
         Ok(match exit {
             RawExit::Interrupted => VcpuExit::Interrupted { kicked: self.engine.kick.take() },
             RawExit::InterruptWindow => VcpuExit::InterruptWindow,
-            RawExit::Debug { vector: 3 } => VcpuExit::BreakpointInstruction,
             RawExit::Debug { .. } => VcpuExit::Breakpoint,
             RawExit::Halt => {
                 self.engine.halted = true;
@@ -188,6 +219,10 @@ impl Vcpu for PmuVcpu {
             return Ok(false);
         }
         self.engine.settle()?;
+        if let Some(exit) = self.engine.queued.take() {
+            // An input to watched RAM: told with the next entry.
+            self.engine.queued = self.carry_out_writes(exit)?;
+        }
         if self.engine.queued.is_some() {
             return Ok(false);
         }
@@ -197,11 +232,11 @@ impl Vcpu for PmuVcpu {
     }
 
     fn conditional_branches(&mut self) -> Result<u64, EngineError> {
-        Ok(self.counter.read()?)
+        Ok(self.counter()?.read()?)
     }
 
     fn set_overflow(&mut self, branches: Option<u64>) -> Result<(), EngineError> {
-        Ok(self.counter.interrupt_after(branches)?)
+        Ok(self.counter()?.interrupt_after(branches)?)
     }
 
     fn set_breakpoints(&mut self, addresses: &[u64]) -> Result<(), EngineError> {
@@ -248,19 +283,11 @@ impl Vcpu for PmuVcpu {
     }
 
     fn pass_breakpoint_instruction(&mut self) -> Result<(), EngineError> {
-        const BREAKPOINT: u8 = 3;
-        let fd = &self.engine.vcpu.fd;
-        let mut events = state::read_events(fd)?;
-        events.exception.injected = 1;
-        events.exception.nr = BREAKPOINT;
-        events.exception.has_error_code = 0;
-        let set = fd.set_vcpu_events(&events);
-        Ok(set.map_err(|errno| KvmError::refused("KVM_SET_VCPU_EVENTS", errno))?)
+        Ok(self.pass_on_breakpoint_instruction()?)
     }
 
-    fn watch_writes(&mut self, _physical: Range<u64>, _watch: bool) -> Result<(), EngineError> {
-        let what = "writes to the guest's text are not watched under KVM yet: use --engine soft";
-        Err(EngineError { what: what.to_owned() })
+    fn watch_writes(&mut self, physical: Range<u64>, watch: bool) -> Result<(), EngineError> {
+        Ok(self.engine.vcpu.memory.watch(physical, watch)?)
     }
 
     fn retire_instruction(&mut self, after: &CpuState) -> Result<(), EngineError> {

@@ -13,6 +13,7 @@ mod access;
 mod branch_counter;
 mod branch_events;
 mod branch_vcpu;
+mod breakpoint_instruction;
 mod counter_refusal;
 mod counters;
 mod cpuid;
@@ -31,9 +32,11 @@ mod state;
 mod step;
 mod time_stamp;
 mod transfer;
+mod trap;
 pub mod user_oracle;
 mod vcpu;
 mod watchdog;
+mod watched_writes;
 
 #[cfg(test)]
 mod fake_perf_host;
@@ -47,4 +50,5 @@ pub use error::KvmError;
 pub use host::KvmKind;
 pub use nondeterminism::{Precaution, precautions};
 pub use pmu::{PmuEngine, SelfTesting, pmu_clock, pmu_counter, pmu_engine};
+pub use trap::time_stamp_trap;
 pub use report::{ByLevel, Capability, CounterOfCpu, Finding, KvmReport, opens, probe};

@@ -1,33 +1,270 @@
-//! Guest RAM as KVM's memory slots.
+//! Guest RAM as KVM's memory slots, some of them read-only.
+//!
+//! RAM is one mapping, and slots are views of it. A page whose writes are watched lies in a read-only slot:
+//! the guest reads it and executes it at full speed, and a write comes back as if nothing were there. KVM
+//! makes no slot read-only that exists (it answers EINVAL), so a view is taken away and made anew, which costs
+//! the guest what it had of translations. The vCPU does not run meanwhile, and never misses a view.
 
-use kvm_bindings::kvm_userspace_memory_region;
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use kvm_bindings::{KVM_CAP_READONLY_MEM, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use reprise_machine::ram::GuestRam;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::error::KvmError;
 
-/// Gives every region of `ram` to the virtual machine. Addresses outside stay without a slot, so
-/// that an access there exits as MMIO.
-///
-/// # Safety
-/// `ram` must outlive the virtual machine and every vCPU in it.
-pub(crate) unsafe fn map_ram(vm: &VmFd, ram: &GuestRam) -> Result<(), KvmError> {
-    for (slot, region) in (0u32..).zip(ram.memory().iter()) {
-        let host = region.get_host_address(MemoryRegionAddress(0)).map_err(|error| {
-            KvmError::Unusable { path: "guest RAM".into(), reason: error.to_string() }
-        })?;
-        let slot_region = kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: region.start_addr().0,
-            memory_size: region.len(),
-            userspace_addr: host as u64,
+const PAGE_BYTES: u64 = 0x1000;
+
+/// A piece of guest RAM that is contiguous on the host.
+#[derive(Clone, Copy, Debug)]
+struct Region {
+    start: u64,
+    end: u64,
+    /// The host's address of its first byte.
+    host: u64,
+}
+
+/// A view of guest RAM: its end, and whether the guest only reads it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct View {
+    end: u64,
+    read_only: bool,
+}
+
+/// A virtual machine's memory. Addresses outside RAM are without a slot, so that an access there exits as
+/// MMIO.
+pub(crate) struct Memory {
+    vm: VmFd,
+    regions: Vec<Region>,
+    /// By guest-physical start, each with its slot's number.
+    mapped: BTreeMap<u64, (View, u32)>,
+    unused_slots: Vec<u32>,
+    watched: PageRanges,
+}
+
+impl Memory {
+    /// Gives all of `ram` to the virtual machine.
+    ///
+    /// # Safety
+    /// `ram` must outlive what this gives and every vCPU of the virtual machine.
+    pub(crate) unsafe fn map(vm: VmFd, ram: &GuestRam) -> Result<Self, KvmError> {
+        let mut regions = Vec::new();
+        for region in ram.memory().iter() {
+            let host = region.get_host_address(MemoryRegionAddress(0)).map_err(|error| {
+                KvmError::Unusable { path: "guest RAM".into(), reason: error.to_string() }
+            })?;
+            let start = region.start_addr().0;
+            regions.push(Region { start, end: start + region.len(), host: host as u64 });
+        }
+        let mut memory = Self {
+            vm,
+            regions,
+            mapped: BTreeMap::new(),
+            unused_slots: Vec::new(),
+            watched: PageRanges::default(),
         };
-        // SAFETY: the range is one whole mapping of guest RAM, which outlives the VM by this
-        // function's own contract, and slots do not overlap because regions do not.
-        unsafe { vm.set_user_memory_region(slot_region) }
-            .map_err(|errno| KvmError::refused(format!("memory slot {slot}"), errno))?;
+        memory.bring_up_to_date()?;
+        Ok(memory)
     }
-    Ok(())
+
+    /// The virtual machine.
+    pub(crate) fn vm(&self) -> &VmFd {
+        &self.vm
+    }
+
+    /// Has writes to the pages that `range` touches come back, or no longer.
+    pub(crate) fn watch(&mut self, range: Range<u64>, watch: bool) -> Result<(), KvmError> {
+        if watch && self.vm.check_extension_raw(u64::from(KVM_CAP_READONLY_MEM)) <= 0 {
+            return Err(KvmError::Lacks("KVM_CAP_READONLY_MEM"));
+        }
+        let pages = range.start & !(PAGE_BYTES - 1)..range.end.next_multiple_of(PAGE_BYTES);
+        match watch {
+            true => self.watched.insert(pages),
+            false => self.watched.remove(pages),
+        }
+        self.bring_up_to_date()
+    }
+
+    /// Whether a write of RAM here comes back.
+    pub(crate) fn is_watched(&self, address: u64) -> bool {
+        self.watched.contains(address)
+    }
+
+    /// The views that RAM should have, in the order of their addresses.
+    fn wanted(&self) -> Vec<(u64, View)> {
+        let mut wanted = Vec::new();
+        for region in &self.regions {
+            let mut at = region.start;
+            for range in self.watched.overlapping(region.start..region.end) {
+                if range.start > at {
+                    wanted.push((at, View { end: range.start, read_only: false }));
+                }
+                wanted.push((range.start, View { end: range.end, read_only: true }));
+                at = range.end;
+            }
+            if region.end > at {
+                wanted.push((at, View { end: region.end, read_only: false }));
+            }
+        }
+        wanted
+    }
+
+    /// Takes away the views that are not wanted any more, and makes those that are missing. All others
+    /// stay as they are.
+    fn bring_up_to_date(&mut self) -> Result<(), KvmError> {
+        let wanted: BTreeMap<u64, View> = self.wanted().into_iter().collect();
+        let stale = |(start, (view, _)): (&u64, &(View, u32))| {
+            (wanted.get(start) != Some(view)).then_some(*start)
+        };
+        let stale: Vec<u64> = self.mapped.iter().filter_map(stale).collect();
+        for start in stale {
+            let Some((_, slot)) = self.mapped.remove(&start) else { continue };
+            let nothing = kvm_userspace_memory_region { slot, ..Default::default() };
+            self.set(nothing)?;
+            self.unused_slots.push(slot);
+        }
+        for (start, view) in wanted {
+            if self.mapped.contains_key(&start) {
+                continue;
+            }
+            let next = self.mapped.len() + self.unused_slots.len();
+            let slot = self.unused_slots.pop().unwrap_or(next as u32);
+            let userspace_addr = self.host_address(start);
+            self.set(kvm_userspace_memory_region {
+                slot,
+                flags: if view.read_only { KVM_MEM_READONLY } else { 0 },
+                guest_phys_addr: start,
+                memory_size: view.end - start,
+                userspace_addr,
+            })?;
+            self.mapped.insert(start, (view, slot));
+        }
+        Ok(())
+    }
+
+    fn host_address(&self, address: u64) -> u64 {
+        let inside = |region: &&Region| (region.start..region.end).contains(&address);
+        let region = self.regions.iter().find(inside).expect("every view lies in a region");
+        region.host + (address - region.start)
+    }
+
+    fn set(&self, region: kvm_userspace_memory_region) -> Result<(), KvmError> {
+        // SAFETY: the range is nothing, or part of the mapping of guest RAM, which outlives the virtual
+        // machine as `map` demands; views do not overlap, since regions and ranges of pages do not.
+        unsafe { self.vm.set_user_memory_region(region) }
+            .map_err(|errno| KvmError::refused(format!("memory slot {}", region.slot), errno))
+    }
+}
+
+/// Ranges of guest-physical pages that neither overlap nor touch: end by start.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct PageRanges(BTreeMap<u64, u64>);
+
+impl PageRanges {
+    fn insert(&mut self, range: Range<u64>) {
+        let mut whole = range;
+        // What overlaps or touches becomes part of it.
+        let near: Vec<Range<u64>> =
+            self.overlapping(whole.start.saturating_sub(1)..whole.end + 1).collect();
+        for range in near {
+            self.0.remove(&range.start);
+            whole = whole.start.min(range.start)..whole.end.max(range.end);
+        }
+        if !whole.is_empty() {
+            self.0.insert(whole.start, whole.end);
+        }
+    }
+
+    fn remove(&mut self, range: Range<u64>) {
+        if range.is_empty() {
+            return;
+        }
+        for found in self.overlapping(range.clone()).collect::<Vec<_>>() {
+            self.0.remove(&found.start);
+            for rest in [found.start..range.start, range.end..found.end] {
+                if !rest.is_empty() {
+                    self.0.insert(rest.start, rest.end);
+                }
+            }
+        }
+    }
+
+    fn contains(&self, address: u64) -> bool {
+        self.0.range(..=address).next_back().is_some_and(|(_, end)| address < *end)
+    }
+
+    /// Those that overlap, whole, in the order of their addresses.
+    fn overlapping(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+        let before = self.0.range(..range.start).next_back();
+        let all = before.into_iter().chain(self.0.range(range.clone()));
+        let all = all.map(|(start, end)| *start..*end);
+        all.filter(move |found| found.end > range.start)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::require_kvm;
+    use crate::vcpu::{DEVICE, open};
+    use reprise_machine::ram::{HOLE_END, HOLE_START};
+
+    /// A generator of numbers that a seed decides.
+    fn random(seed: &mut u64) -> u64 {
+        *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        *seed >> 33
+    }
+
+    #[test]
+    fn ranges_of_pages_are_what_single_pages_are() {
+        const PAGES: u64 = 40;
+        for seed in 0..50 {
+            let (mut state, mut ranges, mut single) = (seed, PageRanges::default(), [false; 40]);
+            for _ in 0..60 {
+                let start = random(&mut state) % PAGES;
+                let end = (start + random(&mut state) % 9).min(PAGES);
+                let insert = random(&mut state).is_multiple_of(2);
+                let range = start * PAGE_BYTES..end * PAGE_BYTES;
+                if insert { ranges.insert(range) } else { ranges.remove(range) }
+                single[start as usize..end as usize].fill(insert);
+                for (page, expected) in (0..).zip(single) {
+                    let last = page * PAGE_BYTES + PAGE_BYTES - 1;
+                    assert_eq!(ranges.contains(last), expected, "seed {seed}, page {page}");
+                }
+                let apart = ranges.0.iter().zip(ranges.0.iter().skip(1));
+                assert!(apart.clone().all(|((_, end), (start, _))| end < start), "seed {seed}");
+            }
+        }
+    }
+
+    /// KVM takes every view, RAM is covered once, and nothing else is.
+    #[test]
+    fn views_follow_what_is_watched() {
+        require_kvm!();
+        let ram = GuestRam::new(4).expect("4 MiB");
+        let vm = open(DEVICE).expect("KVM").create_vm().expect("a virtual machine");
+        // SAFETY: `memory` is dropped before `ram`.
+        let mut memory = unsafe { Memory::map(vm, &ram) }.expect("KVM takes it");
+        let views = |memory: &Memory| -> Vec<(u64, u64, bool)> {
+            let views = memory.mapped.iter();
+            views.map(|(start, (view, _))| (*start, view.end, view.read_only)).collect()
+        };
+        let end = ram.ram_bytes();
+        let whole = vec![(0, HOLE_START, false), (HOLE_END, end, false)];
+        assert_eq!(views(&memory), whole);
+        memory.watch(0x10_0ff0..0x10_1010, true).expect("KVM takes it");
+        let split = [(0x10_0000, 0x10_2000, true), (0x10_2000, end, false)];
+        assert_eq!(views(&memory)[1..], [&[(HOLE_END, 0x10_0000, false)][..], &split].concat());
+        memory.watch(0x10_1000..0x10_1001, false).expect("KVM takes it");
+        assert!(memory.is_watched(0x10_0fff) && !memory.is_watched(0x10_1000));
+        assert_eq!(views(&memory)[3], (0x10_1000, end, false));
+        // From the first byte of RAM to its end.
+        memory.watch(0..1, true).expect("KVM takes it");
+        memory.watch(end - 1..end, true).expect("KVM takes it");
+        assert_eq!(views(&memory).last(), Some(&(end - PAGE_BYTES, end, true)));
+        memory.watch(0..end, false).expect("KVM takes it");
+        assert_eq!(views(&memory), whole);
+    }
 }

@@ -18,7 +18,7 @@ use crate::vcpu::{DEVICE, open};
 
 /// So long at most does the guest that tries the counter run at a stretch: a ten thousandth of this,
 /// where hardware runs it.
-const TIME_LIMIT: Duration = Duration::from_secs(1);
+pub(crate) const TIME_LIMIT: Duration = Duration::from_secs(1);
 
 /// Whether the counter is tried out before a guest depends on it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,8 +49,8 @@ fn engine_on(
     if testing == SelfTesting::Run {
         self_test(host)??;
     }
-    let vcpu = PmuVcpu::new(ram, host)?;
-    let skid = vcpu.counter().skid();
+    let mut vcpu = PmuVcpu::new(ram, host)?;
+    let skid = vcpu.counter()?.skid();
     BranchClock::new(vcpu, Parameters::with_skid(skid))
 }
 
@@ -113,7 +113,10 @@ fn self_test(host: &dyn PerfHost) -> Result<Result<String, KvmError>, EngineErro
         Err(error) => return Ok(Err(error)),
     };
     vcpu.watch(TIME_LIMIT);
-    let (event, skid) = (vcpu.counter().event(), vcpu.counter().skid());
+    let (event, skid) = match vcpu.counter() {
+        Ok(counter) => (counter.event(), counter.skid()),
+        Err(error) => return Ok(Err(error)),
+    };
     Ok(match what_is_wrong(&mut vcpu, skid, event.skid_is_bounded())? {
         Some(reason) => Err(KvmError::NoBranchCounter(CounterRefusal::SelfTest(reason))),
         None => Ok(said_for(event, &host.facts())),

@@ -3,14 +3,14 @@
 use std::fmt;
 
 use kvm_bindings::*;
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd};
 use reprise_machine::ram::GuestRam;
 use vmm_sys_util::errno::Error as Errno;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
 use crate::error::KvmError;
-use crate::memory::map_ram;
+use crate::memory::Memory;
 use crate::model_specific;
 use crate::time_stamp::{needs_host_refusal, refuse_to_this_thread};
 
@@ -24,7 +24,7 @@ const DEBUG_EXCEPTION: u32 = 1;
 const API_VERSION: i32 = 12;
 
 /// The capabilities that are used: number, name, and whether the engine cannot do without.
-pub(crate) const CAPABILITIES: [(u32, &str, bool); 10] = [
+pub(crate) const CAPABILITIES: [(u32, &str, bool); 11] = [
     (KVM_CAP_USER_MEMORY, "KVM_CAP_USER_MEMORY", true),
     (KVM_CAP_EXT_CPUID, "KVM_CAP_EXT_CPUID", true),
     (KVM_CAP_VCPU_EVENTS, "KVM_CAP_VCPU_EVENTS", true),
@@ -33,6 +33,7 @@ pub(crate) const CAPABILITIES: [(u32, &str, bool); 10] = [
     (KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT", true),
     (KVM_CAP_SYNC_REGS, "KVM_CAP_SYNC_REGS", true),
     (KVM_CAP_SET_GUEST_DEBUG2, "KVM_CAP_SET_GUEST_DEBUG2", false),
+    (KVM_CAP_READONLY_MEM, "KVM_CAP_READONLY_MEM", false),
     (KVM_CAP_X86_USER_SPACE_MSR, "KVM_CAP_X86_USER_SPACE_MSR", false),
     (KVM_CAP_X86_MSR_FILTER, "KVM_CAP_X86_MSR_FILTER", false),
 ];
@@ -130,7 +131,7 @@ pub(crate) fn check_capabilities(kvm: &Kvm) -> Result<(), KvmError> {
 /// A virtual machine with one vCPU. Fields drop in order: the vCPU before its machine.
 pub(crate) struct Vcpu {
     pub(crate) fd: VcpuFd,
-    _vm: VmFd,
+    pub(crate) memory: Memory,
     /// Capabilities of KVM_SET_GUEST_DEBUG, as KVM_CAP_SET_GUEST_DEBUG2 gives them.
     guest_debug: u32,
     /// Every KVM_RUN steps.
@@ -153,16 +154,17 @@ impl Vcpu {
             vm.set_tss_address(0xfffb_d000)
                 .map_err(|errno| KvmError::refused("KVM_SET_TSS_ADDR", errno))?;
         }
-        // SAFETY: the caller promises what map_ram asks for.
-        unsafe { map_ram(&vm, ram)? };
-        model_specific::restrict(&vm)?;
+        // SAFETY: the caller promises what this asks for.
+        let memory = unsafe { Memory::map(vm, ram)? };
+        let vm = memory.vm();
+        model_specific::restrict(vm)?;
         let fd = vm.create_vcpu(0).map_err(|errno| KvmError::refused("KVM_CREATE_VCPU", errno))?;
         fd.set_cpuid2(cpuid).map_err(|errno| KvmError::refused("KVM_SET_CPUID2", errno))?;
         // Without the newer capability, only what has always been there.
         let guest_debug = vm.check_extension_raw(u64::from(KVM_CAP_SET_GUEST_DEBUG2)) as u32;
         Ok(Self {
             fd,
-            _vm: vm,
+            memory,
             guest_debug,
             stepping: false,
             refuses_time_stamps: needs_host_refusal(),
