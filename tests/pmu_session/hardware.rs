@@ -1,8 +1,11 @@
 //! Hardware for sessions: simulated, or refusing.
 
+use reprise::session::automatic::Verdict;
 use reprise::session::hardware::BranchHardware;
 use reprise_branch_clock::engine::{BranchClock, Parameters};
 use reprise_branch_clock::probe::what_is_wrong;
+use reprise_branch_clock::trap_probe;
+use reprise_kvm::Finding;
 use reprise_machine::engine::EngineError;
 use reprise_machine::ram::{GuestRam, MIN_RAM_MIB};
 use reprise_simulated_hardware::{Disturbance, SimulatedVcpu};
@@ -13,19 +16,30 @@ pub(crate) struct Simulated {
     /// Conditional branches by which an overflow may be late, as the clock believes.
     skid: u64,
     bounded: bool,
+    /// RDTSC can be trapped.
+    pub(crate) traps: bool,
 }
+
+fn finding(available: bool, reason: &str) -> Finding {
+    Finding { available, reason: reason.to_owned(), remedy: None }
+}
+
+/// What simulated hardware says for its counter.
+pub(crate) const COUNTS: &str = "the counter is simulated";
+/// What is said against trapping.
+pub(crate) const CANNOT_TRAP: &str = "writes to text do not come back";
 
 impl Simulated {
     /// An Intel machine, kicked by its host alone.
     pub(crate) fn intel(seed: u64) -> Self {
         let disturbance = Disturbance { kick_every: None, ..Disturbance::intel(seed) };
-        Self { disturbance, skid: 100, bounded: true }
+        Self { disturbance, skid: 100, bounded: true, traps: true }
     }
 
     /// A Zen machine, kicked by its host alone.
     pub(crate) fn zen(seed: u64) -> Self {
         let disturbance = Disturbance { kick_every: None, ..Disturbance::zen(seed) };
-        Self { disturbance, skid: 10_000, bounded: false }
+        Self { disturbance, skid: 10_000, bounded: false, traps: true }
     }
 
     fn vcpu(&self, ram: GuestRam) -> Result<SimulatedVcpu, EngineError> {
@@ -40,6 +54,23 @@ impl BranchHardware for Simulated {
 
     fn is_there(&self) -> bool {
         true
+    }
+
+    fn verdict(&self) -> Verdict {
+        Verdict { finding: self.try_anew(), remembered: false }
+    }
+
+    fn try_anew(&self) -> Finding {
+        finding(true, COUNTS)
+    }
+
+    /// As on KVM, it is tried.
+    fn time_stamp_trap(&self) -> Finding {
+        let small = GuestRam::new(MIN_RAM_MIB).expect("the host has memory");
+        let mut vcpu = self.vcpu(small).expect("the host has memory");
+        let wrong = trap_probe::what_is_wrong(&mut vcpu).expect("the simulation does not fail");
+        assert_eq!(wrong, None, "seed {}", self.disturbance.seed);
+        finding(self.traps, if self.traps { "it is simulated" } else { CANNOT_TRAP })
     }
 
     /// As on KVM, the counter is tried out first, unless it is to be a wrong one.
@@ -64,6 +95,18 @@ impl BranchHardware for Refusing {
 
     fn is_there(&self) -> bool {
         false
+    }
+
+    fn verdict(&self) -> Verdict {
+        Verdict { finding: self.try_anew(), remembered: false }
+    }
+
+    fn try_anew(&self) -> Finding {
+        finding(false, REFUSAL)
+    }
+
+    fn time_stamp_trap(&self) -> Finding {
+        finding(false, REFUSAL)
     }
 
     fn engine(&self, _ram: GuestRam) -> Result<BranchClock<SimulatedVcpu>, EngineError> {

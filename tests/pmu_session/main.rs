@@ -4,6 +4,7 @@
 //! counter, the command line's own tests are run on it.
 
 mod hardware;
+mod time_stamps;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

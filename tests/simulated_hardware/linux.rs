@@ -100,13 +100,11 @@ fn linux_starts_and_replays_under_other_seeds() {
     case.expand(&recorded, &case.header());
 }
 
-/// The counter runs, and every RDTSC is trapped. For it to be found the kernel has to lie where it is linked to.
+/// The counter runs, and every RDTSC is trapped. For it to be found the kernel has to lie where it is linked to,
+/// to which the image's command line sees.
 fn replays_with_time_stamps(stops_ns: Option<u64>, expected: &str) {
     let Some(image) = image() else { return };
-    let command_line = format!("{} nokaslr", image.command_line);
-    let plain = case(&image);
-    let case =
-        Case { source: GuestSource { cmdline: &command_line, ..plain.source }, stops_ns, ..plain };
+    let case = Case { stops_ns, ..case(&image) };
     let running = |seed| {
         let disturbance = Disturbance { time_stamp_runs: true, ..intel(seed).disturbance };
         Hardware { disturbance, ..intel(seed) }

@@ -5,11 +5,13 @@ use std::sync::Arc;
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
 use reprise_machine::inputs::Stamp;
+use reprise_time_stamp_sites::KernelText;
 use reprise_trace::checkpoint::{EngineState, HiddenState};
 use reprise_trace::cpu_state::{CpuState, RCX};
 use reprise_trace::moment::{Moment, TickKind};
 
 use crate::settle::{Settled, Stand};
+use crate::time_stamp_trap::TimeStampTrap;
 use crate::vcpu::{Vcpu, VcpuExit};
 
 /// The name under which the clock keeps nothing in a checkpoint.
@@ -98,6 +100,18 @@ impl<V: Vcpu> BranchClock<V> {
             kick_owed: false,
             counts: Counts::default(),
         })
+    }
+
+    /// The same clock, RDTSC of the guest whose kernel this is trapped. Nothing has run yet; the guest is
+    /// loaded.
+    ///
+    /// # Errors
+    /// If the vCPU cannot do it.
+    pub fn trapping_time_stamps(
+        self,
+        kernel: KernelText,
+    ) -> Result<BranchClock<TimeStampTrap<V>>, EngineError> {
+        BranchClock::new(TimeStampTrap::new(self.vcpu, kernel)?, self.parameters)
     }
 
     /// What the clock did so far.

@@ -16,7 +16,7 @@ use super::replay::{bar, failure, verdict};
 use crate::output::{Output, byte_size, grouped, one_line};
 use crate::session::assembly::SoftOptions;
 use crate::session::checkpoints::CheckpointArg;
-use crate::session::choice::{self, ClockArg, EngineArg};
+use crate::session::choice::{self, ClockArg, EngineArg, Running};
 use crate::session::guest::{Guest, GuestChoice, GuestError, LINUX, cache_directory};
 use crate::session::record::{self, RecordTo, RunPlan};
 use crate::session::replay::{self, ReplayOptions};
@@ -110,7 +110,11 @@ fn play(scene: &Scene, output: Output) -> Result<SceneReport> {
     let plan = RunPlan {
         plan: Vec::new(),
         guest: &scene.guest,
-        choice: choice::for_new_run(EngineArg::Auto, ClockArg::Auto)?,
+        choice: choice::for_new_run(
+            EngineArg::Auto,
+            ClockArg::Auto,
+            Running::Guest(&scene.guest),
+        )?,
         memory_mib: scene.guest.default_memory_mib,
         soft: SoftOptions::default(),
         host: HostOptions {

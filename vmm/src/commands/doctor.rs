@@ -7,14 +7,16 @@ use anyhow::Result;
 use reprise_cpu::engine::SoftEngine;
 use reprise_devices::cpu_model;
 use reprise_host::host_info;
-use reprise_kvm::{ByLevel, Finding, KvmClock, KvmReport, Precaution, precautions, probe};
+use reprise_kvm::{
+    ByLevel, Finding, KvmClock, KvmReport, Precaution, precautions, probe, time_stamp_trap,
+};
 use reprise_machine::ram::{GuestRam, MIN_RAM_MIB};
 use reprise_trace::header::HostInfo;
 use serde::Serialize;
 
 use crate::output::Output;
 use crate::session::automatic;
-use crate::session::choice::{self, ClockArg, EngineArg, EngineKind};
+use crate::session::choice::{self, ClockArg, EngineArg, EngineKind, Running};
 use crate::session::trial::{self, Trial};
 
 use advice::Advice;
@@ -128,7 +130,8 @@ fn gives(kind: EngineKind) -> &'static str {
     match kind {
         EngineKind::Soft => "the software CPU: exact everywhere, hundreds of MIPS",
         EngineKind::Pmu => {
-            "the speed of hardware, with interrupts at exact places; RDTSC is not trapped yet"
+            "the speed of hardware, with interrupts at exact places; RDTSC is trapped where the kernel's text \
+             is known"
         }
         EngineKind::Kvm(KvmClock::Sync) => {
             "the speed of KVM; interrupts arrive only when the guest exits"
@@ -163,7 +166,8 @@ fn try_out(kind: EngineKind, finding: &Finding, output: Output) -> EngineReport 
 
 impl DoctorReport {
     fn of(engines: Vec<EngineReport>, soft: &Finding, kvm: &KvmReport) -> Result<Self> {
-        let auto = choice::for_new_run(EngineArg::Auto, ClockArg::Auto)?;
+        let running = Running::AnyKnownText;
+        let auto = choice::for_new_run(EngineArg::Auto, ClockArg::Auto, running)?;
         let capabilities = kvm.capabilities.iter().map(|capability| CapabilityReport {
             name: capability.name,
             needed: capability.needed,
@@ -207,6 +211,7 @@ fn findings(soft: &Finding, kvm: &KvmReport) -> Vec<FindingReport> {
         row("engine kvm, clock sync", &kvm.sync_clock),
         row("engine kvm, clock step", &kvm.step_clock),
         row("engine kvm, clock pmu", &kvm.pmu_clock),
+        row("RDTSC trapped with the clock pmu", &time_stamp_trap()),
         row("counter for the clock pmu", &kvm.conditional_branch_counter),
         row("counter of instructions", &kvm.instruction_counter),
         row("counter of branches", &kvm.branch_counter),

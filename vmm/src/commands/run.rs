@@ -9,7 +9,7 @@ use reprise_host::{ConsoleSink, HostOptions, InputSource, ProgressObserver, term
 
 use crate::cli::{GuestArgs, MachineArgs, RunArgs};
 use crate::output::{Output, grouped, progress_shows};
-use crate::session::choice;
+use crate::session::choice::{self, Running};
 use crate::session::guest::Guest;
 use crate::session::record::{self, RunPlan};
 use crate::session::report::SessionReport;
@@ -38,7 +38,9 @@ pub(super) fn plan<'a>(
     machine: &MachineArgs,
     output: Output,
 ) -> Result<RunPlan<'a>> {
-    let choice = choice::for_new_run(machine.engine, machine.clock)?;
+    let running =
+        if machine.then.is_empty() { Running::Guest(guest) } else { Running::OnSeveralEngines };
+    let choice = choice::for_new_run(machine.engine, machine.clock, running)?;
     if let Some(reason) = &choice.reason {
         let (engine, clock) = (choice.kind.engine_name(), choice.kind.clock_name());
         output.note(format_args!("engine {engine}, clock {clock}: {reason}"));
@@ -95,6 +97,9 @@ pub(super) fn conclude(report: &SessionReport, output: Output) -> u8 {
     output.result_beside_console(report, format_args!("{line_end}{}", report.to_table()));
     if report.ending == "engine-failed" {
         output.note(report.ending_detail.as_deref().unwrap_or("the engine failed"));
+    }
+    if let Some(warning) = &report.warning {
+        output.note(warning);
     }
     if let Some(failure) = &report.console_failure {
         output.note(format_args!("console output was lost: {failure}"));

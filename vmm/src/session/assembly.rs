@@ -15,6 +15,7 @@ use reprise_trace::header::Header;
 
 use super::choice::{EngineArg, EngineKind};
 use super::hardware::BranchHardware;
+use super::pmu_trap::{PmuTrap, note_of, trapping_engine};
 use super::profile_report::ProfileReport;
 use super::stretches;
 use crate::boot::{self, BootError, GuestSource};
@@ -68,8 +69,8 @@ impl LoadedGuest {
         Ok(Self { ram, state, board, time_stamp_sites })
     }
 
-    /// Hands the guest to an engine, and both to `visitor`; `hardware` has the clock `pmu`. Gives what
-    /// it comes to, and where the software CPU's time went, if it was to count that.
+    /// Hands the guest to an engine, and both to `visitor`; `hardware` has the clock `pmu`, which traps RDTSC
+    /// as `trap` says.
     ///
     /// # Errors
     /// The engine cannot be had, or refuses the guest's first state.
@@ -77,9 +78,10 @@ impl LoadedGuest {
         self,
         kind: EngineKind,
         hardware: &impl BranchHardware,
+        trap: &PmuTrap,
         soft: SoftOptions,
         visitor: V,
-    ) -> Result<(V::Output, Option<ProfileReport>), AssemblyError> {
+    ) -> Result<Visited<V::Output>, AssemblyError> {
         let Self { ram, state, board, time_stamp_sites } = self;
         let board = Board::new(&board);
         match kind {
@@ -87,20 +89,26 @@ impl LoadedGuest {
                 let mut engine = soft_engine(ram, soft)?;
                 engine.set_cpu_state(&state)?;
                 let (output, engine) = visitor.visit(engine, board);
-                Ok((output, leave(engine)))
+                Ok(Visited { profile: leave(engine), ..Visited::of(output) })
             }
             EngineKind::Kvm(clock) => {
                 let mut engine = kvm_engine(ram, clock, &time_stamp_sites)?;
                 engine.set_cpu_state(&state)?;
-                let (output, _) = visitor.visit(engine, board);
-                Ok((output, None))
+                Ok(Visited::of(visitor.visit(engine, board).0))
             }
-            EngineKind::Pmu => {
-                let mut engine = hardware.engine(ram)?;
-                engine.set_cpu_state(&state)?;
-                let (output, _) = visitor.visit(engine, board);
-                Ok((output, None))
-            }
+            EngineKind::Pmu => match trap {
+                PmuTrap::On(kernel) => {
+                    let mut engine = trapping_engine(hardware, ram, kernel)?;
+                    engine.set_cpu_state(&state)?;
+                    let (output, engine) = visitor.visit(engine, board);
+                    Ok(Visited { note: note_of(&engine), ..Visited::of(output) })
+                }
+                PmuTrap::Off(_) => {
+                    let mut engine = hardware.engine(ram)?;
+                    engine.set_cpu_state(&state)?;
+                    Ok(Visited::of(visitor.visit(engine, board).0))
+                }
+            },
         }
     }
 }
@@ -121,6 +129,23 @@ impl LoadedGuest {
         let mut engine = stretches::relay(ram, &first, header, EngineArg::Auto, soft)?;
         engine.set_cpu_state(&state)?;
         Ok(visitor.visit(engine, Board::new(&board)).0)
+    }
+}
+
+/// What a visitor of an engine has come to.
+#[derive(Debug)]
+pub struct Visited<T> {
+    /// The visitor's own.
+    pub output: T,
+    /// Where the software CPU's time went, if it was to count that.
+    pub profile: Option<ProfileReport>,
+    /// What there is to say of the engine.
+    pub note: Option<&'static str>,
+}
+
+impl<T> Visited<T> {
+    fn of(output: T) -> Self {
+        Self { output, profile: None, note: None }
     }
 }
 

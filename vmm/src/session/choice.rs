@@ -7,9 +7,10 @@ use reprise_machine::digest::AccessedBits;
 use reprise_trace::header::Header;
 use reprise_trace::moment::TickKind;
 
-use super::automatic::{self, Verdict};
-use super::hardware::HostHardware;
-use super::precautions::PMU_DOES_NOT_TRAP;
+use super::automatic::Verdict;
+use super::guest::Guest;
+use super::hardware::{BranchHardware, HostHardware};
+use super::pmu_trap::PmuTrap;
 
 /// What the user asked for with `--engine`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -102,6 +103,11 @@ impl Choice {
         Self { reason: Some(reason.into()), ..Self::of(kind) }
     }
 
+    /// The clock `pmu`, whose counter has been tried out.
+    fn on_pmu(reason: String) -> Self {
+        Self { self_testing: SelfTesting::Done, ..Self::because(EngineKind::Pmu, reason) }
+    }
+
     /// What the clock `pmu` runs on.
     pub fn hardware(&self) -> HostHardware {
         HostHardware { self_testing: self.self_testing }
@@ -159,20 +165,64 @@ impl EngineKind {
     }
 }
 
+/// What is to run, as far as it bears on the engine.
+#[derive(Clone, Copy, Debug)]
+pub enum Running<'a> {
+    /// This guest, on one engine.
+    Guest(&'a Guest),
+    /// A guest on one engine after the other.
+    OnSeveralEngines,
+    /// A guest whose kernel's text is known and stays where it is.
+    AnyKnownText,
+}
+
+impl Running<'_> {
+    /// Why its RDTSC would not be trapped with the clock `pmu`, if it would not.
+    fn untrapped(self, hardware: &impl BranchHardware) -> Option<String> {
+        let host = hardware.time_stamp_trap();
+        let trap = match self {
+            Self::Guest(guest) => PmuTrap::of_kernel(&host, &guest.kernel.bytes, &guest.cmdline),
+            Self::OnSeveralEngines => PmuTrap::of_relay(),
+            Self::AnyKnownText => return (!host.available).then_some(host.reason),
+        };
+        trap.reason_against().map(ToOwned::to_owned)
+    }
+}
+
 /// The engine of a new run.
 ///
 /// # Errors
 /// An engine and a clock that do not go together, or a clock that the host does not have.
-pub fn for_new_run(engine: EngineArg, clock: ClockArg) -> Result<Choice, ChoiceError> {
-    choose(engine, clock, automatic::decide, automatic::try_anew)
+pub fn for_new_run(
+    engine: EngineArg,
+    clock: ClockArg,
+    running: Running<'_>,
+) -> Result<Choice, ChoiceError> {
+    for_new_run_on(&HostHardware::default(), engine, clock, running)
 }
 
-/// Chooses, given what is known of the clock `pmu` or else found out, and what trying it anew gives.
+/// As [`for_new_run`]; what the clock `pmu` would run on is this hardware.
+///
+/// # Errors
+/// As [`for_new_run`].
+pub fn for_new_run_on(
+    hardware: &impl BranchHardware,
+    engine: EngineArg,
+    clock: ClockArg,
+    running: Running<'_>,
+) -> Result<Choice, ChoiceError> {
+    let verdict = || hardware.verdict();
+    choose(engine, clock, verdict, || hardware.try_anew(), || running.untrapped(hardware))
+}
+
+/// Chooses, given what is known of the clock `pmu` or else found out, what trying it anew gives, and why
+/// RDTSC would not be trapped with it.
 fn choose(
     engine: EngineArg,
     clock: ClockArg,
     decide: impl FnOnce() -> Verdict,
     try_anew: impl FnOnce() -> Finding,
+    untrapped: impl FnOnce() -> Option<String>,
 ) -> Result<Choice, ChoiceError> {
     match (engine, clock) {
         (EngineArg::Soft, ClockArg::Auto) => Ok(Choice::of(EngineKind::Soft)),
@@ -186,29 +236,36 @@ fn choose(
             }
             Ok(Choice { self_testing: SelfTesting::Done, ..Choice::of(EngineKind::Pmu) })
         }
-        (EngineArg::Kvm | EngineArg::Auto, ClockArg::Auto) => Ok(automatically(engine, &decide())),
+        (EngineArg::Kvm | EngineArg::Auto, ClockArg::Auto) => {
+            Ok(automatically(engine, &decide(), untrapped))
+        }
     }
 }
 
-/// On `kvm` the clock `pmu` if the host has it. Nobody gets it who did not ask for `kvm`, as long as a
-/// guest's RDTSC is not in its log.
-fn automatically(engine: EngineArg, verdict: &Verdict) -> Choice {
+/// On `kvm` the clock `pmu` if the host has it. Who did not ask for `kvm` gets it only if RDTSC of this guest
+/// is trapped: what is in no log does not replay.
+fn automatically(
+    engine: EngineArg,
+    verdict: &Verdict,
+    untrapped: impl FnOnce() -> Option<String>,
+) -> Choice {
     let Finding { available, reason, .. } = &verdict.finding;
     let earlier = if verdict.remembered { ", as was tried since the last boot" } else { "" };
-    if *available && engine == EngineArg::Auto {
-        return Choice::because(
-            EngineKind::Soft,
-            format!(
-                "exact on every host; this one has the faster --clock pmu as well \
-                 ({reason}{earlier}), but {PMU_DOES_NOT_TRAP}: Linux may not replay"
-            ),
-        );
-    }
     if *available {
-        let reason =
-            format!("the speed of hardware, though {PMU_DOES_NOT_TRAP}: {reason}{earlier}");
-        let choice = Choice::because(EngineKind::Pmu, reason);
-        return Choice { self_testing: SelfTesting::Done, ..choice };
+        let reason = format!("{reason}{earlier}");
+        return match untrapped() {
+            Some(why) if engine == EngineArg::Auto => Choice::because(
+                EngineKind::Soft,
+                format!(
+                    "exact on every host; this one has the faster --clock pmu as well ({reason}), but \
+                     RDTSC of this guest would not be trapped: {why}"
+                ),
+            ),
+            Some(why) => Choice::on_pmu(format!(
+                "the speed of hardware, though RDTSC is not trapped ({why}): {reason}"
+            )),
+            None => Choice::on_pmu(format!("the speed of hardware, RDTSC trapped: {reason}")),
+        };
     }
     let without = format!("the faster kvm with clock pmu cannot be had: {reason}");
     match engine {
@@ -284,9 +341,21 @@ mod tests {
         Finding { available, reason: reason.to_owned(), remedy }
     }
 
+    const UNTRAPPED: &str = "its kernel is packed";
+
     fn chosen(engine: EngineArg, clock: ClockArg, pmu: bool) -> Result<Choice, ChoiceError> {
+        chosen_for(engine, clock, pmu, true)
+    }
+
+    fn chosen_for(
+        engine: EngineArg,
+        clock: ClockArg,
+        pmu: bool,
+        trapped: bool,
+    ) -> Result<Choice, ChoiceError> {
         let decide = || Verdict { finding: finding(pmu), remembered: false };
-        choose(engine, clock, decide, || finding(pmu))
+        let untrapped = || (!trapped).then(|| UNTRAPPED.to_owned());
+        choose(engine, clock, decide, || finding(pmu), untrapped)
     }
 
     #[test]
@@ -302,7 +371,7 @@ mod tests {
             }
         }
         assert_eq!(kind(E::Auto, C::Auto, false), Ok(EngineKind::Soft));
-        assert_eq!(kind(E::Auto, C::Auto, true), Ok(EngineKind::Soft));
+        assert_eq!(kind(E::Auto, C::Auto, true), Ok(EngineKind::Pmu));
         assert_eq!(kind(E::Kvm, C::Auto, false), Ok(SYNC));
         assert_eq!(kind(E::Kvm, C::Auto, true), Ok(EngineKind::Pmu));
         assert_eq!(kind(E::Kvm, C::Pmu, true), Ok(EngineKind::Pmu));
@@ -328,9 +397,22 @@ mod tests {
             let reason = choice.reason.expect("a reason");
             let expected = if pmu { "it counts" } else { "no permission" };
             assert!(reason.contains(expected) && !reason.contains('\n'), "{reason}");
-            assert_eq!(reason.contains(PMU_DOES_NOT_TRAP), pmu, "{reason}");
+            assert!(!reason.contains(UNTRAPPED), "{reason}");
         }
         assert_eq!(chosen(EngineArg::Soft, ClockArg::Auto, true).expect("a choice").reason, None);
+    }
+
+    /// Nobody who did not ask for `kvm` gets a clock under which the guest's RDTSC is in no log.
+    #[test]
+    fn without_the_trap_the_clock_is_only_for_who_asks() {
+        use EngineArg as E;
+        let kinds = [(E::Auto, EngineKind::Soft), (E::Kvm, EngineKind::Pmu)];
+        for (engine, kind) in kinds {
+            let choice = chosen_for(engine, ClockArg::Auto, true, false).expect("a choice");
+            let reason = choice.reason.expect("a reason");
+            assert_eq!(choice.kind, kind, "{reason}");
+            assert!(reason.contains(UNTRAPPED) && !reason.contains('\n'), "{reason}");
+        }
     }
 
     /// Each test of the counter is made once: by whoever chose, or by whoever makes the engine.

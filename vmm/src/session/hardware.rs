@@ -5,9 +5,11 @@
 
 use reprise_branch_clock::engine::BranchClock;
 use reprise_branch_clock::vcpu::Vcpu;
-use reprise_kvm::{PmuVcpu, SelfTesting, pmu_counter, pmu_engine};
+use reprise_kvm::{Finding, PmuVcpu, SelfTesting, pmu_counter, pmu_engine, time_stamp_trap};
 use reprise_machine::engine::EngineError;
 use reprise_machine::ram::GuestRam;
+
+use super::automatic::{self, Verdict};
 
 /// Hardware that counts a guest's conditional branches.
 pub trait BranchHardware {
@@ -16,6 +18,15 @@ pub trait BranchHardware {
 
     /// Whether there is a counter at all, so that it is worth trying.
     fn is_there(&self) -> bool;
+
+    /// Whether the counter counts right, as far as was found out before, else tried.
+    fn verdict(&self) -> Verdict;
+
+    /// Whether it does, tried now.
+    fn try_anew(&self) -> Finding;
+
+    /// Whether RDTSC can be trapped on it.
+    fn time_stamp_trap(&self) -> Finding;
 
     /// An engine whose memory is `ram`, at the state that its vCPU is made in.
     ///
@@ -36,6 +47,18 @@ impl BranchHardware for HostHardware {
 
     fn is_there(&self) -> bool {
         pmu_counter().available
+    }
+
+    fn verdict(&self) -> Verdict {
+        automatic::decide()
+    }
+
+    fn try_anew(&self) -> Finding {
+        automatic::try_anew()
+    }
+
+    fn time_stamp_trap(&self) -> Finding {
+        time_stamp_trap()
     }
 
     fn engine(&self, ram: GuestRam) -> Result<BranchClock<PmuVcpu>, EngineError> {

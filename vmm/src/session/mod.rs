@@ -12,6 +12,7 @@ pub mod file_kind;
 pub mod guest;
 pub mod hardware;
 pub mod makers;
+pub mod pmu_trap;
 pub mod precautions;
 pub mod profile_report;
 pub mod record;

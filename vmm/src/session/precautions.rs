@@ -3,13 +3,21 @@
 
 use reprise_kvm::{Finding, KvmClock};
 use reprise_machine::inputs::{Planned, Then};
+use reprise_time_stamp_sites::Instruction;
 use reprise_trace::header::{Precaution, Treatment};
 
 use super::assembly::{MAX_TRAPPED, TimeStampSites};
 use super::choice::EngineKind;
+use super::pmu_trap::PmuTrap;
 
-/// How they are dealt with in a run of this kernel that begins on an engine and goes on as planned.
-pub fn of_run(first: EngineKind, plan: &[Planned], kernel: &[u8]) -> Vec<Precaution> {
+/// How they are dealt with in a run of this kernel that begins on an engine and goes on as planned; with
+/// the clock `pmu`, by `trap`.
+pub fn of_run(
+    first: EngineKind,
+    plan: &[Planned],
+    kernel: &[u8],
+    trap: &PmuTrap,
+) -> Vec<Precaution> {
     let mut kinds = vec![first];
     for planned in plan {
         let Then::HandOver(to) = &planned.then else { continue };
@@ -18,6 +26,7 @@ pub fn of_run(first: EngineKind, plan: &[Planned], kernel: &[u8]) -> Vec<Precaut
         kinds.extend(EngineKind::ALL.into_iter().find(is_named));
     }
     match kinds[..] {
+        [EngineKind::Pmu] => on_kvm(None, &TimeStampSites::of_relay(), trap),
         [kind] => of(kind, &TimeStampSites::of_kernel(kernel)),
         _ => of_relay(kinds),
     }
@@ -49,13 +58,10 @@ fn of(kind: EngineKind, sites: &TimeStampSites) -> Vec<Precaution> {
             closed("RDTSCP, RDRAND, RDSEED, RDPMC, MONITOR", "not in the CPU model: they fault"),
             closed("CPUID", "the CPU model's"),
         ],
-        EngineKind::Kvm(clock) => on_kvm(Some(clock), sites),
-        EngineKind::Pmu => on_kvm(None, sites),
+        EngineKind::Kvm(clock) => on_kvm(Some(clock), sites, &PmuTrap::of_relay()),
+        EngineKind::Pmu => on_kvm(None, sites, &PmuTrap::of_relay()),
     }
 }
-
-/// Why the clock `pmu` is taken only by who asks for it.
-pub const PMU_DOES_NOT_TRAP: &str = "RDTSC is not trapped with the clock pmu yet";
 
 fn open(what: &str, how: &str) -> Precaution {
     Precaution { what: what.to_owned(), treatment: Treatment::Open, how: how.to_owned() }
@@ -71,21 +77,47 @@ fn of_finding(what: String, finding: &Finding) -> Precaution {
 }
 
 /// On KVM with one of its clocks, or `None` for the clock `pmu`.
-fn on_kvm(clock: Option<KvmClock>, sites: &TimeStampSites) -> Vec<Precaution> {
-    let mut list = Vec::new();
+fn on_kvm(clock: Option<KvmClock>, sites: &TimeStampSites, trap: &PmuTrap) -> Vec<Precaution> {
+    let mut list = match clock {
+        Some(_) => Vec::new(),
+        None => by_trap(trap),
+    };
     for precaution in reprise_kvm::precautions() {
         let [kernel, user] =
             ["kernel", "user"].map(|who| format!("{}, {who} code", precaution.instruction));
-        list.push(match precaution.instruction {
-            "RDTSC" => match clock {
-                Some(clock) => kernel_time_stamp(clock, sites, kernel, &precaution.closed.kernel),
-                None => open(&kernel, PMU_DOES_NOT_TRAP),
-            },
-            _ => of_finding(kernel, &precaution.closed.kernel),
-        });
-        list.push(of_finding(user, &precaution.closed.user));
+        let of_both = match (precaution.instruction, clock) {
+            ("RDTSC", None) => [None, Some(of_finding(user, &precaution.closed.user))],
+            ("RDTSC", Some(clock)) => [
+                Some(kernel_time_stamp(clock, sites, kernel, &precaution.closed.kernel)),
+                Some(of_finding(user, &precaution.closed.user)),
+            ],
+            _ => [
+                Some(of_finding(kernel, &precaution.closed.kernel)),
+                Some(of_finding(user, &precaution.closed.user)),
+            ],
+        };
+        let known = |new: &Precaution| list.iter().any(|old: &Precaution| old.what == new.what);
+        let new: Vec<_> = of_both.into_iter().flatten().filter(|new| !known(new)).collect();
+        list.extend(new);
     }
     list
+}
+
+/// RDTSC with the clock `pmu`; where it is not trapped, what hardware does about user code is not in it.
+fn by_trap(trap: &PmuTrap) -> Vec<Precaution> {
+    let text = match trap {
+        PmuTrap::On(text) => text,
+        PmuTrap::Off(reason) => {
+            return vec![open(Precaution::KERNEL_TIME_STAMPS, &format!("not trapped: {reason}"))];
+        }
+    };
+    let places = text.sites_of(Instruction::ReadTimeStamp).count();
+    let patched = text.patched.len();
+    let kernel = format!("trapped at {places} places of the kernel's text and {patched} that it patches");
+    vec![
+        closed(Precaution::KERNEL_TIME_STAMPS, &kernel),
+        closed("RDTSC, user code", "refused by CR4.TSD, and caught at the entry of #GP"),
+    ]
 }
 
 fn kernel_time_stamp(
@@ -126,9 +158,20 @@ mod tests {
                 "{list:?}"
             );
         }
-        let pmu = of(EngineKind::Pmu, &TimeStampSites::At(Vec::new()));
+        let off = PmuTrap::Off("a reason".to_owned());
+        let pmu = of_run(EngineKind::Pmu, &[], &[], &off);
         let about = pmu.iter().find(|it| it.what == Precaution::KERNEL_TIME_STAMPS);
-        assert!(about.is_none_or(|it| it.treatment == Treatment::Open), "{pmu:?}");
+        assert!(about.is_some_and(|it| it.treatment == Treatment::Open), "{pmu:?}");
+    }
+
+    #[test]
+    fn what_the_clock_pmu_traps_is_closed_once_for_each_kind_of_code() {
+        let on = PmuTrap::On(Box::default());
+        let list = of_run(EngineKind::Pmu, &[], &[], &on);
+        for what in [Precaution::KERNEL_TIME_STAMPS, "RDTSC, user code"] {
+            let about: Vec<_> = list.iter().filter(|it| it.what == what).collect();
+            assert!(matches!(about[..], [Precaution { treatment: Treatment::Closed, .. }]), "{list:?}");
+        }
     }
 
     #[test]

@@ -24,11 +24,12 @@ use reprise_trace::header::{CpuModelInfo, Header, MachineInfo};
 use reprise_trace::log::{DiscardSink, FrameSink, LogError, LogWriter};
 use reprise_trace::recording::{RecordingError, RecordingWriter};
 
-use super::assembly::{EngineVisitor, LoadedGuest, SoftOptions};
+use super::assembly::{EngineVisitor, LoadedGuest, SoftOptions, Visited};
 use super::checkpoints::{self, CheckpointArg, CheckpointReport};
 use super::choice::{Choice, EngineKind};
 use super::guest::Guest;
 use super::hardware::BranchHardware;
+use super::pmu_trap::PmuTrap;
 use super::precautions;
 use super::profile_report::ProfileReport;
 use super::report::SessionReport;
@@ -137,13 +138,13 @@ pub fn run(plan: RunPlan<'_>) -> Result<SessionReport> {
 pub fn run_on(hardware: &impl BranchHardware, plan: RunPlan<'_>) -> Result<SessionReport> {
     let (guest, choice) = (plan.guest, plan.choice.clone());
     let now_unix_s = unix_time_s();
-    let header = header(guest, choice.kind, &plan.plan, plan.memory_mib, now_unix_s);
-    let finished = execute(hardware, plan, &header, || Ok((DiscardSink, None)))?;
+    let trap = trap(hardware, &plan);
+    let header = header(&plan, &trap, now_unix_s);
+    let finished = execute(hardware, plan, &header, &trap, || Ok((DiscardSink, None)))?;
     let mut report =
         SessionReport::new("run", &guest.name, choice.kind, &finished.outcome, finished.wall);
     report.engine_reason.clone_from(&choice.reason);
-    report.console_failure = finished.console_failure;
-    report.profile = finished.profile;
+    finished.tell(&mut report);
     Ok(report)
 }
 
@@ -167,9 +168,10 @@ pub fn record_on(
 ) -> Result<SessionReport> {
     let (guest, choice) = (plan.guest, plan.choice.clone());
     let now_unix_s = unix_time_s();
-    let header = header(guest, choice.kind, &plan.plan, plan.memory_mib, now_unix_s);
+    let trap = trap(hardware, &plan);
+    let header = header(&plan, &trap, now_unix_s);
     let mut begun = None;
-    let recorded = execute(hardware, plan, &header, || {
+    let recorded = execute(hardware, plan, &header, &trap, || {
         let file = create(to)?;
         let embedded = begun.insert(ImagesEmbedded::default());
         let (log, identity) = start_log(&file, &header, guest, embedded)?;
@@ -187,10 +189,8 @@ pub fn record_on(
     let mut report =
         SessionReport::new("record", &guest.name, choice.kind, &finished.outcome, finished.wall)
             .with_file(log_bytes, image_bytes, file_bytes);
-    report.checkpoints = finished.checkpoints;
     report.engine_reason.clone_from(&choice.reason);
-    report.console_failure = finished.console_failure;
-    report.profile = finished.profile;
+    finished.tell(&mut report);
     Ok(report)
 }
 
@@ -201,7 +201,31 @@ struct Finished<S> {
     wall: Duration,
     console_failure: Option<String>,
     profile: Option<ProfileReport>,
+    note: Option<&'static str>,
     checkpoints: Option<CheckpointReport>,
+}
+
+impl<S> Finished<S> {
+    /// Puts what is not in the outcome into the report.
+    fn tell(self, report: &mut SessionReport) {
+        report.console_failure = self.console_failure;
+        report.profile = self.profile;
+        report.warning = self.note.map(ToOwned::to_owned);
+        report.checkpoints = self.checkpoints;
+    }
+}
+
+/// What becomes of RDTSC in this run, if its clock is `pmu`.
+fn trap(hardware: &impl BranchHardware, plan: &RunPlan<'_>) -> PmuTrap {
+    if plan.choice.kind != EngineKind::Pmu || hands_over(&plan.plan) {
+        return PmuTrap::of_relay();
+    }
+    let (kernel, command_line) = (&plan.guest.kernel.bytes, &plan.guest.cmdline);
+    PmuTrap::of_kernel(&hardware.time_stamp_trap(), kernel, command_line)
+}
+
+fn hands_over(plan: &[Planned]) -> bool {
+    plan.iter().any(|planned| matches!(planned.then, Then::HandOver(_)))
 }
 
 /// Where a run's log goes, and who takes its checkpoints.
@@ -211,6 +235,7 @@ fn execute<S: FrameSink>(
     hardware: &impl BranchHardware,
     plan: RunPlan<'_>,
     header: &Header,
+    trap: &PmuTrap,
     open_sinks: impl FnOnce() -> Result<Sinks<S>>,
 ) -> Result<Finished<S>> {
     let RunPlan { guest, choice, plan, memory_mib, soft, host } = plan;
@@ -218,13 +243,14 @@ fn execute<S: FrameSink>(
     let loaded = LoadedGuest::load(&guest.source(), memory_mib, rtc_start_s)
         .with_context(|| format!("cannot start {}", guest.name))?;
     let (time, accessed_bits) = (choice.kind.time_source(), choice.kind.accessed_bits());
-    let hands_over = plan.iter().any(|planned| matches!(planned.then, Then::HandOver(_)));
+    let hands_over = hands_over(&plan);
     let run = Run { time, accessed_bits, host, plan, open_sinks };
-    let (finished, profile) = match hands_over {
-        true => (loaded.with_relay(header, soft, run)?, None),
-        false => loaded.with_engine(choice.kind, hardware, soft, run)?,
-    };
-    Ok(Finished { profile, ..finished? })
+    if hands_over {
+        return loaded.with_relay(header, soft, run)?;
+    }
+    let Visited { output, profile, note } =
+        loaded.with_engine(choice.kind, hardware, trap, soft, run)?;
+    Ok(Finished { profile, note, ..output? })
 }
 
 /// Starts the machine once there is an engine: only then is a file created.
@@ -270,6 +296,7 @@ impl<S: FrameSink, F: FnOnce() -> Result<Sinks<S>>> EngineVisitor for Run<F> {
             wall,
             console_failure,
             profile: None,
+            note: None,
             checkpoints,
         });
         (finished.map_err(Into::into), engine)
@@ -309,13 +336,9 @@ fn start_log(
     Ok((LogFile::start(writer, images, embedded, file.try_clone()?)?, identity))
 }
 
-fn header(
-    guest: &Guest,
-    kind: EngineKind,
-    plan: &[Planned],
-    ram_mib: u64,
-    now_unix_s: u64,
-) -> Header {
+fn header(run: &RunPlan<'_>, trap: &PmuTrap, now_unix_s: u64) -> Header {
+    let RunPlan { guest, choice: Choice { kind, .. }, plan, memory_mib: ram_mib, .. } = run;
+    let (kind, ram_mib) = (*kind, *ram_mib);
     let ns_per_tick = kind.time_source().ns_per_tick();
     Header {
         machine: MachineInfo { ram_mib, rtc_start_s: now_unix_s },
@@ -328,7 +351,7 @@ fn header(
         guest: guest.info(),
         created_unix_s: now_unix_s,
         reprise_version: env!("CARGO_PKG_VERSION").to_owned(),
-        precautions: precautions::of_run(kind, plan, &guest.kernel.bytes),
+        precautions: precautions::of_run(kind, plan, &guest.kernel.bytes, trap),
     }
 }
 

@@ -33,6 +33,7 @@ use super::choice::{self, EngineArg, EngineKind};
 use super::file_kind::NoFile;
 use super::hardware::{BranchHardware, HostHardware};
 use super::makers::{self, MakerDependentReport};
+use super::pmu_trap::{PmuTrap, trapping_engine};
 use super::report::{SessionReport, SetAsideReport, damage_of};
 use super::stretches;
 
@@ -166,13 +167,20 @@ pub fn replay_on(
             (outcome, wall, None)
         }
         EngineKind::Pmu => {
-            let driven = drive.run(beginning, |ram| hardware.engine(ram))?;
-            if driven.times_back > 0 {
-                let times = driven.times_back;
+            let (outcome, wall, times) = match recorded_trap(hardware, recording)? {
+                PmuTrap::On(kernel) => {
+                    let make = |ram| trapping_engine(hardware, ram, &kernel);
+                    drive.run(beginning, make)?.without_engine()
+                }
+                PmuTrap::Off(_) => {
+                    drive.run(beginning, |ram| hardware.engine(ram))?.without_engine()
+                }
+            };
+            if times > 0 {
                 notes
                     .push(format!("the counter was late: went back to a checkpoint {times} times"));
             }
-            (driven.outcome, driven.wall, None)
+            (outcome, wall, None)
         }
     };
     let outcome = outcome?;
@@ -201,15 +209,26 @@ pub(super) fn is_there(hardware: &impl BranchHardware, kind: EngineKind) -> bool
 
 /// Where the recorded kernel reads the time-stamp counter.
 fn recorded_time_stamp_sites(recording: &Recording) -> Result<TimeStampSites> {
-    let header = recording.header();
-    if !header.logs_time_stamps() {
+    if !recording.header().logs_time_stamps() {
         return Ok(TimeStampSites::Unknown("its recording has no time stamps".to_owned()));
     }
-    let images = &header.guest.images;
-    let Some(index) = images.iter().position(|image| image.role == ImageRole::Kernel) else {
-        return Ok(TimeStampSites::At(Vec::new()));
-    };
-    Ok(TimeStampSites::of_kernel(&recording.read_image(index)?))
+    Ok(match recorded_kernel(recording)? {
+        Some(kernel) => TimeStampSites::of_kernel(&kernel),
+        None => TimeStampSites::At(Vec::new()),
+    })
+}
+
+/// What becomes of RDTSC in a replay with the clock `pmu`.
+fn recorded_trap(hardware: &impl BranchHardware, recording: &Recording) -> Result<PmuTrap> {
+    let kernel = recorded_kernel(recording)?.unwrap_or_default();
+    Ok(PmuTrap::of_recording(&hardware.time_stamp_trap(), recording.header(), &kernel)?)
+}
+
+/// The recorded guest's kernel.
+fn recorded_kernel(recording: &Recording) -> Result<Option<Vec<u8>>> {
+    let images = &recording.header().guest.images;
+    let index = images.iter().position(|image| image.role == ImageRole::Kernel);
+    Ok(index.map(|index| recording.read_image(index)).transpose()?)
 }
 
 /// The last usable beginning at or before the place asked for. A damaged checkpoint is no reason not to
@@ -256,6 +275,13 @@ struct Driven<E> {
     engine: E,
     /// How often it went back to a checkpoint, because the engine stopped late.
     times_back: u32,
+}
+
+impl<E> Driven<E> {
+    /// What is left of it for a report: outcome, time, and how often it went back.
+    fn without_engine(self) -> (Result<Outcome, MachineError>, Duration, u32) {
+        (self.outcome, self.wall, self.times_back)
+    }
 }
 
 impl Drive<'_> {

@@ -141,6 +141,9 @@ pub struct SessionReport {
     pub console_digest: String,
     /// BLAKE3 over CPU, devices and RAM; null where the machine stands at no exact moment.
     pub final_digest: Option<String>,
+    /// What a recording may lack, though it was made as asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
     /// Why console output was lost on its way out of the guest, if it was.
     pub console_failure: Option<String>,
     /// Replay: everything that was recorded, up to where the replay ended, happened again, and the
@@ -216,6 +219,7 @@ impl SessionReport {
             console_bytes: outcome.effects.console_bytes,
             console_digest: hex(&outcome.effects.console_digest),
             final_digest: outcome.final_digest().map(|digest| hex(&digest)),
+            warning: None,
             console_failure: None,
             verified: None,
             verified_until: None,

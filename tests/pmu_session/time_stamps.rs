@@ -1,0 +1,149 @@
+//! RDTSC in sessions with the clock `pmu`: trapped where the kernel's text is known, told where it is not,
+//! and what `--engine auto` makes of that. The hardware's own counter runs.
+
+use reprise::session::choice::{self, Choice, ClockArg, EngineArg, EngineKind, Running};
+use reprise::session::guest::Guest;
+use reprise::session::hardware::BranchHardware;
+use reprise::session::pmu_trap::{KERNEL_MOVED, note_of};
+use reprise::session::record::{RecordTo, record_on, run_on};
+use reprise::session::replay::{ReplayOptions, open, open_replayable, replay_on};
+use reprise_machine::engine::{Engine, Exit};
+use reprise_machine::ram::GuestRam;
+use reprise_simulated_hardware::Disturbance;
+use reprise_time_stamp_sites::KernelText;
+use reprise_trace::header::{Precaution, Treatment};
+
+use crate::hardware::{CANNOT_TRAP, COUNTS, Refusing, Simulated};
+use crate::{CheckpointArg, Session, assert_equal, replay};
+
+/// Its time-stamp counter goes on whatever the guest does, and is in no log.
+fn running(seed: u64) -> Simulated {
+    let mut hardware = Simulated::intel(seed);
+    hardware.disturbance = Disturbance { time_stamp_runs: true, ..hardware.disturbance };
+    hardware
+}
+
+/// What `--engine auto` takes for this guest.
+fn auto(hardware: &impl BranchHardware, guest: &Guest) -> Choice {
+    let running = Running::Guest(guest);
+    let choice = choice::for_new_run_on(hardware, EngineArg::Auto, ClockArg::Auto, running);
+    choice.expect("something can be had")
+}
+
+/// A guest whose file tells nothing of its text.
+fn without_sections(name: &str) -> Guest {
+    /// Where an ELF file says where its sections are, and how many: the format's own numbers.
+    const SECTION_FIELDS: [(usize, usize); 2] = [(0x28, 8), (0x3c, 4)];
+    let mut guest = Guest::embedded(name).expect("it is listed");
+    let mut bytes = guest.kernel.bytes.to_vec();
+    for (at, count) in SECTION_FIELDS {
+        bytes[at..at + count].fill(0);
+    }
+    guest.kernel.bytes = bytes.into();
+    guest
+}
+
+/// User code and kernel read the counter, and a replay on other hardware, and on the software CPU, reads
+/// what the log has.
+#[test]
+fn a_guest_that_reads_the_counter_is_recorded_by_auto_and_replays() {
+    for (command_line, user) in [("scale=1 timing=1 tsd=0", true), ("scale=1 timing=1 tsd=1", false)] {
+        let session = Session::new("compute", command_line);
+        let hardware = running(1);
+        let choice = auto(&hardware, &session.guest);
+        assert_eq!(choice.kind, EngineKind::Pmu, "{choice:?}");
+        let reason = choice.reason.clone().expect("the program chose");
+        assert!(reason.contains("RDTSC trapped") && reason.contains(COUNTS), "{reason}");
+        let to = RecordTo {
+            path: session.path(),
+            force: false,
+            checkpoints: CheckpointArg::default(),
+        };
+        let mut plan = session.plan();
+        plan.choice = choice;
+        let recorded = record_on(&hardware, plan, &to).expect("it records");
+        assert!(session.printed().contains("compute: done"), "{:?}", session.printed());
+        assert_eq!(recorded.warning, None);
+        let header = open(&session.path()).expect("it was written").header().clone();
+        assert!(header.logs_time_stamps());
+        for seed in 2..4 {
+            let replayed = replay(&session.path(), &running(seed));
+            let replayed = replayed.unwrap_or_else(|error| panic!("seed {seed}, {user}: {error:#}"));
+            assert_equal(&recorded, &replayed.report, seed);
+        }
+        let replayable = open_replayable(&session.path()).expect("it was written");
+        let options = ReplayOptions { engine: EngineArg::Soft, ..ReplayOptions::default() };
+        let on_soft = replay_on(&Refusing, &replayable, options).expect("it replays").report;
+        assert_eq!(on_soft.verified, Some(true), "{on_soft:#?}");
+        assert_eq!(on_soft.final_digest, recorded.final_digest);
+    }
+}
+
+#[test]
+fn where_rdtsc_is_not_trapped_auto_takes_soft_and_says_why() {
+    let compute = Guest::embedded("compute").expect("it is listed");
+    let mut cannot = Simulated::intel(1);
+    cannot.traps = false;
+    let unknown = without_sections("compute");
+    let mut packed = compute.clone();
+    packed.kernel.bytes = b"not ELF".to_vec().into();
+    for (hardware, guest, expected) in [
+        (&cannot, &compute, CANNOT_TRAP),
+        (&Simulated::intel(1), &unknown, "no 64-bit ELF file with sections"),
+        (&Simulated::intel(1), &packed, "no 64-bit ELF file with sections"),
+    ] {
+        let choice = auto(hardware, guest);
+        let reason = choice.reason.expect("the program chose");
+        assert_eq!(choice.kind, EngineKind::Soft, "{reason}");
+        assert!(reason.contains(expected) && reason.contains(COUNTS), "{reason}");
+        assert!(!reason.contains('\n'), "{reason}");
+    }
+    let choice = auto(&Refusing, &compute);
+    assert_eq!(choice.kind, EngineKind::Soft, "{:?}", choice.reason);
+}
+
+/// The header of a recording says whether the log has what RDTSC gave.
+#[test]
+fn a_recording_without_the_trap_says_so() {
+    let mut session = Session::new("ticks", "hz=2000 count=5");
+    session.guest = without_sections("ticks");
+    session.guest.cmdline = "hz=2000 count=5".to_owned();
+    session.record(&Simulated::intel(1));
+    let header = open(&session.path()).expect("it was written").header().clone();
+    let about = |it: &&Precaution| it.what == Precaution::KERNEL_TIME_STAMPS;
+    let about = header.precautions.iter().find(about).expect("it says");
+    assert_eq!(about.treatment, Treatment::Open, "{about:?}");
+    assert!(about.how.contains("sections"), "{about:?}");
+    let replayed = replay(&session.path(), &Simulated::intel(2)).expect("it replays");
+    assert_eq!(replayed.report.verified, Some(true));
+}
+
+/// What the log has of RDTSC cannot be given to a guest whose RDTSC is not trapped.
+#[test]
+fn a_replay_that_cannot_trap_says_what_to_do() {
+    let session = Session::new("ticks", "hz=2000 count=5");
+    session.record(&Simulated::intel(1));
+    let mut hardware = Simulated::intel(2);
+    hardware.traps = false;
+    let error = replay(&session.path(), &hardware).expect_err("it is refused").to_string();
+    assert!(error.contains(CANNOT_TRAP) && error.contains("--engine soft"), "{error}");
+}
+
+#[test]
+fn a_kernel_that_is_not_where_it_is_linked_to_is_told() {
+    let engine = |kernel| {
+        let ram = GuestRam::new(4).expect("the host has 4 MiB");
+        let engine = Simulated::intel(1).engine(ram).expect("it is simulated");
+        engine.trapping_time_stamps(kernel).expect("it traps")
+    };
+    let elsewhere =
+        KernelText { entry: 0x10_0000, entry_bytes: vec![0x90, 0xf4], ..KernelText::default() };
+    assert_eq!(note_of(&engine(elsewhere.clone())), Some(KERNEL_MOVED));
+    let there = KernelText { entry_bytes: vec![0, 0], ..elsewhere };
+    let mut found = engine(there);
+    assert_eq!(note_of(&found), None);
+    // Zeroed RAM has no exit but a fault without a handler.
+    assert!(matches!(found.run(u64::MAX), Ok(Exit::TripleFault | Exit::Unsupported(_))));
+    let report = run_on(&Simulated::intel(3), Session::new("hello", "").plan()).expect("it runs");
+    assert_eq!(report.warning, None);
+}
