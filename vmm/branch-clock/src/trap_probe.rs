@@ -6,7 +6,6 @@
 use reprise_machine::engine::EngineError;
 use reprise_trace::cpu_state::{CS, CpuState, DescriptorTable, RAX, RCX, RSP, SS, Segment};
 
-use crate::paging::write_ram;
 use crate::register_bits::{CR4_TSD, RFLAGS_IF};
 use crate::retired::retired;
 use crate::vcpu::{Vcpu, VcpuExit};
@@ -128,8 +127,8 @@ fn watched<V: Vcpu>(vcpu: &mut V) -> Result<Option<String>, EngineError> {
 /// CR4.TSD keeps user code from reading the counter, and the fault's handler can be caught.
 fn refused_to_user<V: Vcpu>(vcpu: &mut V) -> Result<Option<String>, EngineError> {
     let state = kernel(vcpu, &[]);
-    write_ram(vcpu.ram(), USER_CODE, &RDTSC);
-    write_ram(vcpu.ram(), FAULT_HANDLER, &[INT3, HLT]);
+    vcpu.write_ram(USER_CODE, &RDTSC);
+    vcpu.write_ram(FAULT_HANDLER, &[INT3, HLT]);
     let mut user = CpuState { rip: USER_CODE, rflags: 2 | RFLAGS_IF, ..state };
     user.segments = [segment(USER_DATA, 0xc0f3); 6];
     user.segments[CS] = segment(USER_CODE_SELECTOR, 0xa0fb);
@@ -181,11 +180,10 @@ fn segment(selector: u16, attributes: u16) -> Segment {
 }
 
 /// Lays out the guest, and gives its state at the start of `code`. #BP and #GP lead to a HLT.
-fn kernel<V: Vcpu>(vcpu: &V, code: &[u8]) -> CpuState {
-    let ram = vcpu.ram();
-    let put = |address: u64, words: &[u64]| {
+fn kernel<V: Vcpu>(vcpu: &mut V, code: &[u8]) -> CpuState {
+    let mut put = |address: u64, words: &[u64]| {
         for (at, word) in (address..).step_by(8).zip(words) {
-            write_ram(ram, at, &word.to_le_bytes());
+            vcpu.write_ram(at, &word.to_le_bytes());
         }
     };
     // Present, writable, for user code; the last one 2 MiB.
@@ -196,11 +194,13 @@ fn kernel<V: Vcpu>(vcpu: &V, code: &[u8]) -> CpuState {
     for (vector, handler) in [(3, BREAKPOINT_HANDLER), (13, FAULT_HANDLER)] {
         let low = handler & 0xffff | u64::from(KERNEL_CODE) << 16 | 0x8e00 << 32;
         put(IDT + 16 * vector, &[low | (handler >> 16 & 0xffff) << 48, handler >> 32]);
-        write_ram(ram, handler, &[HLT]);
     }
     // RSP0.
-    write_ram(ram, TSS + 4, &STACK_TOP.to_le_bytes());
-    write_ram(ram, CODE, code);
+    put(TSS + 4, &[STACK_TOP]);
+    for handler in [BREAKPOINT_HANDLER, FAULT_HANDLER] {
+        vcpu.write_ram(handler, &[HLT]);
+    }
+    vcpu.write_ram(CODE, code);
     let mut state = CpuState {
         rip: CODE,
         segments: [segment(KERNEL_DATA, 0xc093); 6],
