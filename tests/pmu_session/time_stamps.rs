@@ -47,18 +47,17 @@ fn without_sections(name: &str) -> Guest {
 /// what the log has.
 #[test]
 fn a_guest_that_reads_the_counter_is_recorded_by_auto_and_replays() {
-    for (command_line, user) in [("scale=1 timing=1 tsd=0", true), ("scale=1 timing=1 tsd=1", false)] {
+    for (command_line, user) in
+        [("scale=1 timing=1 tsd=0", true), ("scale=1 timing=1 tsd=1", false)]
+    {
         let session = Session::new("compute", command_line);
         let hardware = running(1);
         let choice = auto(&hardware, &session.guest);
         assert_eq!(choice.kind, EngineKind::Pmu, "{choice:?}");
         let reason = choice.reason.clone().expect("the program chose");
         assert!(reason.contains("RDTSC trapped") && reason.contains(COUNTS), "{reason}");
-        let to = RecordTo {
-            path: session.path(),
-            force: false,
-            checkpoints: CheckpointArg::default(),
-        };
+        let to =
+            RecordTo { path: session.path(), force: false, checkpoints: CheckpointArg::default() };
         let mut plan = session.plan();
         (plan.choice, plan.memory_mib) = (choice, 8);
         let recorded = record_on(&hardware, plan, &to).expect("it records");
@@ -68,7 +67,8 @@ fn a_guest_that_reads_the_counter_is_recorded_by_auto_and_replays() {
         assert!(header.logs_time_stamps());
         for seed in 2..4 {
             let replayed = replay(&session.path(), &running(seed));
-            let replayed = replayed.unwrap_or_else(|error| panic!("seed {seed}, {user}: {error:#}"));
+            let replayed =
+                replayed.unwrap_or_else(|error| panic!("seed {seed}, {user}: {error:#}"));
             assert_equal(&recorded, &replayed.report, seed);
         }
         let replayable = open_replayable(&session.path()).expect("it was written");

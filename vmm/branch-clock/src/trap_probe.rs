@@ -5,8 +5,8 @@
 
 use reprise_machine::engine::EngineError;
 use reprise_trace::cpu_state::{CS, CpuState, DescriptorTable, RAX, RCX, RSP, SS, Segment};
+use reprise_trace::register_bits::{CR4_TSD, RFLAGS_IF};
 
-use crate::register_bits::{CR4_TSD, RFLAGS_IF};
 use crate::retired::retired;
 use crate::vcpu::{Vcpu, VcpuExit};
 

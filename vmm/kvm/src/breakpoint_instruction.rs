@@ -32,7 +32,10 @@ pub(crate) enum CaughtBy {
 
 impl PmuVcpu {
     /// Whether KVM came back for an INT3 that is caught.
-    pub(crate) fn caught_breakpoint_instruction(&mut self, exit: RawExit) -> Result<bool, KvmError> {
+    pub(crate) fn caught_breakpoint_instruction(
+        &mut self,
+        exit: RawExit,
+    ) -> Result<bool, KvmError> {
         if exit == (RawExit::Debug { vector: u32::from(BREAKPOINT) }) {
             self.caught_by = CaughtBy::Hardware;
             return Ok(true);

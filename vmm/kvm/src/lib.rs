@@ -50,5 +50,5 @@ pub use error::KvmError;
 pub use host::KvmKind;
 pub use nondeterminism::{Precaution, precautions};
 pub use pmu::{PmuEngine, SelfTesting, pmu_clock, pmu_counter, pmu_engine};
-pub use trap::time_stamp_trap;
 pub use report::{ByLevel, Capability, CounterOfCpu, Finding, KvmReport, opens, probe};
+pub use trap::time_stamp_trap;

@@ -210,24 +210,24 @@ mod tests {
     use crate::testing::require_kvm;
     use crate::vcpu::{DEVICE, open};
     use reprise_machine::ram::{HOLE_END, HOLE_START};
-
-    /// A generator of numbers that a seed decides.
-    fn random(seed: &mut u64) -> u64 {
-        *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        *seed >> 33
-    }
+    use reprise_random::Random;
 
     #[test]
     fn ranges_of_pages_are_what_single_pages_are() {
         const PAGES: u64 = 40;
         for seed in 0..50 {
-            let (mut state, mut ranges, mut single) = (seed, PageRanges::default(), [false; 40]);
+            let mut random = Random::new(seed);
+            let (mut ranges, mut single) = (PageRanges::default(), [false; PAGES as usize]);
             for _ in 0..60 {
-                let start = random(&mut state) % PAGES;
-                let end = (start + random(&mut state) % 9).min(PAGES);
-                let insert = random(&mut state).is_multiple_of(2);
+                let start = random.below(PAGES);
+                let end = (start + random.below(9)).min(PAGES);
+                let insert = random.below(2) == 0;
                 let range = start * PAGE_BYTES..end * PAGE_BYTES;
-                if insert { ranges.insert(range) } else { ranges.remove(range) }
+                if insert {
+                    ranges.insert(range)
+                } else {
+                    ranges.remove(range)
+                }
                 single[start as usize..end as usize].fill(insert);
                 for (page, expected) in (0..).zip(single) {
                     let last = page * PAGE_BYTES + PAGE_BYTES - 1;

@@ -42,7 +42,7 @@ const KERNEL: [u8; 49] = [
     0x6a, 0x23, // 39: push user code
     0x68, 0, 0, 0x4, 0, // 41: push USER_CODE
     0x48, 0xcf, // 46: iretq
-    HLT, // 48
+    HLT,  // 48
 ];
 
 fn kernel_text() -> KernelText {
@@ -122,8 +122,14 @@ fn a_kernels_and_its_user_codes_time_stamps_are_answered() {
     assert_eq!(read, [1, 2, 3].map(|number| answer(number) & 0xffff_ffff));
     // The guest never sees that CR4.TSD is set.
     assert_eq!((after.cr4, after.gpr[RCX]), (state.cr4, state.cr4));
-    let expected =
-        TrapCounts { kernel: 2, user: 1, control: 2, writes: 1, unforeseen: 1, ..Default::default() };
+    let expected = TrapCounts {
+        kernel: 2,
+        user: 1,
+        control: 2,
+        writes: 1,
+        unforeseen: 1,
+        ..Default::default()
+    };
     assert_eq!(trap.counts(), Some(expected));
     // In RAM as the guest has it there is no breakpoint.
     let mut shown = KERNEL;

@@ -1,21 +1,22 @@
 //! Guest writes that come back: RAM in read-only slots ([`crate::memory`]).
 
-use reprise_branch_clock::paging::write_ram;
 use reprise_branch_clock::vcpu::VcpuExit;
+use reprise_machine::paging::write_ram;
 
 use crate::PmuVcpu;
 use crate::error::KvmError;
 use crate::vcpu::RawExit;
 
-/// Writes that are watched. Watched RAM lies in read-only slots, and KVM's documentation promises that a
-/// write there comes back as MMIO (`KVM_SET_USER_MEMORY_REGION`, KVM_MEM_READONLY), one exit for each 8 bytes
-/// and page. Its emulator executes the instruction, which it may refuse; such a guest ends with the reason.
-/// It gives REP back after each element, and LOCK is no more than a write, which one vCPU cannot tell.
-///
-/// No promise is made for what the CPU writes by itself. Under two-dimensional paging a page walk that is to
-/// set accessed or dirty bits in a read-only slot faults, and KVM then leaves them clear; so a guest's
-/// page tables must not be watched. Frames of interrupts and faults are pushed by hardware, and KVM has no
-/// instruction to emulate then. Kernels have neither page tables nor stacks in their text.
+// What KVM's documentation promises (KVM_SET_USER_MEMORY_REGION): a write to a slot with KVM_MEM_READONLY
+// exits as MMIO. Seen on pagetable-based KVM: one exit for each 8 bytes and page; REP comes back after each
+// element; LOCK is no more than a write, which one vCPU cannot tell.
+//
+// An instruction that KVM's emulator does not know (FXSAVE) ends the run with the reason. One that it knows
+// but for which it has no MMIO (SGDT) it begins again for ever, until a kick. No kernel writes text so.
+//
+// Nothing is promised for what the CPU writes by itself. By KVM's source, accessed and dirty bits stay
+// clear in page tables that lie in such a slot, and a frame that hardware pushes there has no instruction
+// to emulate. Kernels have neither page tables nor stacks in their text.
 impl PmuVcpu {
     /// Carries out on RAM what the guest's instruction writes to watched RAM, and completes the instruction.
     /// Gives what else KVM came back with, if it did.

@@ -123,9 +123,7 @@ fn a_compare_and_exchange_that_fails_writes_what_was_there() {
 fn a_repetition_comes_back_for_each_element_in_a_watched_page() {
     require_kvm!();
     const ELEMENTS: u64 = 520;
-    for (name, code) in
-        [("rep stosq", [0xf3, 0x48, 0xab]), ("rep movsq", [0xf3, 0x48, 0xa5])]
-    {
+    for (name, code) in [("rep stosq", [0xf3, 0x48, 0xab]), ("rep movsq", [0xf3, 0x48, 0xa5])] {
         let mut state = registers(FIRST - 32);
         state.gpr[RCX] = ELEMENTS;
         let writes = check(&code, &state, &[FIRST..SECOND]);

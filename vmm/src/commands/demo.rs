@@ -110,11 +110,7 @@ fn play(scene: &Scene, output: Output) -> Result<SceneReport> {
     let plan = RunPlan {
         plan: Vec::new(),
         guest: &scene.guest,
-        choice: choice::for_new_run(
-            EngineArg::Auto,
-            ClockArg::Auto,
-            Running::Guest(&scene.guest),
-        )?,
+        choice: choice::for_new_run(EngineArg::Auto, ClockArg::Auto, Running::Guest(&scene.guest))?,
         memory_mib: scene.guest.default_memory_mib,
         soft: SoftOptions::default(),
         host: HostOptions {

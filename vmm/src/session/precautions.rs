@@ -113,7 +113,8 @@ fn by_trap(trap: &PmuTrap) -> Vec<Precaution> {
     };
     let places = text.sites_of(Instruction::ReadTimeStamp).count();
     let patched = text.patched.len();
-    let kernel = format!("trapped at {places} places of the kernel's text and {patched} that it patches");
+    let kernel =
+        format!("trapped at {places} places of the kernel's text and {patched} that it patches");
     vec![
         closed(Precaution::KERNEL_TIME_STAMPS, &kernel),
         closed("RDTSC, user code", "refused by CR4.TSD, and caught at the entry of #GP"),
@@ -170,7 +171,10 @@ mod tests {
         let list = of_run(EngineKind::Pmu, &[], &[], &on);
         for what in [Precaution::KERNEL_TIME_STAMPS, "RDTSC, user code"] {
             let about: Vec<_> = list.iter().filter(|it| it.what == what).collect();
-            assert!(matches!(about[..], [Precaution { treatment: Treatment::Closed, .. }]), "{list:?}");
+            assert!(
+                matches!(about[..], [Precaution { treatment: Treatment::Closed, .. }]),
+                "{list:?}"
+            );
         }
     }
 
