@@ -59,7 +59,7 @@ fn a_guest_that_reads_the_counter_is_recorded_by_auto_and_replays() {
         let to =
             RecordTo { path: session.path(), force: false, checkpoints: CheckpointArg::default() };
         let mut plan = session.plan();
-        (plan.choice, plan.memory_mib) = (choice, 8);
+        (plan.choice, plan.memory_mib) = (choice, 32);
         let recorded = record_on(&hardware, plan, &to).expect("it records");
         assert!(session.printed().contains("compute: done"), "{:?}", session.printed());
         assert_eq!(recorded.warning, None);
