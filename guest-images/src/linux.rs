@@ -20,11 +20,10 @@ pub use workload::{WORKLOAD_SMALL, WORKLOAD_W};
 
 /// The kernel's command line: the machine has no APIC and no ACPI, its TSC runs at 1 GHz (hence
 /// `lpj`, loops per jiffy, which is that over HZ = 250, and `tsc_early_khz`), and resetting it by a
-/// triple fault is quickest. `nokaslr` keeps the kernel where it is linked to: a recorder that knows its
-/// text can trap RDTSC there, and its symbols are those of its file. The rest skips what costs instructions and finds nothing.
+/// triple fault is quickest. The rest skips what costs instructions and finds nothing.
 pub const LINUX_COMMAND_LINE: &str = "console=ttyS0 noapic nolapic acpi=off lpj=4000000 \
      tsc_early_khz=1000000 mitigations=off quiet no_timer_check 8250.nr_uarts=1 cryptomgr.notests \
-     reboot=t nokaslr";
+     reboot=t";
 
 /// Which packages an image was made from.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use reprise::session::assembly::SoftOptions;
+use reprise::session::automatic::Verdict;
 use reprise::session::checkpoints::CheckpointArg;
 use reprise::session::choice::{Choice, EngineKind};
 use reprise::session::guest::Guest;
@@ -10,6 +11,7 @@ use reprise::session::hardware::BranchHardware;
 use reprise::session::record::{RecordTo, RunPlan, record_on};
 use reprise_branch_clock::engine::{BranchClock, Parameters};
 use reprise_host::{ConsoleSink, HostOptions, InputSource};
+use reprise_kvm::Finding;
 use reprise_machine::engine::EngineError;
 use reprise_machine::ram::GuestRam;
 use reprise_simulated_hardware::{Disturbance, SimulatedVcpu};
@@ -34,6 +36,18 @@ impl BranchHardware for Untried {
 
     fn is_there(&self) -> bool {
         true
+    }
+
+    fn verdict(&self) -> Verdict {
+        Verdict { finding: self.try_anew(), remembered: false }
+    }
+
+    fn try_anew(&self) -> Finding {
+        Finding { available: true, reason: "nobody tries it".to_owned(), remedy: None }
+    }
+
+    fn time_stamp_trap(&self) -> Finding {
+        Finding { available: false, reason: "nobody tries it".to_owned(), remedy: None }
     }
 
     fn engine(&self, ram: GuestRam) -> Result<BranchClock<SimulatedVcpu>, EngineError> {

@@ -10,7 +10,7 @@ use reprise::session::replay::{ReplayOptions, open, open_replayable, replay_on};
 use reprise_machine::engine::{Engine, Exit};
 use reprise_machine::ram::GuestRam;
 use reprise_simulated_hardware::Disturbance;
-use reprise_time_stamp_sites::KernelText;
+use reprise_time_stamp_sites::{KernelText, Unpacking};
 use reprise_trace::header::{Precaution, Treatment};
 
 use crate::hardware::{CANNOT_TRAP, COUNTS, Refusing, Simulated};
@@ -136,14 +136,19 @@ fn a_kernel_that_is_not_where_it_is_linked_to_is_told() {
         let engine = Simulated::intel(1).engine(ram).expect("it is simulated");
         engine.trapping_time_stamps(kernel).expect("it traps")
     };
-    let elsewhere =
-        KernelText { entry: 0x10_0000, entry_bytes: vec![0x90, 0xf4], ..KernelText::default() };
+    let elsewhere = KernelText {
+        entry: 0x10_0000,
+        entry_bytes: vec![0x90, 0xf4],
+        unpacking: Unpacking::Unknown,
+        ..KernelText::default()
+    };
     assert_eq!(note_of(&engine(elsewhere.clone())), Some(KERNEL_MOVED));
-    let there = KernelText { entry_bytes: vec![0, 0], ..elsewhere };
+    let entry_bytes = vec![0, 0];
+    let there = KernelText { entry_bytes, unpacking: Unpacking::None, ..elsewhere };
     let mut found = engine(there);
-    assert_eq!(note_of(&found), None);
     // Zeroed RAM has no exit but a fault without a handler.
     assert!(matches!(found.run(u64::MAX), Ok(Exit::TripleFault | Exit::Unsupported(_))));
+    assert_eq!(note_of(&found), None);
     let report = run_on(&Simulated::intel(3), Session::new("hello", "").plan()).expect("it runs");
     assert_eq!(report.warning, None);
 }

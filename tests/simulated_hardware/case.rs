@@ -66,12 +66,53 @@ impl Hardware {
     }
 }
 
-impl Hardware {
-    /// The clock on this hardware.
-    pub(crate) fn engine(&self, ram: GuestRam) -> Result<BranchClock<SimulatedVcpu>, EngineError> {
+/// Hardware, and what is done to RDTSC on it.
+pub(crate) trait Clocked {
+    /// Its vCPU.
+    type Vcpu: Vcpu;
+
+    /// The hardware.
+    fn hardware(&self) -> &Hardware;
+
+    /// The same of another seed.
+    fn with_seed_added(&self, seed: u64) -> Self;
+
+    /// The clock on it.
+    fn engine(&self, ram: GuestRam) -> Result<BranchClock<Self::Vcpu>, EngineError>;
+
+    /// A clock of the world outside that goes on while the guest runs.
+    fn world_clock_ns(engine: &BranchClock<Self::Vcpu>) -> Arc<AtomicU64>;
+
+    /// What is written at the head of a recording made on it.
+    fn header(&self, case: &Case<'_>) -> Header;
+}
+
+/// RDTSC is not trapped.
+impl Clocked for Hardware {
+    type Vcpu = SimulatedVcpu;
+
+    fn hardware(&self) -> &Hardware {
+        self
+    }
+
+    fn with_seed_added(&self, seed: u64) -> Self {
+        let mut other = *self;
+        other.disturbance.seed += seed;
+        other
+    }
+
+    fn engine(&self, ram: GuestRam) -> Result<BranchClock<SimulatedVcpu>, EngineError> {
         let mut vcpu = SimulatedVcpu::new(ram, self.disturbance)?;
         vcpu.hide_time_stamp_counter();
         BranchClock::new(vcpu, Parameters { skid: self.skid, stand: self.stand })
+    }
+
+    fn world_clock_ns(engine: &BranchClock<SimulatedVcpu>) -> Arc<AtomicU64> {
+        engine.vcpu().world_clock_ns()
+    }
+
+    fn header(&self, case: &Case<'_>) -> Header {
+        case.header()
     }
 }
 
@@ -91,7 +132,7 @@ impl Case<'_> {
         (ram, state, Board::new(&config))
     }
 
-    pub(crate) fn start(&self, hardware: &Hardware) -> (BranchClock<SimulatedVcpu>, Board) {
+    pub(crate) fn start<C: Clocked>(&self, hardware: &C) -> (BranchClock<C::Vcpu>, Board) {
         let (ram, state, board) = self.load();
         let mut engine = hardware.engine(ram).expect("the host has memory");
         engine.set_cpu_state(&state).expect("a first state");
@@ -187,20 +228,14 @@ impl Case<'_> {
     }
 
     pub(crate) fn record(&self, hardware: &Hardware) -> Recorded {
-        let (engine, board) = self.start(hardware);
-        let world_clock_ns = engine.vcpu().world_clock_ns();
-        self.record_on(hardware, engine, board, world_clock_ns).1
+        self.record_on(hardware).1
     }
 
-    /// Records on an engine of this hardware.
-    pub(crate) fn record_on<V: Vcpu>(
-        &self,
-        hardware: &Hardware,
-        engine: BranchClock<V>,
-        board: Board,
-        world_clock_ns: Arc<AtomicU64>,
-    ) -> (BranchClock<V>, Recorded) {
-        let seed = hardware.disturbance.seed;
+    /// Records, and gives the engine as well.
+    pub(crate) fn record_on<C: Clocked>(&self, hardware: &C) -> (BranchClock<C::Vcpu>, Recorded) {
+        let (engine, board) = self.start(hardware);
+        let world_clock_ns = C::world_clock_ns(&engine);
+        let seed = hardware.hardware().disturbance.seed;
         let world = SeededWorld::new(seed, self.typed, world_clock_ns)
             .typing_within(self.longest_pause_ns)
             .stopping_at(self.stops_ns);
@@ -217,21 +252,12 @@ impl Case<'_> {
         (engine, Recorded { outcome, records, console, counts })
     }
 
-    pub(crate) fn replay(
+    pub(crate) fn replay<C: Clocked>(
         &self,
         records: &[Record],
-        hardware: &Hardware,
+        hardware: &C,
     ) -> (Result<Outcome, MachineError>, Counts) {
         let (engine, board) = self.start(hardware);
-        Self::replay_on(engine, board, records)
-    }
-
-    /// Replays on an engine in its first state.
-    pub(crate) fn replay_on<V: Vcpu>(
-        engine: BranchClock<V>,
-        board: Board,
-        records: &[Record],
-    ) -> (Result<Outcome, MachineError>, Counts) {
         let inputs = Replaying::new(log_of(records));
         let mut machine = Machine::new(engine, board, inputs, TimeSource::Host);
         let outcome = machine.run();

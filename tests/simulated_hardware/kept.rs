@@ -2,54 +2,56 @@
 //! replays of them that go back where the hardware was late.
 
 use std::fs::File;
+use std::path::Path;
 
 use reprise_machine::checkpoint::{Checkpointer, Consistent, checkpoint};
 use reprise_machine::clock::TimeSource;
 use reprise_machine::engine::EngineError;
-use reprise_machine::inputs::Recording as RecordingInputs;
+use reprise_machine::inputs::{Recording as RecordingInputs, Verification};
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::Outcome;
-use reprise_replay::{ReplayError, Replayable, Start, checkpoints_path};
+use reprise_replay::{RecordedClock, ReplayError, Replayable, Start, checkpoints_path};
 use reprise_trace::checkpoint::CheckpointWriter;
 use reprise_trace::event::Record;
 use reprise_trace::log::LogWriter;
 use reprise_trace::recording::RecordingWriter;
 use tempfile::TempDir;
 
-use crate::case::{Case, Hardware, Recorded};
+use crate::case::{Case, Clocked, Recorded};
 use crate::world::SeededWorld;
+
+/// What the recording's file is called.
+const FILE: &str = "recording.rr";
 
 /// A recording in a file.
 pub(crate) struct Kept {
     /// Removes the files in the end.
-    _directory: TempDir,
+    directory: TempDir,
     pub(crate) replayable: Replayable,
     pub(crate) recorded: Recorded,
 }
 
 impl Case<'_> {
     /// Records into a file, with a checkpoint every so many ticks.
-    pub(crate) fn record_to_file(&self, hardware: &Hardware, checkpoint_every: u64) -> Kept {
+    pub(crate) fn record_to_file<C: Clocked>(&self, hardware: &C, checkpoint_every: u64) -> Kept {
         let directory = tempfile::tempdir().expect("the host has room");
-        let path = directory.path().join("recording.rr");
+        let path = directory.path().join(FILE);
         let file = File::create(&path).expect("the host has room");
-        let mut writer = RecordingWriter::create(file, &self.header()).expect("it is written");
+        let header = hardware.header(self);
+        let mut writer = RecordingWriter::create(file, &header).expect("it is written");
         writer.write_image(0, self.source.kernel).expect("it is written");
         if let Some(initrd) = self.source.initrd {
             writer.write_image(1, initrd).expect("it is written");
         }
         let identity = writer.identity();
         let (engine, board) = self.start(hardware);
-        let seed = hardware.disturbance.seed;
-        let world = SeededWorld::new(seed, self.typed, engine.vcpu().world_clock_ns())
+        let seed = hardware.hardware().disturbance.seed;
+        let world = SeededWorld::new(seed, self.typed, C::world_clock_ns(&engine))
             .typing_within(self.longest_pause_ns)
             .stopping_at(self.stops_ns);
         let inputs = RecordingInputs::new(world, LogWriter::new(writer));
         let mut machine = Machine::new(engine, board, inputs, TimeSource::Host);
-        let file = File::create(checkpoints_path(&path)).expect("the host has room");
-        let writer = CheckpointWriter::create(file, &identity).expect("it is written");
-        let next = checkpoint_every;
-        machine.set_checkpointer(Box::new(ToFile { every: checkpoint_every, next, writer }));
+        machine.set_checkpointer(Box::new(ToFile::beside(&path, &identity, checkpoint_every)));
         let outcome = machine.run().expect("the machine runs");
         let (engine, _, inputs) = machine.into_parts();
         let (world, sink) = inputs.into_parts();
@@ -58,7 +60,7 @@ impl Case<'_> {
         let console = String::from_utf8_lossy(&world.console).into_owned();
         let records = records_of(&replayable);
         let recorded = Recorded { outcome, records, console, counts: engine.counts() };
-        Kept { _directory: directory, replayable, recorded }
+        Kept { directory, replayable, recorded }
     }
 }
 
@@ -76,13 +78,16 @@ pub(crate) struct Replay {
 
 impl Kept {
     /// Replays on hardware that may be late, another one after each time, and goes back where it was.
-    pub(crate) fn replay(&self, start: Start, hardware: &Hardware) -> Result<Replay, ReplayError> {
+    pub(crate) fn replay<C: Clocked>(
+        &self,
+        start: Start,
+        hardware: &C,
+    ) -> Result<Replay, ReplayError> {
         let (mut machines, mut records_before) = (0, 0);
         let arrived = self.replayable.run_going_back(
             self.replayable.begin(start)?,
             |beginning| {
-                let mut hardware = *hardware;
-                hardware.disturbance.seed += machines << 32;
+                let hardware = hardware.with_seed_added(machines << 32);
                 machines += 1;
                 records_before = beginning.records();
                 beginning.into_machine(|ram| hardware.engine(ram), |inputs| inputs)
@@ -93,22 +98,60 @@ impl Kept {
         outcome.events += records_before;
         Ok(Replay { outcome, times_back: arrived.times_back })
     }
+
+    /// Replays on the software CPU.
+    pub(crate) fn replay_on_software(&self, start: Start) -> Result<Outcome, ReplayError> {
+        let beginning = self.replayable.begin(start)?;
+        let records_before = beginning.records();
+        let header = self.replayable.recording().header();
+        let mut machine = beginning.into_machine(
+            |ram| RecordedClock::new(ram, header),
+            |inputs| inputs.verifying(Verification::AcrossEngines),
+        )?;
+        let mut outcome = machine.run().expect("the machine runs");
+        outcome.events += records_before;
+        Ok(outcome)
+    }
+
+    /// The same recording with checkpoints that the software CPU makes of it instead: so many, at these ticks.
+    pub(crate) fn with_checkpoints_of_software(self, from: u64, every: u64, count: usize) -> Self {
+        let path = self.directory.path().join(FILE);
+        let identity = self.replayable.recording().identity();
+        let mut machine = self.replayable.soft_machine(Start::Run).expect("it begins");
+        let to_file = ToFile::beside(&path, &identity, every);
+        machine.set_checkpointer(Box::new(ToFile { next: from, left: count, ..to_file }));
+        machine.run().expect("the machine runs");
+        drop(machine);
+        let replayable = Replayable::open(&path).expect("it is a recording");
+        Self { replayable, ..self }
+    }
 }
 
 /// Writes checkpoints as they are taken.
 struct ToFile {
     every: u64,
     next: u64,
+    /// So many more, at most.
+    left: usize,
     writer: CheckpointWriter<File>,
+}
+
+impl ToFile {
+    fn beside(recording: &Path, identity: &[u8; 32], every: u64) -> Self {
+        let file = File::create(checkpoints_path(recording)).expect("the host has room");
+        let writer = CheckpointWriter::create(file, identity).expect("it is written");
+        Self { every, next: every, left: usize::MAX, writer }
+    }
 }
 
 impl Checkpointer for ToFile {
     fn due_at(&mut self, _tick: u64, _virtual_ns: u64) -> Option<u64> {
-        Some(self.next)
+        (self.left > 0).then_some(self.next)
     }
 
     fn start(&mut self, machine: Consistent<'_>) -> Result<bool, EngineError> {
         self.next = machine.tick() + self.every;
+        self.left -= 1;
         let writer = &mut self.writer;
         let state = checkpoint(machine, &mut |address, page| {
             writer.page(address, page).expect("the host has room");
@@ -122,7 +165,7 @@ impl Checkpointer for ToFile {
     }
 
     fn page(&mut self, _address: u64, _page: &[u8]) {
-        unreachable!("hardware shows all pages at once");
+        unreachable!("all pages are shown at once");
     }
 
     fn complete(&mut self) {}

@@ -16,7 +16,9 @@ use reprise_replay::Start;
 use reprise_simulated_hardware::{Disturbance, Skid};
 use reprise_tests::linux_image::linux_image;
 
-use crate::case::{Case, Hardware, Recorded, assert_equal};
+use crate::case::{Case, Clocked, Hardware, Recorded, assert_equal};
+use crate::kept::Kept;
+use crate::time_stamps::Trapping;
 use crate::world::LONGEST_PAUSE_NS;
 
 const RAM_MIB: u64 = 256;
@@ -100,31 +102,128 @@ fn linux_starts_and_replays_under_other_seeds() {
     case.expand(&recorded, &case.header());
 }
 
-/// The counter runs, and every RDTSC is trapped. For it to be found the kernel has to lie where it is linked to,
-/// to which the image's command line sees.
-fn replays_with_time_stamps(stops_ns: Option<u64>, expected: &str) {
+/// Its time-stamp counter runs.
+fn running(hardware: Hardware) -> Hardware {
+    let disturbance = Disturbance { time_stamp_runs: true, ..hardware.disturbance };
+    Hardware { disturbance, ..hardware }
+}
+
+/// The counter runs, and every RDTSC is trapped, whether the kernel lies where it is linked to or has chosen
+/// its place at random.
+fn replays_with_time_stamps(nokaslr: bool, stops_ns: Option<u64>, expected: &str) {
     let Some(image) = image() else { return };
-    let case = Case { stops_ns, ..case(&image) };
-    let running = |seed| {
-        let disturbance = Disturbance { time_stamp_runs: true, ..intel(seed).disturbance };
-        Hardware { disturbance, ..intel(seed) }
-    };
-    let (recorded, traps) = case.record_trapping(&running(1));
-    eprintln!("{} ticks, {:?}, {traps:?}", recorded.outcome.ticks, recorded.counts);
+    let more = if nokaslr { " nokaslr" } else { "" };
+    let command_line = format!("{}{more}", image.command_line);
+    let plain = case(&image);
+    let case =
+        Case { source: GuestSource { cmdline: &command_line, ..plain.source }, stops_ns, ..plain };
+    let trapping = Trapping::of(&case, running(intel(1)));
+    let (recorded, traps, displacement) = case.record_trapping(&trapping);
+    let ticks = recorded.outcome.ticks;
+    eprintln!("{ticks} ticks, {:?}, {traps:?}, by {displacement:#x}", recorded.counts);
+    assert_eq!(displacement == 0, nokaslr, "{displacement:#x}");
     assert!(recorded.console.contains(expected), "{}", recorded.console);
-    assert!(traps.kernel > 0 && traps.refused == 0, "{traps:?}");
-    case.replays_trapping(&recorded, [running(2)]);
+    assert!(traps.kernel > 0, "{traps:?}");
+    assert_eq!((traps.refused, traps.open, traps.unforeseen), (0, 0, 0), "{traps:?}");
+    case.replays_trapping(&recorded, &trapping, [running(intel(2))]);
 }
 
 #[test]
 fn linux_starts_with_its_time_stamps_trapped() {
-    replays_with_time_stamps(Some(WINDOW_NS), "PCI:");
+    replays_with_time_stamps(true, Some(WINDOW_NS), "PCI:");
+}
+
+#[test]
+fn linux_starts_somewhere_with_its_time_stamps_trapped() {
+    replays_with_time_stamps(false, Some(WINDOW_NS), "PCI:");
 }
 
 #[test]
 #[ignore = "takes minutes"]
 fn linux_works_with_its_time_stamps_trapped() {
-    replays_with_time_stamps(None, "forked 60");
+    for nokaslr in [false, true] {
+        replays_with_time_stamps(nokaslr, None, "forked 60");
+    }
+}
+
+/// Linux in a file, the kernel somewhere, RDTSC trapped.
+fn kept_with_time_stamps(image: &LinuxImage, checkpoint_every: u64) -> (Kept, Trapping) {
+    let case = Case { stops_ns: Some(WINDOW_NS), ..case(image) };
+    let trapping = Trapping::of(&case, running(intel(1)));
+    (case.record_to_file(&trapping, checkpoint_every), trapping)
+}
+
+/// A Zen machine that is late, whose time-stamp counter runs: replays go back to checkpoints, at which the trap
+/// begins, in the boot stub and in the kernel. So does the software CPU, and a trap at its checkpoints.
+fn goes_back_with_time_stamps(checkpoint_every: u64, seeds: Range<u64>) {
+    let Some(image) = image() else { return };
+    let (kept, trapping) = kept_with_time_stamps(&image, checkpoint_every);
+    let mut times_back = 0;
+    for seed in seeds {
+        let mut late = running(zen(seed));
+        late.disturbance.skid = Skid::Unbounded { usual: 1_000, seldom: 20 };
+        let replay = kept.replay(Start::Run, &trapping.on(late));
+        let replay = replay.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        assert_equal(&kept.recorded.outcome, &replay.outcome, seed);
+        eprintln!("seed {seed}: {} times back", replay.times_back);
+        times_back += replay.times_back;
+    }
+    let count = kept.replays_trapping(&trapping);
+    assert!(count > 2 && times_back > 0, "{count}, {times_back}");
+    kept.replays_on_software();
+    let from = checkpoint_every / 2;
+    kept.with_checkpoints_of_software(from, checkpoint_every, count).replays_trapping(&trapping);
+}
+
+#[test]
+fn linux_goes_back_with_its_time_stamps_trapped() {
+    goes_back_with_time_stamps(10_000_000, 2..3);
+}
+
+#[test]
+#[ignore = "takes minutes"]
+fn linux_goes_back_to_many_places_with_its_time_stamps_trapped() {
+    goes_back_with_time_stamps(500_000, 2..10);
+}
+
+/// A tick before the kernel has applied its alternatives, so many ticks behind which it has.
+fn tick_before_alternatives(kept: &Kept, trapping: &Trapping, apart: u64) -> u64 {
+    let (mut before, mut apart_now) = (0, 5_000_000);
+    loop {
+        let beginning = kept.replayable.begin(Start::Run).expect("it begins");
+        let made = beginning.into_machine(|ram| trapping.engine(ram), |inputs| inputs);
+        let mut machine = made.expect("it begins");
+        let ticks = (before..kept.recorded.outcome.ticks).step_by(apart_now as usize).skip(1);
+        for tick in ticks {
+            machine.run_until(tick).expect("it runs");
+            let counts = machine.engine().vcpu().counts();
+            if counts.is_some_and(|traps| traps.open == 0) {
+                break;
+            }
+            before = tick;
+        }
+        if apart_now == apart {
+            return before;
+        }
+        apart_now = apart.max(apart_now / 10);
+    }
+}
+
+/// Amid its alternatives and around them, RAM says whether the kernel reads the places where RDTSC is trapped.
+fn begins_amid_alternatives(apart: u64, count: usize) {
+    let Some(image) = image() else { return };
+    let (kept, trapping) = kept_with_time_stamps(&image, u64::MAX / 2);
+    let far = apart * count as u64 / 2;
+    let first = tick_before_alternatives(&kept, &trapping, far) - far / 2;
+    eprintln!("{count} checkpoints from tick {first} on");
+    let kept = kept.with_checkpoints_of_software(first, apart, count);
+    assert_eq!(kept.replays_trapping(&trapping), count);
+}
+
+#[test]
+#[ignore = "takes minutes"]
+fn linux_goes_on_amid_its_alternatives() {
+    begins_amid_alternatives(1_000, 60);
 }
 
 /// Seeds of [`linux_starts_and_replays_where_everything_disturbs`] that failed once.

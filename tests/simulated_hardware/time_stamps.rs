@@ -6,66 +6,122 @@ use std::sync::atomic::AtomicU64;
 
 use reprise_branch_clock::engine::{BranchClock, Parameters};
 use reprise_branch_clock::time_stamp_trap::{TimeStampTrap, TrapCounts};
-use reprise_devices::board::Board;
-use reprise_machine::engine::Engine;
-use reprise_simulated_hardware::SimulatedVcpu;
-use reprise_time_stamp_sites::KernelText;
-use reprise_trace::checkpoint::{EngineState, HiddenState};
+use reprise_machine::engine::{Access, Engine, EngineError, Exit};
+use reprise_machine::ram::GuestRam;
+use reprise_replay::Start;
+use reprise_simulated_hardware::{Disturbance, SimulatedVcpu};
+use reprise_time_stamp_sites::{Evidence, Instruction, KernelText, Site, Text};
+use reprise_trace::cpu_state::{CS, CpuState, Segment};
 use reprise_trace::header::{Header, Precaution, Treatment};
 
-use crate::case::{Case, Hardware, Recorded, assert_equal};
+use crate::case::{Case, Clocked, Hardware, Recorded, assert_equal};
 use crate::guest;
+use crate::kept::Kept;
 
-type TrappingEngine = BranchClock<TimeStampTrap<SimulatedVcpu>>;
+/// Hardware on which RDTSC of a kernel is trapped.
+#[derive(Clone)]
+pub(crate) struct Trapping {
+    pub(crate) hardware: Hardware,
+    kernel: Arc<KernelText>,
+}
 
-impl Case<'_> {
-    /// As [`Case::start`], with RDTSC trapped.
-    pub(crate) fn start_trapping(&self, hardware: &Hardware) -> (TrappingEngine, Board) {
-        let (ram, state, board) = self.load();
-        let mut vcpu = SimulatedVcpu::new(ram, hardware.disturbance).expect("the host has memory");
-        vcpu.hide_time_stamp_counter();
-        let kernel = KernelText::of_image(self.source.kernel).expect("it has sections");
-        let vcpu = TimeStampTrap::new(vcpu, kernel).expect("it traps");
-        let parameters = Parameters { skid: hardware.skid, stand: hardware.stand };
-        let mut engine = BranchClock::new(vcpu, parameters).expect("it counts");
-        engine.set_cpu_state(&state).expect("a first state");
-        (engine, board)
+impl Trapping {
+    /// For the kernel of this case.
+    pub(crate) fn of(case: &Case<'_>, hardware: Hardware) -> Self {
+        let kernel = KernelText::of_image(case.source.kernel).expect("it has sections");
+        Self { hardware, kernel: Arc::new(kernel) }
     }
 
-    /// The head of a recording that has the time stamps.
-    fn trapped_header(&self) -> Header {
+    /// The same on other hardware.
+    pub(crate) fn on(&self, hardware: Hardware) -> Self {
+        Self { hardware, ..self.clone() }
+    }
+}
+
+impl Clocked for Trapping {
+    type Vcpu = TimeStampTrap<SimulatedVcpu>;
+
+    fn hardware(&self) -> &Hardware {
+        &self.hardware
+    }
+
+    fn with_seed_added(&self, seed: u64) -> Self {
+        self.on(self.hardware.with_seed_added(seed))
+    }
+
+    fn engine(&self, ram: GuestRam) -> Result<BranchClock<Self::Vcpu>, EngineError> {
+        let mut vcpu = SimulatedVcpu::new(ram, self.hardware.disturbance)?;
+        vcpu.hide_time_stamp_counter();
+        let vcpu = TimeStampTrap::new(vcpu, KernelText::clone(&self.kernel))?;
+        let Hardware { skid, stand, .. } = self.hardware;
+        BranchClock::new(vcpu, Parameters { skid, stand })
+    }
+
+    fn world_clock_ns(engine: &BranchClock<Self::Vcpu>) -> Arc<AtomicU64> {
+        engine.vcpu().inner().world_clock_ns()
+    }
+
+    /// That of a recording that has the time stamps.
+    fn header(&self, case: &Case<'_>) -> Header {
         let precaution = Precaution {
             what: Precaution::KERNEL_TIME_STAMPS.to_owned(),
             treatment: Treatment::Closed,
             how: "trapped".to_owned(),
         };
-        Header { precautions: vec![precaution], ..self.header() }
+        Header { precautions: vec![precaution], ..case.header() }
     }
+}
 
-    /// As [`Case::record`], and what the trap did.
-    pub(crate) fn record_trapping(&self, hardware: &Hardware) -> (Recorded, TrapCounts) {
-        let (engine, board) = self.start_trapping(hardware);
-        let world_clock_ns: Arc<AtomicU64> = engine.vcpu().inner().world_clock_ns();
-        let (engine, recorded) = self.record_on(hardware, engine, board, world_clock_ns);
+impl Case<'_> {
+    /// As [`Case::record`], and what the trap did, and by how much the kernel was displaced.
+    pub(crate) fn record_trapping(&self, trapping: &Trapping) -> (Recorded, TrapCounts, u64) {
+        let (engine, recorded) = self.record_on(trapping);
         let traps = engine.vcpu().counts().expect("the kernel was found");
-        (recorded, traps)
+        let displacement = engine.vcpu().displacement().expect("the kernel was found");
+        (recorded, traps, displacement)
     }
 
-    /// Replays on trapping hardware under each seed, and expands on the software CPU.
+    /// Replays on trapping hardware of these kinds, and expands on the software CPU.
     #[track_caller]
     pub(crate) fn replays_trapping(
         &self,
         recorded: &Recorded,
+        trapping: &Trapping,
         hardware: impl IntoIterator<Item = Hardware>,
     ) {
         for hardware in hardware {
-            let (engine, board) = self.start_trapping(&hardware);
             let seed = hardware.disturbance.seed;
-            let (replay, _) = Case::replay_on(engine, board, &recorded.records);
+            let (replay, _) = self.replay(&recorded.records, &trapping.on(hardware));
             let replay = replay.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
             assert_equal(&recorded.outcome, &replay, seed);
         }
-        self.expand(recorded, &self.trapped_header());
+        self.expand(recorded, &trapping.header(self));
+    }
+}
+
+impl Kept {
+    /// Replays from each checkpoint on trapping hardware. Gives how many there are.
+    #[track_caller]
+    pub(crate) fn replays_trapping(&self, trapping: &Trapping) -> usize {
+        let count = self.replayable.checkpoints().len();
+        for index in 0..count {
+            let hardware = trapping.with_seed_added(1 + index as u64);
+            let seed = hardware.hardware.disturbance.seed;
+            let replay = self.replay(Start::Checkpoint(index), &hardware);
+            let replay = replay.unwrap_or_else(|error| panic!("{index}, seed {seed}: {error}"));
+            assert_equal(&self.recorded.outcome, &replay.outcome, seed);
+        }
+        count
+    }
+
+    /// Replays from each checkpoint on the software CPU.
+    #[track_caller]
+    pub(crate) fn replays_on_software(&self) {
+        for index in 0..self.replayable.checkpoints().len() {
+            let replay = self.replay_on_software(Start::Checkpoint(index));
+            let replay = replay.unwrap_or_else(|error| panic!("{index}: {error}"));
+            assert_equal(&self.recorded.outcome, &replay, index as u64);
+        }
     }
 }
 
@@ -76,26 +132,89 @@ fn time_stamps_of_user_code_replay() {
     for (tsd, user) in [("tsd=1", 0), ("tsd=0", 5)] {
         let cmdline = format!("scale=1 timing=1 {tsd}");
         let case = guest("compute", &cmdline, "");
-        let (recorded, traps) = case.record_trapping(&Hardware::intel(1));
+        let trapping = Trapping::of(&case, Hardware::intel(1));
+        let (recorded, traps, displacement) = case.record_trapping(&trapping);
+        assert_eq!(displacement, 0);
         eprintln!("{tsd}: {traps:?}");
         assert!(recorded.console.contains("compute: done"), "{:?}", recorded.console);
         assert_eq!((traps.user, traps.kernel), (user, 5 - user), "{traps:?}");
         assert_eq!((traps.open, traps.refused), (0, 0), "{traps:?}");
         assert_eq!(recorded.console.matches("nanoseconds: ").count(), 4);
-        case.replays_trapping(&recorded, (2..4).map(Hardware::intel));
+        case.replays_trapping(&recorded, &trapping, (2..4).map(Hardware::intel));
     }
 }
 
-/// RAM of a checkpoint has the guest's own bytes, and nothing tells the trap how far the kernel was.
+/// A trap begins at any checkpoint: its own, of whose RAM the breakpoints are no part, and the software CPU's,
+/// which knows nothing of traps. So does the software CPU.
 #[test]
-fn a_trap_takes_and_gives_no_checkpoint() {
-    let case = guest("compute", "scale=1", "");
-    let (mut plain, _) = case.start(&Hardware::intel(1));
-    let (mut trapping, _) = case.start_trapping(&Hardware::intel(1));
-    assert!(plain.save().expect("it can be asked").is_some());
-    assert!(trapping.save().expect("it can be asked").is_none());
-    let cpu = trapping.cpu_state().expect("it can be asked");
-    let hidden = HiddenState { engine: String::new(), version: 1, bytes: Vec::new() };
-    let error = trapping.restore(&EngineState { tick: 0, cpu, hidden }).expect_err("it is refused");
-    assert!(error.to_string().contains("--engine soft"), "{error}");
+fn a_trap_begins_at_checkpoints() {
+    for tsd in ["tsd=1", "tsd=0"] {
+        let cmdline = format!("scale=1 timing=1 {tsd}");
+        let case = guest("compute", &cmdline, "");
+        let trapping = Trapping::of(&case, Hardware::intel(1));
+        let kept = case.record_to_file(&trapping, 150_000);
+        let count = kept.replays_trapping(&trapping);
+        kept.replays_on_software();
+        let kept = kept.with_checkpoints_of_software(100_000, 200_000, 8);
+        let of_software = kept.replays_trapping(&trapping);
+        let ticks = kept.recorded.outcome.ticks;
+        eprintln!("{tsd}: {ticks} ticks, {count} checkpoints, {of_software} of software");
+        assert!(count > 2 && of_software > 2, "{count}, {of_software}");
+    }
+}
+
+/// Where the tiny guest below writes an RDTSC, and where it begins.
+const WRITTEN: u64 = 0x1_0020;
+const CODE: u64 = 0x1_0000;
+
+/// A kernel of a few instructions that writes RDTSC into its own text, and its CPU state: 32-bit code, flat.
+fn writing_kernel() -> (KernelText, CpuState, Vec<u8>) {
+    let mut code = vec![0x66, 0xc7, 0x05];
+    code.extend((WRITTEN as u32).to_le_bytes());
+    code.extend([0x0f, 0x31]);
+    // No-operations up to there and at it, then HLT.
+    code.resize((WRITTEN - CODE) as usize + 2, 0x90);
+    code.push(0xf4);
+    let linear = CODE..CODE + 0x1000;
+    let text = Text { name: ".text".to_owned(), linear, physical: CODE, initial: None };
+    let entry_bytes = code[..8].to_vec();
+    let kernel = KernelText { entry: CODE, entry_bytes, text: vec![text], ..KernelText::default() };
+    let segment = |attributes| Segment { selector: 8, attributes, limit: u32::MAX, base: 0 };
+    let mut state = CpuState { rip: CODE, cr0: 0x11, ..CpuState::default() };
+    state.segments = [segment(0xc093); 6];
+    state.segments[CS] = segment(0xc09b);
+    (kernel, state, code)
+}
+
+/// RDTSC that the guest writes into its text is trapped; if nothing of its kernel said that it would, it is not
+/// found again at a checkpoint, so that there is none.
+#[test]
+fn a_time_stamp_that_nobody_foresaw_ends_checkpoints() {
+    let (kernel, state, code) = writing_kernel();
+    let instruction = Instruction::ReadTimeStamp;
+    let evidence = Evidence::UnwindTable;
+    let site = Site { address: WRITTEN, instruction, bytes: 2, evidence };
+    for sites in [vec![], vec![site]] {
+        let foreseen = !sites.is_empty();
+        let kernel = KernelText { sites, ..kernel.clone() };
+        let mut ram = GuestRam::new(4).expect("4 MiB");
+        let mut page = vec![0; 0x1000];
+        page[..code.len()].copy_from_slice(&code);
+        assert!(ram.place(CODE, &page));
+        let hardware = Disturbance { time_stamp_runs: true, ..Disturbance::none() };
+        let vcpu = SimulatedVcpu::new(ram, hardware).expect("the host has memory");
+        let vcpu = TimeStampTrap::new(vcpu, kernel).expect("it traps");
+        let mut engine = BranchClock::new(vcpu, Parameters::with_skid(1)).expect("it counts");
+        engine.set_cpu_state(&state).expect("a first state");
+        assert!(engine.save().expect("it can be asked").is_some());
+        let exit = engine.run(u64::MAX).expect("it runs");
+        assert_eq!(exit, Exit::Access(Access::TimeStamp));
+        engine.finish_access(0x7_0000_0005).expect("it is answered");
+        let after = engine.cpu_state().expect("it can be asked");
+        assert_eq!((after.rip, after.gpr[0], after.gpr[2]), (WRITTEN + 2, 5, 7));
+        let mut shown = [0; 2];
+        engine.read_ram(WRITTEN, &mut shown);
+        assert_eq!(shown, [0x0f, 0x31]);
+        assert_eq!(engine.save().expect("it can be asked").is_some(), foreseen);
+    }
 }

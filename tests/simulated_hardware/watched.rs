@@ -3,18 +3,20 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use iced_x86::Instruction;
 use reprise_branch_clock::engine::{BranchClock, Parameters};
 use reprise_branch_clock::guest_code::linear_of;
 use reprise_branch_clock::vcpu::{Vcpu, VcpuExit};
-use reprise_machine::engine::{Engine, EngineError, Kick};
+use reprise_machine::engine::{EngineError, Kick};
 use reprise_machine::paging::Paging;
 use reprise_machine::ram::GuestRam;
 use reprise_simulated_hardware::SimulatedVcpu;
 use reprise_trace::cpu_state::{CS, CpuState};
+use reprise_trace::header::Header;
 
-use crate::case::{Case, Hardware, Recorded};
+use crate::case::{Case, Clocked, Hardware, Recorded};
 
 /// Bytes that are kept from before RIP.
 const BEFORE: u64 = 8;
@@ -91,18 +93,42 @@ impl<V: Vcpu> Watched<V> {
     }
 }
 
+/// Hardware that is watched.
+#[derive(Clone, Copy)]
+struct WatchedHardware(Hardware);
+
+impl Clocked for WatchedHardware {
+    type Vcpu = Watched<SimulatedVcpu>;
+
+    fn hardware(&self) -> &Hardware {
+        &self.0
+    }
+
+    fn with_seed_added(&self, seed: u64) -> Self {
+        Self(self.0.with_seed_added(seed))
+    }
+
+    fn engine(&self, ram: GuestRam) -> Result<BranchClock<Self::Vcpu>, EngineError> {
+        let Hardware { disturbance, skid, stand } = self.0;
+        let mut vcpu = SimulatedVcpu::new(ram, disturbance)?;
+        vcpu.hide_time_stamp_counter();
+        let vcpu = Watched { vcpu, seen: Vec::new(), at_window: false };
+        BranchClock::new(vcpu, Parameters { skid, stand })
+    }
+
+    fn world_clock_ns(engine: &BranchClock<Self::Vcpu>) -> Arc<AtomicU64> {
+        engine.vcpu().vcpu.world_clock_ns()
+    }
+
+    fn header(&self, case: &Case<'_>) -> Header {
+        self.0.header(case)
+    }
+}
+
 impl Case<'_> {
     /// As [`Case::record`], and what was met.
     pub(crate) fn record_watched(&self, hardware: &Hardware) -> (Recorded, Vec<Seen>) {
-        let (ram, state, board) = self.load();
-        let mut vcpu = SimulatedVcpu::new(ram, hardware.disturbance).expect("the host has memory");
-        vcpu.hide_time_stamp_counter();
-        let world_clock_ns = vcpu.world_clock_ns();
-        let vcpu = Watched { vcpu, seen: Vec::new(), at_window: false };
-        let parameters = Parameters { skid: hardware.skid, stand: hardware.stand };
-        let mut engine = BranchClock::new(vcpu, parameters).expect("it counts");
-        engine.set_cpu_state(&state).expect("a first state");
-        let (engine, recorded) = self.record_on(hardware, engine, board, world_clock_ns);
+        let (engine, recorded) = self.record_on(&WatchedHardware(*hardware));
         (recorded, engine.vcpu().seen.clone())
     }
 }

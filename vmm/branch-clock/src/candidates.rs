@@ -1,8 +1,10 @@
 //! Where in a kernel's text an instruction is that has to be trapped, or may come to be.
 
+use reprise_machine::ram::GuestRam;
 use reprise_time_stamp_sites::{Instruction, KernelText, Site};
 
 use crate::guest_code::MAX_BYTES;
+use reprise_machine::paging::is_ram;
 
 /// One place.
 #[derive(Clone, Copy, Debug)]
@@ -16,17 +18,17 @@ pub(crate) struct Candidate {
     pub(crate) read: bool,
 }
 
-/// How far the kernel is with its alternatives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Alternatives {
-    /// Not every site has been patched.
-    Waiting,
-    /// All have, the last of them here; it may still be read.
-    Patched { last: u64 },
-    /// Something else has been patched since.
-    Passed,
-    /// They are applied, or there are none.
-    Applied,
+impl Candidate {
+    /// Whether the bytes there are the instruction.
+    pub(crate) fn is_in(&self, ram: &GuestRam) -> bool {
+        let mut found = [0; MAX_BYTES];
+        let found = &mut found[..usize::from(self.bytes)];
+        if !is_ram(ram, self.physical, found.len()) {
+            return false;
+        }
+        ram.read(self.physical, found);
+        Instruction::at_start_of(found) == Some(self.instruction)
+    }
 }
 
 /// Whether an instruction is trapped; the others are hidden by the CPU model, and fault.
@@ -35,12 +37,12 @@ pub(crate) fn is_trapped(instruction: Instruction) -> bool {
     matches!(instruction, ReadTimeStamp | ReadControl4 | WriteControl4)
 }
 
-/// All places of a kernel in the order of their addresses, and how far it is at its start.
-pub(crate) fn candidates_of(kernel: &KernelText) -> (Vec<Candidate>, Alternatives) {
-    let physical_of = |site: &Site| {
-        let text = kernel.text.iter().find(|text| text.linear.contains(&site.address))?;
-        Some(site.address - text.linear.start + text.physical)
-    };
+/// All places of a kernel, which `physical_of` finds by their linear addresses, in order.
+pub(crate) fn candidates_of(
+    kernel: &KernelText,
+    physical_of: impl Fn(u64) -> Option<u64>,
+) -> Vec<Candidate> {
+    let physical_of = |site: &Site| physical_of(site.address);
     let sites = kernel.sites.iter().map(|site| (site, false));
     let mut candidates: Vec<Candidate> = sites
         .chain(kernel.patched.iter().map(|site| (site, true)))
@@ -57,9 +59,5 @@ pub(crate) fn candidates_of(kernel: &KernelText) -> (Vec<Candidate>, Alternative
         let near = candidate.physical..candidate.physical + MAX_BYTES as u64;
         candidate.read |= replaced.iter().any(|replaced| near.contains(replaced));
     }
-    let alternatives = match replaced.is_empty() {
-        true => Alternatives::Applied,
-        false => Alternatives::Waiting,
-    };
-    (candidates, alternatives)
+    candidates
 }

@@ -14,9 +14,6 @@ use crate::settle::{Settled, Stand};
 use crate::time_stamp_trap::TimeStampTrap;
 use crate::vcpu::{Vcpu, VcpuExit};
 
-/// The name under which the clock keeps nothing in a checkpoint.
-const KEPT: &str = "branch clock";
-
 /// How the clock is to go about it.
 #[derive(Clone, Copy, Debug)]
 pub struct Parameters {
@@ -310,18 +307,16 @@ impl<V: Vcpu> Engine for BranchClock<V> {
             return Ok(None);
         }
         let cpu = self.vcpu.state()?;
-        let hidden = HiddenState { engine: KEPT.to_owned(), version: 1, bytes: Vec::new() };
+        let hidden = HiddenState::of_branch_clock();
         Ok(Some(EngineState { tick: self.tick(), cpu, hidden }))
     }
 
     /// Takes up any state of a recording under this clock, whichever engine saved it: what else it kept
-    /// decides nothing here, as the translations that hardware knows are its own affair.
+    /// decides nothing here, as the translations that hardware knows are its own affair, and what is
+    /// trapped follows from CPU and RAM.
     fn restore(&mut self, state: &EngineState) -> Result<(), EngineError> {
-        if !self.vcpu.is_all_in_state() {
-            let what = "time stamps are trapped from a run's start only: replay from there, or use --engine soft";
-            return Err(EngineError { what: what.to_owned() });
-        }
         self.set_cpu_state(&state.cpu)?;
+        self.vcpu.resume()?;
         self.events = state.tick.wrapping_sub(self.branches);
         (self.amid, self.injected, self.kick_owed) = (false, false, false);
         (self.stands, self.first_of_tick) = (true, true);

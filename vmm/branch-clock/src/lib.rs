@@ -19,9 +19,11 @@
 #![forbid(unsafe_code)]
 
 mod approach;
+mod boot_stub;
 mod candidates;
 pub mod engine;
 pub mod guest_code;
+mod placed_kernel;
 mod planted;
 pub mod probe;
 pub mod retired;

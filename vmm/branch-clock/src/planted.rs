@@ -113,7 +113,8 @@ impl<K: Copy> Planted<K> {
     }
 }
 
-fn trap(bytes: usize) -> Vec<u8> {
+/// What stands in the place of an instruction of so many bytes.
+pub(crate) fn trap(bytes: usize) -> Vec<u8> {
     let mut trap = vec![FILLER; bytes];
     trap[0] = BREAKPOINT;
     trap

@@ -3,13 +3,14 @@
 //! *Kernel code.* Breakpoint instructions stand at every RDTSC of the kernel's text. They are put there
 //! where the unpacked kernel is first entered, each only if the bytes are what was expected, and not seen
 //! in digests. Writes to the text are watched: what they bring is trapped, and what the kernel writes over
-//! a breakpoint stays written.
+//! a breakpoint stays written. Where the kernel lies, which may be anywhere, tells the last jump of the
+//! boot stub, which has a breakpoint as well (`boot_stub.rs`).
 //!
 //! The kernel reads its text in one place only, where it applies its alternatives: it decodes each
 //! instruction that may be replaced, and how many branches that takes depends on the bytes. So there are
-//! no breakpoints in those before it has done that, which is at the first access to the board after all of
-//! them were patched, and something else since. A guest without a time-stamp counter in CPUID executes none of
-//! them before; [`TrapCounts::open`] says how many there were.
+//! no breakpoints in those before it has replaced something that is behind all of them in its table. A guest
+//! without a time-stamp counter in CPUID executes none of them before; [`TrapCounts::open`] says how many
+//! there were.
 //!
 //! *User code.* CR4.TSD is set all the time; the guest's own is kept here, since its MOV to and from CR4
 //! have breakpoints too. RDTSC then raises #GP. A breakpoint at the entry of the guest's handler looks at
@@ -17,34 +18,45 @@
 //! below the handler's stack; whoever replays elsewhere leaves it there as well
 //! (`TimeStamps::AskedThroughFault` of the software CPU).
 //!
+//! *Checkpoints.* What is trapped where follows from CPU state and RAM alone (`placed_kernel.rs`): that the
+//! kernel was entered, where it lies, that it has applied its alternatives, and which text it has given up. So
+//! a checkpoint keeps nothing of a trap, and one of the software CPU, which traps nothing so, serves as well.
+//! The exception is an RDTSC that the kernel's tables did not foresee: once there is one, no more
+//! checkpoints are taken.
+//!
 //! Not trapped: what executes before the kernel is entered, a module's own RDTSC, and what the kernel
 //! writes as code that is neither its text nor known from its alternatives.
+
+mod beginning;
+mod text_writes;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use iced_x86::{Instruction as Decoded, Mnemonic};
+use iced_x86::{Decoder, DecoderOptions, Instruction as Decoded, Mnemonic};
 use reprise_machine::engine::{Access, EngineError, Kick};
+use reprise_machine::paging::Paging;
 use reprise_machine::ram::GuestRam;
 use reprise_time_stamp_sites::{Instruction, KernelText};
 use reprise_trace::cpu_state::CpuState;
+use reprise_trace::register_bits::{CR4_TSD, EFER_LMA};
 
-use crate::candidates::{Alternatives, Candidate, candidates_of, is_trapped};
-use crate::guest_code::{MAX_BYTES, bitness, decode_at, handler_of, linear_of};
+use crate::boot_stub::StubTrap;
+use crate::candidates::Candidate;
+use crate::guest_code::{bitness, decode_at, handler_of, linear_of};
+use crate::placed_kernel::{PlacedKernel, kernel_at};
 use crate::planted::Planted;
 use crate::retired::{before_fault, retired, time_stamp_retired};
 use crate::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
-use reprise_machine::paging::{Paging, is_ram};
-use reprise_trace::register_bits::{CR4_TSD, EFER_LMA};
 
 /// #GP.
 const GENERAL_PROTECTION: u8 = 13;
-/// A page of text that the kernel gives up after it has started is written over and over; then it is no
-/// text any more.
-const WRITES_TO_TEXT: u32 = 64;
-/// No single patch of text is larger.
-const MAX_PATCH_BYTES: u64 = 64;
+/// Code whose RDTSC no trap knows of, and why: a recording says so among its precautions.
+pub const NOT_COVERED: (&str, &str) = (
+    "RDTSC, modules and code made at run time",
+    "not trapped: only the kernel's text and what its tables patch into it are known",
+);
 
 /// What a breakpoint instruction is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,14 +91,15 @@ pub struct TrapCounts {
 pub struct TimeStampTrap<V> {
     vcpu: V,
     kernel: KernelText,
-    candidates: Vec<Candidate>,
-    /// Text, and whether the kernel gives it up.
-    text: Vec<(Range<u64>, bool)>,
+    /// The guest has been looked at before it runs.
+    begun: bool,
+    /// The boot stub, as long as the guest may be in it.
+    stub: Option<StubTrap>,
+    /// The kernel, once it was entered and the breakpoints are there.
+    placed: Option<PlacedKernel>,
     planted: Planted<Kind>,
-    /// The kernel was entered, and the breakpoints are there.
-    started: bool,
-    /// How far the kernel is with its alternatives.
-    alternatives: Alternatives,
+    /// The kernel has applied its alternatives.
+    applied: bool,
     /// The breakpoints that whoever uses this vCPU has set.
     breakpoints: Vec<u64>,
     /// CR4.TSD as the guest has it.
@@ -107,30 +120,21 @@ impl<V: Vcpu> TimeStampTrap<V> {
     /// If the host refuses.
     pub fn new(mut vcpu: V, kernel: KernelText) -> Result<Self, EngineError> {
         vcpu.catch_breakpoint_instructions(true)?;
-        let (candidates, alternatives) = candidates_of(&kernel);
-        let text = kernel.text.iter().map(|text| {
-            let bytes = text.linear.end - text.linear.start;
-            (text.physical..text.physical + bytes, text.initial)
-        });
-        let mut trap = Self {
-            text: text.collect(),
+        Ok(Self {
             vcpu,
+            stub: beginning::stub_of(&kernel),
             kernel,
-            candidates,
+            begun: false,
+            placed: None,
             planted: Planted::new(),
-            started: false,
-            alternatives,
+            applied: false,
             breakpoints: Vec::with_capacity(MAX_BREAKPOINTS),
             guest_tsd: false,
             fault_handler: None,
             asking: None,
             page_writes: BTreeMap::new(),
             counts: TrapCounts::default(),
-        };
-        if trap.kernel_is_there() {
-            trap.start()?;
-        }
-        Ok(trap)
+        })
     }
 
     /// The vCPU within.
@@ -138,10 +142,16 @@ impl<V: Vcpu> TimeStampTrap<V> {
         &self.vcpu
     }
 
-    /// What the trap did so far; `None` if the kernel was never entered where it is linked to, as where
-    /// it chooses its place at random.
+    /// What the trap did so far, or since the checkpoint that it began at; `None` if the kernel was never seen
+    /// to be entered.
     pub fn counts(&self) -> Option<TrapCounts> {
-        self.started.then_some(self.counts)
+        self.placed.as_ref().map(|_| self.counts)
+    }
+
+    /// By how many bytes the kernel lies farther on in guest RAM than it is linked to; `None` as long as it
+    /// was not seen to be entered.
+    pub fn displacement(&self) -> Option<u64> {
+        self.placed.as_ref().map(|placed| placed.displacement)
     }
 
     /// Breakpoint instructions in guest RAM.
@@ -149,66 +159,11 @@ impl<V: Vcpu> TimeStampTrap<V> {
         self.planted.len()
     }
 
-    fn kernel_is_there(&self) -> bool {
-        let expected = &self.kernel.entry_bytes;
-        let mut found = vec![0; expected.len()];
-        if expected.is_empty() || !is_ram(self.vcpu.ram(), self.kernel.entry, expected.len()) {
-            return false;
-        }
-        self.vcpu.ram().read(self.kernel.entry, &mut found);
-        found == *expected
-    }
-
-    /// The kernel lies where it is linked to: sets the breakpoints and watches its text.
-    fn start(&mut self) -> Result<(), EngineError> {
-        self.started = true;
-        for (range, _) in &self.text {
-            self.vcpu.watch_writes(range.clone(), true)?;
-        }
-        for index in 0..self.candidates.len() {
-            let candidate = self.candidates[index];
-            if candidate.read {
-                self.counts.open += u64::from(!candidate.patched);
-            } else if !self.plant(candidate) {
-                self.counts.refused += 1;
-            }
-        }
-        Ok(())
-    }
-
-    /// The guest accesses the board: if it has applied its alternatives, sets the breakpoints that had to
-    /// wait for that.
-    fn after_alternatives(&mut self) {
-        if self.alternatives != Alternatives::Passed {
-            return;
-        }
-        self.alternatives = Alternatives::Applied;
-        self.counts.open = 0;
-        for index in 0..self.candidates.len() {
-            let candidate = self.candidates[index];
-            if candidate.read && self.plant(candidate) {
-                self.counts.patched += u64::from(candidate.patched);
-            }
-        }
-    }
-
-    /// Whether the bytes there are the instruction.
-    fn holds(&self, candidate: Candidate) -> bool {
-        let Candidate { physical, bytes, instruction, .. } = candidate;
-        let mut found = [0; MAX_BYTES];
-        let found = &mut found[..usize::from(bytes)];
-        if !is_ram(self.vcpu.ram(), physical, found.len()) {
-            return false;
-        }
-        self.vcpu.ram().read(physical, found);
-        Instruction::at_start_of(found) == Some(instruction)
-    }
-
     /// Sets a breakpoint if the bytes there are the instruction.
     fn plant(&mut self, candidate: Candidate) -> bool {
         let Candidate { physical, bytes, instruction, .. } = candidate;
         let kind = Kind::Site(instruction);
-        self.holds(candidate)
+        candidate.is_in(self.vcpu.ram())
             && self.planted.plant(&mut self.vcpu, physical, usize::from(bytes), kind)
     }
 
@@ -224,6 +179,11 @@ impl<V: Vcpu> TimeStampTrap<V> {
         let place = self.code_at(&state);
         let found = place.and_then(|place| self.planted.at(place).map(|(kind, _)| (place, kind)));
         let Some((place, kind)) = found else {
+            let is_last_jump =
+                |stub: &mut StubTrap| place.is_some_and(|place| stub.is_at(self.vcpu.ram(), place));
+            if let Some(stub) = self.stub.take_if(is_last_jump) {
+                return self.leave_stub(&state, &stub);
+            }
             self.vcpu.pass_breakpoint_instruction()?;
             return Ok(WENT_ON);
         };
@@ -308,9 +268,7 @@ impl<V: Vcpu> TimeStampTrap<V> {
 
     /// Looks whether the guest has set up another handler of #GP, and has a breakpoint at its entry.
     fn look_for_fault_handler(&mut self) -> Result<(), EngineError> {
-        if !self.started || self.alternatives != Alternatives::Applied {
-            return Ok(());
-        }
+        let Some(placed) = self.placed.as_ref().filter(|_| self.applied) else { return Ok(()) };
         let state = self.vcpu.state()?;
         if state.efer & EFER_LMA == 0 {
             return Ok(());
@@ -321,9 +279,9 @@ impl<V: Vcpu> TimeStampTrap<V> {
         // What follows reads the kernel's code as 64-bit code.
         let state = CpuState { rip: handler, ..state };
         let Some(place) = self.code_at(&state) else { return Ok(()) };
-        let in_text = |(range, initial): &(Range<u64>, bool)| range.contains(&place) && !initial;
+        let stays = placed.text_at(place).is_some_and(|text| !text.is_initial());
         let known = self.fault_handler == Some(place) && self.planted.at(place).is_some();
-        if known || !self.text.iter().any(in_text) {
+        if known || !stays {
             return Ok(());
         }
         if let Some(before) = self.fault_handler.take() {
@@ -336,124 +294,63 @@ impl<V: Vcpu> TimeStampTrap<V> {
         Ok(())
     }
 
-    /// The guest wrote to its text.
-    fn written(&mut self, ranges: &[Range<u64>]) -> Result<(), EngineError> {
-        for range in ranges {
-            self.counts.writes += 1;
-            let overlapped: Vec<u64> = self.planted.overlapping(range).collect();
-            for address in overlapped {
-                if !self.planted.is_whole(&self.vcpu, address) {
-                    self.planted.remove(&mut self.vcpu, address, ranges);
-                }
-            }
-            if self.is_given_up(range, ranges)? {
-                continue;
-            }
-            match self.alternatives {
-                Alternatives::Applied => self.plant_written(range),
-                _ => self.note_alternative(range),
-            }
-        }
-        Ok(())
-    }
-
-    /// Counts writes to text that the kernel gives up; from some number on it is not watched any more.
-    fn is_given_up(
-        &mut self,
-        range: &Range<u64>,
-        ranges: &[Range<u64>],
-    ) -> Result<bool, EngineError> {
-        let initial =
-            |(text, initial): &(Range<u64>, bool)| *initial && text.contains(&range.start);
-        if !self.text.iter().any(initial) {
-            return Ok(false);
-        }
-        let page = range.start & !0xfff;
-        let writes = self.page_writes.entry(page).or_default();
-        *writes += 1;
-        let whole = range.end - range.start > MAX_PATCH_BYTES;
-        if *writes < WRITES_TO_TEXT && !whole {
-            return Ok(false);
-        }
-        self.vcpu.watch_writes(page..page + 1, false)?;
-        let left: Vec<u64> = self.planted.overlapping(&(page..page + 0x1000)).collect();
-        for address in left.into_iter().filter(|address| *address >= page) {
-            self.planted.remove(&mut self.vcpu, address, ranges);
-        }
-        Ok(true)
-    }
-
-    /// Sees how far the kernel is with its alternatives, from a write to its text.
-    fn note_alternative(&mut self, range: &Range<u64>) {
-        let is_patch = |candidate: &&Candidate| {
-            candidate.patched && candidate.instruction == Instruction::ReadTimeStamp
-        };
-        match self.alternatives {
-            Alternatives::Waiting => {
-                let mut patches = self.candidates.iter().filter(is_patch);
-                if patches.clone().any(|patch| range.contains(&patch.physical))
-                    && patches.all(|patch| self.holds(*patch))
-                {
-                    self.alternatives = Alternatives::Patched { last: range.start };
-                }
-            }
-            Alternatives::Patched { last } if range.start.abs_diff(last) > MAX_PATCH_BYTES => {
-                self.alternatives = Alternatives::Passed;
-            }
-            _ => {}
-        }
-    }
-
-    /// Sets breakpoints at what a write to text has brought.
-    fn plant_written(&mut self, range: &Range<u64>) {
-        let from = range.start.saturating_sub(MAX_BYTES as u64);
-        let first = self.candidates.partition_point(|candidate| candidate.physical < from);
-        let near: Vec<Candidate> = self.candidates[first..]
-            .iter()
-            .take_while(|candidate| candidate.physical < range.end)
-            .copied()
-            .collect();
-        for candidate in near {
-            self.counts.patched += u64::from(self.plant(candidate));
-        }
-        // A patch begins with an instruction.
-        let length = (range.end - range.start).min(MAX_PATCH_BYTES) as usize;
-        let mut bytes = vec![0; length];
-        self.vcpu.ram().read(range.start, &mut bytes);
-        for (offset, bytes, instruction) in Instruction::all_in(&bytes) {
-            let physical = range.start + offset as u64;
-            let candidate = Candidate { physical, bytes, instruction, patched: true, read: false };
-            if is_trapped(instruction) && self.plant(candidate) {
-                self.counts.unforeseen += 1;
-            }
-        }
-    }
-
     /// Sets the breakpoints that were asked for, and the one at the kernel's entry until it is entered.
     fn set_own_breakpoints(&mut self) -> Result<(), EngineError> {
         let mut all = self.breakpoints.clone();
         let entry = self.kernel.entry;
-        if !self.started && all.len() < MAX_BREAKPOINTS && !all.contains(&entry) {
+        if self.awaits_entry() && all.len() < MAX_BREAKPOINTS && !all.contains(&entry) {
             all.push(entry);
         }
         self.vcpu.set_breakpoints(&all)
+    }
+
+    /// Whether the kernel will be entered, and no breakpoint instruction tells when.
+    fn awaits_entry(&self) -> bool {
+        self.placed.is_none() && self.stub.is_none()
     }
 
     /// A breakpoint in a debug register.
     fn breakpoint(&mut self) -> Result<VcpuExit, EngineError> {
         let state = self.vcpu.state()?;
         let here = linear_of(&state, state.rip);
-        if !self.started && here == self.kernel.entry && self.kernel_is_there() {
-            self.start()?;
+        if self.awaits_entry()
+            && here == self.kernel.entry
+            && let Some(placed) = kernel_at(&self.kernel, self.vcpu.ram(), 0)
+        {
+            self.start(placed)?;
         }
         if self.breakpoints.contains(&here) {
             return Ok(VcpuExit::Breakpoint);
         }
         self.set_own_breakpoints()?;
-        if !self.started {
+        if self.awaits_entry() {
             self.vcpu.step_off()?;
         }
         Ok(WENT_ON)
+    }
+
+    /// Whether there are breakpoint instructions in a range of RAM.
+    fn changes(&self, range: &Range<u64>) -> bool {
+        self.stub.is_some() || self.planted.overlapping(range).next().is_some()
+    }
+
+    /// Puts the guest's own bytes into a copy of RAM.
+    fn hide(&self, start: u64, copy: &mut [u8]) {
+        self.planted.hide(start, copy);
+        if let Some(stub) = &self.stub {
+            stub.hide(self.vcpu.ram(), start, copy);
+        }
+    }
+
+    /// The guest's instruction under a breakpoint at a guest-physical address.
+    fn instruction_under(&self, place: u64, bitness: u32, rip: u64) -> Option<Decoded> {
+        let stub = self.stub.as_ref().filter(|stub| stub.is_at(self.vcpu.ram(), place));
+        match stub {
+            Some(stub) => {
+                Some(Decoder::with_ip(bitness, stub.jump(), rip, DecoderOptions::NONE).decode())
+            }
+            None => self.planted.instruction(place, bitness, rip),
+        }
     }
 }
 
@@ -462,6 +359,9 @@ const WENT_ON: VcpuExit = VcpuExit::Interrupted { kicked: false };
 
 impl<V: Vcpu> Vcpu for TimeStampTrap<V> {
     fn enter(&mut self) -> Result<VcpuExit, EngineError> {
+        if !self.begun {
+            self.begin()?;
+        }
         match self.vcpu.enter()? {
             VcpuExit::BreakpointInstruction => self.breakpoint_instruction(),
             VcpuExit::WatchedWrite(ranges) => {
@@ -470,9 +370,6 @@ impl<V: Vcpu> Vcpu for TimeStampTrap<V> {
             }
             VcpuExit::Breakpoint => self.breakpoint(),
             exit => {
-                if matches!(exit, VcpuExit::Access(_)) {
-                    self.after_alternatives();
-                }
                 self.look_for_fault_handler()?;
                 Ok(exit)
             }
@@ -493,18 +390,22 @@ impl<V: Vcpu> Vcpu for TimeStampTrap<V> {
 
     fn state(&mut self) -> Result<CpuState, EngineError> {
         let state = self.vcpu.state()?;
+        if self.placed.is_none() {
+            return Ok(state);
+        }
         Ok(CpuState { cr4: state.cr4 & !CR4_TSD | self.guest_tsd_bit(), ..state })
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
         self.guest_tsd = state.cr4 & CR4_TSD != 0;
-        self.vcpu.set_state(&CpuState { cr4: state.cr4 | CR4_TSD, ..state.clone() })
+        let forced = if self.placed.is_some() { CR4_TSD } else { 0 };
+        self.vcpu.set_state(&CpuState { cr4: state.cr4 | forced, ..state.clone() })
     }
 
     fn instruction_at(&self, state: &CpuState) -> Option<Decoded> {
         let planted = self
             .code_at(state)
-            .and_then(|place| self.planted.instruction(place, bitness(state), state.rip));
+            .and_then(|place| self.instruction_under(place, bitness(state), state.rip));
         planted.or_else(|| self.vcpu.instruction_at(state))
     }
 
@@ -514,17 +415,17 @@ impl<V: Vcpu> Vcpu for TimeStampTrap<V> {
 
     fn read_ram(&self, address: u64, bytes: &mut [u8]) {
         self.vcpu.read_ram(address, bytes);
-        self.planted.hide(address, bytes);
+        self.hide(address, bytes);
     }
 
     fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8])) {
         self.vcpu.visit_ram(&mut |address, bytes| {
             let range = address..address + bytes.len() as u64;
-            if self.planted.overlapping(&range).next().is_none() {
+            if !self.changes(&range) {
                 return visit(address, bytes);
             }
             let mut copy = bytes.to_vec();
-            self.planted.hide(address, &mut copy);
+            self.hide(address, &mut copy);
             visit(address, &copy);
         });
     }
@@ -569,9 +470,13 @@ impl<V: Vcpu> Vcpu for TimeStampTrap<V> {
         self.vcpu.retire_instruction(after)
     }
 
-    /// How far the kernel is with its alternatives is in no checkpoint.
+    /// What the kernel's tables did not foresee is not found again.
     fn is_all_in_state(&self) -> bool {
-        false
+        self.counts.unforeseen == 0
+    }
+
+    fn resume(&mut self) -> Result<(), EngineError> {
+        self.begin_at_checkpoint()
     }
 
     fn ram(&self) -> &GuestRam {

@@ -112,7 +112,8 @@ fn watched<V: Vcpu>(vcpu: &mut V) -> Result<Option<String>, EngineError> {
     vcpu.watch_writes(DATA..DATA + 1, true)?;
     let exit = run(vcpu)?;
     let after = CODE + STORE.len() as u64;
-    let right = exit == VcpuExit::WatchedWrite(vec![DATA..DATA + 8])
+    let written = DATA..DATA + 8;
+    let right = exit == VcpuExit::WatchedWrite(Vec::from([written]))
         && vcpu.state()?.rip == after
         && word_at(vcpu, DATA) == VALUE;
     if !right {

@@ -167,6 +167,14 @@ pub trait Vcpu {
         true
     }
 
+    /// The CPU state and guest RAM have become those of a checkpoint, which may be any engine's.
+    ///
+    /// # Errors
+    /// If the host refuses.
+    fn resume(&mut self) -> Result<(), EngineError> {
+        Ok(())
+    }
+
     /// Guest RAM, with whatever is in it that the guest must not see.
     fn ram(&self) -> &GuestRam;
 

@@ -224,9 +224,9 @@ mod tests {
                 let insert = random.below(2) == 0;
                 let range = start * PAGE_BYTES..end * PAGE_BYTES;
                 if insert {
-                    ranges.insert(range)
+                    ranges.insert(range);
                 } else {
-                    ranges.remove(range)
+                    ranges.remove(range);
                 }
                 single[start as usize..end as usize].fill(insert);
                 for (page, expected) in (0..).zip(single) {

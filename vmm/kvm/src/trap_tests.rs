@@ -53,7 +53,7 @@ fn kernel_text() -> KernelText {
         evidence: Evidence::Section,
     };
     let linear = CODE..CODE + 0x1000;
-    let text = Text { name: ".text".to_owned(), linear, physical: CODE, initial: false };
+    let text = Text { name: ".text".to_owned(), linear, physical: CODE, initial: None };
     KernelText {
         entry: CODE,
         entry_bytes: KERNEL.to_vec(),

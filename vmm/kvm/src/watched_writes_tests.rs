@@ -1,6 +1,8 @@
 //! Writes to watched RAM, on this host's KVM: what comes back, that each is done, and that what the guest
 //! comes to is what it comes to where nobody watches.
 
+#![allow(clippy::single_range_in_vec_init)] // One range is what is meant.
+
 use std::ops::Range;
 
 use reprise_branch_clock::vcpu::Vcpu;

@@ -61,6 +61,8 @@ pub struct RecordedClock {
     first_of_tick: bool,
     /// It is to stop before the instruction of the run that has so many before it.
     pause_at: Option<u64>,
+    /// It began at a checkpoint of hardware, which does not say how many instructions lie before it.
+    counts_from_checkpoint: bool,
 }
 
 /// What a checkpoint keeps of it.
@@ -121,12 +123,22 @@ impl RecordedClock {
             delivered: false,
             first_of_tick: true,
             pause_at: None,
+            counts_from_checkpoint: false,
         })
     }
 
     /// Instructions executed since this engine was made or took up a checkpoint.
     pub fn instructions_executed(&self) -> u64 {
         self.software.tick().wrapping_sub(self.began_at)
+    }
+
+    /// Takes up a checkpoint that the clock `pmu` made on hardware: all that has passed is branches to it.
+    fn restore_of_hardware(&mut self, state: &EngineState) -> Result<(), EngineError> {
+        (self.events, self.began_at) = (0, 0);
+        self.counts_from_checkpoint = true;
+        self.software.restore(&EngineState { tick: 0, ..state.clone() })?;
+        self.software.set_conditional_branches(state.tick);
+        Ok(())
     }
 
     /// Lets the software CPU run up to an instruction count, and does the accounting of what it comes to.
@@ -380,7 +392,8 @@ impl Engine for RecordedClock {
             return Ok(Some(state));
         }
         // Only the first place of a tick is found again by the tick alone.
-        if self.amid || self.delivered || !(self.first_of_tick || self.is_paused()) {
+        let found_again = self.first_of_tick && !self.counts_from_checkpoint || self.is_paused();
+        if self.amid || self.delivered || !found_again {
             return Ok(None);
         }
         let EngineState { tick: instructions, cpu, hidden: software } = state;
@@ -406,6 +419,12 @@ impl Engine for RecordedClock {
             return self.software.restore(state);
         }
         let refused = |what: &str| Err(EngineError { what: what.to_owned() });
+        if self.kind == TickKind::ConditionalBranch
+            && state.hidden == HiddenState::of_branch_clock()
+        {
+            return self.restore_of_hardware(state);
+        }
+        self.counts_from_checkpoint = false;
         let HiddenState { engine, version, bytes } = &state.hidden;
         if engine == KEPT_AMID {
             return self.restore_amid(state);

@@ -117,21 +117,29 @@ impl Replayable {
         notes
     }
 
-    /// Whether the software CPU can begin at the checkpoint of this number. At KVM's it cannot: they do not
-    /// say how many instructions lie before them, nor what was in a TLB.
+    /// Whether the software CPU can begin at the checkpoint of this number as if it had come there by
+    /// itself. At hardware's it cannot: they do not say how many instructions lie before them, nor what
+    /// was in a TLB.
     pub fn begins_on_soft(&self, index: usize) -> bool {
-        let made_by_kvm = HiddenState::of_kvm().digest();
-        self.checkpoints().get(index).is_some_and(|info| info.digest.engine != made_by_kvm)
+        let of_hardware = [HiddenState::of_kvm(), HiddenState::of_branch_clock()];
+        let of_hardware = of_hardware.map(|hidden| hidden.digest());
+        self.checkpoints().get(index).is_some_and(|info| !of_hardware.contains(&info.digest.engine))
     }
 
-    /// The checkpoints at which the software CPU can begin.
+    /// Whether the software CPU can replay from the checkpoint of this number on. At those of the clock
+    /// `pmu` it begins with an empty TLB, and does not know how many instructions lie before.
+    pub fn replays_on_soft(&self, index: usize) -> bool {
+        let of_kvm = HiddenState::of_kvm().digest();
+        self.checkpoints().get(index).is_some_and(|info| info.digest.engine != of_kvm)
+    }
+
+    /// The checkpoints at which the software CPU can begin as if it had come there by itself.
     pub fn on_soft(&self) -> impl Iterator<Item = &CheckpointInfo> {
         let list = self.checkpoints().iter().enumerate();
         list.filter(|(index, _)| self.begins_on_soft(*index)).map(|(_, info)| info)
     }
 
-    /// The last checkpoint at or before this tick at which the software CPU can begin, or else the start of
-    /// the run.
+    /// The last of those at or before this tick, or else the start of the run.
     pub fn nearest(&self, tick: u64) -> Start {
         let before = self.checkpoints().partition_point(|info| info.moment.tick <= tick);
         let last = (0..before).rev().find(|index| self.begins_on_soft(*index));

@@ -6,7 +6,7 @@ use reprise_branch_clock::vcpu::Vcpu;
 use reprise_kvm::Finding;
 use reprise_machine::engine::EngineError;
 use reprise_machine::ram::GuestRam;
-use reprise_time_stamp_sites::KernelText;
+use reprise_time_stamp_sites::{KernelText, Unpacking};
 use reprise_trace::header::Header;
 
 use super::hardware::BranchHardware;
@@ -29,14 +29,15 @@ impl PmuTrap {
         if !host.available {
             return Self::Off(format!("this host's KVM cannot do it ({})", host.reason));
         }
-        let is_packed = !kernel.starts_with(b"\x7fELF");
         let text = match KernelText::of_image(kernel) {
             Ok(text) => text,
             Err(error) => return Self::Off(error.to_string()),
         };
-        if is_packed && !command_line.split_ascii_whitespace().any(|word| word == STAYS) {
+        if text.unpacking == Unpacking::Unknown
+            && !command_line.split_ascii_whitespace().any(|word| word == STAYS)
+        {
             return Self::Off(format!(
-                "a packed kernel may choose its place: add {STAYS} to its command line"
+                "the kernel's boot stub does not show where it goes: add {STAYS} to its command line"
             ));
         }
         Self::On(Box::new(text))
@@ -79,9 +80,9 @@ impl PmuTrap {
     }
 }
 
-/// What is said of a run that ended with the kernel never found where it is linked to.
-pub const KERNEL_MOVED: &str = "RDTSC was not trapped: the kernel never stood where it is linked to, so what it read is in no log and \
-     a replay may differ; add nokaslr to its command line, give it more --memory, or use --engine soft";
+/// What is said of a run that ended before the kernel was found where its boot stub put it.
+pub const KERNEL_MOVED: &str = "RDTSC was not trapped: the kernel was not found behind its boot stub, so what it read is in no log \
+     and a replay may differ; add nokaslr to its command line, or use --engine soft";
 
 /// The clock `pmu` that traps RDTSC.
 pub type TrappingClock<V> = BranchClock<TimeStampTrap<V>>;

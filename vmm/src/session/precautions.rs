@@ -1,6 +1,7 @@
 //! What a recording says of the instructions whose answers only a CPU knows: were they the machine's, or
 //! may they have been the host's?
 
+use reprise_branch_clock::time_stamp_trap::NOT_COVERED;
 use reprise_kvm::{Finding, KvmClock};
 use reprise_machine::inputs::{Planned, Then};
 use reprise_time_stamp_sites::Instruction;
@@ -118,6 +119,7 @@ fn by_trap(trap: &PmuTrap) -> Vec<Precaution> {
     vec![
         closed(Precaution::KERNEL_TIME_STAMPS, &kernel),
         closed("RDTSC, user code", "refused by CR4.TSD, and caught at the entry of #GP"),
+        open(NOT_COVERED.0, NOT_COVERED.1),
     ]
 }
 

@@ -248,7 +248,7 @@ fn begin(
         At::Tick(tick) => info.moment.tick <= tick,
         At::Time(ns) => info.virtual_ns <= ns,
     });
-    let usable = |index: &usize| kind != EngineKind::Soft || replayable.begins_on_soft(*index);
+    let usable = |index: &usize| kind != EngineKind::Soft || replayable.replays_on_soft(*index);
     for index in (0..before).rev().filter(usable) {
         match replayable.begin(Start::Checkpoint(index)) {
             Err(ReplayError::Checkpoint(error)) => {

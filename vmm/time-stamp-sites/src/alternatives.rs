@@ -22,6 +22,8 @@ const LAYOUTS: [(usize, usize); 3] = [
 pub(crate) struct Alternative {
     /// Linear address of what is replaced.
     pub(crate) address: u64,
+    /// Bytes that are replaced.
+    pub(crate) replaced: u8,
     /// Linear address of the replacement.
     pub(crate) replacement: u64,
     /// Its bytes.
@@ -55,7 +57,7 @@ pub(crate) fn read(
                 let end = replacement + u64::from(bytes);
                 let there = bytes == 0 || replacements.contains(&replacement);
                 let sound = known && there && end <= replacements.end && bytes <= replaced;
-                sound.then_some(Alternative { address, replacement, bytes })
+                sound.then_some(Alternative { address, replaced, replacement, bytes })
             })
             .collect()
     })
@@ -77,7 +79,7 @@ mod tests {
 
     #[test]
     fn each_layout_is_known_by_where_it_leads() {
-        let expected = Alternative { address: 0x1010, replacement: 0x6000, bytes: 2 };
+        let expected = Alternative { address: 0x1010, replaced: 5, replacement: 0x6000, bytes: 2 };
         let text = 0x1000..0x2000;
         for (entry_bytes, lengths_at) in LAYOUTS {
             let table = table(entry_bytes, lengths_at);

@@ -6,8 +6,9 @@ use object::elf::{SHF_ALLOC, SHF_EXECINSTR};
 use object::read::elf::{ElfFile64, ProgramHeader};
 use object::{Endianness, Object, ObjectSection, SectionFlags};
 
+use crate::alternatives::{self, Alternative};
 use crate::sweep::{self, Found};
-use crate::{Evidence, KernelText, Site, SitesError, Text, alternatives};
+use crate::{Evidence, KernelText, Replaced, Site, SitesError, Text};
 
 /// What stands where the kernel has not patched anything in: never executed.
 const REPLACEMENTS: &str = ".altinstr_replacement";
@@ -21,6 +22,8 @@ const USER: &str = ".user";
 const INITIAL: [&str; 3] = [".init", ".exit", ".altinstr_aux"];
 /// Bytes at the entry by which the unpacked kernel is known.
 const ENTRY_BYTES: u64 = 32;
+/// No alternative is longer.
+const MAX_ALTERNATIVE_BYTES: u64 = 255;
 
 type File<'a> = ElfFile64<'a, Endianness>;
 
@@ -57,11 +60,11 @@ pub(crate) fn kernel_text(file: &[u8]) -> Result<KernelText, SitesError> {
             name: section.name.to_owned(),
             linear: section.linear.clone(),
             physical: physical_of(&elf, start),
-            initial: INITIAL.iter().any(|name| section.name.starts_with(name)),
+            initial: is_initial(section.name).then(|| section.bytes.to_vec()),
         });
     }
     kernel.sites.sort_by_key(|site| site.address);
-    kernel.patched = patched(&sections, &kernel.text)?;
+    (kernel.patched, kernel.replaced_behind) = patched(&sections, &kernel.text)?;
     kernel.entry_bytes = bytes_at_physical(&elf, file, kernel.entry);
     Ok(kernel)
 }
@@ -103,21 +106,31 @@ fn unwind_addresses(sections: &[Section<'_>]) -> Vec<u64> {
     addresses
 }
 
-/// Instructions that the kernel may patch in.
-fn patched(sections: &[Section<'_>], text: &[Text]) -> Result<Vec<Site>, SitesError> {
+fn is_initial(name: &str) -> bool {
+    INITIAL.iter().any(|initial| name.starts_with(initial))
+}
+
+/// Instructions that the kernel may patch in, and no-operations that it replaces behind the last of them.
+fn patched(
+    sections: &[Section<'_>],
+    text: &[Text],
+) -> Result<(Vec<Site>, Vec<Replaced>), SitesError> {
     let named = |name| sections.iter().find(|section| section.name == name);
     let (Some(table), Some(replacements)) = (named(ALTERNATIVES), named(REPLACEMENTS)) else {
-        return Ok(Vec::new());
+        return Ok((Vec::new(), Vec::new()));
     };
     let text: Vec<Range<u64>> = text.iter().map(|text| text.linear.clone()).collect();
     let alternatives =
         alternatives::read(table.bytes, table.linear.start, &replacements.linear, &text)
             .ok_or(SitesError::Damaged("table of alternatives"))?;
-    let mut sites = Vec::new();
-    for alternative in alternatives {
+    let (mut sites, mut behind) = (Vec::new(), 0);
+    for (number, alternative) in alternatives.iter().enumerate() {
         let start = (alternative.replacement - replacements.linear.start) as usize;
         let bytes = replacements.bytes.get(start..start + usize::from(alternative.bytes));
         let found = sweep::search(bytes.unwrap_or_default(), &[]);
+        if !found.instructions.is_empty() {
+            behind = number + 1;
+        }
         sites.extend(found.instructions.iter().map(|&(offset, bytes, instruction, _)| Site {
             address: alternative.address + offset as u64,
             instruction,
@@ -125,8 +138,25 @@ fn patched(sections: &[Section<'_>], text: &[Text]) -> Result<Vec<Site>, SitesEr
             evidence: Evidence::Alternative,
         }));
     }
+    let near: Vec<u64> = sites.iter().map(|site| site.address).collect();
+    let replaced = alternatives[behind..].iter().filter_map(|it| replaced(sections, it));
+    let mut replaced: Vec<Replaced> = replaced
+        .filter(|it| near.iter().all(|near| near.abs_diff(it.address) > MAX_ALTERNATIVE_BYTES))
+        .collect();
     sites.sort_by_key(|site| site.address);
-    Ok(sites)
+    replaced.sort_by_key(|replaced| replaced.address);
+    replaced.dedup();
+    Ok((sites, replaced))
+}
+
+/// What an alternative replaces, if those are no-operations in text that stays.
+fn replaced(sections: &[Section<'_>], alternative: &Alternative) -> Option<Replaced> {
+    let &Alternative { address, replaced, .. } = alternative;
+    let section = sections.iter().find(|section| section.linear.contains(&address))?;
+    let start = (address - section.linear.start) as usize;
+    let bytes = section.bytes.get(start..start + usize::from(replaced))?;
+    let idle = !bytes.is_empty() && sweep::is_idle(bytes) && !is_initial(section.name);
+    idle.then(|| Replaced { address, bytes: bytes.to_vec() })
 }
 
 /// Where the file wants what is linked to `linear`.

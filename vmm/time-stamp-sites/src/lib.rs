@@ -8,11 +8,13 @@
 //! table they are the starts of sections. Whoever sets a breakpoint verifies the bytes in RAM first.
 //!
 //! What the kernel patches into its text at boot is in its table of alternatives (`alternatives.rs`): the
-//! places where these instructions may appear later. Not found are modules, BPF programs and whatever
-//! else becomes code while the guest runs, and the boot stub that unpacks the kernel.
+//! places where these instructions may appear later. The boot stub that unpacks the kernel is not searched,
+//! only its last jump (`boot_stub.rs`). Not found are modules, BPF programs and whatever else becomes code
+//! while the guest runs.
 #![forbid(unsafe_code)]
 
 mod alternatives;
+mod boot_stub;
 mod elf;
 mod lz4;
 mod payload;
@@ -20,6 +22,7 @@ mod sweep;
 
 use std::ops::Range;
 
+pub use boot_stub::{LastJump, Unpacking};
 pub use sweep::Instruction;
 
 /// Why nothing can be said of a kernel.
@@ -71,8 +74,17 @@ pub struct Text {
     pub linear: Range<u64>,
     /// Guest-physical address of its first byte, if the kernel lies where it is linked to.
     pub physical: u64,
-    /// It is given up once the kernel has started.
-    pub initial: bool,
+    /// What it holds, if the kernel gives it up once it has started: by that it is seen whether it has.
+    pub initial: Option<Vec<u8>>,
+}
+
+/// No-operations that the kernel replaces.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Replaced {
+    /// Linear address, as linked.
+    pub address: u64,
+    /// What stands there before.
+    pub bytes: Vec<u8>,
 }
 
 /// What there is to know of a kernel's text.
@@ -86,8 +98,14 @@ pub struct KernelText {
     pub sites: Vec<Site>,
     /// Instructions that the kernel may patch in, by address.
     pub patched: Vec<Site>,
+    /// What the kernel replaces behind the last of those, and keeps for good. It replaces in this order, so
+    /// once one of these is replaced, all of those are. They are no-operations before, which nothing else
+    /// changes, and no relocation.
+    pub replaced_behind: Vec<Replaced>,
     /// Where all of it lies.
     pub text: Vec<Text>,
+    /// How the kernel comes to lie there.
+    pub unpacking: Unpacking,
     /// Byte pairs that look like such an instruction and are part of another.
     pub mistakable: Vec<u64>,
 }
@@ -99,15 +117,9 @@ impl KernelText {
     /// # Errors
     /// What cannot be read, in a line that says what to do.
     pub fn of_image(image: &[u8]) -> Result<Self, SitesError> {
-        let unpacked;
-        let file = match payload::of_bz_image(image)? {
-            Some(payload) => {
-                unpacked = payload;
-                &unpacked[..]
-            }
-            None => image,
-        };
-        elf::kernel_text(file)
+        let Some(payload) = payload::of_bz_image(image)? else { return elf::kernel_text(image) };
+        let kernel = elf::kernel_text(&payload.kernel)?;
+        Ok(Self { unpacking: boot_stub::last_jump(payload.stub), ..kernel })
     }
 
     /// The sites of one instruction.

@@ -52,8 +52,16 @@ const FORMATS: &[(&[u8], &str, Option<Unpack>)] = &[
     (b"\x7fELF", "nothing", Some(|bytes| Ok(Box::new(bytes)))),
 ];
 
+/// What a bzImage is made of.
+pub(crate) struct Payload<'f> {
+    /// The kernel, unpacked.
+    pub(crate) kernel: Vec<u8>,
+    /// What unpacks it: the code before the payload, and behind it.
+    pub(crate) stub: [&'f [u8]; 2],
+}
+
 /// The kernel in a bzImage; `None` of another file.
-pub(crate) fn of_bz_image(file: &[u8]) -> Result<Option<Vec<u8>>, SitesError> {
+pub(crate) fn of_bz_image(file: &[u8]) -> Result<Option<Payload<'_>>, SitesError> {
     if file.get(MAGIC_OFFSET..MAGIC_OFFSET + 4) != Some(b"HdrS") {
         return Ok(None);
     }
@@ -69,7 +77,8 @@ pub(crate) fn of_bz_image(file: &[u8]) -> Result<Option<Vec<u8>>, SitesError> {
         0 => 4,
         count => usize::from(count),
     };
-    let start = (sectors + 1) * SECTOR_BYTES + field(PAYLOAD_OFFSET)? as usize;
+    let code = (sectors + 1) * SECTOR_BYTES;
+    let start = code + field(PAYLOAD_OFFSET)? as usize;
     let end = start.saturating_add(field(PAYLOAD_LENGTH)? as usize);
     let payload = file.get(start..end).ok_or(damaged)?;
     let (_, name, unpack) = FORMATS
@@ -81,5 +90,5 @@ pub(crate) fn of_bz_image(file: &[u8]) -> Result<Option<Vec<u8>>, SitesError> {
     unpack(payload)
         .and_then(|stream| stream.take(MAX_KERNEL_BYTES).read_to_end(&mut kernel))
         .map_err(|_| SitesError::Damaged("packed payload"))?;
-    Ok(Some(kernel))
+    Ok(Some(Payload { kernel, stub: [&file[code..start], &file[end..]] }))
 }

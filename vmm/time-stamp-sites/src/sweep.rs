@@ -123,6 +123,12 @@ pub(crate) fn search(code: &[u8], boundaries: &[usize]) -> Found {
     found
 }
 
+/// Whether these are no-operations alone.
+pub(crate) fn is_idle(code: &[u8]) -> bool {
+    let decoder = Decoder::new(64, code, DecoderOptions::NONE);
+    decoder.into_iter().all(|decoded| decoded.mnemonic() == Mnemonic::Nop)
+}
+
 /// The instruction whose opcode is at offset `at`, decoding from `start`.
 fn covering(code: &[u8], start: usize, at: usize) -> Option<(usize, Decoded)> {
     let mut decoder = Decoder::with_ip(64, &code[start..], start as u64, DecoderOptions::NONE);
