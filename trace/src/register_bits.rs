@@ -48,6 +48,8 @@ pub const EFER_NXE: u64 = 1 << 11;
 pub const RFLAGS_TF: u64 = 1 << 8;
 /// Interrupts are open.
 pub const RFLAGS_IF: u64 = 1 << 9;
+/// The lowest privilege level that may close interrupts: both bits.
+pub const RFLAGS_IOPL: u64 = 3 << 12;
 /// A task within a task, which long mode's IRET refuses.
 pub const RFLAGS_NT: u64 = 1 << 14;
 /// The next instruction's breakpoints do not count.

@@ -36,8 +36,7 @@ pub enum KvmClock {
     /// A tick is an access to the board or a HLT. Each element of a string instruction on ports, and
     /// each access that KVM reports of one instruction on MMIO, is a tick of its own.
     Sync,
-    /// A tick is a retired instruction. Kernel code (CPL0) of a host whose KVM steps exactly; the rest
-    /// ends with a reason.
+    /// A tick is a retired instruction. What the host's KVM does not step exactly ends with a reason.
     Step,
 }
 
@@ -92,7 +91,10 @@ impl KvmEngine {
     pub(crate) fn untested(ram: GuestRam, clock: KvmClock) -> Result<Self, KvmError> {
         install_handler()?;
         // SAFETY: the engine owns the RAM and drops it after the vCPU.
-        let vcpu = unsafe { Vcpu::new(&ram, &cpuid::table()?)? };
+        let mut vcpu = unsafe { Vcpu::new(&ram, &cpuid::table()?)? };
+        if clock == KvmClock::Step {
+            vcpu.allow_time_stamps();
+        }
         Ok(Self {
             vcpu,
             ram,
@@ -245,6 +247,7 @@ impl KvmEngine {
     /// Forgets everything about the guest that goes beyond its state: somebody sets another one.
     pub(crate) fn restart(&mut self) -> Result<(), KvmError> {
         self.abandon_instruction()?;
+        self.show_hidden()?;
         self.refused = false;
         self.halted = false;
         self.injected = false;
@@ -360,6 +363,7 @@ impl Engine for KvmEngine {
 
     fn cpu_state(&mut self) -> Result<CpuState, EngineError> {
         self.settle()?;
+        self.show_hidden()?;
         let state = state::read(&self.vcpu.fd)?;
         let [tsc_offset, tsc_aux] = self.tsc;
         Ok(CpuState { halted: self.halted, tsc_offset, tsc_aux, ..state })

@@ -16,6 +16,7 @@ use crate::report::Finding;
 use crate::user_oracle::{
     CODE_ADDRESS, RAM_MIB, UserInput, build_image, handler_address, into_kernel_state,
 };
+use crate::user_step::set_interrupt_table_limit;
 use crate::vcpu::RawExit;
 use crate::watchdog::Watchdog;
 use crate::{KvmClock, KvmEngine};
@@ -101,6 +102,25 @@ impl SelfTest {
             }
         }
         Ok(Finding::yes("each step comes back after one instruction"))
+    }
+
+    /// Whether user code can be stepped into an empty interrupt descriptor table, and KVM then tells what
+    /// was raised.
+    pub(crate) fn step_into_empty_table(&mut self) -> Result<Finding, KvmError> {
+        const DEBUG: u8 = 1;
+        const UNDEFINED: u8 = 6;
+        self.start(Level::User, &[&[NOP, NOP][..], &UD2].concat())?;
+        set_interrupt_table_limit(&self.engine.vcpu.fd, 0)?;
+        self.engine.vcpu.single_step()?;
+        for (vector, offset) in [(DEBUG, 1), (DEBUG, 2), (UNDEFINED, 2)] {
+            let stop = self.run()?;
+            let raised = crate::state::read_events(&self.engine.vcpu.fd)?.exception.nr;
+            let expected = (RawExit::Shutdown, CODE_ADDRESS + offset, vector);
+            if (stop.exit, stop.rip, raised) != expected {
+                return Ok(stop.explain("a step", Level::User));
+            }
+        }
+        Ok(Finding::yes("each step of user code comes back as what it raises"))
     }
 
     /// Whether a step over a fault comes back after the handler's first instruction.
@@ -290,5 +310,18 @@ fn ask_step_clock() -> Result<Finding, KvmError> {
             return Ok(finding);
         }
     }
-    Ok(Finding::yes("every instruction of kernel code (CPL0) can be stepped"))
+    Ok(Finding::yes(match steps_user_code() {
+        true => "every instruction of kernel and user code can be stepped",
+        false => "every instruction of kernel code (CPL0) can be stepped, user code (CPL3) cannot",
+    }))
+}
+
+/// Whether the clock `step` counts user code exactly too; asked of the hardware once.
+pub(crate) fn steps_user_code() -> bool {
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(|| {
+        SelfTest::new()
+            .and_then(|mut test| test.step_into_empty_table())
+            .is_ok_and(|finding| finding.available)
+    })
 }

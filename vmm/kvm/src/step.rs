@@ -11,6 +11,9 @@
 //! - An instruction that accesses the board retires when the access is finished and KVM has completed
 //!   it without asking for another one.
 //!
+//! - User code, on a KVM that runs it natively, is stepped in its own way: [`crate::user_step`]. The ways
+//!   there and back are executed here.
+//!
 //! Before each step the instruction is decoded and its possible successors are worked out. A step that
 //! ends elsewhere must have gone through an exception handler; where no handler explains it, the run
 //! ends with a reason instead of a wrong count.
@@ -23,19 +26,22 @@ use reprise_trace::cpu_state::CpuState;
 use crate::access::PendingExit;
 use crate::engine::KvmEngine;
 use crate::error::KvmError;
+use crate::self_test::steps_user_code;
+use crate::transfer::Event;
+use crate::user_step::{Hidden, UserStep};
 use crate::vcpu::RawExit;
-use crate::{state, transfer};
+use crate::{state, system_call, transfer};
 use reprise_branch_clock::guest_code::{
     Successors, decode_at, handler_of, repeats, stack_word, successors,
 };
 use reprise_branch_clock::retired::time_stamp_retired;
-use reprise_trace::register_bits::{RFLAGS_IF, RFLAGS_RF, RFLAGS_TF};
+use reprise_trace::register_bits::{CR0_PE, RFLAGS_IF, RFLAGS_RF, RFLAGS_TF};
 
 /// What cannot be stepped because the guest does it already.
-const SELF_STEPPING: &str = "a guest that steps itself (TF)";
+pub(crate) const SELF_STEPPING: &str = "a guest that steps itself (TF)";
 
 /// KVM's single-step ends where user code begins.
-const INTO_USER_CODE: &str = "the way into user code (CPL3)";
+const INTO_USER_CODE: &str = "this way into user code (CPL3)";
 
 /// Vectors of exceptions, as against interrupts.
 const EXCEPTIONS: std::ops::RangeInclusive<u8> = 0..=31;
@@ -44,13 +50,18 @@ const EXCEPTIONS: std::ops::RangeInclusive<u8> = 0..=31;
 #[derive(Default)]
 pub(crate) struct Stepper {
     /// Registers, segments, control registers and the interrupt shadow; the rest is not kept.
-    view: CpuState,
+    pub(crate) view: CpuState,
     /// `view` is what KVM holds.
     current: bool,
     /// KVM_SET_GUEST_DEBUG has been called since registers were last set.
-    armed: bool,
+    pub(crate) armed: bool,
     /// The instruction that has begun and not retired.
-    begun: Option<Begun>,
+    pub(crate) begun: Option<Begun>,
+    /// An exception has been delivered and nothing has retired since: a run that stops at this tick
+    /// stands before it.
+    pub(crate) amid_exception: bool,
+    /// What of the guest's state KVM does not hold while user code is stepped.
+    pub(crate) hidden: Option<Hidden>,
     /// An interrupt that KVM is to deliver with the next step.
     interrupt: Option<u8>,
     /// What the next run comes back with.
@@ -59,18 +70,20 @@ pub(crate) struct Stepper {
 
 /// An instruction that has begun.
 #[derive(Clone, Copy, Debug)]
-struct Begun {
-    rip: u64,
-    repeats: bool,
-    successors: Successors,
+pub(crate) struct Begun {
+    pub(crate) rip: u64,
+    pub(crate) repeats: bool,
+    pub(crate) successors: Successors,
     /// An interrupt that KVM delivers first.
-    interrupt: Option<u8>,
+    pub(crate) interrupt: Option<u8>,
+    /// It is user code's.
+    pub(crate) user: Option<UserStep>,
 }
 
 impl Stepper {
     /// Whether an instruction, or the delivery of an interrupt, is half done.
     pub(crate) fn is_amid_step(&self) -> bool {
-        self.begun.is_some() || self.interrupt.is_some()
+        self.begun.is_some() || self.interrupt.is_some() || self.amid_exception
     }
 
     /// Whatever is known of the guest is out of date.
@@ -78,6 +91,7 @@ impl Stepper {
         self.current = false;
         self.armed = false;
         self.begun = None;
+        self.amid_exception = false;
         self.interrupt = None;
         self.refused = None;
     }
@@ -95,7 +109,7 @@ impl KvmEngine {
             if let Some(exit) = self.pending {
                 return Ok(self.present(exit));
             }
-            if self.stepper.begun.is_none() {
+            if self.stepper.begun.is_none() && !self.stepper.amid_exception {
                 if self.tick == until {
                     return Ok(Exit::TickReached);
                 }
@@ -134,8 +148,13 @@ impl KvmEngine {
     pub(crate) fn step_inject(&mut self, vector: u8) -> Result<(), KvmError> {
         self.refresh()?;
         let view = &self.stepper.view;
-        match transfer::deliver(&self.ram, view, vector, view.rip) {
+        match transfer::deliver(&self.ram, view, &Event::interrupt(view, vector)) {
             Some(after) => self.replace(after),
+            None if view.cpl() == 3 => {
+                let what = format!("interrupt {vector:#x}, which user code takes");
+                self.stepper.refused = self.cannot_step(&what)?;
+                Ok(())
+            }
             None => {
                 self.vcpu.interrupt(vector)?;
                 self.injected = true;
@@ -170,11 +189,16 @@ impl KvmEngine {
                 repeats: false,
                 successors: Successors::None,
                 interrupt: Some(vector),
+                user: None,
             });
         } else if self.stepper.begun.is_none() {
             let view = &self.stepper.view;
             let instruction = decode_at(&self.ram, view, view.rip);
-            if let Some(outcome) = self.execute_here(instruction.as_ref())? {
+            let outcome = match view.cpl() {
+                3 => self.execute_user_here(instruction.as_ref())?,
+                _ => self.execute_here(instruction.as_ref())?,
+            };
+            if let Some(outcome) = outcome {
                 return Ok(outcome);
             }
             self.begin(instruction.as_ref());
@@ -187,8 +211,9 @@ impl KvmEngine {
     }
 
     /// Notes what is about to execute.
-    fn begin(&mut self, instruction: Option<&Instruction>) {
+    pub(crate) fn begin(&mut self, instruction: Option<&Instruction>) {
         let view = &self.stepper.view;
+        let user = (view.cpl() == 3).then(|| UserStep::of(view, instruction));
         let successors = match instruction {
             Some(instruction) => successors(&self.ram, view, instruction),
             None => Successors::None,
@@ -198,6 +223,7 @@ impl KvmEngine {
             repeats: instruction.is_some_and(repeats),
             successors,
             interrupt: None,
+            user,
         });
     }
 
@@ -208,9 +234,6 @@ impl KvmEngine {
         instruction: Option<&Instruction>,
     ) -> Result<Option<Option<Exit>>, EngineError> {
         let view = &self.stepper.view;
-        if view.cpl() == 3 {
-            return self.cannot_step("user code (CPL3)").map(Some);
-        }
         let Some(instruction) = instruction else { return Ok(None) };
         // What executes clears RF.
         let started = || CpuState { rflags: view.rflags & !RFLAGS_RF, ..view.clone() };
@@ -225,36 +248,80 @@ impl KvmEngine {
                 Some(time_stamp_retired(&CpuState { tsc_offset: self.tsc[0], ..started() }, ns))
             }
             Code::Iretq if self.loads_trap_flag(instruction) => {
-                return self.cannot_step(SELF_STEPPING).map(Some);
+                return Ok(Some(self.cannot_step(SELF_STEPPING)?));
             }
-            // KVM would run user code up to its next exit as part of this step.
-            Code::Iretq if stack_word(&self.ram, view, 8, 2).is_some_and(|cs| cs & 3 == 3) => {
-                return self.cannot_step(INTO_USER_CODE).map(Some);
-            }
-            Code::Iretq => transfer::iretq(&self.ram, view),
+            Code::Iretq if !self.returns_to_user(instruction) => transfer::iretq(&self.ram, view),
             Code::Int_imm8 => {
-                let vector = instruction.immediate8();
-                transfer::deliver(&self.ram, &started(), vector, instruction.next_ip())
+                let (state, vector) = (started(), instruction.immediate8());
+                let event = Event::software(&state, vector, instruction.next_ip());
+                transfer::deliver(&self.ram, &state, &event)
             }
-            Code::Int3 => transfer::deliver(&self.ram, &started(), 3, instruction.next_ip()),
+            Code::Int3 => {
+                let state = started();
+                let event = Event::software(&state, 3, instruction.next_ip());
+                transfer::deliver(&self.ram, &state, &event)
+            }
             Code::Popfw | Code::Popfd | Code::Popfq | Code::Iretd | Code::Iretw
                 if self.loads_trap_flag(instruction) =>
             {
-                return self.cannot_step(SELF_STEPPING).map(Some);
+                return Ok(Some(self.cannot_step(SELF_STEPPING)?));
             }
-            Code::Sysretq | Code::Sysretd | Code::Sysexitq | Code::Sysexitd => {
-                return self.cannot_step(INTO_USER_CODE).map(Some);
+            _ if self.returns_to_user(instruction) => {
+                // KVM would run user code up to its next exit as part of this step.
+                let Some(after) = self.return_to_user(instruction.code())? else {
+                    return Ok(Some(self.cannot_step(INTO_USER_CODE)?));
+                };
+                Some(after)
             }
             _ => None,
         };
         let Some(after) = after else { return Ok(None) };
         self.replace(after)?;
-        self.tick += 1;
+        self.count();
         Ok(Some(if self.halted { Some(Exit::Halt) } else { None }))
     }
 
+    /// An instruction has retired.
+    pub(crate) fn count(&mut self) {
+        self.stepper.begun = None;
+        self.stepper.amid_exception = false;
+        self.tick += 1;
+    }
+
+    /// Whether `instruction` leads from CPL0 to CPL3.
+    fn returns_to_user(&self, instruction: &Instruction) -> bool {
+        let selector_at = match instruction.code() {
+            Code::Sysretq | Code::Sysretd | Code::Sysexitq | Code::Sysexitd => return true,
+            Code::Iretw | Code::Retfw | Code::Retfw_imm16 => 2,
+            Code::Iretd | Code::Retfd | Code::Retfd_imm16 => 4,
+            Code::Iretq | Code::Retfq | Code::Retfq_imm16 => 8,
+            _ => return false,
+        };
+        let view = &self.stepper.view;
+        let protected = view.cr0 & CR0_PE != 0;
+        protected && stack_word(&self.ram, view, selector_at, 2).is_some_and(|cs| cs & 3 == 3)
+    }
+
+    /// The state in user code, where that can be stepped and this is a plain way there.
+    fn return_to_user(&mut self, code: Code) -> Result<Option<CpuState>, KvmError> {
+        if !steps_user_code() {
+            return Ok(None);
+        }
+        match code {
+            Code::Iretq => Ok(transfer::iretq(&self.ram, &self.stepper.view)),
+            Code::Sysretq => Ok(system_call::leave(&self.with_system_call_registers()?)),
+            _ => Ok(None),
+        }
+    }
+
+    /// The view, and the registers of SYSCALL and SYSRET.
+    pub(crate) fn with_system_call_registers(&self) -> Result<CpuState, KvmError> {
+        let CpuState { star, lstar, sfmask, .. } = state::read(&self.vcpu.fd)?;
+        Ok(CpuState { star, lstar, sfmask, ..self.stepper.view.clone() })
+    }
+
     /// Whether POPF or IRET is about to set TF, which KVM's own stepping would hide.
-    fn loads_trap_flag(&self, instruction: &Instruction) -> bool {
+    pub(crate) fn loads_trap_flag(&self, instruction: &Instruction) -> bool {
         let offset = match instruction.code() {
             Code::Iretw => 4,
             Code::Iretd => 8,
@@ -265,7 +332,7 @@ impl KvmEngine {
             .is_some_and(|flags| flags & RFLAGS_TF != 0)
     }
 
-    fn cannot_step(&mut self, what: &str) -> Result<Option<Exit>, EngineError> {
+    pub(crate) fn cannot_step(&mut self, what: &str) -> Result<Option<Exit>, KvmError> {
         let place = self.describe_place()?;
         Ok(Some(Exit::Unsupported(format!(
             "the step clock cannot step {what} at {place} on this host's KVM: use --clock sync or --engine soft"
@@ -273,13 +340,17 @@ impl KvmEngine {
     }
 
     fn step_exit(&mut self, exit: RawExit) -> Result<Option<Exit>, EngineError> {
+        if let Some(Begun { user: Some(user), .. }) = self.stepper.begun
+            && let Some(outcome) = self.user_exit(exit, &user)?
+        {
+            return Ok(outcome);
+        }
         match exit {
             RawExit::Debug { .. } => self.retire(),
             RawExit::Interrupted => self.interrupted_step(),
             RawExit::Halt => {
                 self.halted = true;
-                self.tick += 1;
-                self.stepper.begun = None;
+                self.count();
                 Ok(Some(Exit::Halt))
             }
             exit => match PendingExit::new(exit) {
@@ -306,6 +377,9 @@ impl KvmEngine {
     /// stands.
     fn retire(&mut self) -> Result<Option<Exit>, EngineError> {
         let Some(begun) = self.stepper.begun else { return Ok(None) };
+        if let Some(user) = begun.user {
+            return self.retire_user(&begun, &user);
+        }
         self.injected = false;
         let rip = self.stepper.view.rip;
         if begun.successors.contain(rip) {
@@ -324,8 +398,7 @@ impl KvmEngine {
                 None => return self.unexplained(&begun),
             }
         }
-        self.stepper.begun = None;
-        self.tick += 1;
+        self.count();
         Ok(self.halted.then_some(Exit::Halt))
     }
 
@@ -346,7 +419,7 @@ impl KvmEngine {
         })
     }
 
-    fn unexplained(&mut self, begun: &Begun) -> Result<Option<Exit>, EngineError> {
+    pub(crate) fn unexplained(&mut self, begun: &Begun) -> Result<Option<Exit>, EngineError> {
         let place = self.describe_place()?;
         Ok(Some(Exit::Unsupported(format!(
             "one step of this host's KVM led from rip {:#x} to {place}, which is more than an instruction: use --clock sync or --engine soft",
@@ -378,12 +451,18 @@ impl KvmEngine {
         let view = &mut self.stepper.view;
         state::read_regs(regs, view);
         state::read_sregs(sregs, view);
+        if let Some(hidden) = &self.stepper.hidden {
+            view.idtr = hidden.idtr;
+        }
         view.interrupt_shadow = shadow != 0;
         self.stepper.current = true;
     }
 
     /// Puts the guest into the state that executing something here has led to.
-    fn replace(&mut self, after: CpuState) -> Result<(), KvmError> {
+    pub(crate) fn replace(&mut self, after: CpuState) -> Result<(), KvmError> {
+        if after.cpl() != 3 {
+            self.show_hidden()?;
+        }
         let fd = &self.vcpu.fd;
         let before = &self.stepper.view;
         if before.segments != after.segments {

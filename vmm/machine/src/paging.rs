@@ -21,6 +21,8 @@ pub const ACCESSED: u64 = 1 << 5;
 pub const DIRTY: u64 = 1 << 6;
 /// A large page, where the level has those.
 pub const LARGE: u64 = 1 << 7;
+/// Code there may not be executed.
+pub const NO_EXECUTE: u64 = 1 << 63;
 /// Where the entry leads, but for a large page's lowest bits.
 pub const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
@@ -52,6 +54,8 @@ pub struct Mapping {
     pub writable: bool,
     /// Every level allows CPL3.
     pub user: bool,
+    /// Some level forbids executing.
+    pub no_execute: bool,
     /// Guest-physical addresses of the entries that were used, the last one of the page itself;
     /// zero where there is none.
     entries: [u64; 4],
@@ -94,7 +98,7 @@ impl Paging {
     pub fn walk(&self, ram: &GuestRam, linear: u64) -> Option<Mapping> {
         if self.cr0 & CR0_PG == 0 {
             let physical = linear & 0xffff_ffff;
-            return Some(Mapping { physical, writable: true, user: true, entries: [0; 4] });
+            return Some(Mapping { physical, writable: true, user: true, ..Mapping::default() });
         }
         let format = self.format();
         let mut mapping = Mapping { writable: true, user: true, ..Mapping::default() };
@@ -108,6 +112,7 @@ impl Paging {
                 return None;
             }
             mapping.entries[level as usize] = address;
+            mapping.no_execute |= entry & NO_EXECUTE != 0;
             // The top entries of 32-bit PAE carry no rights.
             if format.levels != 3 || level != 2 {
                 mapping.writable &= entry & WRITABLE != 0;
