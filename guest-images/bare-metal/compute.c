@@ -2,7 +2,8 @@
  * come and are counted, but not told: their number hangs on the machine's speed.
  * User code's RDTSC is refused (CR4.TSD), and its #GP answered with the kernel's own: under a
  * hypervisor that cannot trap RDTSC by itself, one at a known place in the kernel can be.
- * Command line: scale= units of about 20 million instructions; timing=1 prints how long each stage
+ * Command line: scale= units of about 20 million instructions, 0 for some 50 thousand; hz= timer
+ * interrupts a second; timing=1 prints how long each stage
  * took, in nanoseconds by the time-stamp counter; tsd=0 leaves user code's RDTSC to the processor;
  * yields=0 leaves out the exits on the way, so that user code runs as it would in a process. */
 
@@ -10,7 +11,7 @@
 #include "user/system_calls.h"
 
 #define DEFAULT_SCALE 150
-#define TIMER_HZ 100
+#define DEFAULT_HZ 100
 
 #define USER_CODE 0x33
 #define USER_DATA 0x2b
@@ -138,7 +139,7 @@ void kernel_main(const char *command_line)
     if (command_line_number("tsd", 1))
         refuse_user_time_stamps();
     uint32_t scale = command_line_number("scale", DEFAULT_SCALE);
-    timer_start(TIMER_HZ);
+    timer_start(command_line_number("hz", DEFAULT_HZ));
     null_data_segments();
     enter_user(scale, command_line_number("timing", 0));
 }

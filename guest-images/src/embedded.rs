@@ -45,7 +45,7 @@ pub static EMBEDDED: &[EmbeddedGuest] = &[
         "compute",
         "scale=150",
         "SHA-256, sort, matrix product and compression at CPL3; scale= units of 20 million \
-         instructions; yields=0 without exits on the way"
+         instructions, 0 for 50 thousand; hz= interrupts; yields=0 without exits on the way"
     ),
     guest!(
         "positions",

@@ -126,7 +126,7 @@ fn compute_at_scale_1_prints_what_is_documented() {
 
 #[test]
 fn compute_prints_what_the_host_computes() {
-    for scale in [1, 3] {
+    for scale in [0, 1, 3] {
         let Some(console) = run_to_end("compute", &format!("scale={scale}"), &[]) else { return };
         assert_eq!(console, native_program(scale) + "compute: done\r\n");
     }

@@ -6,6 +6,7 @@
 #include "program.h"
 
 #define TEXT_BYTES 32768
+#define SHORT_TEXT_BYTES 256
 #define PACKED_BYTES (TEXT_BYTES + TEXT_BYTES / 128 + 16)
 #define HASH_BITS 12
 #define LITERALS_MAX 128
@@ -15,19 +16,20 @@
 #define TURNS_PER_SCALE 2 /* of two million instructions, about */
 
 static uint8_t text[TEXT_BYTES], unpacked[TEXT_BYTES], packed[PACKED_BYTES];
+static size_t text_bytes; /* of TEXT_BYTES */
 static uint32_t places[1 << HASH_BITS]; /* the place plus one; zero for none */
 
 /* Words of a small vocabulary, the frequent ones much more frequent. */
 static void write_text(uint64_t *seed)
 {
     size_t at = 0;
-    while (at < TEXT_BYTES) {
+    while (at < text_bytes) {
         uint64_t random = random_next(seed);
         uint64_t word = (random & 0xff) & (random >> 8 & 0xff);
         size_t letters = 2 + word % 9;
-        for (size_t letter = 0; letter < letters && at < TEXT_BYTES; letter++)
+        for (size_t letter = 0; letter < letters && at < text_bytes; letter++)
             text[at++] = (uint8_t)('a' + (word * 7 + letter * (word + 3)) % 26);
-        if (at < TEXT_BYTES)
+        if (at < text_bytes)
             text[at++] = (random >> 16 & 15) == 0 ? '\n' : ' ';
     }
 }
@@ -41,7 +43,7 @@ static uint32_t hash_at(const uint8_t *bytes)
 static size_t match_length(size_t earlier, size_t at)
 {
     size_t length = 0;
-    while (at + length < TEXT_BYTES && length < MATCH_MAX
+    while (at + length < text_bytes && length < MATCH_MAX
         && text[earlier + length] == text[at + length])
         length++;
     return length;
@@ -63,7 +65,7 @@ static size_t pack(void)
     for (size_t at = 0; at < 1 << HASH_BITS; at++)
         places[at] = 0;
     size_t out = 0, literals_from = 0, at = 0;
-    while (at + MATCH_MIN <= TEXT_BYTES) {
+    while (at + MATCH_MIN <= text_bytes) {
         uint32_t *place = &places[hash_at(text + at)];
         size_t earlier = *place, length = 0;
         *place = (uint32_t)at + 1;
@@ -81,7 +83,7 @@ static size_t pack(void)
         at += length;
         literals_from = at;
     }
-    return put_literals(out, literals_from, TEXT_BYTES);
+    return put_literals(out, literals_from, text_bytes);
 }
 
 /* False if the packed form makes no sense. */
@@ -100,23 +102,25 @@ static bool unpack(size_t packed_bytes)
             if (distance == 0 || distance > out)
                 return false;
         }
-        if (count > TEXT_BYTES - out)
+        if (count > text_bytes - out)
             return false;
         for (size_t end = out + count; out < end; out++)
             unpacked[out] = distance == 0 ? packed[in++] : unpacked[out - distance];
     }
-    return out == TEXT_BYTES;
+    return out == text_bytes;
 }
 
 bool stage_compression(uint32_t scale)
 {
     uint64_t seed = 0x5eed0005, checksum = 0;
-    for (uint64_t turn = 0; turn < (uint64_t)scale * TURNS_PER_SCALE; turn++) {
+    uint64_t turns = scale == 0 ? 1 : (uint64_t)scale * TURNS_PER_SCALE;
+    text_bytes = scale == 0 ? SHORT_TEXT_BYTES : TEXT_BYTES;
+    for (uint64_t turn = 0; turn < turns; turn++) {
         write_text(&seed);
         size_t packed_bytes = pack();
         if (!unpack(packed_bytes))
             return false;
-        for (size_t at = 0; at < TEXT_BYTES; at++) {
+        for (size_t at = 0; at < text_bytes; at++) {
             if (unpacked[at] != text[at])
                 return false;
         }

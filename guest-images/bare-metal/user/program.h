@@ -17,12 +17,13 @@ uint64_t system_time(void);
 
 /* ---- the program ----------------------------------------------------------------------------- */
 
-/* About 20 million instructions for each unit of `scale`. False if a result is wrong. If `timing`,
+/* About 20 million instructions for each unit of `scale`, some 50 thousand where it is zero. False if a result is wrong. If `timing`,
  * prints how long each stage took; then also false if the time-stamp counter does not go on. */
 bool program_run(uint32_t scale, bool timing);
 
 /* Each stage does about 5 million instructions for each unit of `scale`, yields every two
- * million or so, and prints one line. False if it finds its own result wrong. */
+ * million or so, and prints one line; where `scale` is zero, one turn of a small size. False if it
+ * finds its own result wrong. */
 bool stage_sha256(uint32_t scale);
 bool stage_sort(uint32_t scale);
 bool stage_matrix(uint32_t scale);

@@ -5,6 +5,7 @@
 #define BUFFER_BYTES 32768 /* two million instructions, about */
 #define BLOCK_BYTES 64
 #define WORDS 8
+#define SHORT_BUFFER_BYTES 128 /* two blocks */
 #define BUFFERS_PER_SCALE 2
 #define DIGEST_OF_64_ZEROS 0xf5a5fd42 /* the first word; any other implementation tells it */
 
@@ -87,10 +88,12 @@ bool stage_sha256(uint32_t scale)
     if (digest[0] != DIGEST_OF_64_ZEROS)
         return false;
     uint64_t seed = 0x5eed0001;
-    for (uint32_t at = 0; at < BUFFER_BYTES; at++)
+    uint32_t buffer_bytes = scale == 0 ? SHORT_BUFFER_BYTES : BUFFER_BYTES;
+    uint64_t turns = scale == 0 ? 1 : (uint64_t)scale * BUFFERS_PER_SCALE;
+    for (uint32_t at = 0; at < buffer_bytes; at++)
         buffer[at] = (uint8_t)(random_next(&seed) >> 56);
-    for (uint64_t turn = 0; turn < (uint64_t)scale * BUFFERS_PER_SCALE; turn++) {
-        digest_message(digest, buffer, BUFFER_BYTES);
+    for (uint64_t turn = 0; turn < turns; turn++) {
+        digest_message(digest, buffer, buffer_bytes);
         for (uint32_t at = 0; at < 4 * WORDS; at++)
             buffer[at] ^= (uint8_t)(digest[at / 4] >> 8 * (at % 4));
         system_yield();

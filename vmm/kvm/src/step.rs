@@ -18,10 +18,10 @@
 //! ends elsewhere must have gone through an exception handler; where no handler explains it, the run
 //! ends with a reason instead of a wrong count.
 
-use iced_x86::{Code, Instruction};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 use kvm_bindings::*;
 use reprise_machine::engine::{EngineError, Exit};
-use reprise_trace::cpu_state::CpuState;
+use reprise_trace::cpu_state::{CpuState, RSP};
 
 use crate::access::PendingExit;
 use crate::engine::KvmEngine;
@@ -72,7 +72,10 @@ pub(crate) struct Stepper {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Begun {
     pub(crate) rip: u64,
+    pub(crate) rsp: u64,
     pub(crate) repeats: bool,
+    /// It loads SS, and so holds off interrupts.
+    pub(crate) loads_stack_segment: bool,
     pub(crate) successors: Successors,
     /// An interrupt that KVM delivers first.
     pub(crate) interrupt: Option<u8>,
@@ -186,7 +189,9 @@ impl KvmEngine {
         if let Some(vector) = self.stepper.interrupt.take() {
             self.stepper.begun = Some(Begun {
                 rip: self.stepper.view.rip,
+                rsp: self.stepper.view.gpr[RSP],
                 repeats: false,
+                loads_stack_segment: false,
                 successors: Successors::None,
                 interrupt: Some(vector),
                 user: None,
@@ -220,7 +225,9 @@ impl KvmEngine {
         };
         self.stepper.begun = Some(Begun {
             rip: view.rip,
+            rsp: view.gpr[RSP],
             repeats: instruction.is_some_and(repeats),
+            loads_stack_segment: instruction.is_some_and(loads_stack_segment),
             successors,
             interrupt: None,
             user,
@@ -240,6 +247,11 @@ impl KvmEngine {
         let after = match instruction.code() {
             Code::Hlt if view.cpl() == 0 => {
                 self.halted = true;
+                let rip = instruction.next_ip();
+                Some(CpuState { interrupt_shadow: false, rip, ..started() })
+            }
+            Code::Sti if view.cpl() == 0 && view.rflags & RFLAGS_IF != 0 => {
+                // KVM's emulator holds interrupts off even where they were open already.
                 let rip = instruction.next_ip();
                 Some(CpuState { interrupt_shadow: false, rip, ..started() })
             }
@@ -387,7 +399,13 @@ impl KvmEngine {
                 return Ok(None);
             }
         } else {
-            match self.first_of_handler(&begun) {
+            let handler = self.first_of_handler(&begun);
+            if let Some((vector, first)) = &handler
+                && !self.hide_trap_flag(&begun, *vector, first)
+            {
+                return self.unexplained(&begun);
+            }
+            match handler.map(|(_, first)| first) {
                 Some(instruction) if repeats(&instruction) && instruction.ip() == rip => {
                     // The handler's first instruction is under way.
                     self.begin(Some(&instruction));
@@ -399,11 +417,15 @@ impl KvmEngine {
             }
         }
         self.count();
+        if begun.loads_stack_segment && begun.successors.contain(rip) {
+            // KVM knows this shadow of the first of several only.
+            self.replace(CpuState { interrupt_shadow: true, ..self.stepper.view.clone() })?;
+        }
         Ok(self.halted.then_some(Exit::Halt))
     }
 
     /// The first instruction of the handler through which a step must have gone, if there is one.
-    fn first_of_handler(&self, begun: &Begun) -> Option<Instruction> {
+    fn first_of_handler(&self, begun: &Begun) -> Option<(u8, Instruction)> {
         let view = &self.stepper.view;
         let vectors = match begun.interrupt {
             Some(vector) => vector..=vector,
@@ -415,8 +437,23 @@ impl KvmEngine {
             // IRETQ would have been stepped together with what follows.
             let counted = first.code() != Code::Iretq;
             let explains = successors(&self.ram, view, &first).contain(view.rip);
-            (counted && explains).then_some(first)
+            (counted && explains).then_some((vector, first))
         })
+    }
+
+    /// Takes the TF of the single-step out of the frame that a handler has found, where KVM shows it:
+    /// when a repeated instruction faults after its first repetition. False where that is too late.
+    fn hide_trap_flag(&self, begun: &Begun, vector: u8, first: &Instruction) -> bool {
+        if !begun.repeats {
+            return true;
+        }
+        let view = &self.stepper.view;
+        let mut before = view.clone();
+        before.gpr[RSP] = begun.rsp;
+        match transfer::hide_trap_flag(&self.ram, &before, vector, begun.rip) {
+            Some(hidden) => !hidden || !first.op_kinds().any(|kind| kind == OpKind::Memory),
+            None => false,
+        }
     }
 
     pub(crate) fn unexplained(&mut self, begun: &Begun) -> Result<Option<Exit>, EngineError> {
@@ -471,7 +508,7 @@ impl KvmEngine {
             state::write_sregs(&after, &mut sregs);
             fd.set_sregs(&sregs).map_err(|errno| KvmError::refused("KVM_SET_SREGS", errno))?;
         }
-        if before.interrupt_shadow {
+        if before.interrupt_shadow || after.interrupt_shadow {
             let mut events = state::read_events(fd)?;
             state::write_events(&after, &mut events);
             fd.set_vcpu_events(&events)
@@ -493,6 +530,12 @@ impl KvmEngine {
         self.stepper.armed = true;
         Ok(())
     }
+}
+
+/// Whether an instruction loads SS otherwise than by a far transfer.
+fn loads_stack_segment(instruction: &Instruction) -> bool {
+    let moves = matches!(instruction.mnemonic(), Mnemonic::Mov | Mnemonic::Pop);
+    moves && instruction.op0_register() == Register::SS
 }
 
 #[cfg(test)]

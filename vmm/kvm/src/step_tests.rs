@@ -416,3 +416,45 @@ fn an_instruction_that_kvm_cannot_execute_is_named() {
         exit => panic!("{exit:?}"),
     }
 }
+
+#[test]
+fn a_fault_amid_a_repeated_instruction_shows_no_trap_flag() {
+    require_kvm!(Step);
+    // rep stosb to the end of what is mapped; the handler: pop rcx; hlt
+    let ram = ram_with(&[0xf3, 0xaa]);
+    put(&ram, HANDLER, &[0x59, HLT]);
+    put_gate(&ram, 14, HANDLER);
+    let mut state = long_mode();
+    state.gpr[RCX] = 100;
+    state.gpr[RDI] = 0x4000_0000 - 7;
+    put(&ram, 0x3000 + 8 * 511, &0x87u64.to_le_bytes());
+    let mut engine = engine_on(ram, Step, &state);
+    assert_eq!(run(&mut engine), Exit::Halt);
+    assert_eq!(engine.tick(), 2);
+    let mut flags = [0; 8];
+    engine.read_ram(STACK_TOP - 24, &mut flags);
+    assert_eq!(u64::from_le_bytes(flags) & 0x100, 0);
+    let mut rip = [0; 8];
+    engine.read_ram(STACK_TOP - 40, &mut rip);
+    assert_eq!(u64::from_le_bytes(rip), CODE);
+}
+
+#[test]
+fn interrupt_shadows_are_those_of_hardware() {
+    require_kvm!(Step);
+    // 0: sti; 1: sti; 2: nop; 3: mov ss, eax; 5: mov ss, eax; 7: nop; 8: sti; 9: nop; 10: cli; 11: sti
+    let code = [0xfb, 0xfb, NOP, 0x8e, 0xd0, 0x8e, 0xd0, NOP, 0xfb, NOP, 0xfa, 0xfb, NOP, NOP];
+    let mut state = long_mode();
+    state.gpr[RAX] = u64::from(DATA_SELECTOR);
+    let mut engine = engine(Step, &state, &code);
+    let open: Vec<bool> = (0..12)
+        .map(|_| {
+            trace(&mut engine, 1);
+            engine.interruptible().unwrap()
+        })
+        .collect();
+    let (yes, no) = (true, false);
+    assert_eq!(open, [no, yes, yes, no, no, yes, yes, yes, no, no, yes, yes]);
+    // Alone with interrupts open already, an STI holds nothing off.
+    assert!(!engine.cpu_state().unwrap().interrupt_shadow);
+}

@@ -326,6 +326,37 @@ fn stack_for(ram: &GuestRam, state: &CpuState, interrupt_stack: u8) -> Option<u6
     Some(u64::from_le_bytes(stack)).filter(|stack| is_canonical(*stack))
 }
 
+/// Clears TF in the frame that the handler of a fault at `rip` has found; whether it was set. `state` is
+/// the one before the fault, but for what a handler may change. `None` where no such frame is found.
+pub(crate) fn hide_trap_flag(
+    ram: &GuestRam,
+    state: &CpuState,
+    vector: u8,
+    rip: u64,
+) -> Option<bool> {
+    if !is_64_bit(state) || state.cpl() != 0 {
+        return None;
+    }
+    let gate = read_gate(ram, state, vector)?;
+    let stack = stack_for(ram, state, gate.interrupt_stack)? & !0xf;
+    let paging = Paging::from(state);
+    let word = |address: u64| {
+        let mut bytes = [0; 8];
+        paging.read(ram, address, &mut bytes).then(|| u64::from_le_bytes(bytes))
+    };
+    let place = stack.wrapping_sub(24);
+    let rflags = word(place)?;
+    if word(stack.wrapping_sub(40))? != rip || word(stack.wrapping_sub(16))? != state.gpr[RSP] {
+        return None;
+    }
+    if rflags & RFLAGS_TF == 0 {
+        return Some(false);
+    }
+    let physical = paging.walk(ram, place)?.physical;
+    write_ram(ram, physical, &(rflags & !RFLAGS_TF).to_le_bytes());
+    Some(true)
+}
+
 /// The mappings of a frame's first and last byte, which are two pages at most.
 fn frame_mappings(
     ram: &GuestRam,
