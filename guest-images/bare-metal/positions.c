@@ -32,6 +32,7 @@ void scenario_fault(void);
 void scenario_window(void);
 void scenario_user(void);
 void scenario_code(void);
+void scenario_ports(void);
 
 static const struct {
     const char *name;
@@ -42,6 +43,7 @@ static const struct {
     { "shadow", scenario_shadow },   { "hlt", scenario_hlt },
     { "fault", scenario_fault },     { "window", scenario_window },
     { "user", scenario_user },       { "code", scenario_code },
+    { "ports", scenario_ports },
 };
 
 static uint64_t small_pages[512] __attribute__((aligned(PAGE_BYTES)));

@@ -195,6 +195,33 @@ changed_too:
     add $0, %rsi
     jmp 1b
 
+/* String instructions on ports: the UART's bytes, its line status, and the port that does nothing. Both
+ * pages of the buffer are there. */
+    begin ports
+    sti
+1:  inc %rbx
+    mov $0x3f8, %edx
+    mov $SMALL_PAGES + 0x4ffa, %edi
+    mov $12, %ecx
+    rep insb
+    mov $0x3fd, %edx
+    mov $SMALL_PAGES + 0x5ff8, %edi
+    mov $20, %ecx
+    rep insb
+    mov $0x80, %edx
+    mov $SMALL_PAGES + 0x4ff0, %esi
+    mov $30, %ecx
+    rep outsb
+    mov $5, %ecx
+    rep outsw
+    std
+    mov $SMALL_PAGES + 0x6002, %edi
+    mov $0x3fd, %edx
+    mov $9, %ecx
+    rep insb
+    cld
+    jmp 1b
+
 /* #PF: the page is made present, everything else is left as it was. */
 page_fault_entry:
     push %rax

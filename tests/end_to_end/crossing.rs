@@ -137,39 +137,85 @@ fn info_says_where_a_recording_replays() {
     assert!(engines[1]["condition"].to_string().contains("CPL0"), "{info:#}");
 }
 
-/// Stepped, a guest that stays in the kernel does on KVM what it did on the software CPU.
-#[test]
-fn a_soft_recording_replays_on_kvm() {
+/// Records on the software CPU and replays by stepping, on KVM.
+fn replays_stepped(guest: &[&str]) -> Option<Value> {
     if !kvm_opens() {
-        return;
+        return None;
     }
     let workplace = Workplace::new();
+    let file = workplace.path("soft.rr");
+    let recorded = record(&[&["--engine", "soft"], guest].concat(), &file, 0);
+    let replayed = replay(&file, &["--engine", "kvm"]);
+    assert_eq!((&replayed["engine"], &replayed["clock"]), (&"kvm".into(), &"step".into()));
+    let fields = [
+        "final_digest",
+        "console_digest",
+        "ticks",
+        "instructions",
+        "events",
+        "interrupts",
+        "ending",
+    ];
+    assert_same_run(&recorded, &replayed, &fields);
+    Some(recorded)
+}
+
+#[test]
+fn a_soft_recording_replays_on_kvm() {
+    let workplace = Workplace::new();
+    replays_stepped(&["--image", "hello"]);
+    replays_stepped(&["--image", "hello32"]);
+    replays_stepped(&["--image", "echo", "--input", &typed(&workplace)]);
+    replays_stepped(&["--image", "ticks", "--cmdline", "hz=50000 count=3"]);
+}
+
+/// User code too, and timer interrupts in it, whose places are in no log.
+#[test]
+fn a_soft_recording_of_user_code_replays_on_kvm() {
+    let guest = ["--image", "compute", "--cmdline", "scale=0 hz=200000 timing=1"];
+    let Some(recorded) = replays_stepped(&guest) else { return };
+    assert!(recorded["interrupts"].as_u64() >= Some(5), "{recorded:#}");
+    let guest = ["--image", "positions", "--cmdline", "do=user hz=200000 count=6"];
+    replays_stepped(&guest);
+}
+
+#[test]
+#[ignore = "a minute or more: run it after a change to the clock step"]
+fn soft_recordings_of_all_embedded_guests_replay_on_kvm_ten_of_ten() {
+    let workplace = Workplace::new();
     let keys = typed(&workplace);
-    let guests: [&[&str]; 2] = [&["--image", "hello"], &["--image", "echo", "--input", &keys]];
-    for guest in guests {
-        let file = workplace.path(guest[1]);
-        let recorded = record(&[&["--engine", "soft"], guest].concat(), &file, 0);
-        let replayed = replay(&file, &["--engine", "kvm"]);
-        assert_eq!(replayed["engine"], "kvm");
-        let fields = ["final_digest", "console_digest", "ticks", "events", "ending"];
-        assert_same_run(&recorded, &replayed, &fields);
+    for time in 0..10 {
+        eprintln!("time {time}");
+        replays_stepped(&["--image", "compute", "--cmdline", "scale=0 hz=200000 timing=1"]);
+        replays_stepped(&["--image", "echo", "--input", &keys]);
+        replays_stepped(&["--image", "hello"]);
+        replays_stepped(&["--image", "hello32"]);
+        replays_stepped(&["--image", "ticks", "--cmdline", "hz=50000 count=3"]);
+    }
+    for scenario in [
+        "rep", "straight", "itself", "memory", "shadow", "hlt", "fault", "window", "user", "code",
+        "ports",
+    ] {
+        let cmdline = format!("do={scenario} hz=200000 count=8");
+        eprintln!("{cmdline}");
+        replays_stepped(&["--image", "positions", "--cmdline", &cmdline]);
     }
 }
 
-/// What KVM's single-step cannot count is told, and never counted wrong.
+/// Moments in user code are instruction counts: from what is typed into it to the end.
 #[test]
-fn user_code_is_not_stepped_and_says_so() {
-    if !kvm_opens() {
-        return;
-    }
+fn a_stepped_recording_of_user_code_replays_on_the_software_cpu() {
+    crosses("step", &["--image", "compute", "--cmdline", "scale=0 timing=1"]);
+}
+
+/// Arrivals between two elements of one instruction. KVM shows RCX as it was before a batch of REP INS, and
+/// after the last element an instruction that has not retired; the software CPU counts each.
+#[test]
+#[ignore = "diverges amid REP INS and OUTS: a known defect of recordings under sync; run it to mend that"]
+fn string_instructions_on_ports_from_sync() {
     let workplace = Workplace::new();
-    let (soft, step) = (workplace.path("soft.rr"), workplace.path("step.rr"));
-    let guest = ["--image", "compute", "--cmdline", "scale=1"];
-    record(&[&["--engine", "soft"], &guest[..]].concat(), &soft, 0);
-    let replayed = run(&["replay", &soft, "--engine", "kvm"]).expect_code(1);
-    assert!(replayed.stderr.contains("(CPL3)"), "{}", replayed.stderr);
-    let words = [&["--json", "record"], &KVM[..], &["step"], &guest, &["-o", &step]].concat();
-    let recorded = run(&words).expect_code(1).json();
-    assert_eq!(recorded["ending"], "engine-failed", "{recorded:#}");
-    assert!(recorded["ending_detail"].to_string().contains("(CPL3)"), "{recorded:#}");
+    let keys = workplace.file("keys", &"what is typed amid REP INS. ".repeat(20));
+    let guest =
+        ["--image", "positions", "--cmdline", "do=ports hz=2000 count=12", "--input", &keys];
+    crosses("sync", &guest);
 }

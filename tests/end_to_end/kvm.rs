@@ -58,6 +58,23 @@ fn ticks_under_step() {
     assert!(report["interrupts"].as_u64() >= Some(3), "{report:#}");
 }
 
+/// Interrupts in user code, and all of it recorded once, since each takes seconds.
+#[test]
+fn compute_under_step() {
+    if !kvm_opens() {
+        return;
+    }
+    let workplace = Workplace::new();
+    let file = workplace.path("compute.rr");
+    let guest = ["--image", "compute", "--cmdline", "scale=0 hz=1000 timing=1"];
+    let recorded =
+        record(&[&["--engine", "kvm", "--clock", "step"], &guest[..]].concat(), &file, 0);
+    assert!(recorded["interrupts"].as_u64() >= Some(4), "{recorded:#}");
+    let replayed = replay(&file, &[]);
+    assert_eq!((&replayed["clock"], &replayed["verification"]), (&"step".into(), &"exact".into()));
+    assert_equal_runs(&recorded, &replayed);
+}
+
 #[test]
 fn ticks_under_sync() {
     let Some(report) = ten_of_ten(&["--image", "ticks", "--cmdline", "count=8"], "sync") else {

@@ -86,7 +86,7 @@ impl ReplaysOn {
             (TickKind::ConditionalBranch, _) => "on a host with KVM and a PMU",
             (TickKind::Instruction, "kvm") => "on a host whose KVM can step (clock step)",
             (TickKind::Instruction, _) => {
-                "on a host whose KVM can step, and while the guest stays in the kernel (CPL0)"
+                "on a host whose KVM can step kernel code (CPL0), and user code if the guest has any"
             }
         };
         let on_soft = match header.engine.as_str() {
