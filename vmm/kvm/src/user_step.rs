@@ -32,9 +32,9 @@ use crate::system_call;
 use crate::transfer::{Event, GENERAL_PROTECTION, deliver, software_interrupt};
 use crate::vcpu::RawExit;
 use reprise_branch_clock::guest_code::bitness;
+use reprise_branch_clock::retired::time_stamp_retired;
 use reprise_machine::paging::{Paging, is_ram, write_ram};
 use reprise_trace::register_bits::*;
-use reprise_branch_clock::retired::time_stamp_retired;
 
 const DEBUG: u8 = 1;
 const BREAKPOINT: u8 = 3;
