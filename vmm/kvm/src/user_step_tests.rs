@@ -1,3 +1,5 @@
+//! User code under the clock `step`: each instruction counted, and what it raises delivered as hardware does.
+
 use reprise_devices::cpu_model::cpuid;
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Access, Engine, Exit};
