@@ -214,7 +214,7 @@ fn a_stepped_recording_of_user_code_replays_on_the_software_cpu() {
 #[ignore = "diverges amid REP INS and OUTS: a known defect of recordings under sync; run it to mend that"]
 fn string_instructions_on_ports_from_sync() {
     let workplace = Workplace::new();
-    let keys = workplace.file("keys", &"what is typed amid REP INS. ".repeat(20));
+    let keys = workplace.file("keys", "what is typed amid REP INS. ".repeat(20));
     let guest =
         ["--image", "positions", "--cmdline", "do=ports hz=2000 count=12", "--input", &keys];
     crosses("sync", &guest);
