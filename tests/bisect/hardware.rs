@@ -22,6 +22,7 @@ use crate::recordings::Workplace;
 const SKID: u64 = 100;
 
 /// A machine with a counter that nobody has tried.
+#[derive(Clone)]
 pub(crate) struct Untried(pub(crate) Disturbance);
 
 impl Untried {

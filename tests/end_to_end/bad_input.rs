@@ -103,6 +103,8 @@ const WRONG_USE: &[&[&str]] = &[
     &["run", "--image", "hello", "--memory", "much"],
     &["replay"],
     &["replay", "good.rr", "--until", "noon"],
+    &["replay", "good.rr", "--engine", "soft", "--clock", "pmu"],
+    &["replay", "good.rr", "--clock", "sync"],
     &["diff", "good.rr"],
     &["info", "good.rr", "good.rr"],
 ];

@@ -69,7 +69,7 @@ fn engines_and_moments_that_do_not_go_together_are_wrong_use() {
         &["--then", "kvm"][..],
         &["--until", "5", "--until", "9"],
         &["--until", "9", "--then", "soft", "--until", "5"],
-        &["--until", "9", "--then", "kvm:pmu"],
+        &["--until", "9", "--then", "pmu"],
     ] {
         run(&[&guest[..], wrong].concat()).expect_code(2);
     }

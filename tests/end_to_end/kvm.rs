@@ -45,6 +45,31 @@ fn pmu_counts() -> bool {
     finding.available
 }
 
+/// By branches where something counts them; elsewhere what is lacking is said before anything is done.
+#[test]
+fn a_recording_of_the_software_cpu_replays_by_branches() {
+    let workplace = Workplace::new();
+    let file = workplace.path("ticks.rr");
+    let recorded = record(&["--image", "ticks", "--engine", "soft"], &file, 0);
+    let rewritten = workplace.path("rewritten.rr");
+    let by_branches = ["--engine", "kvm", "--clock", "pmu", "--rewritten", &rewritten];
+    if pmu_counts() {
+        let replayed = replay(&file, &by_branches);
+        assert_eq!((&replayed["engine"], &replayed["clock"]), (&"kvm".into(), &"pmu".into()));
+        assert_eq!(replayed["console_digest"], recorded["console_digest"]);
+        return;
+    }
+    let refused = run(&[&["replay", &file], &by_branches[..]].concat());
+    assert!(refused.expect_reason().contains("--engine soft"), "{}", refused.expect_reason());
+    assert!(!std::path::Path::new(&rewritten).exists());
+    // Nor does a run begin that would be handed over to it.
+    let then = ["--until", "100", "--then", "kvm:pmu"];
+    let never = workplace.path("never.rr");
+    let refused = run(&[&["record", "--image", "hello", "-o", &never], &then[..]].concat());
+    assert_eq!(refused.code(), 1);
+    assert!(!std::path::Path::new(&never).exists());
+}
+
 /// A file with what is typed into `echo`.
 pub(crate) fn typed(workplace: &Workplace) -> String {
     workplace.file("typed", "one\rtwo\rquit\r")

@@ -11,6 +11,7 @@ use reprise_machine::ram::{GuestRam, MIN_RAM_MIB};
 use reprise_simulated_hardware::{Disturbance, SimulatedVcpu};
 
 /// A vCPU made of the software CPU.
+#[derive(Clone)]
 pub(crate) struct Simulated {
     pub(crate) disturbance: Disturbance,
     /// Conditional branches by which an overflow may be late, as the clock believes.
@@ -18,6 +19,8 @@ pub(crate) struct Simulated {
     bounded: bool,
     /// RDTSC can be trapped.
     pub(crate) traps: bool,
+    /// CPUID tells of a time-stamp counter.
+    shows_time_stamp_counter: bool,
 }
 
 fn finding(available: bool, reason: &str) -> Finding {
@@ -33,18 +36,29 @@ impl Simulated {
     /// An Intel machine, kicked by its host alone.
     pub(crate) fn intel(seed: u64) -> Self {
         let disturbance = Disturbance { kick_every: None, ..Disturbance::intel(seed) };
-        Self { disturbance, skid: 100, bounded: true, traps: true }
+        Self::with_skid(disturbance, 100, true)
     }
 
     /// A Zen machine, kicked by its host alone.
     pub(crate) fn zen(seed: u64) -> Self {
         let disturbance = Disturbance { kick_every: None, ..Disturbance::zen(seed) };
-        Self { disturbance, skid: 10_000, bounded: false, traps: true }
+        Self::with_skid(disturbance, 10_000, false)
+    }
+
+    fn with_skid(disturbance: Disturbance, skid: u64, bounded: bool) -> Self {
+        Self { disturbance, skid, bounded, traps: true, shows_time_stamp_counter: false }
+    }
+
+    /// The same for a guest that was told of the time-stamp counter.
+    pub(crate) fn showing_time_stamp_counter(self) -> Self {
+        Self { shows_time_stamp_counter: true, ..self }
     }
 
     fn vcpu(&self, ram: GuestRam) -> Result<SimulatedVcpu, EngineError> {
         let mut vcpu = SimulatedVcpu::new(ram, self.disturbance)?;
-        vcpu.hide_time_stamp_counter();
+        if !self.shows_time_stamp_counter {
+            vcpu.hide_time_stamp_counter();
+        }
         Ok(vcpu)
     }
 }
@@ -88,6 +102,7 @@ impl BranchHardware for Simulated {
 pub(crate) const REFUSAL: &str = "there is no counter: use --engine soft";
 
 /// A host without a counter.
+#[derive(Clone)]
 pub(crate) struct Refusing;
 
 impl BranchHardware for Refusing {

@@ -3,7 +3,9 @@
 //! place of KVM and a counter. What a real machine adds is the vCPU's system calls; where this one has a
 //! counter, the command line's own tests are run on it.
 
+mod hand_over;
 mod hardware;
+mod rewritten;
 mod time_stamps;
 
 use std::path::{Path, PathBuf};

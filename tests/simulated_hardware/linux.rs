@@ -128,6 +128,26 @@ fn replays_with_time_stamps(nokaslr: bool, stops_ns: Option<u64>, expected: &str
     case.replays_trapping(&recorded, &trapping, [running(intel(2))]);
 }
 
+/// Recorded on the software CPU, whose virtual time Linux reads as its time-stamp counter.
+#[test]
+fn linux_starts_on_the_software_cpu_and_replays_by_branches() {
+    let Some(image) = image() else { return };
+    let command_line = format!("{} nokaslr", image.command_line);
+    let plain = case(&image);
+    let source = GuestSource { cmdline: &command_line, ..plain.source };
+    // Soon after, the kernel reads the time-stamp counter at places that it patches later, and that have no
+    // breakpoints before.
+    let case = Case { source, stops_ns: Some(WINDOW_NS * 3 / 5), ..plain };
+    let pair = case.try_rewrite(1, KICK_EVERY).unwrap_or_else(|error| panic!("{error}"));
+    pair.tell("Linux");
+    assert!(pair.result.counts.time_stamps > 0, "{:?}", pair.result.counts);
+    pair.replay_on_software();
+    for hardware in [intel(2), intel(3), zen(4)] {
+        let disturbance = Disturbance { time_stamp_runs: true, ..hardware.disturbance };
+        pair.replay_trapping(&Hardware { disturbance, ..hardware }, case.source.kernel);
+    }
+}
+
 #[test]
 fn linux_starts_with_its_time_stamps_trapped() {
     replays_with_time_stamps(true, Some(WINDOW_NS), "PCI:");

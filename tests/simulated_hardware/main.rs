@@ -11,6 +11,8 @@ mod makers;
 mod met;
 mod positions;
 mod probe;
+mod rewritten;
+mod software;
 mod time_stamps;
 mod watched;
 mod world;

@@ -179,6 +179,8 @@ pub enum HeaderError {
 impl Precaution {
     /// [`Precaution::what`] of RDTSC in the guest's kernel.
     pub const KERNEL_TIME_STAMPS: &str = "RDTSC, kernel code";
+    /// [`Precaution::what`] of a recording by conditional branches whose CPUID has a time-stamp counter.
+    pub const SHOWN_TIME_STAMP_COUNTER: &str = "CPUID, time-stamp counter";
 }
 
 impl Header {
@@ -190,6 +192,13 @@ impl Header {
                 && precaution.treatment == Treatment::Closed
         };
         self.precautions.iter().any(closed)
+    }
+
+    /// Whether CPUID tells the guest of a time-stamp counter. Hardware that counts branches hides it, but for
+    /// a guest that has seen it already.
+    pub fn shows_time_stamp_counter(&self) -> bool {
+        let shown = |it: &Precaution| it.what == Precaution::SHOWN_TIME_STAMP_COUNTER;
+        self.tick_kind != TickKind::ConditionalBranch || self.precautions.iter().any(shown)
     }
 
     /// The header's bytes.

@@ -115,7 +115,7 @@ pub struct MachineArgs {
     /// another engine there. Repeatable
     #[arg(long, value_name = "MOMENT", value_parser = parse_moment, allow_negative_numbers = true)]
     pub until: Vec<At>,
-    /// What executes the guest from --until on: soft, kvm (clock sync) or kvm:step
+    /// What executes the guest from --until on: soft, kvm (clock sync), kvm:step or kvm:pmu
     #[arg(long, value_name = "ENGINE", requires = "until")]
     pub then: Vec<ThenArg>,
     /// Guest memory in MiB [default: 64 for embedded guests, 512 for others]
@@ -216,6 +216,13 @@ pub struct ReplayArgs {
     /// What executes the guest
     #[arg(long, value_enum, default_value_t)]
     pub(crate) engine: EngineArg,
+    /// How the engine counts: as the recording says, or "pmu" for one that counts instructions, which is
+    /// then rewritten for that clock first
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) clock: ClockArg,
+    /// Keep the recording that was rewritten for --clock pmu
+    #[arg(long, value_name = "FILE.rr")]
+    pub(crate) rewritten: Option<PathBuf>,
     /// Begin at the last checkpoint before this moment, a tick or seconds of guest time ("2.5s"), and
     /// replay from there
     #[arg(long, value_name = "MOMENT", value_parser = parse_moment, allow_negative_numbers = true)]
@@ -329,7 +336,10 @@ pub fn run() -> ExitCode {
     let output = Output { json: arguments.json };
     ExitCode::from(dispatch(arguments.command, output).unwrap_or_else(|error| {
         output.failure(&format!("{error:#}"));
-        let wrong_clock = matches!(error.downcast_ref(), Some(ChoiceError::SoftHasOneClock));
+        let wrong_clock = matches!(
+            error.downcast_ref(),
+            Some(ChoiceError::SoftHasOneClock | ChoiceError::OtherClock { .. })
+        );
         if wrong_clock || error.is::<PlanError>() { WRONG_USE } else { FAILED }
     }))
 }

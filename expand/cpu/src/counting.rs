@@ -64,6 +64,11 @@ impl SoftEngine {
         self.cpu_mut().hides_time_stamp = true;
     }
 
+    /// Has CPUID say again that there is a time-stamp counter.
+    pub fn show_time_stamp_counter(&mut self) {
+        self.cpu_mut().hides_time_stamp = false;
+    }
+
     /// Has RDTSC read zero whatever the time is, as where simulated hardware's counter stands still.
     pub fn stop_time_stamp_counter(&mut self) {
         self.time_stands_still = true;
@@ -105,6 +110,11 @@ impl SoftEngine {
     /// Whether the instruction whose access was finished last has more to do before it retires.
     pub fn amid_instruction(&self) -> bool {
         self.has_queued_exit()
+    }
+
+    /// Whether the guest is at CPL 3.
+    pub fn is_in_user_code(&self) -> bool {
+        self.cpu().cpl == 3
     }
 
     /// The linear address of the next instruction.

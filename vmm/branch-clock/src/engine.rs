@@ -299,11 +299,12 @@ impl<V: Vcpu> Engine for BranchClock<V> {
     }
 
     fn save(&mut self) -> Result<Option<EngineState>, EngineError> {
-        if !self.vcpu.is_all_in_state() {
-            return Ok(None);
-        }
         // Only the first place of a tick is found again by the tick alone.
-        if self.halted || self.amid || self.injected || !self.first_of_tick {
+        if !self.first_of_tick { Ok(None) } else { self.state_for_successor() }
+    }
+
+    fn state_for_successor(&mut self) -> Result<Option<EngineState>, EngineError> {
+        if !self.vcpu.is_all_in_state() || self.halted || self.amid || self.injected {
             return Ok(None);
         }
         let cpu = self.vcpu.state()?;

@@ -205,7 +205,8 @@ fn is_found_by_breakpoint(state: &CpuState, instruction: Option<&Instruction>) -
     !state.interrupt_shadow && state.rflags & RFLAGS_RF == 0 && !amid
 }
 
-fn writes_memory(instruction: &Instruction) -> bool {
+/// Whether an instruction may write memory.
+pub fn writes_memory(instruction: &Instruction) -> bool {
     let mut factory = InstructionInfoFactory::new();
     let info = factory.info(instruction);
     let quiet = |access| matches!(access, OpAccess::None | OpAccess::Read | OpAccess::CondRead);

@@ -254,6 +254,12 @@ pub trait Engine {
         Ok(None)
     }
 
+    /// The state from which another engine goes on where this one stands now, whether or not that is a place
+    /// for checkpoints; `None` amid an instruction or the delivery of an interrupt.
+    fn state_for_successor(&mut self) -> Result<Option<EngineState>, EngineError> {
+        self.save()
+    }
+
     /// Takes up a saved state; RAM is as it was then already. What the engine would do next differently
     /// from the one that saved, the guest must not be able to tell.
     fn restore(&mut self, _state: &EngineState) -> Result<(), EngineError> {

@@ -188,9 +188,25 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
         StateDigest::of(&mut self.engine, &self.board, self.accessed_bits)
     }
 
+    /// As [`Self::state_digest`], whatever the machine's own counts.
+    ///
+    /// # Errors
+    /// If the engine fails.
+    pub fn state_digest_with(
+        &mut self,
+        accessed_bits: AccessedBits,
+    ) -> Result<StateDigest, EngineError> {
+        StateDigest::of(&mut self.engine, &self.board, accessed_bits)
+    }
+
     /// The engine, for looking at the guest.
     pub fn engine(&mut self) -> &mut E {
         &mut self.engine
+    }
+
+    /// Carries the devices on to a virtual time before which nothing of theirs is due.
+    pub fn carry_devices(&mut self, now: VirtualTime) {
+        self.board.advance(now);
     }
 
     /// The board.
@@ -275,6 +291,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
         let now = self.now();
         if self.board.next_deadline().is_some_and(|deadline| deadline <= now) {
             self.board.advance(now);
+            self.inputs.devices_followed(now);
         }
         self.drain_console();
     }
@@ -313,7 +330,10 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
                 Some(Arrival::Time(ns)) => {
                     self.set_time(VirtualTime::from_ns(ns.into_inner()));
                 }
-                Some(Arrival::Console(bytes)) => self.board.console_input(bytes, now),
+                Some(Arrival::Console(bytes)) => {
+                    self.inputs.devices_followed(now);
+                    self.board.console_input(bytes, now);
+                }
                 Some(Arrival::HandOver(to)) => self.hand_over(to)?,
                 Some(Arrival::Stop { ending, exact }) => return Err(Stop::Ended { ending, exact }),
             }
@@ -326,6 +346,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
         self.base = TimeBase { tick: self.engine.tick(), ns: now.ns, ..self.base };
         self.engine.set_time_base(self.base);
         self.board.advance(now);
+        self.inputs.devices_followed(now);
         self.drain_console();
     }
 
@@ -481,7 +502,8 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
         Ok(self.engine.tick() != tick)
     }
 
-    /// Where the host's clock is virtual time, it is read for the accesses that depend on it.
+    /// Where the host's clock is virtual time, it is read for the accesses that depend on it; for others a
+    /// log may have it.
     fn read_clock_for(&mut self, access: &Access, tick: u64) -> Result<(), Stop> {
         let depends = match access {
             Access::PortRead { port, .. } | Access::PortWrite { port, .. } => {
@@ -490,8 +512,15 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
             Access::MmioRead { .. } | Access::MmioWrite { .. } => false,
             Access::TimeStamp => true,
         };
-        if depends && self.time == TimeSource::Host {
-            let ns = self.inputs.clock_answer(tick, access, self.base.at(tick))?;
+        if self.time != TimeSource::Host {
+            return Ok(());
+        }
+        let now = self.base.at(tick);
+        let ns = match depends {
+            true => Some(self.inputs.clock_answer(tick, access, now)?),
+            false => self.inputs.clock_beside(tick, access, now)?,
+        };
+        if let Some(ns) = ns {
             self.set_time(VirtualTime::from_ns(ns.into_inner()));
         }
         Ok(())

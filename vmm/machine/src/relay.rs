@@ -27,6 +27,8 @@ pub struct Relay {
     kick: Arc<RelayKick>,
     /// What engines before the active one refused.
     assists: Assists,
+    /// The distance that an engine which stops late is to keep, whichever stretch it executes.
+    widened: Option<(u64, u32)>,
 }
 
 /// Kicks whichever engine is active.
@@ -52,7 +54,7 @@ impl Relay {
     pub fn new(ram: GuestRam, first: &HandOver, mut make: MakeEngine) -> Result<Self, EngineError> {
         let active = make(first, ram.share())?;
         let kick = Arc::new(RelayKick(Mutex::new(active.kicker())));
-        Ok(Self { active, ram, make, kick, assists: Assists::new() })
+        Ok(Self { active, ram, make, kick, assists: Assists::new(), widened: None })
     }
 
     fn add_assists(&self) -> Assists {
@@ -66,7 +68,7 @@ impl Relay {
 
 impl Engine for Relay {
     fn become_engine(&mut self, to: &HandOver) -> Result<bool, EngineError> {
-        let Some(EngineState { tick, cpu, .. }) = self.active.save()? else {
+        let Some(EngineState { tick, cpu, .. }) = self.active.state_for_successor()? else {
             let what = "the guest stands amid an instruction where it is to be handed over: replay it \
                         on the engine that recorded it";
             return Err(EngineError { what: what.to_owned() });
@@ -74,6 +76,9 @@ impl Engine for Relay {
         let mut next = (self.make)(to, self.ram.share())?;
         let hidden = HiddenState { engine: String::new(), version: 0, bytes: Vec::new() };
         next.restore(&EngineState { tick, cpu, hidden })?;
+        if let Some((until, times)) = self.widened {
+            next.widen_margin(until, times);
+        }
         self.assists = self.add_assists();
         *self.kick.active() = next.kicker();
         self.active = next;
@@ -104,6 +109,19 @@ impl Engine for Relay {
 
     fn run_to(&mut self, stamp: &Stamp) -> Result<Exit, EngineError> {
         self.active.run_to(stamp)
+    }
+
+    fn run_about(&mut self, until: u64) -> Result<Exit, EngineError> {
+        self.active.run_about(until)
+    }
+
+    fn widen_margin(&mut self, until: u64, times: u32) {
+        self.widened = Some((until, times));
+        self.active.widen_margin(until, times);
+    }
+
+    fn comes_late(&self) -> bool {
+        self.active.comes_late()
     }
 
     fn stands_exactly(&self) -> bool {

@@ -11,6 +11,7 @@ mod error;
 mod going_back;
 mod recorded_clock;
 mod replayable;
+mod rewriting;
 mod software;
 
 pub use beginning::{
@@ -20,4 +21,5 @@ pub use error::ReplayError;
 pub use going_back::{Arrived, ConsoleOnce, MAX_ATTEMPTS};
 pub use recorded_clock::{RecordedClock, kept_by_software};
 pub use replayable::{Replayable, checkpoints_path};
+pub use rewriting::{Counts as RewritingCounts, RewriteError, Rewriting, Rewritten};
 pub use software::OnSoftware;

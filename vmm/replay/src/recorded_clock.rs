@@ -42,6 +42,8 @@ const LARGEST_MMIO_EXIT_BYTES: u8 = 8;
 #[derive(Debug)]
 pub struct RecordedClock {
     software: SoftEngine,
+    /// What the recording says of itself.
+    header: Header,
     kind: TickKind,
     /// The software CPU's tick at which it began; moves where another engine's ticks go on.
     began_at: u64,
@@ -97,22 +99,9 @@ impl RecordedClock {
     /// # Errors
     /// If the host refuses the memory for generated code.
     pub fn new(ram: GuestRam, header: &Header) -> Result<Self, EngineError> {
-        let mut software = SoftEngine::new(ram)?;
-        if header.tick_kind == TickKind::ConditionalBranch {
-            software.count_conditional_branches();
-            software.hide_time_stamp_counter();
-        }
-        software.set_time_stamps(match header.tick_kind {
-            _ if !header.logs_time_stamps() => TimeStamps::Computed,
-            TickKind::ConditionalBranch => TimeStamps::AskedThroughFault,
-            TickKind::Exit => TimeStamps::Asked,
-            TickKind::Instruction => TimeStamps::Computed,
-        });
-        if !recorded_here(header) {
-            software.know_undefined_flags();
-        }
-        Ok(Self {
-            software,
+        let mut clock = Self {
+            software: SoftEngine::new(ram)?,
+            header: header.clone(),
             kind: header.tick_kind,
             began_at: 0,
             instructions_before: 0,
@@ -124,7 +113,31 @@ impl RecordedClock {
             first_of_tick: true,
             pause_at: None,
             counts_from_checkpoint: false,
-        })
+        };
+        clock.count_what(header);
+        if !recorded_here(header) {
+            clock.software.know_undefined_flags();
+        }
+        Ok(clock)
+    }
+
+    /// Sets the software CPU, which has decoded nothing yet, up for what this header says.
+    fn count_what(&mut self, header: &Header) {
+        let software = &mut self.software;
+        if header.tick_kind == TickKind::ConditionalBranch {
+            software.count_conditional_branches();
+            software.set_conditional_branches(0);
+        }
+        match header.shows_time_stamp_counter() {
+            true => software.show_time_stamp_counter(),
+            false => software.hide_time_stamp_counter(),
+        }
+        software.set_time_stamps(match header.tick_kind {
+            _ if !header.logs_time_stamps() => TimeStamps::Computed,
+            TickKind::ConditionalBranch => TimeStamps::AskedThroughFault,
+            TickKind::Exit => TimeStamps::Asked,
+            TickKind::Instruction => TimeStamps::Computed,
+        });
     }
 
     /// Instructions executed since this engine was made or took up a checkpoint.
@@ -452,14 +465,17 @@ impl Engine for RecordedClock {
     }
 
     fn become_engine(&mut self, to: &HandOver) -> Result<bool, EngineError> {
-        let branches = [self.kind, to.tick_kind].contains(&TickKind::ConditionalBranch);
-        if branches {
-            return Ok(false);
-        }
         let (tick, cpu, executed) = (self.tick(), self.cpu_state()?, self.instructions_executed());
-        // The engine that took over there knew nothing but the state.
-        let hidden = HiddenState { engine: String::new(), version: 0, bytes: Vec::new() };
-        self.software.restore(&EngineState { tick, cpu, hidden })?;
+        let hands_branches = [self.kind, to.tick_kind].contains(&TickKind::ConditionalBranch);
+        if hands_branches {
+            // Code is decoded anew, its branches counted or no longer.
+            self.software.start_over(tick, &cpu)?;
+            self.count_what(&self.header.of_stretch(to));
+        } else {
+            // The engine that took over there knew nothing but the state.
+            let hidden = HiddenState { engine: String::new(), version: 0, bytes: Vec::new() };
+            self.software.restore(&EngineState { tick, cpu, hidden })?;
+        }
         self.began_at = tick.wrapping_sub(executed);
         (self.kind, self.events) = (to.tick_kind, tick);
         (self.amid, self.delivered, self.first_of_tick) = (false, false, true);

@@ -41,7 +41,7 @@ pub fn run(arguments: &CheckpointArgs, output: Output) -> Result<u8> {
         engine: EngineArg::Soft,
         soft: arguments.soft.options(),
         checkpointer: Some(checkpointer),
-        progress: progress_shows().then(|| bar(recording, output)),
+        progress: progress_shows().then(|| bar("replaying", recording, output)),
         ..ReplayOptions::default()
     };
     let replayed = replay::replay(&replayable, options);

@@ -135,7 +135,7 @@ fn play(scene: &Scene, output: Output) -> Result<SceneReport> {
     let replayable = replay::open_replayable(&path)?;
     let console = Transcript::default();
     let options = ReplayOptions {
-        progress: Some(bar(replayable.recording(), output)),
+        progress: Some(bar("replaying", replayable.recording(), output)),
         console: Some(Box::new(console.clone())),
         ..ReplayOptions::default()
     };

@@ -16,6 +16,7 @@ use crate::output::{Output, counted, grouped, progress_shows, seconds};
 use crate::session::bisection::Watched;
 use crate::session::replay::{self, At, ReplayOptions, TickObserver};
 use crate::session::report::{SessionReport, damage_text};
+use crate::session::rewriting;
 
 /// Replays a recording.
 ///
@@ -29,14 +30,26 @@ pub fn run(arguments: &ReplayArgs, output: Output) -> Result<u8> {
         (true, false) => Some(Box::new(io::stdout())),
         (true, true) => Some(Box::new(io::stderr())),
     };
+    let header = replayable.recording().header();
+    let rewrites = rewriting::is_asked_for(arguments.engine, arguments.clock, header)?;
     let options = ReplayOptions {
         engine: arguments.engine,
+        clock: arguments.clock,
+        rewritten: arguments.rewritten.clone(),
+        rewriting: (progress_shows() && rewrites)
+            .then(|| bar("rewriting", replayable.recording(), output)),
         soft: arguments.soft.options(),
         from: arguments.from,
         until: arguments.until,
         checkpointer: None,
-        progress: (progress_shows() && console.is_none())
-            .then(|| bar(replayable.recording(), output)),
+        progress: (progress_shows() && console.is_none()).then(|| match rewrites {
+            // How many ticks of the other clock there are, nobody knows yet.
+            true => {
+                let bar = output.bar("replaying", None);
+                Box::new(move |tick| bar.set_position(tick)) as TickObserver
+            }
+            false => bar("replaying", replayable.recording(), output),
+        }),
         console,
     };
     let replayed = replay::replay(&replayable, options)?;
@@ -99,9 +112,9 @@ fn bisect(replayable: &Replayable, names: &Arc<Symbols>, output: Output) -> Resu
 }
 
 /// A bar over the recording's ticks.
-pub(super) fn bar(recording: &Recording, output: Output) -> TickObserver {
+pub(super) fn bar(what: &str, recording: &Recording, output: Output) -> TickObserver {
     let last_tick = recording.summary().last_moment.map(|moment| moment.tick);
-    let bar = output.bar("replaying", last_tick);
+    let bar = output.bar(what, last_tick);
     Box::new(move |tick| bar.set_position(tick))
 }
 

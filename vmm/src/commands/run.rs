@@ -41,6 +41,7 @@ pub(super) fn plan<'a>(
     let running =
         if machine.then.is_empty() { Running::Guest(guest) } else { Running::OnSeveralEngines };
     let choice = choice::for_new_run(machine.engine, machine.clock, running)?;
+    choice::check_planned(machine.then.iter().map(|then| then.0))?;
     if let Some(reason) = &choice.reason {
         let (engine, clock) = (choice.kind.engine_name(), choice.kind.clock_name());
         output.note(format_args!("engine {engine}, clock {clock}: {reason}"));

@@ -120,13 +120,14 @@ impl LoadedGuest {
     /// As [`Self::with_engine`].
     pub fn with_relay<V: EngineVisitor>(
         self,
+        hardware: &impl BranchHardware,
         header: &Header,
         soft: SoftOptions,
         visitor: V,
     ) -> Result<V::Output, AssemblyError> {
         let Self { ram, state, board, .. } = self;
         let first = header.first_stretch();
-        let mut engine = stretches::relay(ram, &first, header, EngineArg::Auto, soft)?;
+        let mut engine = stretches::relay(hardware, ram, &first, header, EngineArg::Auto, soft)?;
         engine.set_cpu_state(&state)?;
         Ok(visitor.visit(engine, Board::new(&board)).0)
     }

@@ -69,6 +69,15 @@ pub enum ChoiceError {
         /// What to do about it, and "or", if anything is known.
         remedy: String,
     },
+    /// The ticks of a recording are not counted by the clock asked for, nor can be.
+    #[error(
+        "this recording was made with clock {clock}, and replays with that, or on the software CPU: leave \
+         --clock out"
+    )]
+    OtherClock {
+        /// The recording's.
+        clock: String,
+    },
     /// A recording whose ticks no engine of this version counts.
     #[error(
         "this recording was made by engine {engine} with clock {clock}, \
@@ -283,6 +292,18 @@ fn automatically(
 fn no_pmu_clock(finding: Finding) -> ChoiceError {
     let remedy = finding.remedy.map_or_else(String::new, |remedy| format!("{remedy}, or "));
     ChoiceError::NoPmuClock { reason: finding.reason, remedy }
+}
+
+/// Tells early that the host lacks what a run hands over to.
+///
+/// # Errors
+/// The clock `pmu` is planned, and cannot be had.
+pub fn check_planned(kinds: impl IntoIterator<Item = EngineKind>) -> Result<(), ChoiceError> {
+    if !kinds.into_iter().any(|kind| kind == EngineKind::Pmu) {
+        return Ok(());
+    }
+    let finding = HostHardware::default().try_anew();
+    if finding.available { Ok(()) } else { Err(no_pmu_clock(finding)) }
 }
 
 /// The engine of a replay: the one that recorded, unless another is asked for. The software CPU replays

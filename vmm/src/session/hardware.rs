@@ -12,7 +12,7 @@ use reprise_machine::ram::GuestRam;
 use super::automatic::{self, Verdict};
 
 /// Hardware that counts a guest's conditional branches.
-pub trait BranchHardware {
+pub trait BranchHardware: Clone + 'static {
     /// Its vCPU.
     type Vcpu: Vcpu;
 

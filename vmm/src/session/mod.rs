@@ -18,6 +18,7 @@ pub mod profile_report;
 pub mod record;
 pub mod replay;
 pub mod report;
+pub mod rewriting;
 pub mod stretches;
 pub mod trace_file;
 pub mod trial;

@@ -246,7 +246,7 @@ fn execute<S: FrameSink>(
     let hands_over = hands_over(&plan);
     let run = Run { time, accessed_bits, host, plan, open_sinks };
     if hands_over {
-        return loaded.with_relay(header, soft, run)?;
+        return loaded.with_relay(hardware, header, soft, run)?;
     }
     let Visited { output, profile, note } =
         loaded.with_engine(choice.kind, hardware, trap, soft, run)?;

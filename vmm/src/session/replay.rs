@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::fs::{self, File};
 use std::io::{BufReader, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
@@ -29,12 +29,13 @@ use reprise_trace::recording::Recording;
 use reprise_trace::stretches::Course;
 
 use super::assembly::{self, SoftOptions, TimeStampSites};
-use super::choice::{self, EngineArg, EngineKind};
+use super::choice::{self, ClockArg, EngineArg, EngineKind};
 use super::file_kind::NoFile;
 use super::hardware::{BranchHardware, HostHardware};
 use super::makers::{self, MakerDependentReport};
 use super::pmu_trap::{PmuTrap, trapping_engine};
 use super::report::{SessionReport, SetAsideReport, damage_of};
+use super::rewriting::{self, ForBranches};
 use super::stretches;
 
 /// How often a replay that is watched says how far it is.
@@ -67,6 +68,12 @@ impl At {
 pub struct ReplayOptions {
     /// Which engine.
     pub engine: EngineArg,
+    /// How it is to count: as the recording says, or `pmu` where that counts instructions.
+    pub clock: ClockArg,
+    /// Where a recording that was rewritten for the clock `pmu` is kept.
+    pub rewritten: Option<PathBuf>,
+    /// Told how far that is.
+    pub rewriting: Option<TickObserver>,
     /// How the software CPU is to run, if that is the engine.
     pub soft: SoftOptions,
     /// Begin at the last checkpoint before this, and show the console from here on.
@@ -132,6 +139,28 @@ pub fn replay(replayable: &Replayable, options: ReplayOptions) -> Result<Replaye
 pub fn replay_on(
     hardware: &impl BranchHardware,
     replayable: &Replayable,
+    mut options: ReplayOptions,
+) -> Result<Replayed> {
+    let header = replayable.recording().header();
+    if !rewriting::is_asked_for(options.engine, options.clock, header)? {
+        return replay_as_recorded(hardware, replayable, options);
+    }
+    let rewritten = rewriting::for_branches(hardware, replayable, &mut options)?;
+    let ForBranches { replayable, notes } = rewritten;
+    // Its own clock now.
+    (options.engine, options.clock) = (EngineArg::Kvm, ClockArg::Auto);
+    let mut replayed = replay_as_recorded(hardware, &replayable, options)?;
+    replayed.notes.splice(..0, notes);
+    if replayed.report.divergence.is_some() && replayable.recording().header().logs_time_stamps() {
+        replayed.notes.push(rewriting::EARLY_TIME_STAMPS.to_owned());
+    }
+    Ok(replayed)
+}
+
+/// Replays a recording by its own clock.
+fn replay_as_recorded(
+    hardware: &impl BranchHardware,
+    replayable: &Replayable,
     options: ReplayOptions,
 ) -> Result<Replayed> {
     let recording = replayable.recording();
@@ -149,7 +178,7 @@ pub fn replay_on(
     let first = beginning.stretch().clone();
     let (outcome, wall, profile) = match kind {
         _ if followed.by_relay => {
-            let make = |ram| stretches::relay(ram, &first, header, engine, soft);
+            let make = |ram| stretches::relay(hardware, ram, &first, header, engine, soft);
             let Driven { outcome, wall, .. } = drive.run(beginning, make)?;
             (outcome, wall, None)
         }
@@ -360,13 +389,13 @@ fn run_to<E: Engine>(
 }
 
 /// Kicks an engine at regular intervals, so that the machine tells how far it is.
-struct RegularKicks {
+pub(super) struct RegularKicks {
     stop: Option<Sender<()>>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl RegularKicks {
-    fn start(kick: Arc<dyn Kick>) -> Self {
+    pub(super) fn start(kick: Arc<dyn Kick>) -> Self {
         let (stop, stopped) = channel::<()>();
         // Without the thread there is no progress, which is no reason not to replay.
         let thread = std::thread::Builder::new()

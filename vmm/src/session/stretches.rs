@@ -18,7 +18,7 @@ use serde::Serialize;
 
 use super::assembly::{self, SoftOptions, TimeStampSites};
 use super::choice::{self, ChoiceError, EngineArg, EngineKind};
-use super::hardware::{BranchHardware, HostHardware};
+use super::hardware::BranchHardware;
 use super::replay::{At, is_there};
 use crate::output::grouped;
 
@@ -27,11 +27,12 @@ use crate::output::grouped;
 pub struct ThenArg(pub EngineKind);
 
 /// What `--then` understands.
-const THEN: [(&str, EngineKind); 4] = [
+const THEN: [(&str, EngineKind); 5] = [
     ("soft", EngineKind::Soft),
     ("kvm", EngineKind::Kvm(KvmClock::Sync)),
     ("kvm:sync", EngineKind::Kvm(KvmClock::Sync)),
     ("kvm:step", EngineKind::Kvm(KvmClock::Step)),
+    ("kvm:pmu", EngineKind::Pmu),
 ];
 
 impl FromStr for ThenArg {
@@ -137,20 +138,20 @@ fn hand_over(kind: EngineKind, before: TimeSource) -> HandOver {
 }
 
 /// An engine that follows every hand-over, beginning as `first`; each stretch is executed by what
-/// `engine` makes of it.
+/// `engine` makes of it, and the clock `pmu` runs on `hardware`.
 ///
 /// # Errors
 /// The first engine cannot be had.
 pub fn relay(
+    hardware: &impl BranchHardware,
     ram: GuestRam,
     first: &HandOver,
     header: &Header,
     engine: EngineArg,
     soft: SoftOptions,
 ) -> Result<Relay, EngineError> {
-    let header = header.clone();
+    let (hardware, header) = (hardware.clone(), header.clone());
     let make: MakeEngine = Box::new(move |to, ram| {
-        let hardware = HostHardware::default();
         let kind = kind_of(&hardware, &header, to, engine).map_err(refused)?;
         Ok(match kind {
             EngineKind::Soft => {
@@ -295,7 +296,8 @@ mod tests {
 
     #[test]
     fn an_engine_is_named_with_its_clock() {
-        assert!("kvm:pmu".parse::<ThenArg>().is_err() && "soft:sync".parse::<ThenArg>().is_err());
+        assert!("pmu".parse::<ThenArg>().is_err() && "soft:sync".parse::<ThenArg>().is_err());
+        assert_eq!("kvm:pmu".parse(), Ok(ThenArg(EngineKind::Pmu)));
         assert_eq!("kvm:step".parse(), Ok(ThenArg(EngineKind::Kvm(KvmClock::Step))));
     }
 }

@@ -56,7 +56,7 @@ impl Stamp {
 
     /// An answer is given amid an instruction, where an engine cannot be asked for the CPU's state:
     /// it carries its tick, and a digest of the access that asked.
-    fn of_access(tick: u64, access: &Access) -> Self {
+    pub fn of_access(tick: u64, access: &Access) -> Self {
         let mut hasher = blake3::Hasher::new();
         match *access {
             Access::PortRead { port, size } => {
@@ -224,6 +224,20 @@ pub trait Inputs: sealed::Sealed {
         access: &Access,
         now: VirtualTime,
     ) -> Result<Logged<u64>, Stop>;
+
+    /// The time that the log has beside an access which does not depend on it, if any: where the recording
+    /// was made from one whose devices see every instant ([`Event::ClockRead`]). Not before `now`.
+    ///
+    /// [`Event::ClockRead`]: reprise_trace::event::Event::ClockRead
+    fn clock_beside(
+        &mut self,
+        tick: u64,
+        access: &Access,
+        now: VirtualTime,
+    ) -> Result<Option<Logged<u64>>, Stop>;
+
+    /// At this boundary devices were carried to `now`: time moved, a deadline has come, or input.
+    fn devices_followed(&mut self, now: VirtualTime);
 
     /// Somebody kicked the engine. `exact` says whether that is at a boundary which a replay finds
     /// again.

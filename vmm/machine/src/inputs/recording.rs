@@ -315,6 +315,11 @@ impl Rest {
 
 impl<H: Host, S: FrameSink> Inputs for Recording<H, S> {
     fn stop_at(&mut self, tick: u64, base: &TimeBase) -> Result<Option<u64>, Stop> {
+        if base.ns_per_tick == 0 {
+            // Not every clock stops there in time, and at a place that is found again: what is planned waits
+            // for the next such place.
+            return Ok(None);
+        }
         let next = self.plan.front().and_then(|planned| match planned.at {
             When::Tick(tick) => Some(tick),
             When::Time(ns) => base.tick_of(VirtualTime::from_ns(ns)),
@@ -352,7 +357,13 @@ impl<H: Host, S: FrameSink> Inputs for Recording<H, S> {
     }
 
     fn runs_freely(&mut self, deadline: Option<VirtualTime>) {
-        self.host.kick_at(deadline.map(|deadline| deadline.ns));
+        // The host knows its own clock, and nothing of what is added to it.
+        let shift_ns = self.clock_shift_ns as i64;
+        let host_ns = |deadline: VirtualTime| {
+            let ns = i128::from(deadline.ns) - i128::from(shift_ns);
+            ns.clamp(0, i128::from(u64::MAX)) as u64
+        };
+        self.host.kick_at(deadline.map(host_ns));
     }
 
     fn idle<E: Engine>(&mut self, here: &mut Boundary<'_, E>) -> Result<Idle, Stop> {
@@ -403,6 +414,19 @@ impl<H: Host, S: FrameSink> Inputs for Recording<H, S> {
             LoggedEvent::ClockRead(ns) => Ok(ns),
             other => unreachable!("the log gave back {other:?} for a clock read"),
         }
+    }
+
+    fn clock_beside(
+        &mut self,
+        _tick: u64,
+        _access: &Access,
+        _now: VirtualTime,
+    ) -> Result<Option<Logged<u64>>, Stop> {
+        Ok(None)
+    }
+
+    fn devices_followed(&mut self, _now: VirtualTime) {
+        // A replay comes to the same.
     }
 
     fn kicked(&mut self, tick: u64, now: VirtualTime, exact: bool) -> Result<(), Stop> {

@@ -34,6 +34,8 @@ type ConsoleObserver = Box<dyn FnMut(&[u8])>;
 type ProgressObserver = Box<dyn FnMut(u64, u64)>;
 /// Sees each record when the machine stands at its place and it agrees.
 type RecordObserver = Box<dyn FnMut(&Record)>;
+/// Sees the virtual nanoseconds to which devices were carried.
+type TimeObserver = Box<dyn FnMut(u64)>;
 
 /// Reads the log. Holds no host; observers only see what goes out.
 pub struct Replaying {
@@ -42,6 +44,7 @@ pub struct Replaying {
     console: Option<ConsoleObserver>,
     progress: Option<ProgressObserver>,
     record: Option<RecordObserver>,
+    time: Option<TimeObserver>,
     records: u64,
     /// Records before the next one that have no place of their own.
     passed_over: u64,
@@ -74,6 +77,7 @@ impl Replaying {
             console: None,
             progress: None,
             record: None,
+            time: None,
             records: 0,
             passed_over: 0,
             verified_until: None,
@@ -111,6 +115,13 @@ impl Replaying {
     /// Shows each record when it is replayed: for an answer, before its access is answered.
     pub fn on_record(mut self, observer: impl FnMut(&Record) + 'static) -> Self {
         self.record = Some(Box::new(observer));
+        self
+    }
+
+    /// Shows the virtual nanoseconds to which devices are carried at a boundary, because a deadline has
+    /// come, time was moved (behind its record), or for console input (behind its record, before the bytes).
+    pub fn on_time(mut self, observer: impl FnMut(u64) + 'static) -> Self {
+        self.time = Some(Box::new(observer));
         self
     }
 
@@ -410,6 +421,31 @@ impl Inputs for Replaying {
         match self.take()? {
             LoggedEvent::ClockRead(ns) => Ok(ns),
             other => unreachable!("the log shows a clock read and gives {other:?}"),
+        }
+    }
+
+    fn clock_beside(
+        &mut self,
+        tick: u64,
+        access: &Access,
+        now: VirtualTime,
+    ) -> Result<Option<Logged<u64>>, Stop> {
+        let stands_there = match self.peek() {
+            Ok(record) if record.moment.tick == tick => {
+                matches!(record.event, Event::ClockRead(_))
+                    && stamp_of(record) == Stamp::of_access(tick, access)
+            }
+            _ => false,
+        };
+        match stands_there {
+            true => self.clock_answer(tick, access, now).map(Some),
+            false => Ok(None),
+        }
+    }
+
+    fn devices_followed(&mut self, now: VirtualTime) {
+        if let Some(observer) = &mut self.time {
+            observer(now.ns);
         }
     }
 
