@@ -17,6 +17,7 @@ use crate::memory::Memory;
 use crate::mode::Mode;
 use crate::native::Native;
 use crate::native::host_fpu::FpuImage;
+use crate::other_maker::OtherMaker;
 use crate::profile::Profile;
 use crate::system::debug::DebugState;
 use crate::system::deliver::ExceptionRun;
@@ -199,8 +200,8 @@ pub struct Cpu {
     pub(crate) breakpoints: BreakpointInstructions,
     /// Instructions that have run and whose results other CPUs may have otherwise.
     pub(crate) latitude_sites: LatitudeSites,
-    /// Flags that come out inverted where they are undefined.
-    pub(crate) inverted_undefined: u64,
+    /// How flags that are undefined are left.
+    pub(crate) other_maker: OtherMaker,
 }
 
 impl Cpu {
@@ -256,7 +257,7 @@ impl Cpu {
             time_stamps: TimeStamps::default(),
             breakpoints: BreakpointInstructions::default(),
             latitude_sites: LatitudeSites::default(),
-            inverted_undefined: 0,
+            other_maker: OtherMaker::default(),
         });
         cpu.set_state(&CpuState::default());
         Ok(cpu)

@@ -108,14 +108,11 @@ pub fn undefined_flags(instruction: &Instruction) -> u64 {
 
 /// As [`undefined_flags`], where the count in CL, if there is one, is known.
 pub fn undefined_flags_for(instruction: &Instruction, cl: u8) -> u64 {
-    let Some(operand) = count_operand(instruction).filter(|_| counts_in_cl(instruction)) else {
+    if !counts_in_cl(instruction) {
         return undefined_flags(instruction);
-    };
-    let bits = operand_bits(instruction);
-    let count = usize::from(cl) & if bits == 64 { 0x3f } else { 0x1f };
-    let through_carry = matches!(instruction.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr);
-    let count = if through_carry { count % (bits + 1) } else { count };
-    let double = operand == 2;
+    }
+    let (bits, count) = (operand_bits(instruction), count(instruction, cl));
+    let double = matches!(instruction.mnemonic(), Mnemonic::Shld | Mnemonic::Shrd);
     match count {
         0 => 0,
         1 => undefined_flags(instruction) & AF,
@@ -163,6 +160,15 @@ fn rflags_of(bits: u32) -> u64 {
     table.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, flag)| flag).sum()
 }
 
+/// A shift's or rotation's count, as the CPU cuts it.
+pub(crate) fn count(instruction: &Instruction, cl: u8) -> usize {
+    let bits = operand_bits(instruction);
+    let count = if counts_in_cl(instruction) { cl } else { instruction.immediate8() };
+    let count = usize::from(count) & if bits == 64 { 0x3f } else { 0x1f };
+    let through_carry = matches!(instruction.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr);
+    if through_carry { count % (bits + 1) } else { count }
+}
+
 /// The operand that has a shift's or a rotation's count.
 fn count_operand(instruction: &Instruction) -> Option<u32> {
     match instruction.mnemonic() {
@@ -192,7 +198,8 @@ fn most_shifted(instruction: &Instruction, bits: usize) -> usize {
     if counts_in_cl(instruction) { cut } else { usize::from(instruction.immediate8()) & cut }
 }
 
-fn operand_bits(instruction: &Instruction) -> usize {
+/// Bits of the first operand.
+pub(crate) fn operand_bits(instruction: &Instruction) -> usize {
     8 * match instruction.op0_kind() {
         OpKind::Register => instruction.op0_register().size(),
         _ => instruction.memory_size().size(),

@@ -16,6 +16,7 @@ pub mod decode;
 pub mod engine;
 mod execute;
 pub mod fault;
+pub mod flag_laws;
 mod flags;
 mod integer_hash;
 mod intervention;

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use reprise_cpu::cpu::TimeStamps;
 use reprise_cpu::engine::SoftEngine;
+use reprise_cpu::flag_laws::FlagLaws;
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Access, Engine, EngineError, Exit, Kick};
 use reprise_machine::inputs::Stamp;
@@ -116,7 +117,7 @@ impl RecordedClock {
         };
         clock.count_what(header);
         if !recorded_here(header) {
-            clock.software.know_undefined_flags();
+            follow_other_cpu(&mut clock.software, header);
         }
         Ok(clock)
     }
@@ -249,6 +250,15 @@ impl RecordedClock {
         }
         let undefined_flags = self.software.undefined_flags();
         Ok(explained(&state, stamp.cpu_digest, undefined_flags).is_some())
+    }
+}
+
+/// Has the software CPU leave undefined flags as the CPU that recorded does, if that was measured, and
+/// know which are undefined.
+pub fn follow_other_cpu(software: &mut SoftEngine, header: &Header) {
+    software.know_undefined_flags();
+    if let Some(laws) = FlagLaws::of(&header.host.cpu_vendor, header.host.cpu_family) {
+        software.leave_flags_by(laws);
     }
 }
 

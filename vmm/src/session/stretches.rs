@@ -10,7 +10,7 @@ use reprise_machine::inputs::{Planned, Then, Verification, When};
 use reprise_machine::outcome::Outcome;
 use reprise_machine::ram::GuestRam;
 use reprise_machine::relay::{MakeEngine, Relay};
-use reprise_replay::recorded_here;
+use reprise_replay::{follow_other_cpu, recorded_here};
 use reprise_trace::event::HandOver;
 use reprise_trace::header::Header;
 use reprise_trace::stretches::Course;
@@ -157,7 +157,7 @@ pub fn relay(
             EngineKind::Soft => {
                 let mut engine = assembly::soft_engine(ram, soft)?;
                 if !recorded_here(&header) {
-                    engine.know_undefined_flags();
+                    follow_other_cpu(&mut engine, &header);
                 }
                 Box::new(engine) as Box<dyn Engine>
             }

@@ -161,7 +161,6 @@ impl Cpu {
             op.instruction.inner = op.handler;
             op.handler = system::segment::checked;
         }
-        self.leave_to_other_maker(&mut op);
         (op, end)
     }
 

@@ -46,7 +46,7 @@ use crate::cpu::Cpu;
 use crate::decode::op::Op;
 use crate::fault::{Fault, Flow};
 use crate::mode::Mode;
-use crate::{counting, native, system};
+use crate::{counting, native, other_maker, system};
 
 pub(crate) use branch::condition_code;
 
@@ -117,6 +117,7 @@ pub(crate) fn select(cpu: &mut Cpu, op: &mut Op) -> BlockEnd {
         sse_control::wrap_native(op, mode);
         divide::wrap_native(op);
         op.instruction.inline = op.handler as usize == alone;
+        other_maker::wrap_native(cpu, op);
         return end;
     }
     op.handler = raise_ud;
