@@ -11,7 +11,7 @@ const GUESTS: [(Guest<'static>, u64); 4] = [
     (Guest { name: "hello", cmdline: "", typed: "" }, 3),
     (Guest { name: "ticks", cmdline: "hz=18000 count=40 poll=40", typed: "" }, 400),
     (Guest { name: "echo", cmdline: "", typed: "first line\rsecond line\rquit\r" }, 100),
-    (Guest { name: "positions", cmdline: "do=rep-fault count=8", typed: "" }, 200),
+    (Guest { name: "positions", cmdline: "do=rep count=8", typed: "" }, 200),
 ];
 
 /// Whatever is refused, the run is the one without any refusal: I/O goes to the same board, faults are

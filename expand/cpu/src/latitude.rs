@@ -148,7 +148,7 @@ pub fn names(flags: u64) -> String {
 }
 
 /// Bits of RFLAGS from the decoder's.
-fn rflags_of(bits: u32) -> u64 {
+pub fn rflags_of(bits: u32) -> u64 {
     let table = [
         (RflagsBits::CF, CF),
         (RflagsBits::PF, PF),

@@ -1,6 +1,7 @@
 //! Why two machines may have parted: a table of causes, each with its test and what to do next.
 
 use iced_x86::{Instruction, Mnemonic, Register};
+use reprise_cpu::latitude::{approximates, undefined_flags};
 use reprise_trace::cpu_state::CpuState;
 use serde::Serialize;
 
@@ -329,7 +330,7 @@ fn accessed_bit(evidence: &Evidence<'_>) -> Option<String> {
 fn undefined_flag(evidence: &Evidence<'_>) -> Option<String> {
     let differing = evidence.only_flags()?;
     let instruction = evidence.instructions[0]?;
-    let undefined = rflags_of(instruction.rflags_undefined());
+    let undefined = undefined_flags(&instruction);
     (differing & !undefined == 0).then(|| {
         format!(
             "only {} differ, which {:?} leaves undefined: processors differ in them",
@@ -339,38 +340,8 @@ fn undefined_flag(evidence: &Evidence<'_>) -> Option<String> {
     })
 }
 
-/// Bits of RFLAGS from the decoder's.
-pub(crate) fn rflags_of(bits: u32) -> u64 {
-    use iced_x86::RflagsBits;
-    let table = [
-        (RflagsBits::CF, 0),
-        (RflagsBits::PF, 2),
-        (RflagsBits::AF, 4),
-        (RflagsBits::ZF, 6),
-        (RflagsBits::SF, 7),
-        (RflagsBits::OF, 11),
-    ];
-    table.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, place)| 1 << place).sum()
-}
-
-/// Instructions whose results the manuals give only up to an error.
-pub(crate) const APPROXIMATE: [Mnemonic; 12] = [
-    Mnemonic::Rcpps,
-    Mnemonic::Rcpss,
-    Mnemonic::Rsqrtps,
-    Mnemonic::Rsqrtss,
-    Mnemonic::F2xm1,
-    Mnemonic::Fyl2x,
-    Mnemonic::Fyl2xp1,
-    Mnemonic::Fsin,
-    Mnemonic::Fcos,
-    Mnemonic::Fsincos,
-    Mnemonic::Fptan,
-    Mnemonic::Fpatan,
-];
-
 fn approximation(evidence: &Evidence<'_>) -> Option<String> {
-    let mnemonic = evidence.mnemonic().filter(|mnemonic| APPROXIMATE.contains(mnemonic))?;
+    let mnemonic = evidence.mnemonic().filter(|mnemonic| approximates(*mnemonic))?;
     let [a, b] = evidence.cpus();
     (a.gpr == b.gpr && a.fpu != b.fpu).then(|| {
         format!(

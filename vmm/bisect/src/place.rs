@@ -150,7 +150,8 @@ fn is_as_recorded(engine: &mut RecordedClock, record: &Record) -> Result<bool, B
     }
     let state = engine.cpu_state()?;
     let digest = record.cpu_digest;
-    Ok(state.short_digest() == digest || explained(&state, digest, 0).is_some())
+    let undefined_flags = engine.undefined_flags();
+    Ok(state.short_digest() == digest || explained(&state, digest, undefined_flags).is_some())
 }
 
 fn here(engine: &mut RecordedClock, record: &Record, end: u64) -> Elsewhere {

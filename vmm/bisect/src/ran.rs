@@ -5,13 +5,13 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic};
+use reprise_cpu::latitude::{approximates, rflags_of, undefined_flags};
 use reprise_expand::{Control, ExpandError, Threads, Window, expand};
 use reprise_export::symbols::Symbols;
 use reprise_replay::{Replayable, Start};
 use reprise_trace::instructions::{Contents, Event, Observer, Position, Run, TraceError};
 use serde::Serialize;
 
-use crate::cause::{APPROXIMATE, rflags_of};
 use crate::listing::{Disassembler, Line};
 use crate::place::ARITHMETIC_FLAGS;
 use crate::search::BisectError;
@@ -151,9 +151,8 @@ struct Known {
 
 impl Known {
     fn of(instruction: &Instruction) -> Self {
-        let (modified, undefined) = (instruction.rflags_modified(), instruction.rflags_undefined());
-        let (modified, undefined) = (rflags_of(modified), rflags_of(undefined));
-        Self { kind: kind_of(instruction), modified, undefined }
+        let modified = rflags_of(instruction.rflags_modified());
+        Self { kind: kind_of(instruction), modified, undefined: undefined_flags(instruction) }
     }
 }
 
@@ -219,7 +218,7 @@ fn kind_of(instruction: &Instruction) -> Option<&'static str> {
         Mnemonic::In | Mnemonic::Insb | Mnemonic::Insw | Mnemonic::Insd => "port read",
         Mnemonic::Cpuid | Mnemonic::Rdpmc | Mnemonic::Rdrand | Mnemonic::Rdseed => PROCESSOR_ASKED,
         Mnemonic::Rdmsr => "model-specific register read",
-        mnemonic if APPROXIMATE.contains(&mnemonic) => APPROXIMATE_RESULT,
+        mnemonic if approximates(mnemonic) => APPROXIMATE_RESULT,
         _ => return None,
     })
 }
