@@ -60,6 +60,14 @@ fn kvm_takes_over_and_gives_back() {
     let alone = replay(&file, &["--engine", "soft"]);
     assert_eq!(alone["stretches"], recorded["stretches"]);
     assert_eq!(alone["console_digest"], recorded["console_digest"]);
+    // Exits do not say how many instructions lie before what is counted in instructions again.
+    let refused = run(&["expand", &file]);
+    let reason = refused.expect_reason();
+    assert!(reason.contains("at tick 500,1") && reason.contains("--from"), "{reason}");
+    let back_at = recorded["stretches"][2]["from_tick"].as_u64().expect("a number").to_string();
+    for window in ["--to", "--from"] {
+        run(&["expand", &file, window, &back_at]).expect_code(0);
+    }
 }
 
 #[test]
