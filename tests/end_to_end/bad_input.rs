@@ -134,6 +134,8 @@ fn a_failure_is_one_line_and_status_1() {
 #[test]
 fn wrong_use_is_status_2() {
     let workplace = Workplace::new();
+    let good = workplace.path("good.rr");
+    record(&["--engine", "soft", "--image", "hello"], &good, 0);
     for words in WRONG_USE {
         let finished = reprise(words).in_directory(workplace.directory()).start().finish();
         let finished = finished.expect_code(2);
