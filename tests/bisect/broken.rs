@@ -1,14 +1,11 @@
 //! A software CPU that is made to do something wrong, once.
 
-use std::sync::Arc;
-
 use reprise_cpu::engine::SoftEngine;
-use reprise_machine::clock::TimeBase;
-use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
+use reprise_machine::engine::{Engine, EngineError, Exit};
 use reprise_machine::ram::GuestRam;
+use reprise_tests::ask_engine_within;
 use reprise_trace::checkpoint::{EngineState, PAGE_BYTES};
 use reprise_trace::cpu_state::CpuState;
-use reprise_trace::moment::{Moment, TickKind};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// What goes wrong right behind the instruction that is the `tick`th to retire, counted from 0.
@@ -60,13 +57,7 @@ impl Broken {
 }
 
 impl Engine for Broken {
-    fn tick_kind(&self) -> TickKind {
-        self.inner.tick_kind()
-    }
-
-    fn tick(&self) -> u64 {
-        self.inner.tick()
-    }
+    ask_engine_within!(inner);
 
     fn run(&mut self, until: u64) -> Result<Exit, EngineError> {
         let behind = self.wrong.tick() + 1;
@@ -94,40 +85,8 @@ impl Engine for Broken {
         Ok(())
     }
 
-    fn interruptible(&mut self) -> Result<bool, EngineError> {
-        self.inner.interruptible()
-    }
-
     fn set_interrupt_request(&mut self, wanted: bool) {
         self.inner.set_interrupt_request(wanted);
-    }
-
-    fn inject(&mut self, vector: u8) -> Result<(), EngineError> {
-        self.inner.inject(vector)
-    }
-
-    fn set_time_base(&mut self, base: TimeBase) {
-        self.inner.set_time_base(base);
-    }
-
-    fn moment(&mut self) -> Result<Moment, EngineError> {
-        self.inner.moment()
-    }
-
-    fn cpu_state(&mut self) -> Result<CpuState, EngineError> {
-        self.inner.cpu_state()
-    }
-
-    fn set_cpu_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
-        self.inner.set_cpu_state(state)
-    }
-
-    fn read_ram(&self, address: u64, bytes: &mut [u8]) {
-        self.inner.read_ram(address, bytes);
-    }
-
-    fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8])) {
-        self.inner.visit_ram(visit);
     }
 
     fn start_capture(&mut self, visit: &mut dyn FnMut(u64, &[u8])) {
@@ -151,9 +110,5 @@ impl Engine for Broken {
 
     fn restore(&mut self, state: &EngineState) -> Result<(), EngineError> {
         self.inner.restore(state)
-    }
-
-    fn kicker(&self) -> Arc<dyn Kick> {
-        self.inner.kicker()
     }
 }

@@ -2,11 +2,16 @@
 //! instructions all the same.
 
 use reprise_replay::Start;
+use reprise_tests::hardware::Simulated;
 use reprise_trace::event::Event;
 use serde_json::Value;
 
-use crate::hardware::Untried;
 use crate::recordings::{Workplace, open, reprise, text};
+
+/// Where the recordings of branches are made.
+fn machine() -> Simulated {
+    Simulated::intel(1).without_traps()
+}
 
 /// The first instruction behind which the CPUs of two replays differ, each of them looked at.
 fn first_instruction_apart(a: &std::path::Path, b: &std::path::Path) -> u64 {
@@ -67,7 +72,7 @@ fn type_otherwise(records: &mut [reprise_trace::event::Record]) {
 fn one_typed_byte_is_followed_where_ticks_are_branches() {
     let workplace = Workplace::new();
     let guest = ("echo", "", "same\rone\rquit\r");
-    let a = workplace.record_branches("a.rr", guest, &Untried::intel(1));
+    let a = workplace.record_branches("a.rr", guest, &machine());
     let b = workplace.altered("b.rr", &a, |records| type_otherwise(records));
     assert_parted_by_a_typed_byte(&a, &b);
 }
@@ -119,7 +124,7 @@ fn assert_parted_by_a_typed_byte(a: &std::path::Path, b: &std::path::Path) {
 fn recordings_of_two_clocks_are_compared_by_what_they_execute() {
     let workplace = Workplace::new();
     let typed = "same\rone\rquit\r";
-    let branches = workplace.record_branches("a.rr", ("echo", "", typed), &Untried::intel(1));
+    let branches = workplace.record_branches("a.rr", ("echo", "", typed), &machine());
     let other = workplace.record("b.rr", "echo", "same\rtwo\rquit\r", &["--memory", "8"]);
     let report = diff(&branches, &other);
     assert!(report["not_bisected"].is_null(), "{report:#}");
@@ -140,7 +145,7 @@ fn recordings_of_two_clocks_are_compared_by_what_they_execute() {
 fn one_run_under_two_clocks_is_said_to_be_one() {
     let workplace = Workplace::new();
     // It asks nobody for the time, and sleeps for no device.
-    let branches = workplace.record_branches("a.rr", ("hello", "", ""), &Untried::intel(1));
+    let branches = workplace.record_branches("a.rr", ("hello", "", ""), &machine());
     let other = workplace.record("b.rr", "hello", "", &["--memory", "8"]);
     let report = diff(&branches, &other);
     assert!(report["bisection"]["finding"].is_null(), "{:#}", report["bisection"]);
@@ -152,8 +157,8 @@ fn one_run_under_two_clocks_is_said_to_be_one() {
 #[test]
 fn a_counter_that_counts_wrongly_is_told_with_the_right_place() {
     let workplace = Workplace::new();
-    let mut hardware = Untried::intel(1);
-    hardware.0.overcount_every = Some(3_000);
+    let mut hardware = machine();
+    hardware.disturbance.overcount_every = Some(3_000);
     let file = workplace.record_branches("a.rr", ("ticks", "hz=2000 count=20", ""), &hardware);
     let narrowed = narrowed(&file);
     assert_eq!(names(&narrowed["causes"])[0], "skid", "{narrowed:#}");
@@ -169,7 +174,7 @@ fn an_arrival_that_is_one_place_off_is_told() {
     let workplace = Workplace::new();
     let typed = "same\rone\rquit\r";
     let soft = workplace.record("soft.rr", "echo", typed, &["--memory", "8"]);
-    let branches = workplace.record_branches("pmu.rr", ("echo", "", typed), &Untried::intel(1));
+    let branches = workplace.record_branches("pmu.rr", ("echo", "", typed), &machine());
     for (file, behind) in [(soft, 1), (branches, 2)] {
         let off = workplace.altered("off.rr", &file, |records| {
             let first = records.iter().position(|one| matches!(one.event, Event::Console(_)));
@@ -198,7 +203,7 @@ fn an_arrival_that_is_one_place_off_is_told() {
 fn a_time_stamp_that_nobody_logged_is_told() {
     let workplace = Workplace::new();
     let guest = ("compute", "scale=1 timing=1 tsd=0", "");
-    let file = workplace.record_branches("a.rr", guest, &Untried::intel(1));
+    let file = workplace.record_branches("a.rr", guest, &machine());
     let narrowed = narrowed(&file);
     assert_eq!(names(&narrowed["causes"])[0], "time-stamp", "{narrowed:#}");
 }

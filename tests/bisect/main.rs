@@ -308,7 +308,7 @@ fn a_checkpoint_with_another_accessed_bit_is_found() {
 }
 
 #[test]
-fn an_interrupt_on_one_side_only_is_a_step_of_its_own() {
+fn shut_interrupts_are_told_before_one_stays_out() {
     let workplace = Workplace::new();
     let file = workplace.record("a.rr", "ticks", "", &["--cmdline", "hz=2000 count=4 poll=100"]);
     let recording = open(&file);
@@ -317,7 +317,7 @@ fn an_interrupt_on_one_side_only_is_a_step_of_its_own() {
     let tick = last_tick(&recording) / 2;
     let compared = compare_with_broken(&recording, Wrong::Cpu { tick, change: shut });
     let finding = compared.finding.as_ref().expect("they differ");
-    assert_eq!(finding.instructions, tick, "{finding}");
+    assert_eq!((finding.kind, finding.instructions), (Kind::Instruction, tick), "{finding}");
     assert_eq!(finding.cpu[0].name, "RFLAGS", "{finding}");
 }
 

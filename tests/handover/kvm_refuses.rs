@@ -3,8 +3,10 @@
 
 use std::time::Instant;
 
+use iced_x86::{Decoder, DecoderOptions};
 use reprise_assist::Assisted;
 use reprise_cpu::engine::SoftEngine;
+use reprise_cpu::latitude::undefined_flags;
 use reprise_kvm::{KvmClock, KvmEngine};
 use reprise_machine::engine::{Access, Engine, Exit};
 use reprise_trace::cpu_state::{CpuState, RAX, RBX, RCX, RDX};
@@ -97,15 +99,16 @@ fn agree(name: &str, state: &CpuState, code: &[u8]) -> u64 {
     let (expected, expected_accesses) = run(&mut soft);
     let mut kvm = assisted(state, code);
     let (found, accesses) = run(&mut kvm);
-    let arithmetic = 0x8d5;
-    let pointers = |state: &CpuState| CpuState {
-        // Which flags are undefined, and when the CPU notes where x87 instructions and operands lie, is
-        // not what this test is about.
-        rflags: state.rflags & !arithmetic,
+    let undefined = Decoder::new(64, code, DecoderOptions::NONE)
+        .iter()
+        .fold(0, |flags, instruction| flags | undefined_flags(&instruction));
+    let defined = |state: &CpuState| CpuState {
+        // When the CPU notes where x87 instructions and operands lie is not what this test is about.
+        rflags: state.rflags & !undefined,
         fpu: reprise_trace::cpu_state::FpuState { fip: 0, fdp: 0, fop: 0, ..state.fpu.clone() },
         ..state.clone()
     };
-    assert_eq!(pointers(&found), pointers(&expected), "{name}");
+    assert_eq!(defined(&found), defined(&expected), "{name}");
     assert_eq!(accesses, expected_accesses, "{name}");
     let data = |engine: &dyn Engine| {
         let mut bytes = [0; 0x300];

@@ -1,16 +1,13 @@
 //! An engine that refuses instructions at random, as KVM's emulator refuses those that it does not know.
 
-use std::sync::Arc;
-
 use reprise_cpu::engine::SoftEngine;
 use reprise_machine::assist::Refusing;
-use reprise_machine::clock::TimeBase;
-use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
+use reprise_machine::engine::{Engine, EngineError, Exit};
 use reprise_machine::ram::GuestRam;
 use reprise_random::Random;
+use reprise_tests::ask_engine_within;
 use reprise_trace::checkpoint::EngineState;
 use reprise_trace::cpu_state::CpuState;
-use reprise_trace::moment::{Moment, TickKind};
 
 /// The software CPU, which comes back before one instruction in so many and says that it cannot.
 pub(crate) struct Refuser {
@@ -32,6 +29,8 @@ impl Refuser {
 }
 
 impl Engine for Refuser {
+    ask_engine_within!(engine);
+
     fn run(&mut self, until: u64) -> Result<Exit, EngineError> {
         self.refused = false;
         let exit = self.engine.run(until.min(self.refuse_at.max(self.engine.tick())))?;
@@ -49,47 +48,14 @@ impl Engine for Refuser {
         self.window_wanted = wanted;
         self.engine.set_interrupt_request(wanted);
     }
-    fn tick_kind(&self) -> TickKind {
-        self.engine.tick_kind()
-    }
-    fn tick(&self) -> u64 {
-        self.engine.tick()
-    }
     fn finish_access(&mut self, value: u128) -> Result<(), EngineError> {
         self.engine.finish_access(value)
-    }
-    fn interruptible(&mut self) -> Result<bool, EngineError> {
-        self.engine.interruptible()
-    }
-    fn inject(&mut self, vector: u8) -> Result<(), EngineError> {
-        self.engine.inject(vector)
-    }
-    fn set_time_base(&mut self, base: TimeBase) {
-        self.engine.set_time_base(base);
-    }
-    fn moment(&mut self) -> Result<Moment, EngineError> {
-        self.engine.moment()
-    }
-    fn cpu_state(&mut self) -> Result<CpuState, EngineError> {
-        self.engine.cpu_state()
-    }
-    fn set_cpu_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
-        self.engine.set_cpu_state(state)
-    }
-    fn read_ram(&self, address: u64, bytes: &mut [u8]) {
-        self.engine.read_ram(address, bytes);
-    }
-    fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8])) {
-        self.engine.visit_ram(visit);
     }
     fn save(&mut self) -> Result<Option<EngineState>, EngineError> {
         self.engine.save()
     }
     fn restore(&mut self, state: &EngineState) -> Result<(), EngineError> {
         self.engine.restore(state)
-    }
-    fn kicker(&self) -> Arc<dyn Kick> {
-        self.engine.kicker()
     }
 }
 

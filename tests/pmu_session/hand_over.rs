@@ -14,7 +14,7 @@ use reprise_trace::instructions::Contents;
 use reprise_trace::instructions::filter::Selection;
 
 use crate::Session;
-use crate::hardware::{Refusing, Simulated};
+use reprise_tests::hardware::{Refusing, Simulated};
 
 fn kind(name: &str) -> EngineKind {
     name.parse::<ThenArg>().expect("it is known").0

@@ -4,7 +4,6 @@
 //! counter, the command line's own tests are run on it.
 
 mod hand_over;
-mod hardware;
 mod rewritten;
 mod time_stamps;
 
@@ -22,7 +21,7 @@ use reprise::session::trial;
 use reprise_host::{ConsoleSink, HostOptions, InputSource};
 use reprise_simulated_hardware::{Disturbance, Skid};
 
-use hardware::{Refusing, Simulated};
+use reprise_tests::hardware::{self, Refusing, Simulated};
 
 /// A guest, what is typed to it, and where its files are.
 struct Session {

@@ -10,7 +10,7 @@ use reprise::session::replay::{At, ReplayOptions, Replayed, open_replayable, rep
 use reprise::session::report::SessionReport;
 
 use crate::Session;
-use crate::hardware::{REFUSAL, Refusing, Simulated};
+use reprise_tests::hardware::{REFUSAL, Refusing, Simulated};
 
 impl Session {
     fn record_on_software(&self) -> SessionReport {

@@ -4,12 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use reprise_cpu::engine::SoftEngine;
-use reprise_machine::clock::TimeBase;
-use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
+use reprise_machine::engine::{Engine, EngineError, Exit};
 use reprise_machine::ram::GuestRam;
 use reprise_random::Random;
-use reprise_trace::cpu_state::CpuState;
-use reprise_trace::moment::{Moment, TickKind};
+use reprise_tests::ask_engine_within;
 
 /// The software CPU, kicked as its host's threads kick it.
 pub(crate) struct KickedSoftware {
@@ -36,13 +34,7 @@ impl KickedSoftware {
 }
 
 impl Engine for KickedSoftware {
-    fn tick_kind(&self) -> TickKind {
-        self.engine.tick_kind()
-    }
-
-    fn tick(&self) -> u64 {
-        self.engine.tick()
-    }
+    ask_engine_within!(engine);
 
     fn run(&mut self, until: u64) -> Result<Exit, EngineError> {
         let stop = until.min(self.kick_at.max(self.engine.tick()));
@@ -59,43 +51,7 @@ impl Engine for KickedSoftware {
         self.engine.finish_access(value)
     }
 
-    fn interruptible(&mut self) -> Result<bool, EngineError> {
-        self.engine.interruptible()
-    }
-
     fn set_interrupt_request(&mut self, wanted: bool) {
         self.engine.set_interrupt_request(wanted);
-    }
-
-    fn inject(&mut self, vector: u8) -> Result<(), EngineError> {
-        self.engine.inject(vector)
-    }
-
-    fn set_time_base(&mut self, base: TimeBase) {
-        self.engine.set_time_base(base);
-    }
-
-    fn moment(&mut self) -> Result<Moment, EngineError> {
-        self.engine.moment()
-    }
-
-    fn cpu_state(&mut self) -> Result<CpuState, EngineError> {
-        self.engine.cpu_state()
-    }
-
-    fn set_cpu_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
-        self.engine.set_cpu_state(state)
-    }
-
-    fn read_ram(&self, address: u64, bytes: &mut [u8]) {
-        self.engine.read_ram(address, bytes);
-    }
-
-    fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8])) {
-        self.engine.visit_ram(visit);
-    }
-
-    fn kicker(&self) -> Arc<dyn Kick> {
-        self.engine.kicker()
     }
 }

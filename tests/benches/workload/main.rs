@@ -10,7 +10,8 @@
 //! - `linux`: Linux with the workload W: `reprise run`, `record` and `replay` on the software CPU; where QEMU is
 //!   installed, its translator with the same kernel, initramfs and commands, plain and recording.
 //! - `compute`: nearly all of it user code; the software CPU, and, where there is KVM, the processor
-//!   itself, with and without recording.
+//!   itself.
+//! - `recording`: the same on KVM, with and without recording.
 //! - `user-code`: user code alone on KVM, against the same program as a process.
 //!
 //! `--traces` runs another race instead: the recording of W expanded into nothing and into a file, and
@@ -43,6 +44,8 @@ const COMPUTE_SMALL: &str = "scale=20";
 /// The same of what compares user code with a process: long, because what is compared are whole processes.
 const USER_CODE: &str = "500";
 const USER_CODE_SMALL: &str = "100";
+/// The processor itself, as `--engine` is told it.
+const KVM_SYNC: [&str; 3] = ["kvm", "--clock", "sync"];
 /// How `guest-images/build.rs` builds the guest's user code.
 const PROGRAM_FLAGS: [&str; 13] = [
     "-std=gnu11",
@@ -73,9 +76,10 @@ struct Options {
 }
 
 /// The races without `--traces`.
-const RACES: [(&str, fn(&Options, &Path) -> Result<Vec<Contender>>); 3] = [
+const RACES: [(&str, fn(&Options, &Path) -> Result<Vec<Contender>>); 4] = [
     ("linux", linux_contenders),
     ("compute", compute_contenders),
+    ("recording", recording_contenders),
     ("user-code", user_code_contenders),
 ];
 
@@ -231,19 +235,32 @@ fn linux_contenders(options: &Options, directory: &Path) -> Result<Vec<Contender
 }
 
 /// User code, on the software CPU and on the processor itself.
-fn compute_contenders(options: &Options, directory: &Path) -> Result<Vec<Contender>> {
-    let scale = if options.small { COMPUTE_SMALL } else { COMPUTE };
-    let guest = ["--image", "compute", "--cmdline", scale];
-    let soft = [&guest[..], &["--engine", "soft"]].concat();
+fn compute_contenders(options: &Options, _: &Path) -> Result<Vec<Contender>> {
+    let soft = compute_on(options, &["soft"]);
     let mut contenders = vec![reprise::run("compute_soft", "compute: soft", &soft)];
     if kvm_opens().is_ok() {
-        let kvm = [&guest[..], &["--engine", "kvm", "--clock", "sync"]].concat();
-        let file = directory.join("compute.rr");
+        let kvm = compute_on(options, &KVM_SYNC);
         contenders.push(reprise::run("compute_kvm_sync", "compute: kvm sync", &kvm));
-        let label = "compute: kvm sync record";
-        contenders.push(reprise::record("compute_kvm_record", label, &kvm, text(&file)?));
     }
     Ok(contenders)
+}
+
+/// What recording adds on KVM.
+fn recording_contenders(options: &Options, directory: &Path) -> Result<Vec<Contender>> {
+    kvm_opens()?;
+    let guest = compute_on(options, &KVM_SYNC);
+    let file = directory.join("compute.rr");
+    let (run, record) = ("recording: compute, kvm sync, run", "recording: the same, recorded");
+    Ok(vec![
+        reprise::run("recording_run", run, &guest),
+        reprise::record("recording_record", record, &guest, text(&file)?),
+    ])
+}
+
+/// The words that say `compute` on this engine.
+fn compute_on(options: &Options, engine: &[&'static str]) -> Vec<&'static str> {
+    let scale = if options.small { COMPUTE_SMALL } else { COMPUTE };
+    [&["--image", "compute", "--cmdline", scale, "--engine"], engine].concat()
 }
 
 /// `compute` without exits on the way, on KVM; and its program built alike as a process of the host.
@@ -267,8 +284,8 @@ fn user_code_contenders(options: &Options, directory: &Path) -> Result<Vec<Conte
         bail!("the program of compute does not build");
     }
     let command_line = format!("scale={scale} yields=0");
-    let guest = ["--image", "compute", "--cmdline", &command_line];
-    let kvm = [&guest[..], &["--engine", "kvm", "--clock", "sync"]].concat();
+    let guest = ["--image", "compute", "--cmdline", &command_line, "--engine"];
+    let kvm = [&guest[..], &KVM_SYNC].concat();
     let words = vec![text(&program)?.to_owned(), scale.to_owned()];
     Ok(vec![
         reprise::run("user_code_kvm", "user code: kvm sync", &kvm),

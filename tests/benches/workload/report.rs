@@ -98,16 +98,16 @@ const RATIOS: &[Ratio] = &[
     },
     Ratio {
         key: "kvm_record_by_run",
-        label: "compute: kvm sync record / run, guest",
-        dividend: "compute_kvm_record",
-        divisor: "compute_kvm_sync",
+        label: "recording: compute, kvm sync, record / run, guest",
+        dividend: "recording_record",
+        divisor: "recording_run",
         value: guest_seconds,
     },
     Ratio {
         key: "kvm_record_by_run_cpu",
-        label: "compute: kvm sync record / run, CPU",
-        dividend: "compute_kvm_record",
-        divisor: "compute_kvm_sync",
+        label: "recording: compute, kvm sync, record / run, CPU",
+        dividend: "recording_record",
+        divisor: "recording_run",
         value: cpu_seconds,
     },
     Ratio {

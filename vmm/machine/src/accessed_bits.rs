@@ -152,15 +152,10 @@ fn entry_at(page: &[u8], index: usize, entry_bytes: usize) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
-    use reprise_trace::moment::{Moment, TickKind};
-
     use super::*;
-    use crate::clock::TimeBase;
-    use crate::engine::{Exit, FlagKick, Kick};
     use crate::paging::{DIRTY, write_ram};
-    use crate::ram::GuestRam;
+    use crate::ram::{GuestRam, MIN_RAM_MIB};
+    use crate::standing::Standing;
 
     const ROOT: u64 = 0x1000;
     const OTHER_ROOT: u64 = 0x2000;
@@ -169,54 +164,9 @@ mod tests {
     const OTHERS: [u64; 3] = [0x4000, 0x5000, 0x6000];
     const DATA: u64 = 0x7000;
 
-    /// Nothing but memory and the state that says how it is paged.
-    struct Memory(GuestRam);
-
-    impl Engine for Memory {
-        fn tick_kind(&self) -> TickKind {
-            TickKind::ConditionalBranch
-        }
-        fn tick(&self) -> u64 {
-            0
-        }
-        fn run(&mut self, _until: u64) -> Result<Exit, EngineError> {
-            Ok(Exit::Halt)
-        }
-        fn finish_access(&mut self, _value: u128) -> Result<(), EngineError> {
-            Ok(())
-        }
-        fn interruptible(&mut self) -> Result<bool, EngineError> {
-            Ok(true)
-        }
-        fn set_interrupt_request(&mut self, _wanted: bool) {}
-        fn inject(&mut self, _vector: u8) -> Result<(), EngineError> {
-            Ok(())
-        }
-        fn set_time_base(&mut self, _base: TimeBase) {}
-        fn moment(&mut self) -> Result<Moment, EngineError> {
-            Ok(Moment { tick: 0, rip: 0, rcx: 0 })
-        }
-        fn cpu_state(&mut self) -> Result<CpuState, EngineError> {
-            let (cr0, cr4, efer) = (CR0_PG, CR4_PAE, EFER_LMA);
-            Ok(CpuState { cr0, cr3: ROOT, cr4, efer, ..CpuState::default() })
-        }
-        fn set_cpu_state(&mut self, _state: &CpuState) -> Result<(), EngineError> {
-            Ok(())
-        }
-        fn read_ram(&self, address: u64, bytes: &mut [u8]) {
-            self.0.read(address, bytes);
-        }
-        fn visit_ram(&self, visit: &mut dyn FnMut(u64, &[u8])) {
-            self.0.visit(visit);
-        }
-        fn kicker(&self) -> Arc<dyn Kick> {
-            Arc::new(FlagKick::default())
-        }
-    }
-
     /// Two address spaces with one kernel, CR3 leading to the first; bits are added to entries.
     fn counted(more: &[(u64, u64)]) -> Vec<Vec<u8>> {
-        let ram = GuestRam::new(4).expect("the host has 4 MiB");
+        let ram = GuestRam::new(MIN_RAM_MIB).expect("the host has memory");
         let [directory_pointers, directory, table] = OTHERS;
         let entries = [
             (ROOT + 511 * 8, KERNEL | PRESENT),
@@ -232,7 +182,9 @@ mod tests {
             let bits = more.iter().map(of).fold(0, |all, bits| all | bits);
             write_ram(&ram, address, &(entry | bits).to_le_bytes());
         }
-        let mut memory = Memory(ram);
+        let (cr0, cr4, efer) = (CR0_PG, CR4_PAE, EFER_LMA);
+        let state = CpuState { cr0, cr3: ROOT, cr4, efer, ..CpuState::default() };
+        let mut memory = Standing { tick: 0, state, ram };
         let tables = PageTables::of(&mut memory).expect("it does not fail");
         let mut pages = Vec::new();
         memory.visit_ram(&mut |start, piece| {

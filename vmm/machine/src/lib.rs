@@ -17,6 +17,8 @@ pub mod outcome;
 pub mod paging;
 pub mod ram;
 pub mod relay;
+#[cfg(test)]
+mod standing;
 pub mod stepping;
 mod touched;
 pub mod watch;

@@ -1,58 +1,13 @@
 //! The boundary by itself: what is logged in a sleep, and what a replay makes of it.
 
-use std::sync::Arc;
-
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::event::{Event, Record};
 use reprise_trace::log::{LogReader, LogWriter, MemorySink};
-use reprise_trace::moment::TickKind;
 
 use super::*;
-use crate::clock::TimeBase;
-use crate::engine::{Exit, FlagKick, Kick};
 use crate::host::{Host, Wake};
-
-/// Stands somewhere, and does nothing else.
-struct Standing {
-    tick: u64,
-}
-
-impl Engine for Standing {
-    fn tick_kind(&self) -> TickKind {
-        TickKind::Instruction
-    }
-    fn tick(&self) -> u64 {
-        self.tick
-    }
-    fn run(&mut self, _until: u64) -> Result<Exit, EngineError> {
-        Ok(Exit::Halt)
-    }
-    fn finish_access(&mut self, _value: u128) -> Result<(), EngineError> {
-        Ok(())
-    }
-    fn interruptible(&mut self) -> Result<bool, EngineError> {
-        Ok(true)
-    }
-    fn set_interrupt_request(&mut self, _wanted: bool) {}
-    fn inject(&mut self, _vector: u8) -> Result<(), EngineError> {
-        Ok(())
-    }
-    fn set_time_base(&mut self, _base: TimeBase) {}
-    fn moment(&mut self) -> Result<Moment, EngineError> {
-        Ok(Moment { tick: self.tick, rip: 0x1000, rcx: 7 })
-    }
-    fn cpu_state(&mut self) -> Result<CpuState, EngineError> {
-        Ok(CpuState::default())
-    }
-    fn set_cpu_state(&mut self, _state: &CpuState) -> Result<(), EngineError> {
-        Ok(())
-    }
-    fn read_ram(&self, _address: u64, _bytes: &mut [u8]) {}
-    fn visit_ram(&self, _visit: &mut dyn FnMut(u64, &[u8])) {}
-    fn kicker(&self) -> Arc<dyn Kick> {
-        Arc::new(FlagKick::default())
-    }
-}
+use crate::ram::{GuestRam, MIN_RAM_MIB};
+use crate::standing::Standing;
 
 /// A host whose every answer is set by the test; a wait takes what it is told to take.
 #[derive(Default)]
@@ -103,7 +58,9 @@ struct Sleep {
 
 impl Sleep {
     fn new(now_ns: u64, deadline_ns: Option<u64>) -> Self {
-        Self { engine: Standing { tick: 500 }, effects: Effects::default(), now_ns, deadline_ns }
+        let ram = GuestRam::new(MIN_RAM_MIB).expect("the host has memory");
+        let engine = Standing { tick: 500, state: CpuState::default(), ram };
+        Self { engine, effects: Effects::default(), now_ns, deadline_ns }
     }
 
     fn here(&mut self) -> Boundary<'_, Standing> {

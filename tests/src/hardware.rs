@@ -11,14 +11,15 @@ use reprise_machine::ram::{GuestRam, MIN_RAM_MIB};
 use reprise_simulated_hardware::{Disturbance, SimulatedVcpu};
 
 /// A vCPU made of the software CPU.
-#[derive(Clone)]
-pub(crate) struct Simulated {
-    pub(crate) disturbance: Disturbance,
+#[derive(Clone, Debug)]
+pub struct Simulated {
+    /// What its world does to the guest.
+    pub disturbance: Disturbance,
     /// Conditional branches by which an overflow may be late, as the clock believes.
     skid: u64,
     bounded: bool,
     /// RDTSC can be trapped.
-    pub(crate) traps: bool,
+    pub traps: bool,
     /// CPUID tells of a time-stamp counter.
     shows_time_stamp_counter: bool,
 }
@@ -28,19 +29,21 @@ fn finding(available: bool, reason: &str) -> Finding {
 }
 
 /// What simulated hardware says for its counter.
-pub(crate) const COUNTS: &str = "the counter is simulated";
+pub const COUNTS: &str = "the counter is simulated";
 /// What is said against trapping.
-pub(crate) const CANNOT_TRAP: &str = "writes to text do not come back";
+pub const CANNOT_TRAP: &str = "writes to text do not come back";
 
 impl Simulated {
     /// An Intel machine, kicked by its host alone.
-    pub(crate) fn intel(seed: u64) -> Self {
+    #[must_use]
+    pub fn intel(seed: u64) -> Self {
         let disturbance = Disturbance { kick_every: None, ..Disturbance::intel(seed) };
         Self::with_skid(disturbance, 100, true)
     }
 
     /// A Zen machine, kicked by its host alone.
-    pub(crate) fn zen(seed: u64) -> Self {
+    #[must_use]
+    pub fn zen(seed: u64) -> Self {
         let disturbance = Disturbance { kick_every: None, ..Disturbance::zen(seed) };
         Self::with_skid(disturbance, 10_000, false)
     }
@@ -50,8 +53,15 @@ impl Simulated {
     }
 
     /// The same for a guest that was told of the time-stamp counter.
-    pub(crate) fn showing_time_stamp_counter(self) -> Self {
+    #[must_use]
+    pub fn showing_time_stamp_counter(self) -> Self {
         Self { shows_time_stamp_counter: true, ..self }
+    }
+
+    /// The same where RDTSC cannot be trapped.
+    #[must_use]
+    pub fn without_traps(self) -> Self {
+        Self { traps: false, ..self }
     }
 
     fn vcpu(&self, ram: GuestRam) -> Result<SimulatedVcpu, EngineError> {
@@ -99,11 +109,11 @@ impl BranchHardware for Simulated {
 }
 
 /// What a host without a counter says.
-pub(crate) const REFUSAL: &str = "there is no counter: use --engine soft";
+pub const REFUSAL: &str = "there is no counter: use --engine soft";
 
 /// A host without a counter.
-#[derive(Clone)]
-pub(crate) struct Refusing;
+#[derive(Clone, Debug)]
+pub struct Refusing;
 
 impl BranchHardware for Refusing {
     type Vcpu = SimulatedVcpu;
