@@ -56,7 +56,10 @@ fn a_recording_of_the_software_cpu_replays_by_branches() {
     if pmu_counts() {
         let replayed = replay(&file, &by_branches);
         assert_eq!((&replayed["engine"], &replayed["clock"]), (&"kvm".into(), &"pmu".into()));
-        assert_eq!(replayed["console_digest"], recorded["console_digest"]);
+        assert_eq!(replayed["verified"], true, "{replayed:#}");
+        for field in ["console_digest", "console_bytes", "interrupts", "ending", "ending_detail"] {
+            assert_eq!(replayed[field], recorded[field], "{field}: {replayed:#}");
+        }
         return;
     }
     let refused = run(&[&["replay", &file], &by_branches[..]].concat());
