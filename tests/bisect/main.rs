@@ -24,6 +24,8 @@ use reprise_trace::event::Event;
 
 /// RFLAGS.AF.
 const AUXILIARY_FLAG: u64 = 1 << 4;
+/// RFLAGS.SF.
+const SIGN_FLAG: u64 = 1 << 7;
 
 fn question(until: u64) -> Question<'static> {
     Question { starts: [Start::Run; 2], until, input: None, typed: None, symbols: Arc::default() }

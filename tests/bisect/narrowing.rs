@@ -8,7 +8,7 @@ use reprise_trace::event::{Event, Record};
 use serde_json::Value;
 
 use crate::recordings::{Workplace, open, reprise, text};
-use crate::{AUXILIARY_FLAG, first_tick_of};
+use crate::{AUXILIARY_FLAG, SIGN_FLAG, first_tick_of};
 
 /// A mark that says what a replay of the recording is at a tick, with a change to the CPU.
 fn mark_at(file: &std::path::Path, tick: u64, change: fn(&mut CpuState)) -> Record {
@@ -55,6 +55,18 @@ fn a_flag_that_the_last_instruction_leaves_undefined_is_found_by_its_digest() {
         let wanted = format!("at instruction {tick} leaves undefined");
         assert_eq!(first["text"].as_str().is_some_and(|text| text.contains(&wanted)), told);
     }
+}
+
+#[test]
+fn a_defined_flag_beside_an_undefined_one_is_not_lawful() {
+    let workplace = Workplace::new();
+    let file = workplace.record("a.rr", "echo", "x\rquit\r", &[]);
+    let tick = first_tick_of(&open(&file), 20, |found, _| found == Mnemonic::Xor);
+    let both = AUXILIARY_FLAG | SIGN_FLAG;
+    let narrowed = narrowed_with(&file, tick + 1, |cpu| cpu.rflags ^= AUXILIARY_FLAG | SIGN_FLAG);
+    assert_eq!(narrowed["around"]["flags"], both, "{narrowed:#}");
+    let causes = narrowed["causes"].as_array().expect("a list");
+    assert!(causes.iter().all(|cause| cause["name"] != "undefined-flag"), "{narrowed:#}");
 }
 
 #[test]

@@ -27,7 +27,7 @@ use serde::Serialize;
 use crate::examine::{Compared, Examiner};
 use crate::finding::Finding;
 use crate::place::{Elsewhere, Surveyed, survey};
-use crate::ran::{APPROXIMATE_RESULT, PROCESSOR_ASKED, TIME_STAMP_READ};
+use crate::ran::{APPROXIMATE_RESULT, FlagWriter, PROCESSOR_ASKED, TIME_STAMP_READ};
 use crate::search::{BisectError, Watch};
 use crate::side::Side;
 use crate::state_rows::flag_names;
@@ -124,11 +124,11 @@ pub fn narrow(
     let whole = Counts::of(replayable) == Counts::Instructions || unlike.is_some();
     let end = if whole { to } else { to.saturating_add(1) };
     let ran = match parted {
-        true => ran::between(replayable, start, (from, end), symbols)?,
+        true => ran::between(replayable, start, (from, end), symbols, watch)?,
         false => ran::Ran::default(),
     };
     let around = match divergence.is_some() {
-        true => survey(replayable, start, symbols)?,
+        true => survey(replayable, start, symbols, watch)?,
         false => Surveyed::default(),
     };
     let engines = match parted {
@@ -196,7 +196,8 @@ fn own_checkpoints(replayable: &Replayable) -> impl Iterator<Item = (usize, &Che
     all.filter(|(index, _)| replayable.begins_on_soft(*index))
 }
 
-fn advance(
+/// Goes to a tick, in slices. What ended the replay before, if anything did.
+pub(crate) fn advance(
     machine: &mut Machine<RecordedClock, Replaying>,
     tick: u64,
     last: u64,
@@ -312,9 +313,12 @@ const CAUSES: [(&str, Test, &str); 9] = [
         |interval, _| {
             let flags = interval.around.flags?;
             let names = flag_names(flags);
-            let all = interval.ran.flags.iter().filter(|writer| flags >> writer.bit & 1 != 0);
-            let mut undefined = all.filter(|writer| writer.undefined);
-            let writer = undefined.next()?;
+            let turned = |writer: &&FlagWriter| flags >> writer.bit & 1 != 0;
+            let writers = interval.ran.flags.iter().filter(turned);
+            let undefined: Vec<_> = writers.filter(|writer| writer.undefined).collect();
+            // A defined flag among them is nothing that processors differ in.
+            let all = undefined.len() == flags.count_ones() as usize;
+            let writer = undefined.first().filter(|_| all)?;
             Some(format!(
                 "with {names} turned the CPU is as recorded, which `{}` at instruction {} leaves undefined: \
                  processors differ in them",

@@ -21,11 +21,12 @@ use reprise_trace::cpu_state::CpuState;
 use reprise_trace::event::Record;
 use serde::Serialize;
 
+use crate::interval::advance;
 use crate::listing::{Disassembler, Line};
-use crate::search::BisectError;
+use crate::search::{BisectError, SLICE, Watch};
 
-/// Instructions looked at on either side. Between two of a counter's stops there are ten thousand branches at
-/// most.
+/// Instructions looked at on either side: more than a counter's overflow is late, which is some hundred
+/// conditional branches (`branch_events.rs` of `vmm/kvm`).
 const NEAR: u64 = 50_000;
 /// The bits of RFLAGS that instructions leave undefined: CF, PF, AF, ZF, SF and OF.
 pub(crate) const ARITHMETIC_FLAGS: [u32; 6] = [0, 2, 4, 6, 7, 11];
@@ -57,14 +58,16 @@ pub struct Surveyed {
 /// Looks around the divergence at which a replay from `start` ends.
 ///
 /// # Errors
-/// The recording cannot be used, an engine fails, or there is no memory.
-pub fn survey(
+/// The recording cannot be used, an engine fails, there is no memory, or somebody asked to stop.
+pub(crate) fn survey(
     replayable: &Replayable,
     start: Start,
     symbols: &Arc<Symbols>,
+    watch: &mut dyn Watch,
 ) -> Result<Surveyed, BisectError> {
     let mut machine = replayable.soft_machine(start)?;
-    let outcome = machine.advance_to(u64::MAX)?;
+    let last = replayable.recording().summary().last_moment.map_or(0, |moment| moment.tick);
+    let outcome = advance(&mut machine, u64::MAX, last, watch)?;
     let Some(Outcome { conclusion: Conclusion::Diverged(divergence), events, .. }) = outcome else {
         return Ok(Surveyed::default());
     };
@@ -88,7 +91,7 @@ pub fn survey(
     };
     // The nearest on either side.
     let reach = behind.map_or(NEAR, |found| found.distance.unsigned_abs());
-    let before = find_before(replayable, start, &record, (end, reach))?;
+    let before = find_before(replayable, start, &record, (end, reach), watch)?;
     Ok(Surveyed { next, elsewhere: before.or(behind), flags })
 }
 
@@ -188,10 +191,20 @@ fn find_before(
     start: Start,
     record: &Record,
     (end, reach): (u64, u64),
+    watch: &mut dyn Watch,
 ) -> Result<Option<Elsewhere>, BisectError> {
     let mut machine = replayable.soft_machine(start)?;
     let first = machine.engine().instructions().unwrap_or(0);
     let from = end.saturating_sub(reach.min(NEAR)).max(first);
+    for slice in (first..from).step_by(SLICE as usize).skip(1) {
+        if machine.advance_to_instruction(slice)?.is_some() {
+            return Ok(None);
+        }
+        watch.progress(0, machine.engine().tick(), record.moment.tick);
+        if watch.is_stopped() {
+            return Err(BisectError::Stopped { equal_until: 0 });
+        }
+    }
     let mut found = None;
     for instruction in from..end {
         if instruction > first && machine.advance_to_instruction(instruction)?.is_some() {

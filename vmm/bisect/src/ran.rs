@@ -12,9 +12,10 @@ use reprise_replay::{Replayable, Start};
 use reprise_trace::instructions::{Contents, Event, Observer, Position, Run, TraceError};
 use serde::Serialize;
 
+use crate::interval::advance;
 use crate::listing::{Disassembler, Line};
 use crate::place::ARITHMETIC_FLAGS;
-use crate::search::BisectError;
+use crate::search::{BisectError, Watch};
 
 /// Kinds that causes ask for.
 pub(crate) const TIME_STAMP_READ: &str = "time-stamp counter read";
@@ -78,8 +79,12 @@ pub(crate) fn between(
     start: Start,
     (from, to): (u64, u64),
     symbols: &Arc<Symbols>,
+    watch: &mut dyn Watch,
 ) -> Result<Ran, BisectError> {
     let mut machine = replayable.soft_machine(start)?;
+    if advance(&mut machine, from, to, watch)?.is_some() {
+        return Ok(Ran::default());
+    }
     let window = Window { from, to };
     let contents = Contents::default();
     let watching = Watching::default();
@@ -151,8 +156,9 @@ struct Known {
 
 impl Known {
     fn of(instruction: &Instruction) -> Self {
-        let modified = rflags_of(instruction.rflags_modified());
-        Self { kind: kind_of(instruction), modified, undefined: undefined_flags(instruction) }
+        let undefined = undefined_flags(instruction);
+        let modified = rflags_of(instruction.rflags_modified()) | undefined;
+        Self { kind: kind_of(instruction), modified, undefined }
     }
 }
 
