@@ -5,6 +5,7 @@ mod accessed_bits;
 pub mod assist;
 pub mod checkpoint;
 pub mod clock;
+mod conclude;
 pub mod digest;
 pub mod divergence;
 pub mod effects;
