@@ -4,7 +4,8 @@
 //! into the performance event select register; of its upper bits the kernel keeps those of the event and
 //! sets those of the privilege itself. Names of events are their makers' (Intel's perfmon event lists;
 //! AMD's Processor Programming References). Model numbers are those of the Linux kernel
-//! (`arch/x86/include/asm/intel-family.h`). Which event is right is no matter of taste: from Ice Lake
+//! (`arch/x86/include/asm/intel-family.h`), and so is which of them share their cores' events
+//! (`arch/x86/events/intel/core.c`): models that rr has no row for have that of those. Which event is right is no matter of taste: from Ice Lake
 //! on, 0x5101c4 counts only the branches that are taken, and looks healthy.
 
 use std::arch::x86_64::__cpuid;
@@ -38,7 +39,7 @@ impl Caveat {
     pub(crate) fn text(self) -> &'static str {
         match self {
             Self::SpeculatesPastLocks => {
-                "counts too much around LOCK prefixes unless bit 54 of MSR 0xc0011020 (SpecLockMap) is \
+                "counts too much around LOCK prefixes, where several threads contend, unless bit 54 of MSR 0xc0011020 (SpecLockMap) is \
                  set on each CPU, as zen_workaround.py of rr does; sleep clears it"
             }
             Self::UnboundedSkid => {
@@ -135,12 +136,12 @@ static EVENTS: &[BranchEvent] = &[
     intel("Rocket Lake", &[0xa7], &ICE_LAKE, 100, SMM),
     intel("Alder Lake (P-cores)", &[0x97, 0x9a], &ICE_LAKE, 125, HYBRID),
     intel("Raptor Lake (P-cores)", &[0xb7, 0xba, 0xbf], &ICE_LAKE, 125, HYBRID),
-    intel("Meteor Lake (P-cores)", &[0xaa, 0xac], &ICE_LAKE, 125, HYBRID),
+    intel("Meteor Lake, Arrow Lake-U (P-cores)", &[0xaa, 0xac, 0xb5], &ICE_LAKE, 125, HYBRID),
     intel("Sapphire Rapids", &[0x8f], &ICE_LAKE, 125, SMM),
     intel("Emerald Rapids", &[0xcf], &ICE_LAKE, 125, SMM),
     intel("Granite Rapids", &[0xad, 0xae], &ICE_LAKE, 125, SMM),
     intel("Lunar Lake (P-cores)", &[0xbd], &LUNAR_LAKE, 125, HYBRID),
-    intel("Arrow Lake (P-cores)", &[0xb5, 0xc5, 0xc6], &LUNAR_LAKE, 125, HYBRID),
+    intel("Arrow Lake (P-cores)", &[0xc5, 0xc6], &LUNAR_LAKE, 125, HYBRID),
     intel("Silvermont, Airmont", &[0x37, 0x4a, 0x4c, 0x4d, 0x5a, 0x5d, 0x75], &ATOM, 100, SMM),
     intel("Goldmont", &[0x5c, 0x5f, 0x7a], &ATOM, 100, SMM),
     intel("Tremont", &[0x86, 0x96, 0x9c], &ATOM, 100, SMM),
@@ -311,7 +312,8 @@ mod tests {
             (INTEL, 0x0005_0654, "Skylake", 0x5101c4, 100),
             (INTEL, 0x0006_06a6, "Ice Lake", 0x5111c4, 100),
             (INTEL, 0x0008_06f8, "Sapphire Rapids", 0x5111c4, 125),
-            (INTEL, 0x000b_0650, "Arrow Lake (P-cores)", 0x100005111c4, 125),
+            (INTEL, 0x000b_0650, "Meteor Lake, Arrow Lake-U (P-cores)", 0x5111c4, 125),
+            (INTEL, 0x000c_0660, "Arrow Lake (P-cores)", 0x100005111c4, 125),
             (INTEL, 0x0003_0678, "Silvermont, Airmont", 0x517ec4, 100),
             (AMD, 0x0080_0f11, "Zen, Zen+, Zen 2", 0x5100d1, 10_000),
             (AMD, 0x00a0_0f11, "Zen 3, Zen 4", 0x5100d1, 10_000),

@@ -51,8 +51,13 @@ pub enum CounterRefusal {
     #[error("perf_event_open was refused ({0})")]
     Other(Errno),
     /// The counter is there, and what the guest that tries it came to was wrong.
-    #[error("{0}")]
-    SelfTest(String),
+    #[error("{reason}")]
+    SelfTest {
+        /// In a line.
+        reason: String,
+        /// It counted too much, on a CPU that is known for that.
+        speculates: bool,
+    },
     /// The counter was off the hardware for a while.
     #[error(
         "the counter shared the hardware with others: it was on for {running_ns} ns of {enabled_ns}"
@@ -120,10 +125,11 @@ impl CounterRefusal {
             Self::UnknownCores => "use a CPU with one kind of core",
             Self::NoPerformanceCore(_) => "let it run there (`taskset`, cpusets)",
             Self::Other(_) => "run `reprise doctor` on another host to compare",
-            Self::SelfTest(reason) if reason.contains("0xc0011020") => {
-                "run rr's zen_workaround.py as root after each boot and each sleep"
+            Self::SelfTest { speculates: true, .. } => {
+                "run rr's zen_workaround.py as root after each boot and each sleep (it sets bit 54 of MSR \
+                 0xc0011020 on each CPU)"
             }
-            Self::SelfTest(_) => "use a host whose counter is exact (bare metal mostly is)",
+            Self::SelfTest { .. } => "use a host whose counter is exact (bare metal mostly is)",
             Self::OtherThread => "report this as a defect of Reprise",
         }
     }

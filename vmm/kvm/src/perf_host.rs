@@ -65,7 +65,7 @@ pub(crate) trait PerfHost {
     /// Opens a counter of the calling thread's guest.
     fn open(&self, event: RawEvent) -> Result<Box<dyn PerfCounter>, Errno>;
 
-    /// Keeps the calling thread to these CPUs.
+    /// Keeps the calling thread to those of these CPUs on which it may run; an error if there is none.
     fn keep_to(&self, cpus: &[usize]) -> Result<(), Errno>;
 }
 
@@ -95,14 +95,20 @@ impl PerfHost for ThisHost {
 
     fn keep_to(&self, cpus: &[usize]) -> Result<(), Errno> {
         // SAFETY: a set of CPUs is plain bits, and all zeros is the empty set.
-        let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+        let [mut allowed, mut kept]: [libc::cpu_set_t; 2] = unsafe { std::mem::zeroed() };
+        // SAFETY: the kernel writes the set, whose size is given; 0 is the calling thread.
+        check(unsafe { libc::sched_getaffinity(0, size_of_val(&allowed), &raw mut allowed) })?;
         let room = libc::CPU_SETSIZE as usize;
         for cpu in cpus.iter().filter(|cpu| **cpu < room) {
-            // SAFETY: the number lies within the set.
-            unsafe { libc::CPU_SET(*cpu, &mut set) };
+            // SAFETY: the number lies within both sets.
+            unsafe {
+                if libc::CPU_ISSET(*cpu, &allowed) {
+                    libc::CPU_SET(*cpu, &mut kept);
+                }
+            }
         }
-        // SAFETY: the kernel reads the set, whose size is given; 0 is the calling thread.
-        check(unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) })
+        // SAFETY: the kernel reads the set, whose size is given; it refuses an empty one.
+        check(unsafe { libc::sched_setaffinity(0, size_of_val(&kept), &raw const kept) })
     }
 }
 

@@ -118,7 +118,12 @@ fn self_test(host: &dyn PerfHost) -> Result<Result<String, KvmError>, EngineErro
         Err(error) => return Ok(Err(error)),
     };
     Ok(match what_is_wrong(&mut vcpu, skid, event.skid_is_bounded())? {
-        Some(reason) => Err(KvmError::NoBranchCounter(CounterRefusal::SelfTest(reason))),
+        Some(wrong) => {
+            let speculates =
+                wrong.counts_too_much && event.caveats.contains(&Caveat::SpeculatesPastLocks);
+            let refusal = CounterRefusal::SelfTest { reason: wrong.text, speculates };
+            Err(KvmError::NoBranchCounter(refusal))
+        }
         None => Ok(said_for(event, &host.facts())),
     })
 }
@@ -129,13 +134,7 @@ fn said_for(event: &BranchEvent, facts: &HostFacts) -> String {
     let mut text =
         format!("{name} counts conditional branches exactly on this {microarchitecture}");
     for caveat in event.caveats {
-        // The test has just shown that it does not; freezing is asked of the kernel.
-        let settled = match caveat {
-            Caveat::SpeculatesPastLocks => true,
-            Caveat::CountsInSmm => !facts.counts_in_smm,
-            Caveat::UnboundedSkid | Caveat::PerformanceCoresOnly => false,
-        };
-        if !settled {
+        if *caveat != Caveat::CountsInSmm || facts.counts_in_smm {
             text.push_str("; ");
             text.push_str(caveat.text());
         }
