@@ -56,7 +56,7 @@ pub(crate) fn candidates_of(
     candidates.sort_by_key(|candidate| candidate.physical);
     let replaced: Vec<u64> = kernel.patched.iter().filter_map(physical_of).collect();
     for candidate in &mut candidates {
-        let near = candidate.physical..candidate.physical + MAX_BYTES as u64;
+        let near = candidate.physical..candidate.physical.saturating_add(MAX_BYTES as u64);
         candidate.read |= replaced.iter().any(|replaced| near.contains(replaced));
     }
     candidates

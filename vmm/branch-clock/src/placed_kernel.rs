@@ -56,7 +56,8 @@ impl PlacedKernel {
     pub(crate) fn displaced(kernel: &KernelText, displacement: u64) -> Self {
         let physical_of = |linear| {
             let text = kernel.text.iter().find(|text| text.linear.contains(&linear))?;
-            Some((linear - text.linear.start + text.physical).wrapping_add(displacement))
+            let offset = linear - text.linear.start;
+            Some(offset.wrapping_add(text.physical).wrapping_add(displacement))
         };
         let text = kernel.text.iter().map(|text| {
             let start = text.physical.wrapping_add(displacement);
@@ -75,6 +76,14 @@ impl PlacedKernel {
             replaced_behind,
             waits: !kernel.patched.is_empty(),
         }
+    }
+
+    /// Whether all of its text is in RAM: a kernel's file may say anything.
+    fn is_in_ram(&self, ram: &GuestRam) -> bool {
+        self.text.iter().all(|PlacedText { range, .. }| {
+            let bytes = range.end.checked_sub(range.start).and_then(|it| usize::try_from(it).ok());
+            bytes.is_some_and(|bytes| bytes == 0 || is_ram(ram, range.start, bytes))
+        })
     }
 
     /// The text at a guest-physical address.
@@ -137,7 +146,7 @@ impl PlacedKernel {
             return true;
         }
         ram.read(start, &mut now);
-        let before = &initial[(start - text.range.start) as usize..];
+        let before = initial.get((start - text.range.start) as usize..).unwrap_or_default();
         let same = now.iter().zip(before).filter(|(now, before)| now == before).count();
         same < now.len() / 2
     }
@@ -171,7 +180,7 @@ pub(crate) fn kernel_at(
 ) -> Option<PlacedKernel> {
     let placed = PlacedKernel::displaced(kernel, displacement);
     let there = has_its_entry(kernel, ram, displacement) || placed.has_its_sites(ram, 0);
-    there.then_some(placed)
+    (there && placed.is_in_ram(ram)).then_some(placed)
 }
 
 /// The kernel that the guest is in: `None` while the boot stub unpacks it.
@@ -191,7 +200,7 @@ pub(crate) fn kernel_of(
         has_its_entry(kernel, ram, *displacement) || linked.has_its_sites(ram, *displacement)
     })?;
     let placed = PlacedKernel::displaced(kernel, displacement);
-    is_in(&placed, ram, state).then_some(placed)
+    (placed.is_in_ram(ram) && is_in(&placed, ram, state)).then_some(placed)
 }
 
 /// Whether the CPU executes the kernel or what runs on it. A boot stub is neither: it runs outside of the
@@ -282,6 +291,40 @@ mod tests {
         write_ram(&ram, start, &kernel.entry_bytes);
         assert_eq!(place(&at(start, 0x10)), Some(DISPLACEMENT), "its entry is there");
         assert!(kernel_at(&kernel, &ram, 0).is_none());
+    }
+
+    /// A file may say that text is where there is no RAM, and that there is any amount of it.
+    #[test]
+    fn a_kernel_whose_text_is_not_all_in_ram_is_not_found() {
+        let ram = ram();
+        let state = at(u64::MAX - 0x1000, 0x10);
+        let found = |text| {
+            let mut kernel = kernel();
+            kernel.text.push(text);
+            let there = kernel_at(&kernel, &ram, DISPLACEMENT).is_some();
+            assert_eq!(kernel_of(&kernel, &ram, &state).is_some(), there);
+            there
+        };
+        let end = ram.ram_bytes() - DISPLACEMENT;
+        let text = |physical: u64, bytes: u64, initial: Option<Vec<u8>>| Text {
+            name: ".text.more".to_owned(),
+            linear: LINKED + 0x80_0000..LINKED.saturating_add(0x80_0000 + bytes),
+            physical,
+            initial,
+        };
+        let video = 0xa_0000_u64.wrapping_sub(DISPLACEMENT);
+        assert!(found(text(end - 0x1000, 0x1000, None)));
+        for (physical, bytes) in
+            [(end - 0x1000, 0x2000), (end, 0x1000), (video, 1), (end - 0x1000, u64::MAX)]
+        {
+            assert!(!found(text(physical, bytes, None)), "{physical:#x}, {bytes:#x}");
+            assert!(!found(text(physical, bytes, Some(vec![]))), "{physical:#x}, {bytes:#x}");
+        }
+        // Initial text of which the file has nothing: given up, and no panic.
+        let mut kernel = kernel();
+        kernel.text.push(text(end - 0x2000, 0x2000, Some(vec![])));
+        let placed = kernel_at(&kernel, &ram, DISPLACEMENT).expect("it is there");
+        assert!(placed.kept_parts(&ram, &placed.text[2]).is_empty());
     }
 
     #[test]

@@ -40,7 +40,10 @@ pub(crate) struct Memory {
     regions: Vec<Region>,
     /// By guest-physical start, each with its slot's number.
     mapped: BTreeMap<u64, (View, u32)>,
+    /// Numbers of slots that are no more.
     unused_slots: Vec<u32>,
+    /// The first number that no slot ever had.
+    next_slot: u32,
     watched: PageRanges,
 }
 
@@ -63,6 +66,7 @@ impl Memory {
             regions,
             mapped: BTreeMap::new(),
             unused_slots: Vec::new(),
+            next_slot: 0,
             watched: PageRanges::default(),
         };
         memory.bring_up_to_date()?;
@@ -74,15 +78,20 @@ impl Memory {
         &self.vm
     }
 
-    /// Has writes to the pages that `range` touches come back, or no longer.
+    /// Has writes to the pages of RAM that `range` touches come back, or no longer.
     pub(crate) fn watch(&mut self, range: Range<u64>, watch: bool) -> Result<(), KvmError> {
         if watch && self.vm.check_extension_raw(u64::from(KVM_CAP_READONLY_MEM)) <= 0 {
             return Err(KvmError::Lacks("KVM_CAP_READONLY_MEM"));
         }
-        let pages = range.start & !(PAGE_BYTES - 1)..range.end.next_multiple_of(PAGE_BYTES);
-        match watch {
-            true => self.watched.insert(pages),
-            false => self.watched.remove(pages),
+        // Regions are of whole pages.
+        for region in &self.regions {
+            let start = (range.start & !(PAGE_BYTES - 1)).max(region.start);
+            let end = range.end.min(region.end).next_multiple_of(PAGE_BYTES);
+            match watch {
+                _ if start >= end => {}
+                true => self.watched.insert(start..end),
+                false => self.watched.remove(start..end),
+            }
         }
         self.bring_up_to_date()
     }
@@ -92,17 +101,19 @@ impl Memory {
         self.watched.contains(address)
     }
 
-    /// The views that RAM should have, in the order of their addresses.
+    /// The views that RAM should have, in the order of their addresses. Each lies in one region: what is
+    /// watched may reach from one into the next.
     fn wanted(&self) -> Vec<(u64, View)> {
         let mut wanted = Vec::new();
         for region in &self.regions {
             let mut at = region.start;
             for range in self.watched.overlapping(region.start..region.end) {
-                if range.start > at {
-                    wanted.push((at, View { end: range.start, read_only: false }));
+                let Range { start, end } = range.start.max(region.start)..range.end.min(region.end);
+                if start > at {
+                    wanted.push((at, View { end: start, read_only: false }));
                 }
-                wanted.push((range.start, View { end: range.end, read_only: true }));
-                at = range.end;
+                wanted.push((start, View { end, read_only: true }));
+                at = end;
             }
             if region.end > at {
                 wanted.push((at, View { end: region.end, read_only: false }));
@@ -115,22 +126,20 @@ impl Memory {
     /// stay as they are.
     fn bring_up_to_date(&mut self) -> Result<(), KvmError> {
         let wanted: BTreeMap<u64, View> = self.wanted().into_iter().collect();
-        let stale = |(start, (view, _)): (&u64, &(View, u32))| {
-            (wanted.get(start) != Some(view)).then_some(*start)
+        let stale = |(start, (view, slot)): (&u64, &(View, u32))| {
+            (wanted.get(start) != Some(view)).then_some((*start, *slot))
         };
-        let stale: Vec<u64> = self.mapped.iter().filter_map(stale).collect();
-        for start in stale {
-            let Some((_, slot)) = self.mapped.remove(&start) else { continue };
-            let nothing = kvm_userspace_memory_region { slot, ..Default::default() };
-            self.set(nothing)?;
+        let stale: Vec<(u64, u32)> = self.mapped.iter().filter_map(stale).collect();
+        for (start, slot) in stale {
+            self.set(kvm_userspace_memory_region { slot, ..Default::default() })?;
+            self.mapped.remove(&start);
             self.unused_slots.push(slot);
         }
         for (start, view) in wanted {
             if self.mapped.contains_key(&start) {
                 continue;
             }
-            let next = self.mapped.len() + self.unused_slots.len();
-            let slot = self.unused_slots.pop().unwrap_or(next as u32);
+            let slot = self.unused_slots.last().copied().unwrap_or(self.next_slot);
             let userspace_addr = self.host_address(start);
             self.set(kvm_userspace_memory_region {
                 slot,
@@ -139,6 +148,10 @@ impl Memory {
                 memory_size: view.end - start,
                 userspace_addr,
             })?;
+            // KVM has taken it: only now is the number used.
+            if self.unused_slots.pop().is_none() {
+                self.next_slot += 1;
+            }
             self.mapped.insert(start, (view, slot));
         }
         Ok(())
@@ -152,7 +165,8 @@ impl Memory {
 
     fn set(&self, region: kvm_userspace_memory_region) -> Result<(), KvmError> {
         // SAFETY: the range is nothing, or part of the mapping of guest RAM, which outlives the virtual
-        // machine as `map` demands; views do not overlap, since regions and ranges of pages do not.
+        // machine as `map` demands: `wanted` cuts every view to one region. Views do not overlap, since
+        // regions and ranges of pages do not.
         unsafe { self.vm.set_user_memory_region(region) }
             .map_err(|errno| KvmError::refused(format!("memory slot {}", region.slot), errno))
     }
@@ -266,5 +280,59 @@ mod tests {
         assert_eq!(views(&memory).last(), Some(&(end - PAGE_BYTES, end, true)));
         memory.watch(0..end, false).expect("KVM takes it");
         assert_eq!(views(&memory), whole);
+    }
+
+    /// A guest's file says where its text is, and may say anything.
+    #[test]
+    fn no_view_reaches_past_ram() {
+        require_kvm!();
+        let ram = GuestRam::new(4).expect("4 MiB");
+        let end = ram.ram_bytes();
+        for range in [
+            end - PAGE_BYTES..end + PAGE_BYTES,
+            end - 1..u64::MAX,
+            end + PAGE_BYTES..end + 2 * PAGE_BYTES,
+            HOLE_START - 1..HOLE_END + 1,
+            HOLE_START + PAGE_BYTES..HOLE_END + 1,
+            HOLE_START..HOLE_END,
+            0..u64::MAX,
+            u64::MAX - 1..u64::MAX,
+        ] {
+            let vm = open(DEVICE).expect("KVM").create_vm().expect("a virtual machine");
+            // SAFETY: `memory` is dropped before `ram`.
+            let mut memory = unsafe { Memory::map(vm, &ram) }.expect("KVM takes it");
+            memory.watch(range.clone(), true).expect("KVM takes it");
+            let mut at = 0;
+            for (start, (view, _)) in &memory.mapped {
+                at = if at == HOLE_START { HOLE_END } else { at };
+                assert_eq!(*start, at, "{range:x?}");
+                let overlaps = range.start < view.end && *start < range.end;
+                assert_eq!(view.read_only, overlaps, "{range:x?}, {start:#x}");
+                at = view.end;
+            }
+            assert_eq!(at, end, "{range:x?}");
+            assert!(!memory.is_watched(HOLE_START) && !memory.is_watched(end), "{range:x?}");
+        }
+    }
+
+    /// A number is free again once its slot is gone, and never while it is there.
+    #[test]
+    fn what_kvm_refuses_costs_no_slot() {
+        require_kvm!();
+        let ram = GuestRam::new(4).expect("4 MiB");
+        let vm = open(DEVICE).expect("KVM").create_vm().expect("a virtual machine");
+        // SAFETY: `memory` is dropped before `ram`.
+        let mut memory = unsafe { Memory::map(vm, &ram) }.expect("KVM takes it");
+        let host = memory.regions[1].host;
+        // No mapping of this process lies at an odd address.
+        memory.regions[1].host += 1;
+        assert!(memory.watch(HOLE_END..HOLE_END + 1, true).is_err());
+        memory.regions[1].host = host;
+        memory.bring_up_to_date().expect("KVM takes it");
+        let mut slots: Vec<u32> = memory.mapped.values().map(|(_, slot)| *slot).collect();
+        slots.extend(&memory.unused_slots);
+        slots.sort_unstable();
+        assert_eq!(slots, Vec::from_iter(0..memory.next_slot));
+        assert_eq!(memory.mapped.len(), 3);
     }
 }
