@@ -26,6 +26,8 @@ pub const CR4_PSE: u64 = 1 << 4;
 pub const CR4_PAE: u64 = 1 << 5;
 /// Global pages.
 pub const CR4_PGE: u64 = 1 << 7;
+/// User code may read performance counters.
+pub const CR4_PCE: u64 = 1 << 8;
 /// The system has FXSAVE and SSE enabled.
 pub const CR4_OSFXSR: u64 = 1 << 9;
 /// Unmasked SSE exceptions raise #XM rather than #UD.
@@ -34,6 +36,18 @@ pub const CR4_OSXMMEXCPT: u64 = 1 << 10;
 pub const CR4_SMEP: u64 = 1 << 20;
 /// The kernel cannot access the user's pages.
 pub const CR4_SMAP: u64 = 1 << 21;
+
+/// The bits of CR4 that the CPU model has: setting any other faults.
+pub const CR4_BITS: u64 = CR4_TSD
+    | CR4_DE
+    | CR4_PSE
+    | CR4_PAE
+    | CR4_PGE
+    | CR4_PCE
+    | CR4_OSFXSR
+    | CR4_OSXMMEXCPT
+    | CR4_SMEP
+    | CR4_SMAP;
 
 /// SYSCALL and SYSRET.
 pub const EFER_SCE: u64 = 1;

@@ -1,5 +1,6 @@
 //! Where in a kernel's text an instruction is that has to be trapped, or may come to be.
 
+use iced_x86::{Instruction as Decoded, Mnemonic, Register};
 use reprise_machine::ram::GuestRam;
 use reprise_time_stamp_sites::{Instruction, KernelText, Site};
 
@@ -19,15 +20,19 @@ pub(crate) struct Candidate {
 }
 
 impl Candidate {
+    /// The bytes there, if they are the instruction.
+    pub(crate) fn code_in(&self, ram: &GuestRam) -> Option<Vec<u8>> {
+        let mut found = vec![0; usize::from(self.bytes)];
+        if !is_ram(ram, self.physical, found.len()) {
+            return None;
+        }
+        ram.read(self.physical, &mut found);
+        (Instruction::at_start_of(&found) == Some(self.instruction)).then_some(found)
+    }
+
     /// Whether the bytes there are the instruction.
     pub(crate) fn is_in(&self, ram: &GuestRam) -> bool {
-        let mut found = [0; MAX_BYTES];
-        let found = &mut found[..usize::from(self.bytes)];
-        if !is_ram(ram, self.physical, found.len()) {
-            return false;
-        }
-        ram.read(self.physical, found);
-        Instruction::at_start_of(found) == Some(self.instruction)
+        self.code_in(ram).is_some()
     }
 }
 
@@ -35,6 +40,17 @@ impl Candidate {
 pub(crate) fn is_trapped(instruction: Instruction) -> bool {
     use Instruction::{ReadControl4, ReadTimeStamp, WriteControl4};
     matches!(instruction, ReadTimeStamp | ReadControl4 | WriteControl4)
+}
+
+/// Whether the CPU, in the mode that it was `decoded` for, sees one that is trapped.
+pub(crate) fn is(instruction: Instruction, decoded: &Decoded) -> bool {
+    let moves = decoded.mnemonic() == Mnemonic::Mov;
+    match instruction {
+        Instruction::ReadTimeStamp => decoded.mnemonic() == Mnemonic::Rdtsc,
+        Instruction::ReadControl4 => moves && decoded.op1_register() == Register::CR4,
+        Instruction::WriteControl4 => moves && decoded.op0_register() == Register::CR4,
+        _ => false,
+    }
 }
 
 /// All places of a kernel, which `physical_of` finds by their linear addresses, in order.

@@ -8,8 +8,10 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use iced_x86::{Decoder, DecoderOptions, Instruction};
+use reprise_machine::paging::is_ram;
 
 use crate::guest_code::MAX_BYTES;
+use crate::placed_kernel::PAGE_BYTES;
 use crate::vcpu::Vcpu;
 
 /// INT3.
@@ -23,10 +25,23 @@ pub(crate) struct Planted<K> {
     places: BTreeMap<u64, Place<K>>,
 }
 
+/// One of them.
 #[derive(Clone, Debug)]
-struct Place<K> {
+pub(crate) struct Place<K> {
+    /// What stands there for the guest, as far as it is hidden.
     original: Vec<u8>,
-    kind: K,
+    /// The whole instruction.
+    code: Vec<u8>,
+    pub(crate) kind: K,
+}
+
+impl<K> Place<K> {
+    /// The instruction, in code of this operand size.
+    pub(crate) fn instruction(&self, bitness: u32, rip: u64) -> Option<Instruction> {
+        let mut decoder = Decoder::with_ip(bitness, &self.code, rip, DecoderOptions::NONE);
+        let instruction = decoder.decode();
+        (!instruction.is_invalid()).then_some(instruction)
+    }
 }
 
 impl<K: Copy> Planted<K> {
@@ -34,9 +49,9 @@ impl<K: Copy> Planted<K> {
         Self { places: BTreeMap::new() }
     }
 
-    /// What stands at `address`, if a breakpoint does: what for, and the guest's own bytes.
-    pub(crate) fn at(&self, address: u64) -> Option<(K, &[u8])> {
-        self.places.get(&address).map(|place| (place.kind, &place.original[..]))
+    /// What stands at `address`, if a breakpoint does.
+    pub(crate) fn at(&self, address: u64) -> Option<&Place<K>> {
+        self.places.get(&address)
     }
 
     /// How many there are.
@@ -44,24 +59,59 @@ impl<K: Copy> Planted<K> {
         self.places.len()
     }
 
-    /// Puts a breakpoint on an instruction of so many bytes, unless one overlaps it already or it does not
-    /// lie within a page. Gives whether it is there.
+    /// Puts a breakpoint on the instruction `code`, whose bytes follow one another in RAM. Gives whether it is
+    /// there: it is not where another one overlaps it.
     pub(crate) fn plant<V: Vcpu>(
         &mut self,
         vcpu: &mut V,
         address: u64,
-        bytes: usize,
+        code: &[u8],
         kind: K,
     ) -> bool {
-        let range = address..address + bytes as u64;
-        let within_page = range.start >> 12 == (range.end - 1) >> 12;
-        if !within_page || self.overlapping(&range).next().is_some() {
+        let place = Place { original: code.to_vec(), code: code.to_vec(), kind };
+        self.put_back(vcpu, address, place)
+    }
+
+    /// The same for an instruction of which only what lies in the first byte's page is known to follow it in
+    /// RAM.
+    pub(crate) fn plant_in_page<V: Vcpu>(
+        &mut self,
+        vcpu: &mut V,
+        address: u64,
+        code: &[u8],
+        kind: K,
+    ) -> bool {
+        let in_page = (PAGE_BYTES - address % PAGE_BYTES) as usize;
+        let original = code[..code.len().min(in_page)].to_vec();
+        self.put_back(vcpu, address, Place { original, code: code.to_vec(), kind })
+    }
+
+    /// Takes a breakpoint away for a while.
+    pub(crate) fn lift<V: Vcpu>(&mut self, vcpu: &mut V, address: u64) -> Option<Place<K>> {
+        let place = self.places.remove(&address)?;
+        write_bytes(vcpu, address, &place.original);
+        Some(place)
+    }
+
+    /// Puts one that was lifted back. Gives whether it is there: it is not if the guest has written something
+    /// else there, or another one overlaps it.
+    pub(crate) fn put_back<V: Vcpu>(
+        &mut self,
+        vcpu: &mut V,
+        address: u64,
+        place: Place<K>,
+    ) -> bool {
+        let range = address..address + place.original.len() as u64;
+        let mut found = vec![0; place.original.len()];
+        if !is_ram(vcpu.ram(), address, found.len()) {
             return false;
         }
-        let mut original = vec![0; bytes];
-        vcpu.ram().read(address, &mut original);
-        vcpu.write_ram(address, &trap(bytes));
-        self.places.insert(address, Place { original, kind });
+        vcpu.ram().read(address, &mut found);
+        if found != place.original || self.overlapping(&range).next().is_some() {
+            return false;
+        }
+        write_bytes(vcpu, address, &trap(found.len()));
+        self.places.insert(address, place);
         true
     }
 
@@ -104,12 +154,12 @@ impl<K: Copy> Planted<K> {
             }
         }
     }
+}
 
-    /// The instruction under a breakpoint.
-    pub(crate) fn instruction(&self, address: u64, bitness: u32, rip: u64) -> Option<Instruction> {
-        let (_, original) = self.at(address)?;
-        let instruction = Decoder::with_ip(bitness, original, rip, DecoderOptions::NONE).decode();
-        (!instruction.is_invalid()).then_some(instruction)
+/// Writes RAM, within a page or not.
+pub(crate) fn write_bytes<V: Vcpu>(vcpu: &mut V, address: u64, bytes: &[u8]) {
+    for (at, byte) in (address..).zip(bytes) {
+        vcpu.write_ram(at, &[*byte]);
     }
 }
 

@@ -50,16 +50,21 @@ pub(crate) fn before_fault(ram: &GuestRam, state: &CpuState) -> Option<CpuState>
     Some(before)
 }
 
-/// What a selector of the GDT loads.
+/// What a selector of the GDT or LDT loads.
 fn segment(ram: &GuestRam, state: &CpuState, selector: u16) -> Option<Segment> {
     const TABLE: u16 = 4;
     const GRANULARITY: u16 = 1 << 15;
     let offset = u64::from(selector & !7);
-    if selector & TABLE != 0 || offset + 7 > u64::from(state.gdtr.limit) {
+    let (start, limit) = match selector & TABLE {
+        0 => (state.gdtr.base, u32::from(state.gdtr.limit)),
+        _ if !state.ldtr.present() => return None,
+        _ => (state.ldtr.base, state.ldtr.limit),
+    };
+    if offset + 7 > u64::from(limit) {
         return None;
     }
     let mut bytes = [0; 8];
-    if !Paging::from(state).read(ram, state.gdtr.base.wrapping_add(offset), &mut bytes) {
+    if !Paging::from(state).read(ram, start.wrapping_add(offset), &mut bytes) {
         return None;
     }
     let descriptor = u64::from_le_bytes(bytes);

@@ -21,7 +21,7 @@ use reprise_trace::cpu_state::{CpuState, RCX};
 
 use crate::engine::BranchClock;
 use crate::guest_code::{Successors, decode_at, handler_of, linear_of, repeats, successors};
-use crate::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
+use crate::vcpu::{Vcpu, VcpuExit};
 use reprise_trace::register_bits::RFLAGS_RF;
 
 /// Where a kicked guest is led to.
@@ -115,7 +115,7 @@ impl<V: Vcpu> BranchClock<V> {
                 round.note(step, &state);
             }
             round.wrote |= instruction.as_ref().is_none_or(writes_memory);
-            places = places_after(self.vcpu.ram(), &state, instruction.as_ref());
+            places = self.places_after(&state, instruction.as_ref());
             match self.step(&state, &places)? {
                 Stepped::Done => {}
                 Stepped::Exits(exit) => return Ok(Settled::Exits(exit)),
@@ -136,8 +136,12 @@ impl<V: Vcpu> BranchClock<V> {
         }
         let state = self.vcpu.state()?;
         let instruction = self.vcpu.instruction_at(&state);
-        let places = places_after(self.vcpu.ram(), &state, instruction.as_ref());
+        let places = self.places_after(&state, instruction.as_ref());
         self.step(&state, &places)
+    }
+
+    fn places_after(&self, state: &CpuState, instruction: Option<&Instruction>) -> Places {
+        Places::after(self.vcpu.ram(), state, instruction, self.vcpu.breakpoints())
     }
 
     /// Executes the instruction at RIP, which leads to one of `places`.
@@ -146,7 +150,9 @@ impl<V: Vcpu> BranchClock<V> {
             return Ok(Stepped::Lost);
         }
         self.vcpu.set_breakpoints(&places.all)?;
-        self.vcpu.step_off()?;
+        if !self.injected {
+            self.vcpu.step_off()?;
+        }
         for _ in 0..MAX_INTERRUPTIONS {
             match self.enter()? {
                 VcpuExit::Breakpoint => return Ok(Stepped::Done),
@@ -217,42 +223,47 @@ pub fn writes_memory(instruction: &Instruction) -> bool {
 
 /// Linear addresses where the guest may stand after an instruction.
 #[derive(Default)]
-struct Places {
+pub(crate) struct Places {
     /// Those where it stands if the instruction retires come first, then the likeliest faults' handlers.
-    all: Vec<u64>,
+    pub(crate) all: Vec<u64>,
     successors: usize,
 }
 
 impl Places {
+    /// Where the guest may stand after the instruction at RIP, so many places at most; nowhere if that
+    /// cannot be said.
+    pub(crate) fn after(
+        ram: &GuestRam,
+        state: &CpuState,
+        instruction: Option<&Instruction>,
+        most: usize,
+    ) -> Self {
+        let mut places = Self::default();
+        let add = |places: &mut Self, rip| {
+            let linear = linear_of(state, rip);
+            if places.all.len() < most && !places.all.contains(&linear) {
+                places.all.push(linear);
+            }
+        };
+        if let Some(instruction) = instruction {
+            match next_of(ram, state, instruction) {
+                Successors::These(next) => next.into_iter().for_each(|rip| add(&mut places, rip)),
+                Successors::None => {}
+                Successors::Any => return places,
+            }
+        }
+        places.successors = places.all.len();
+        for vector in LIKELY_FAULTS {
+            if let Some(handler) = handler_of(ram, state, vector) {
+                add(&mut places, handler);
+            }
+        }
+        places
+    }
+
     fn successors(&self) -> &[u64] {
         &self.all[..self.successors]
     }
-
-    fn add(&mut self, state: &CpuState, rip: u64) {
-        let linear = linear_of(state, rip);
-        if self.all.len() < MAX_BREAKPOINTS && !self.all.contains(&linear) {
-            self.all.push(linear);
-        }
-    }
-}
-
-/// Where the guest may stand after the instruction at RIP; nowhere if that cannot be said.
-fn places_after(ram: &GuestRam, state: &CpuState, instruction: Option<&Instruction>) -> Places {
-    let mut places = Places::default();
-    if let Some(instruction) = instruction {
-        match next_of(ram, state, instruction) {
-            Successors::These(next) => next.into_iter().for_each(|rip| places.add(state, rip)),
-            Successors::None => {}
-            Successors::Any => return places,
-        }
-    }
-    places.successors = places.all.len();
-    for vector in LIKELY_FAULTS {
-        if let Some(handler) = handler_of(ram, state, vector) {
-            places.add(state, handler);
-        }
-    }
-    places
 }
 
 /// Where a breakpoint finds the guest once `instruction` has retired.

@@ -28,26 +28,27 @@
 //! writes as code that is neither its text nor known from its alternatives.
 
 mod beginning;
+mod in_place;
 mod text_writes;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
-use iced_x86::{Decoder, DecoderOptions, Instruction as Decoded, Mnemonic};
-use reprise_machine::engine::{Access, EngineError, Kick};
+use iced_x86::{Decoder, DecoderOptions, Instruction as Decoded};
+use reprise_machine::engine::{EngineError, Kick};
 use reprise_machine::paging::Paging;
 use reprise_machine::ram::GuestRam;
 use reprise_time_stamp_sites::{Instruction, KernelText};
 use reprise_trace::cpu_state::CpuState;
-use reprise_trace::register_bits::{CR4_TSD, EFER_LMA};
+use reprise_trace::register_bits::CR4_TSD;
 
 use crate::boot_stub::StubTrap;
 use crate::candidates::Candidate;
-use crate::guest_code::{bitness, decode_at, handler_of, linear_of};
+use crate::guest_code::{bitness, linear_of};
 use crate::placed_kernel::{PlacedKernel, kernel_at};
 use crate::planted::Planted;
-use crate::retired::{before_fault, retired, time_stamp_retired};
+use crate::retired::time_stamp_retired;
 use crate::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
 
 /// #GP.
@@ -66,6 +67,15 @@ enum Kind {
     FaultHandler,
 }
 
+/// An RDTSC that is to be answered.
+#[derive(Debug)]
+struct Asking {
+    /// The state before it.
+    before: CpuState,
+    /// Its length.
+    bytes: usize,
+}
+
 /// What the trap did, for whoever wants to know.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TrapCounts {
@@ -81,10 +91,12 @@ pub struct TrapCounts {
     pub patched: u64,
     /// Sites that such a write brought, and nothing said so before.
     pub unforeseen: u64,
-    /// Sites whose bytes were not what they should be, so that there is no breakpoint.
+    /// Sites without a breakpoint: their bytes were not what they should be, or another one is in the way.
     pub refused: u64,
     /// Sites without a breakpoint until the kernel has applied its alternatives.
     pub open: u64,
+    /// Exits from user code whose RDTSC would have reached the guest as #GP, and not been seen.
+    pub unguarded: u64,
 }
 
 /// A vCPU whose guest's RDTSC is answered by the machine.
@@ -106,8 +118,12 @@ pub struct TimeStampTrap<V> {
     guest_tsd: bool,
     /// Guest-physical address of the entry of its #GP handler.
     fault_handler: Option<u64>,
-    /// The state before the RDTSC that waits for its answer.
-    asking: Option<Box<CpuState>>,
+    /// The RDTSC that waits for its answer.
+    asking: Option<Box<Asking>>,
+    /// Where breakpoints are that nobody foresaw.
+    unforeseen: BTreeSet<u64>,
+    /// Why the guest cannot go on.
+    refusal: Option<&'static str>,
     /// Writes to each page of text.
     page_writes: BTreeMap<u64, u32>,
     counts: TrapCounts,
@@ -132,6 +148,8 @@ impl<V: Vcpu> TimeStampTrap<V> {
             guest_tsd: false,
             fault_handler: None,
             asking: None,
+            unforeseen: BTreeSet::new(),
+            refusal: None,
             page_writes: BTreeMap::new(),
             counts: TrapCounts::default(),
         })
@@ -161,10 +179,11 @@ impl<V: Vcpu> TimeStampTrap<V> {
 
     /// Sets a breakpoint if the bytes there are the instruction.
     fn plant(&mut self, candidate: Candidate) -> bool {
-        let Candidate { physical, bytes, instruction, .. } = candidate;
-        let kind = Kind::Site(instruction);
-        candidate.is_in(self.vcpu.ram())
-            && self.planted.plant(&mut self.vcpu, physical, usize::from(bytes), kind)
+        let Candidate { physical, instruction, .. } = candidate;
+        let Some(code) = candidate.code_in(self.vcpu.ram()) else { return false };
+        let planted = self.planted.plant(&mut self.vcpu, physical, &code, Kind::Site(instruction));
+        self.counts.refused += u64::from(!planted);
+        planted
     }
 
     /// The guest-physical address of the code at RIP.
@@ -173,132 +192,32 @@ impl<V: Vcpu> TimeStampTrap<V> {
         Some(mapping.physical)
     }
 
-    /// INT3 came back.
-    fn breakpoint_instruction(&mut self) -> Result<VcpuExit, EngineError> {
+    /// INT3 came back. Gives the exit, unless the guest has it.
+    fn breakpoint_instruction(&mut self) -> Result<Option<VcpuExit>, EngineError> {
         let state = self.vcpu.state()?;
         let place = self.code_at(&state);
-        let found = place.and_then(|place| self.planted.at(place).map(|(kind, _)| (place, kind)));
-        let Some((place, kind)) = found else {
-            let is_last_jump =
-                |stub: &mut StubTrap| place.is_some_and(|place| stub.is_at(self.vcpu.ram(), place));
-            if let Some(stub) = self.stub.take_if(is_last_jump) {
-                return self.leave_stub(&state, &stub);
-            }
-            self.vcpu.pass_breakpoint_instruction()?;
-            return Ok(WENT_ON);
-        };
-        let decoded = self.planted.instruction(place, bitness(&state), state.rip);
-        match (kind, decoded) {
-            (Kind::FaultHandler, Some(decoded)) => self.fault(state, place, &decoded),
-            (Kind::Site(Instruction::ReadTimeStamp), _) => {
-                self.counts.kernel += 1;
-                self.asking = Some(Box::new(state));
-                Ok(VcpuExit::Access(Access::TimeStamp))
-            }
-            (Kind::Site(Instruction::ReadControl4), Some(decoded)) => {
-                self.counts.control += 1;
-                let value = state.cr4 & !CR4_TSD | self.guest_tsd_bit();
-                let mut after = retired(&state, decoded.len());
-                after.gpr[decoded.op0_register().number()] = value;
-                self.vcpu.retire_instruction(&after)?;
-                Ok(WENT_ON)
-            }
-            (Kind::Site(Instruction::WriteControl4), Some(decoded)) => {
-                self.counts.control += 1;
-                let mut value = state.gpr[decoded.op1_register().number()];
-                if bitness(&state) != 64 {
-                    value &= 0xffff_ffff;
-                }
-                self.guest_tsd = value & CR4_TSD != 0;
-                let after = CpuState { cr4: value | CR4_TSD, ..retired(&state, decoded.len()) };
-                self.vcpu.set_state(&after)?;
-                Ok(WENT_ON)
-            }
-            _ => unreachable!("only these are trapped, and their bytes are known"),
+        if let Some(place) = place.filter(|place| self.planted.at(*place).is_some()) {
+            return self.at_breakpoint(state, place).map(Some);
         }
+        let is_last_jump =
+            |stub: &mut StubTrap| place.is_some_and(|place| stub.is_at(self.vcpu.ram(), place));
+        if let Some(stub) = self.stub.take_if(is_last_jump) {
+            return self.leave_stub(&state, &stub).map(Some);
+        }
+        // Nothing may come between this and the delivery.
+        self.vcpu.pass_breakpoint_instruction()?;
+        Ok(None)
     }
 
     fn guest_tsd_bit(&self) -> u64 {
         if self.guest_tsd { CR4_TSD } else { 0 }
     }
 
-    /// The guest has entered its handler of #GP.
-    fn fault(
-        &mut self,
-        state: CpuState,
-        place: u64,
-        first: &Decoded,
-    ) -> Result<VcpuExit, EngineError> {
-        if !self.guest_tsd
-            && let Some(before) = before_fault(self.vcpu.ram(), &state)
-            && decode_at(self.vcpu.ram(), &before, before.rip)
-                .is_some_and(|decoded| decoded.mnemonic() == Mnemonic::Rdtsc)
-        {
-            self.counts.user += 1;
-            self.vcpu.set_state(&before)?;
-            self.asking = Some(Box::new(before));
-            return Ok(VcpuExit::Access(Access::TimeStamp));
-        }
-        self.execute_under(&state, place, first)
-    }
-
-    /// Has the guest execute the one instruction under a breakpoint, which leads to the next. Interrupts
-    /// are closed there.
-    fn execute_under(
-        &mut self,
-        state: &CpuState,
-        place: u64,
-        decoded: &Decoded,
-    ) -> Result<VcpuExit, EngineError> {
-        self.planted.remove(&mut self.vcpu, place, &[]);
-        self.vcpu.set_breakpoints(&[linear_of(state, decoded.next_ip())])?;
-        let mut kicked = false;
-        let exit = loop {
-            match self.vcpu.enter()? {
-                VcpuExit::Breakpoint => break VcpuExit::Interrupted { kicked },
-                VcpuExit::Interrupted { kicked: now } => kicked |= now,
-                VcpuExit::WatchedWrite(ranges) => self.written(&ranges)?,
-                exit => break exit,
-            }
-        };
-        self.planted.plant(&mut self.vcpu, place, decoded.len(), Kind::FaultHandler);
-        self.set_own_breakpoints()?;
-        Ok(exit)
-    }
-
-    /// Looks whether the guest has set up another handler of #GP, and has a breakpoint at its entry.
-    fn look_for_fault_handler(&mut self) -> Result<(), EngineError> {
-        let Some(placed) = self.placed.as_ref().filter(|_| self.applied) else { return Ok(()) };
-        let state = self.vcpu.state()?;
-        if state.efer & EFER_LMA == 0 {
-            return Ok(());
-        }
-        let Some(handler) = handler_of(self.vcpu.ram(), &state, GENERAL_PROTECTION) else {
-            return Ok(());
-        };
-        // What follows reads the kernel's code as 64-bit code.
-        let state = CpuState { rip: handler, ..state };
-        let Some(place) = self.code_at(&state) else { return Ok(()) };
-        let stays = placed.text_at(place).is_some_and(|text| !text.is_initial());
-        let known = self.fault_handler == Some(place) && self.planted.at(place).is_some();
-        if known || !stays {
-            return Ok(());
-        }
-        if let Some(before) = self.fault_handler.take() {
-            self.planted.remove(&mut self.vcpu, before, &[]);
-        }
-        if let Some(first) = decode_at(self.vcpu.ram(), &state, handler) {
-            self.planted.plant(&mut self.vcpu, place, first.len(), Kind::FaultHandler);
-            self.fault_handler = Some(place);
-        }
-        Ok(())
-    }
-
     /// Sets the breakpoints that were asked for, and the one at the kernel's entry until it is entered.
     fn set_own_breakpoints(&mut self) -> Result<(), EngineError> {
         let mut all = self.breakpoints.clone();
         let entry = self.kernel.entry;
-        if self.awaits_entry() && all.len() < MAX_BREAKPOINTS && !all.contains(&entry) {
+        if self.awaits_entry() && !all.contains(&entry) {
             all.push(entry);
         }
         self.vcpu.set_breakpoints(&all)
@@ -349,7 +268,7 @@ impl<V: Vcpu> TimeStampTrap<V> {
             Some(stub) => {
                 Some(Decoder::with_ip(bitness, stub.jump(), rip, DecoderOptions::NONE).decode())
             }
-            None => self.planted.instruction(place, bitness, rip),
+            None => self.planted.at(place)?.instruction(bitness, rip),
         }
     }
 }
@@ -357,29 +276,48 @@ impl<V: Vcpu> TimeStampTrap<V> {
 /// An exit that is nobody else's business.
 const WENT_ON: VcpuExit = VcpuExit::Interrupted { kicked: false };
 
+/// An exit that ends the run.
+fn fails(reason: &str) -> VcpuExit {
+    VcpuExit::Unsupported(format!("{reason}, where RDTSC is trapped: use --engine soft"))
+}
+
 impl<V: Vcpu> Vcpu for TimeStampTrap<V> {
     fn enter(&mut self) -> Result<VcpuExit, EngineError> {
         if !self.begun {
             self.begin()?;
+            self.look_for_fault_handler()?;
         }
-        match self.vcpu.enter()? {
-            VcpuExit::BreakpointInstruction => self.breakpoint_instruction(),
-            VcpuExit::WatchedWrite(ranges) => {
-                self.written(&ranges)?;
-                Ok(WENT_ON)
-            }
-            VcpuExit::Breakpoint => self.breakpoint(),
-            exit => {
-                self.look_for_fault_handler()?;
-                Ok(exit)
-            }
+        let exit = loop {
+            break match self.vcpu.enter()? {
+                VcpuExit::BreakpointInstruction => match self.breakpoint_instruction()? {
+                    Some(exit) => exit,
+                    None => continue,
+                },
+                VcpuExit::WatchedWrite(ranges) => {
+                    self.written(&ranges)?;
+                    WENT_ON
+                }
+                VcpuExit::Breakpoint => self.breakpoint()?,
+                exit => exit,
+            };
+        };
+        if self.asking.is_none() {
+            self.look_for_fault_handler()?;
         }
+        Ok(self.refusal.map_or(exit, fails))
     }
 
     fn finish_access(&mut self, value: u128) -> Result<bool, EngineError> {
-        let Some(before) = self.asking.take() else { return self.vcpu.finish_access(value) };
-        self.vcpu.retire_instruction(&time_stamp_retired(&before, value as u64))?;
+        let Some(asking) = self.asking.take() else { return self.vcpu.finish_access(value) };
+        let Asking { before, bytes } = *asking;
+        let after = time_stamp_retired(&before, value as u64);
+        let rip = before.rip.wrapping_add(bytes as u64);
+        self.vcpu.retire_instruction(&CpuState { rip, ..after })?;
         Ok(true)
+    }
+
+    fn breakpoints(&self) -> usize {
+        MAX_BREAKPOINTS - usize::from(self.awaits_entry())
     }
 
     fn set_breakpoints(&mut self, addresses: &[u64]) -> Result<(), EngineError> {

@@ -5,7 +5,7 @@
 
 use reprise_machine::engine::EngineError;
 use reprise_trace::cpu_state::{CS, CpuState, DescriptorTable, RAX, RCX, RSP, SS, Segment};
-use reprise_trace::register_bits::{CR4_TSD, RFLAGS_IF};
+use reprise_trace::register_bits::{CR4_TSD, RFLAGS_IF, RFLAGS_RF};
 
 use crate::retired::retired;
 use crate::vcpu::{Vcpu, VcpuExit};
@@ -93,15 +93,20 @@ fn passed_on<V: Vcpu>(vcpu: &mut V) -> Result<Option<String>, EngineError> {
     if let Some(reason) = comes_back_at(vcpu, CODE, "INT3 in kernel code")? {
         return Ok(Some(reason));
     }
+    let before = vcpu.state()?.rflags;
     vcpu.pass_breakpoint_instruction()?;
     let exit = run(vcpu)?;
     let state = vcpu.state()?;
     if exit != VcpuExit::Halt || state.rip != BREAKPOINT_HANDLER + 1 {
         return Ok(Some(format!("INT3 that is passed on to the guest led to {exit:?}")));
     }
-    let [rip] = stack_words(vcpu, &state);
-    let wrong = || format!("INT3 at {CODE:#x} that is passed on to the guest returns to {rip:#x}");
-    Ok((rip != CODE + 1).then(wrong))
+    let [rip, _, flags] = stack_words(vcpu, &state);
+    let wrong = || {
+        format!(
+            "INT3 at {CODE:#x} that is passed on to the guest returns to {rip:#x} with RFLAGS {flags:#x}"
+        )
+    };
+    Ok(([rip, flags] != [CODE + 1, before]).then(wrong))
 }
 
 /// A write to watched RAM comes back, done, and once.
@@ -140,10 +145,11 @@ fn refused_to_user<V: Vcpu>(vcpu: &mut V) -> Result<Option<String>, EngineError>
         return Ok(Some(reason));
     }
     let state = vcpu.state()?;
-    let [error_code, rip, code, _, stack_pointer, stack] = stack_words(vcpu, &state);
-    let frame = [error_code, rip, code, stack_pointer, stack];
-    let expected =
-        [0, USER_CODE, USER_CODE_SELECTOR.into(), user.gpr[RSP], user.segments[SS].selector.into()];
+    let frame: [u64; 6] = stack_words(vcpu, &state);
+    let (code, stack) = (USER_CODE_SELECTOR.into(), user.segments[SS].selector.into());
+    // A fault's frame has RF set.
+    let flags = user.rflags | RFLAGS_RF;
+    let expected = [0, USER_CODE, code, flags, user.gpr[RSP], stack];
     let wrong = || format!("{what} has a frame that is not one of #GP: {frame:x?}");
     Ok((frame != expected).then(wrong))
 }

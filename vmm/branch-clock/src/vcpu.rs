@@ -71,7 +71,12 @@ pub trait Vcpu {
     /// If the counter refuses.
     fn set_overflow(&mut self, branches: Option<u64>) -> Result<(), EngineError>;
 
-    /// Sets breakpoints at these linear addresses and no others, [`MAX_BREAKPOINTS`] at most.
+    /// Breakpoints that whoever uses it may set.
+    fn breakpoints(&self) -> usize {
+        MAX_BREAKPOINTS
+    }
+
+    /// Sets breakpoints at these linear addresses and no others, [`Vcpu::breakpoints`] at most.
     ///
     /// # Errors
     /// If the host refuses.
@@ -112,19 +117,20 @@ pub trait Vcpu {
     /// If the host refuses.
     fn inject(&mut self, vector: u8) -> Result<(), EngineError>;
 
-    /// Has INT3 come back instead of reaching the guest, or no longer.
+    /// Has INT3 come back instead of reaching the guest, or no longer. Breakpoints stay as they are.
     ///
     /// # Errors
     /// If the host refuses.
     fn catch_breakpoint_instructions(&mut self, catch: bool) -> Result<(), EngineError>;
 
-    /// Has the INT3 that just came back reach the guest after all.
+    /// Has the INT3 that just came back reach the guest after all. The guest is entered next: until then it
+    /// stands nowhere.
     ///
     /// # Errors
     /// If the host refuses.
     fn pass_breakpoint_instruction(&mut self) -> Result<(), EngineError>;
 
-    /// Has each write to a page that this guest-physical range touches come back, when it is done and
+    /// Has each write to a page of RAM that this guest-physical range touches come back, when it is done and
     /// before another instruction executes; or no longer.
     ///
     /// # Errors

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvm_bindings::{KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP};
+use reprise_branch_clock::guest_code::linear_of;
 use reprise_branch_clock::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
 use reprise_machine::paging::write_ram;
@@ -20,12 +21,21 @@ use crate::branch_counter::BranchCounter;
 use crate::breakpoint_instruction::CaughtBy;
 use crate::error::KvmError;
 use crate::perf_host::PerfHost;
-use crate::vcpu::RawExit;
+use crate::vcpu::{RawExit, breakpoint_registers};
 use crate::watchdog::Watchdog;
 use crate::{KvmClock, KvmEngine, state};
 
-/// DR7: the bit that always reads one.
-const DR7_FIXED: u64 = 0x400;
+/// DR7: the guest has breakpoints.
+const DR7_ENABLED: u64 = 0xff;
+/// DR6: which breakpoints hit.
+const DR6_HITS: u64 = 0xf;
+/// DR6: a single step.
+const DR6_SINGLE_STEP: u64 = 1 << 14;
+const OWN_BREAKPOINTS: &str = "the guest has breakpoints of its own (DR7), in whose place are those of \
+                               the clock pmu: use --engine soft";
+const OWN_DEBUG_EXCEPTION: &str = "the guest raises #DB itself (TF or INT1) while the clock pmu has \
+                                   breakpoints: use --engine soft";
+
 /// KVM's vCPU with a counter.
 pub struct PmuVcpu {
     pub(crate) engine: KvmEngine,
@@ -34,7 +44,12 @@ pub struct PmuVcpu {
     window_wanted: bool,
     /// RFLAGS.RF is set so that the instruction at RIP executes.
     resuming: bool,
-    breakpoints_set: bool,
+    /// Linear addresses of breakpoints.
+    breakpoints: Vec<u64>,
+    /// The guest's own are enabled, as far as is known.
+    guest_has_breakpoints: bool,
+    /// INT3 that came back is on its way to the guest after all.
+    pub(crate) passing_on: bool,
     watchdog: Option<Watchdog>,
     /// INT3 comes back.
     pub(crate) catches_breakpoints: bool,
@@ -59,7 +74,9 @@ impl PmuVcpu {
             counter: None,
             window_wanted: false,
             resuming: false,
-            breakpoints_set: false,
+            breakpoints: Vec::with_capacity(MAX_BREAKPOINTS),
+            guest_has_breakpoints: false,
+            passing_on: false,
             watchdog: None,
             catches_breakpoints: false,
             caught_by: CaughtBy::Hardware,
@@ -103,25 +120,37 @@ impl PmuVcpu {
         exit
     }
 
-    /// Whether an interrupt that was queued is still not delivered.
+    /// Whether an interrupt that was queued, or INT3 that is passed on, is still not delivered.
     fn delivery_pending(&mut self) -> Result<bool, KvmError> {
-        Ok(self.engine.injected
-            && state::read_events(&self.engine.vcpu.fd)?.interrupt.injected != 0)
+        if !self.engine.injected && !self.passing_on {
+            return Ok(false);
+        }
+        let events = state::read_events(&self.engine.vcpu.fd)?;
+        let interrupt = self.engine.injected && events.interrupt.injected != 0;
+        Ok(interrupt || self.passing_on && events.exception.injected != 0)
     }
 
-    fn set_debug_registers(&mut self, addresses: &[u64]) -> Result<(), KvmError> {
-        let mut debugreg = [0; 8];
-        let mut enabled = 0;
-        for (number, address) in addresses.iter().enumerate() {
-            debugreg[number] = *address;
-            // L and G of this breakpoint; type and length zero stand for execution.
-            enabled |= 3 << (2 * number);
-        }
-        debugreg[7] = DR7_FIXED | enabled;
-        self.breakpoints_set = !addresses.is_empty();
-        let hardware = if self.breakpoints_set { KVM_GUESTDBG_USE_HW_BP } else { 0 };
+    fn set_debug_registers(&mut self) -> Result<(), KvmError> {
+        let hardware = if self.breakpoints.is_empty() { 0 } else { KVM_GUESTDBG_USE_HW_BP };
         let software = if self.catches_breakpoints { KVM_GUESTDBG_USE_SW_BP } else { 0 };
-        self.engine.vcpu.set_debug(hardware | software, debugreg)
+        let registers = breakpoint_registers(&self.breakpoints);
+        self.engine.vcpu.set_debug(hardware | software, registers)
+    }
+
+    /// What #DB that came back is: a breakpoint that was set, or the guest's own affair. Where KVM gives no
+    /// DR6 (AMD before Linux 5.7), the place tells.
+    fn debug_exit(&mut self, dr6: u64) -> Result<VcpuExit, EngineError> {
+        let hit = match dr6 & (DR6_SINGLE_STEP | DR6_HITS) {
+            0 => {
+                let state = self.engine.cpu_state()?;
+                self.breakpoints.contains(&linear_of(&state, state.rip))
+            }
+            causes => causes & DR6_SINGLE_STEP == 0,
+        };
+        Ok(match hit {
+            true => VcpuExit::Breakpoint,
+            false => VcpuExit::Unsupported(OWN_DEBUG_EXCEPTION.to_owned()),
+        })
     }
 
     /// Sets or clears RFLAGS.RF.
@@ -146,6 +175,9 @@ impl PmuVcpu {
         }
         let exit = match self.engine.queued.take() {
             Some(exit) => exit,
+            None if self.guest_has_breakpoints && !self.breakpoints.is_empty() => {
+                return Ok(VcpuExit::Unsupported(OWN_BREAKPOINTS.to_owned()));
+            }
             None => {
                 self.engine.vcpu.request_interrupt_window(self.window_wanted);
                 self.run_guest()?
@@ -166,7 +198,7 @@ impl PmuVcpu {
         Ok(match exit {
             RawExit::Interrupted => VcpuExit::Interrupted { kicked: self.engine.kick.take() },
             RawExit::InterruptWindow => VcpuExit::InterruptWindow,
-            RawExit::Debug { .. } => VcpuExit::Breakpoint,
+            RawExit::Debug { dr6, .. } => self.debug_exit(dr6)?,
             RawExit::Halt => {
                 self.engine.halted = true;
                 VcpuExit::Halt
@@ -200,10 +232,10 @@ impl Vcpu for PmuVcpu {
                 if self.delivery_pending()? {
                     continue;
                 }
-                self.engine.injected = false;
+                (self.engine.injected, self.passing_on) = (false, false);
                 return Ok(VcpuExit::Interrupted { kicked: kicked_before });
             }
-            self.engine.injected = false;
+            (self.engine.injected, self.passing_on) = (false, false);
             if kicked_before {
                 // Not lost: the next entry tells.
                 self.engine.kick.kick();
@@ -244,13 +276,24 @@ impl Vcpu for PmuVcpu {
         if self.resuming {
             self.set_resume_flag(false)?;
         }
-        if addresses.is_empty() && !self.breakpoints_set {
+        if addresses == self.breakpoints {
             return Ok(());
         }
-        Ok(self.set_debug_registers(addresses)?)
+        if self.breakpoints.is_empty() {
+            let debug = self.engine.vcpu.fd.get_debug_regs();
+            let debug = debug.map_err(|errno| KvmError::refused("KVM_GET_DEBUGREGS", errno))?;
+            self.guest_has_breakpoints = debug.dr7 & DR7_ENABLED != 0;
+        }
+        self.breakpoints.clear();
+        self.breakpoints.extend_from_slice(addresses);
+        Ok(self.set_debug_registers()?)
     }
 
     fn step_off(&mut self) -> Result<(), EngineError> {
+        if self.engine.injected || self.passing_on {
+            // What is delivered first would save RFLAGS.RF, and no breakpoint hits before it.
+            return Ok(());
+        }
         Ok(self.set_resume_flag(true)?)
     }
 
@@ -261,7 +304,8 @@ impl Vcpu for PmuVcpu {
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
-        self.resuming = false;
+        (self.resuming, self.passing_on) = (false, false);
+        self.guest_has_breakpoints = state.dr7 & DR7_ENABLED != 0;
         self.engine.set_cpu_state(state)
     }
 
@@ -279,7 +323,7 @@ impl Vcpu for PmuVcpu {
 
     fn catch_breakpoint_instructions(&mut self, catch: bool) -> Result<(), EngineError> {
         self.catches_breakpoints = catch;
-        Ok(self.set_debug_registers(&[])?)
+        Ok(self.set_debug_registers()?)
     }
 
     fn pass_breakpoint_instruction(&mut self) -> Result<(), EngineError> {

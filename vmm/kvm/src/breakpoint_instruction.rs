@@ -36,7 +36,7 @@ impl PmuVcpu {
         &mut self,
         exit: RawExit,
     ) -> Result<bool, KvmError> {
-        if exit == (RawExit::Debug { vector: u32::from(BREAKPOINT) }) {
+        if matches!(exit, RawExit::Debug { vector, .. } if vector == u32::from(BREAKPOINT)) {
             self.caught_by = CaughtBy::Hardware;
             return Ok(true);
         }
@@ -62,6 +62,7 @@ impl PmuVcpu {
             regs.rip = regs.rip.wrapping_add(BYTES);
             fd.set_regs(&regs).map_err(|errno| KvmError::refused("KVM_SET_REGS", errno))?;
         }
+        self.passing_on = true;
         self.set_exception(Some(BREAKPOINT))
     }
 

@@ -15,11 +15,8 @@ use reprise_trace::cpu_state::CpuState;
 
 use crate::error::KvmError;
 use crate::host::KvmKind;
-use crate::vcpu::Vcpu;
+use crate::vcpu::{Vcpu, breakpoint_registers};
 use crate::{KvmEngine, state};
-
-/// DR7: the bit that always reads one.
-const DR7_FIXED: u64 = 0x400;
 
 /// Whether user code's RDTSC faults under the guest's CR4.TSD only if the host's thread has it refused too.
 pub(crate) fn needs_host_refusal() -> bool {
@@ -36,16 +33,8 @@ pub(crate) fn refuse_to_this_thread(refuse: bool) {
 
 /// Breakpoints in debug registers at these addresses.
 pub(crate) fn set_breakpoints(vcpu: &mut Vcpu, addresses: &[u64]) -> Result<(), KvmError> {
-    let mut debugreg = [0; 8];
-    let mut enabled = 0;
-    for (number, address) in addresses.iter().take(MAX_BREAKPOINTS).enumerate() {
-        debugreg[number] = *address;
-        // L and G of this breakpoint; type and length zero stand for execution.
-        enabled |= 3 << (2 * number);
-    }
-    debugreg[7] = DR7_FIXED | enabled;
     let control = if addresses.is_empty() { 0 } else { KVM_GUESTDBG_USE_HW_BP };
-    vcpu.set_debug(control, debugreg)
+    vcpu.set_debug(control, breakpoint_registers(addresses))
 }
 
 impl KvmEngine {

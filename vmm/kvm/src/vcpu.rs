@@ -4,6 +4,7 @@ use std::fmt;
 
 use kvm_bindings::*;
 use kvm_ioctls::{Kvm, VcpuFd};
+use reprise_branch_clock::vcpu::MAX_BREAKPOINTS;
 use reprise_machine::ram::GuestRam;
 use vmm_sys_util::errno::Error as Errno;
 use vmm_sys_util::ioctl::ioctl_with_ref;
@@ -55,8 +56,8 @@ pub(crate) enum RawExit {
     Shutdown,
     /// RDMSR or WRMSR of one that KVM does not let pass; answered before anybody sees this.
     ModelSpecific { index: u32, is_write: bool },
-    /// A debug event that userspace asked for: the exception's vector.
-    Debug { vector: u32 },
+    /// A debug event that userspace asked for: the exception's vector, and what DR6 says of #DB.
+    Debug { vector: u32, dr6: u64 },
     /// The guest takes interrupts here, which was asked for.
     InterruptWindow,
     /// RDTSC at a place where it is trapped: the engine makes this of [`RawExit::Debug`].
@@ -186,7 +187,7 @@ impl Vcpu {
             if self.stepping && answer.is_some() {
                 // A plain KVM_RUN could step the next instruction as well.
                 return Ok(match self.complete()? {
-                    RawExit::Interrupted => RawExit::Debug { vector: DEBUG_EXCEPTION },
+                    RawExit::Interrupted => RawExit::Debug { vector: DEBUG_EXCEPTION, dr6: 0 },
                     exit => exit,
                 });
             }
@@ -291,6 +292,21 @@ impl Vcpu {
     }
 }
 
+/// Debug registers, as KVM_SET_GUEST_DEBUG takes them, with breakpoints at these addresses, four at most.
+pub(crate) fn breakpoint_registers(addresses: &[u64]) -> [u64; 8] {
+    /// DR7: the bit that always reads one.
+    const DR7_FIXED: u64 = 0x400;
+    let mut registers = [0; 8];
+    let mut enabled = 0;
+    for (number, address) in addresses.iter().take(MAX_BREAKPOINTS).enumerate() {
+        registers[number] = *address;
+        // L and G of this breakpoint; type and length zero stand for execution.
+        enabled |= 3 << (2 * number);
+    }
+    registers[7] = DR7_FIXED | enabled;
+    registers
+}
+
 fn read_exit(run: &kvm_run) -> RawExit {
     let detail = &run.__bindgen_anon_1;
     match run.exit_reason {
@@ -318,7 +334,7 @@ fn read_exit(run: &kvm_run) -> RawExit {
         KVM_EXIT_DEBUG => {
             // SAFETY: as above.
             let debug = unsafe { detail.debug };
-            RawExit::Debug { vector: debug.arch.exception }
+            RawExit::Debug { vector: debug.arch.exception, dr6: debug.arch.dr6 }
         }
         KVM_EXIT_INTR => RawExit::Interrupted,
         KVM_EXIT_IRQ_WINDOW_OPEN => RawExit::InterruptWindow,

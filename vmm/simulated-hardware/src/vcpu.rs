@@ -11,6 +11,7 @@ use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::CpuState;
+use reprise_trace::register_bits::RFLAGS_RF;
 
 use crate::disturbance::{Disturbance, Skid};
 use crate::page_tables::access_early;
@@ -31,6 +32,8 @@ pub struct SimulatedVcpu {
     /// The instruction at this linear address executes, breakpoint or not.
     stepping_off: Option<u64>,
     queued_interrupt: Option<u8>,
+    /// INT3 that came back is being delivered.
+    passing: bool,
     window_wanted: bool,
     overflow: Overflow,
     kick: Due,
@@ -105,6 +108,7 @@ impl SimulatedVcpu {
             breakpoints: Vec::with_capacity(MAX_BREAKPOINTS),
             stepping_off: None,
             queued_interrupt: None,
+            passing: false,
             window_wanted: false,
             overflow: Overflow::Never,
             kick: Due::every(disturbance.kick_every, &mut random),
@@ -321,6 +325,16 @@ fn of_engine(exit: Exit) -> VcpuExit {
 
 impl Vcpu for SimulatedVcpu {
     fn enter(&mut self) -> Result<VcpuExit, EngineError> {
+        if std::mem::take(&mut self.passing) {
+            // An exception that is queued is delivered before anything else, and no breakpoint hits.
+            self.engine.pass_breakpoint_instruction();
+            self.engine.set_interrupt_request(false);
+            let exit = self.engine.step_until(false, 1, &[]);
+            self.stepping_off = None;
+            if let Some(exit) = exit {
+                return Ok(self.of_engine(exit));
+            }
+        }
         if let Some(vector) = self.queued_interrupt.take() {
             // The window is open: it must not be given before the delivery.
             self.engine.inject(vector)?;
@@ -367,6 +381,12 @@ impl Vcpu for SimulatedVcpu {
     }
 
     fn step_off(&mut self) -> Result<(), EngineError> {
+        if self.passing || self.queued_interrupt.is_some() {
+            // KVM does it with RFLAGS.RF, which what is delivered next saves.
+            let state = self.engine.cpu_state()?;
+            let rflags = state.rflags | RFLAGS_RF;
+            self.engine.retire_instruction(&CpuState { rflags, ..state });
+        }
         self.stepping_off = Some(self.engine.code_address());
         Ok(())
     }
@@ -377,7 +397,7 @@ impl Vcpu for SimulatedVcpu {
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
         self.tsc_offset = state.tsc_offset;
-        self.queued_interrupt = None;
+        (self.queued_interrupt, self.passing) = (None, false);
         self.engine.set_cpu_state(state)
     }
 
@@ -400,7 +420,7 @@ impl Vcpu for SimulatedVcpu {
     }
 
     fn pass_breakpoint_instruction(&mut self) -> Result<(), EngineError> {
-        self.engine.pass_breakpoint_instruction();
+        self.passing = true;
         Ok(())
     }
 

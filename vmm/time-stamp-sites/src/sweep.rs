@@ -51,13 +51,8 @@ impl Instruction {
         }
     }
 
-    /// Those in 64-bit code that begins with an instruction: offset, bytes, and what it is.
-    pub fn all_in(code: &[u8]) -> Vec<(usize, u8, Self)> {
-        let found = search(code, &[]).instructions.into_iter();
-        found.map(|(offset, bytes, instruction, _)| (offset, bytes, instruction)).collect()
-    }
-
-    pub(crate) fn of(decoded: &Decoded) -> Option<Self> {
+    /// What one that is decoded as 64-bit code is, if it is looked for.
+    pub fn of(decoded: &Decoded) -> Option<Self> {
         Some(match decoded.mnemonic() {
             Mnemonic::Rdtsc => Self::ReadTimeStamp,
             Mnemonic::Rdtscp => Self::ReadTimeStampAndProcessor,

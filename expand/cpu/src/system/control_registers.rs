@@ -5,10 +5,11 @@ use iced_x86::{Mnemonic, Register};
 use reprise_devices::cpu_model::PHYSICAL_ADDRESS_BITS;
 use reprise_trace::cpu_state::CS;
 use reprise_trace::instructions::Event;
+use reprise_trace::register_bits::CR4_BITS;
 
 use crate::cpu::{
-    CR0_AM, CR0_EM, CR0_NE, CR0_PE, CR0_PG, CR0_TS, CR0_WP, CR4_DE, CR4_OSFXSR, CR4_OSXMMEXCPT,
-    CR4_PAE, CR4_PGE, CR4_PSE, CR4_SMAP, CR4_SMEP, CR4_TSD, Cpu, EFER_LMA, EFER_LME,
+    CR0_AM, CR0_EM, CR0_NE, CR0_PE, CR0_PG, CR0_TS, CR0_WP, CR4_PAE, CR4_PGE, CR4_PSE, CR4_SMAP,
+    CR4_SMEP, Cpu, EFER_LMA, EFER_LME,
 };
 use crate::decode::op::{Handler, Op};
 use crate::fault::{Fault, Stop};
@@ -25,9 +26,6 @@ const CR0_ET: u64 = 1 << 4;
 const CR0_NW: u64 = 1 << 29;
 /// Cache disable.
 const CR0_CD: u64 = 1 << 30;
-/// Global pages.
-/// RDPMC outside privilege level 0.
-const CR4_PCE: u64 = 1 << 8;
 /// The bits of CR0 that exist. The others below bit 32 are ignored.
 const CR0_BITS: u64 = CR0_PE
     | CR0_MP
@@ -40,17 +38,6 @@ const CR0_BITS: u64 = CR0_PE
     | CR0_NW
     | CR0_CD
     | CR0_PG;
-/// The bits of CR4 that the CPU model has.
-const CR4_BITS: u64 = CR4_TSD
-    | CR4_DE
-    | CR4_PSE
-    | CR4_PAE
-    | CR4_PGE
-    | CR4_PCE
-    | CR4_OSFXSR
-    | CR4_OSXMMEXCPT
-    | CR4_SMEP
-    | CR4_SMAP;
 /// Bits of CR0 and CR4 that a cached translation depends on.
 const CR0_PAGING: u64 = CR0_PG | CR0_WP | CR0_PE;
 const CR4_PAGING: u64 = CR4_PAE | CR4_PSE | CR4_PGE | CR4_SMEP | CR4_SMAP;

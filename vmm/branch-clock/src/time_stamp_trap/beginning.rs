@@ -9,7 +9,7 @@ use super::{TimeStampTrap, TrapCounts, WENT_ON};
 use crate::boot_stub::StubTrap;
 use crate::candidates::Candidate;
 use crate::placed_kernel::{PlacedKernel, kernel_at, kernel_of};
-use crate::planted::{Planted, trap};
+use crate::planted::{Planted, trap, write_bytes};
 use crate::retired::retired;
 use crate::vcpu::{Vcpu, VcpuExit};
 use reprise_trace::register_bits::CR4_TSD;
@@ -26,7 +26,7 @@ impl<V: Vcpu> TimeStampTrap<V> {
         }
         let Some(stub) = &self.stub else { return Ok(()) };
         for jump in stub.jumps(self.vcpu.ram()) {
-            write(&mut self.vcpu, jump, &trap(stub.jump().len()));
+            write_bytes(&mut self.vcpu, jump, &trap(stub.jump().len()));
         }
         Ok(())
     }
@@ -38,7 +38,7 @@ impl<V: Vcpu> TimeStampTrap<V> {
         stub: &StubTrap,
     ) -> Result<VcpuExit, EngineError> {
         for jump in stub.breakpoints(self.vcpu.ram()) {
-            write(&mut self.vcpu, jump, stub.jump());
+            write_bytes(&mut self.vcpu, jump, stub.jump());
         }
         let entry = state.gpr[RAX];
         let after = CpuState { rip: entry, ..retired(state, stub.jump().len()) };
@@ -67,22 +67,32 @@ impl<V: Vcpu> TimeStampTrap<V> {
         for candidate in all {
             if candidate.read && !applied {
                 self.counts.open += u64::from(!candidate.patched);
-            } else if !self.plant(candidate) && !candidate.read {
-                self.counts.refused += 1;
+            } else {
+                let refused = self.counts.refused;
+                if !self.plant(candidate) && !candidate.read {
+                    self.counts.refused = refused + 1;
+                }
             }
         }
         let state = self.vcpu.state()?;
+        self.guest_tsd = state.cr4 & CR4_TSD != 0;
         self.vcpu.set_state(&CpuState { cr4: state.cr4 | CR4_TSD, ..state })
     }
 
     /// The CPU state and guest RAM are those of a checkpoint.
     pub(super) fn begin_at_checkpoint(&mut self) -> Result<(), EngineError> {
+        let mut state = self.vcpu.state()?;
+        if self.placed.is_some() {
+            // The one that is set is this trap's.
+            state.cr4 = state.cr4 & !CR4_TSD | self.guest_tsd_bit();
+            self.vcpu.set_state(&state)?;
+        }
         // What was set up before was for other RAM.
         (self.placed, self.planted, self.stub) = (None, Planted::new(), stub_of(&self.kernel));
         (self.applied, self.fault_handler, self.asking) = (false, None, None);
         self.page_writes.clear();
-        self.counts = TrapCounts::default();
-        let state = self.vcpu.state()?;
+        self.unforeseen.clear();
+        (self.refusal, self.counts) = (None, TrapCounts::default());
         match kernel_of(&self.kernel, self.vcpu.ram(), &state) {
             Some(placed) => {
                 self.begun = true;
@@ -98,12 +108,5 @@ pub(super) fn stub_of(kernel: &KernelText) -> Option<StubTrap> {
     match &kernel.unpacking {
         Unpacking::By(jump) => Some(StubTrap::new(jump)),
         Unpacking::None | Unpacking::Unknown => None,
-    }
-}
-
-/// Writes RAM, within a page or not.
-fn write<V: Vcpu>(vcpu: &mut V, address: u64, bytes: &[u8]) {
-    for (at, byte) in (address..).zip(bytes) {
-        vcpu.write_ram(at, &[*byte]);
     }
 }

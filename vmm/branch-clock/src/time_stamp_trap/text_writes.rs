@@ -1,7 +1,9 @@
 //! What the guest writes to its kernel's text.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
+use iced_x86::{Decoder, DecoderOptions};
 use reprise_machine::engine::EngineError;
 use reprise_time_stamp_sites::Instruction;
 
@@ -16,6 +18,10 @@ use crate::vcpu::Vcpu;
 const WRITES_BETWEEN_LOOKS: u32 = 32;
 /// No single patch of text is larger.
 const MAX_PATCH_BYTES: u64 = 64;
+/// Decoding that begins at any byte has come to an instruction's boundary after so many, nearly always...
+const BYTES_TO_BOUNDARY: u64 = 64;
+/// ...and it is begun at so many, of which at least half must come to the same.
+const BEGINNINGS: u64 = 16;
 
 impl<V: Vcpu> TimeStampTrap<V> {
     /// The guest wrote to its text.
@@ -26,6 +32,7 @@ impl<V: Vcpu> TimeStampTrap<V> {
             for address in overlapped {
                 if !self.planted.is_whole(&self.vcpu, address) {
                     self.planted.remove(&mut self.vcpu, address, ranges);
+                    self.unforeseen.remove(&address);
                 }
             }
             if self.is_given_up(range, ranges)? {
@@ -83,20 +90,80 @@ impl<V: Vcpu> TimeStampTrap<V> {
         for candidate in near {
             self.counts.patched += u64::from(self.plant(candidate));
         }
-        if unforeseeable {
-            return;
+        if !unforeseeable {
+            self.plant_unforeseen(range);
         }
-        // A patch begins with an instruction.
-        let length = (range.end - range.start).min(MAX_PATCH_BYTES) as usize;
-        let mut bytes = vec![0; length];
-        self.vcpu.ram().read(range.start, &mut bytes);
-        for (offset, bytes, instruction) in Instruction::all_in(&bytes) {
-            let physical = range.start + offset as u64;
-            let candidate = Candidate { physical, bytes, instruction, patched: true, read: false };
-            if is_trapped(instruction) && self.plant(candidate) {
+    }
+
+    /// Sets breakpoints at what the text, as it now stands, has around a write and nobody foresaw. A patch
+    /// may come in any number of writes, so what the last one made of the bytes before and behind it counts,
+    /// and what seemed to be an instruction amid a patch may be none at its end.
+    fn plant_unforeseen(&mut self, range: &Range<u64>) {
+        let most = MAX_BYTES as u64 - 1;
+        let near = range.start.saturating_sub(most)..range.end.saturating_add(most);
+        let found = self.instructions_near(&near);
+        let before: Vec<u64> = self.unforeseen.range(near).copied().collect();
+        for address in before {
+            if !found.iter().any(|candidate| candidate.physical == address) {
+                self.unforeseen.remove(&address);
+                self.planted.remove(&mut self.vcpu, address, &[]);
+            }
+        }
+        for candidate in found {
+            let Candidate { physical, bytes, .. } = candidate;
+            let place = physical..physical + u64::from(bytes);
+            if self.planted.overlapping(&place).next().is_none() && self.plant(candidate) {
+                self.unforeseen.insert(physical);
                 self.counts.unforeseen += 1;
             }
         }
+    }
+
+    /// What has to be trapped among the instructions that begin within `near`, by the guest's own bytes.
+    /// The text has no boundaries that are known here but its start, so decoding begins well before, at
+    /// several places.
+    fn instructions_near(&self, near: &Range<u64>) -> Vec<Candidate> {
+        let text = self.placed.as_ref().and_then(|placed| {
+            let touches = |text: &&PlacedText| {
+                text.range.start < near.end && near.start < text.range.end && !text.is_initial()
+            };
+            placed.text.iter().find(touches)
+        });
+        let Some(text) = text else { return Vec::new() };
+        let start = near.start.saturating_sub(BYTES_TO_BOUNDARY).max(text.range.start);
+        let end = near.end.saturating_add(MAX_BYTES as u64).min(text.range.end);
+        let mut code = vec![0; (end - start) as usize];
+        self.vcpu.ram().read(start, &mut code);
+        self.hide(start, &mut code);
+        let looks_like_one = |bytes: &[u8]| matches!(bytes, [0x0f, 0x31 | 0x20 | 0x22]);
+        if !code.windows(2).any(looks_like_one) {
+            return Vec::new();
+        }
+        let beginnings = if start == text.range.start { 1 } else { BEGINNINGS };
+        let mut votes: BTreeMap<u64, (Candidate, u64)> = BTreeMap::new();
+        for beginning in 0..beginnings as usize {
+            let mut decoder = Decoder::new(64, &code, DecoderOptions::NONE);
+            if decoder.set_position(beginning).is_err() {
+                break;
+            }
+            while decoder.can_decode() {
+                let offset = decoder.position();
+                let decoded = decoder.decode();
+                if decoded.is_invalid() && decoder.set_position(offset + 1).is_err() {
+                    break;
+                }
+                let physical = start + offset as u64;
+                let Some(instruction) = Instruction::of(&decoded) else { continue };
+                if is_trapped(instruction) && near.contains(&physical) {
+                    let bytes = decoded.len() as u8;
+                    let candidate =
+                        Candidate { physical, bytes, instruction, patched: true, read: false };
+                    votes.entry(physical).or_insert((candidate, 0)).1 += 1;
+                }
+            }
+        }
+        let enough = |(_, votes): &&(Candidate, u64)| 2 * votes >= beginnings;
+        votes.values().filter(enough).map(|(candidate, _)| *candidate).collect()
     }
 
     /// The guest has applied its alternatives: sets the breakpoints that had to wait for that.
