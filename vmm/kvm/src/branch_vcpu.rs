@@ -137,17 +137,11 @@ impl PmuVcpu {
         self.engine.vcpu.set_debug(hardware | software, registers)
     }
 
-    /// What #DB that came back is: a breakpoint that was set, or the guest's own affair. Where KVM gives no
-    /// DR6 (AMD before Linux 5.7), the place tells.
+    /// What #DB that came back is: a breakpoint that was set, or the guest's own affair.
     fn debug_exit(&mut self, dr6: u64) -> Result<VcpuExit, EngineError> {
-        let hit = match dr6 & (DR6_SINGLE_STEP | DR6_HITS) {
-            0 => {
-                let state = self.engine.cpu_state()?;
-                self.breakpoints.contains(&linear_of(&state, state.rip))
-            }
-            causes => causes & DR6_SINGLE_STEP == 0,
-        };
-        Ok(match hit {
+        let state = self.engine.cpu_state()?;
+        let at_breakpoint = self.breakpoints.contains(&linear_of(&state, state.rip));
+        Ok(match is_hit(dr6, at_breakpoint) {
             true => VcpuExit::Breakpoint,
             false => VcpuExit::Unsupported(OWN_DEBUG_EXCEPTION.to_owned()),
         })
@@ -212,6 +206,15 @@ impl PmuVcpu {
                 },
             },
         })
+    }
+}
+
+/// Whether #DB with this DR6 is for a breakpoint, and nothing else. Where KVM gives no DR6 (AMD before Linux
+/// 5.7), the place tells.
+fn is_hit(dr6: u64, at_breakpoint: bool) -> bool {
+    match dr6 & (DR6_SINGLE_STEP | DR6_HITS) {
+        0 => at_breakpoint,
+        causes => causes & DR6_SINGLE_STEP == 0,
     }
 }
 

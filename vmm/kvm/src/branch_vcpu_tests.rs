@@ -98,3 +98,35 @@ fn an_overflow_is_asked_of_the_counter() {
     assert_eq!(host.asked.borrow().last(), Some(&Asked::Period(4_000)));
     assert_eq!(vcpu.conditional_branches().expect("it reads"), 0);
 }
+
+/// Breakpoints at an address are no use to a guest that has its own, and it would not know.
+#[test]
+fn a_guest_with_breakpoints_of_its_own_is_refused_while_others_are_set() {
+    require_kvm!();
+    let mut vcpu = PmuVcpu::without_counter(ram_with(&[0x90, 0xf4])).expect("KVM");
+    let state = CpuState { dr7: 0x401, ..long_mode() };
+    vcpu.set_state(&state).expect("a state that KVM takes");
+    vcpu.set_breakpoints(&[CODE + 1]).expect("KVM takes it");
+    match vcpu.enter().expect("KVM runs") {
+        VcpuExit::Unsupported(reason) => assert!(reason.contains("DR7"), "{reason}"),
+        exit => panic!("{exit:?}"),
+    }
+    vcpu.set_breakpoints(&[]).expect("KVM takes it");
+    assert_eq!(vcpu.enter().expect("KVM runs"), VcpuExit::Halt);
+}
+
+#[test]
+fn a_debug_exception_that_no_breakpoint_raised_is_the_guests() {
+    const FIXED: u64 = 0xffff_0ff0;
+    for (dr6, at_breakpoint, hit) in [
+        (FIXED | 1, true, true),
+        (FIXED | 8, false, true),
+        (FIXED | 1 << 14, true, false),
+        (FIXED | 1 << 14 | 1, true, false),
+        // INT1, or a host that does not say.
+        (FIXED, false, false),
+        (0, true, true),
+    ] {
+        assert_eq!(is_hit(dr6, at_breakpoint), hit, "{dr6:#x}, {at_breakpoint}");
+    }
+}

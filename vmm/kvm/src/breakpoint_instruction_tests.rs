@@ -79,3 +79,31 @@ fn breakpoints_in_debug_registers_go_on_beside_it() {
     vcpu.set_breakpoints(&[]).expect("KVM takes it");
     assert_eq!(vcpu.enter().expect("KVM runs"), VcpuExit::Halt);
 }
+
+/// Whoever has the guest step off the INT3 that is on its way sets RFLAGS.RF on KVM, which is no business of the
+/// guest's.
+#[test]
+fn the_frame_of_one_that_is_passed_on_has_the_guests_flags() {
+    require_kvm!();
+    let mut vcpu = vcpu(&[HLT]);
+    comes_back(&mut vcpu);
+    vcpu.pass_breakpoint_instruction().expect("KVM takes it");
+    vcpu.step_off().expect("KVM takes it");
+    assert_eq!(vcpu.enter().expect("KVM runs"), VcpuExit::Halt);
+    let state = vcpu.state().expect("a state");
+    let mut flags = [0; 8];
+    vcpu.ram().read(state.gpr[RSP] + 16, &mut flags);
+    assert_eq!(u64::from_le_bytes(flags), long_mode().rflags);
+}
+
+#[test]
+fn breakpoints_stay_when_it_is_caught_or_no_longer() {
+    require_kvm!();
+    let mut vcpu = vcpu(&[HLT]);
+    vcpu.set_breakpoints(&[HANDLER]).expect("KVM takes it");
+    vcpu.catch_breakpoint_instructions(false).expect("KVM takes it");
+    vcpu.catch_breakpoint_instructions(true).expect("KVM takes it");
+    comes_back(&mut vcpu);
+    vcpu.pass_breakpoint_instruction().expect("KVM takes it");
+    assert_eq!(vcpu.enter().expect("KVM runs"), VcpuExit::Breakpoint);
+}
