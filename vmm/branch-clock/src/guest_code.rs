@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, OpKind, Register};
 use reprise_machine::ram::GuestRam;
-use reprise_trace::cpu_state::{CS, CpuState, ES, RCX, RSP, SS};
+use reprise_trace::cpu_state::{CS, CpuState, ES, RCX, RSP, SS, Segment};
 
 use reprise_machine::paging::Paging;
 use reprise_trace::register_bits::{CR0_PE, EFER_LMA};
@@ -202,6 +202,16 @@ fn register(state: &CpuState, name: Register) -> Option<u64> {
         2 => Some(value & 0xffff),
         _ => None,
     }
+}
+
+/// What a segment register holds once it has loaded a code or data descriptor.
+pub fn segment_of(selector: u16, descriptor: u64) -> Segment {
+    const GRANULARITY: u16 = 1 << 15;
+    let attributes = (descriptor >> 40) as u16 & 0xf0ff;
+    let limit = (descriptor & 0xffff | descriptor >> 32 & 0xf_0000) as u32;
+    let limit = if attributes & GRANULARITY != 0 { limit << 12 | 0xfff } else { limit };
+    let base = descriptor >> 16 & 0xff_ffff | descriptor >> 32 & 0xff00_0000;
+    Segment { selector, attributes, limit, base }
 }
 
 /// The handler's offset in the gate of `vector`; `None` where there is none.

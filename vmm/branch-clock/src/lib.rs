@@ -12,7 +12,7 @@
 //! - Recording, the guest is kicked anywhere. It is then led on to the next place that can be found
 //!   again (`settle.rs`): the one right behind a conditional branch, if one comes soon.
 //! - Replaying, the guest runs until the counter interrupts it short of the tick, and from there from
-//!   breakpoint to breakpoint at the moment's RIP, until tick and state agree (`engine.rs`).
+//!   breakpoint to breakpoint at the moment's RIP, until tick and state agree (`approach.rs`).
 //!
 //! Single-step is not used: on VMX the trap flag that steps leaks into the flags that PUSHF, SYSCALL
 //! and every fault save, and a fault's handler runs unstepped. Breakpoints leave no trace.

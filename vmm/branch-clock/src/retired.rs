@@ -3,6 +3,7 @@
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::{CS, CpuState, RAX, RDX, RSP, SS, Segment};
 
+use crate::guest_code::segment_of;
 use reprise_machine::paging::Paging;
 use reprise_trace::register_bits::RFLAGS_RF;
 
@@ -53,7 +54,6 @@ pub(crate) fn before_fault(ram: &GuestRam, state: &CpuState) -> Option<CpuState>
 /// What a selector of the GDT or LDT loads.
 fn segment(ram: &GuestRam, state: &CpuState, selector: u16) -> Option<Segment> {
     const TABLE: u16 = 4;
-    const GRANULARITY: u16 = 1 << 15;
     let offset = u64::from(selector & !7);
     let (start, limit) = match selector & TABLE {
         0 => (state.gdtr.base, u32::from(state.gdtr.limit)),
@@ -67,10 +67,5 @@ fn segment(ram: &GuestRam, state: &CpuState, selector: u16) -> Option<Segment> {
     if !Paging::from(state).read(ram, start.wrapping_add(offset), &mut bytes) {
         return None;
     }
-    let descriptor = u64::from_le_bytes(bytes);
-    let attributes = (descriptor >> 40) as u16 & 0xf0ff;
-    let limit = (descriptor & 0xffff | descriptor >> 32 & 0xf_0000) as u32;
-    let limit = if attributes & GRANULARITY != 0 { limit << 12 | 0xfff } else { limit };
-    let base = descriptor >> 16 & 0xff_ffff | descriptor >> 32 & 0xff00_0000;
-    Some(Segment { selector, attributes, limit, base })
+    Some(segment_of(selector, u64::from_le_bytes(bytes)))
 }

@@ -8,6 +8,7 @@
 //!
 //! AMD64 APM volume 2, "Long-Mode Interrupt Control Transfers", and volume 3, "IRET".
 
+use reprise_branch_clock::guest_code::segment_of;
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::{CS, CpuState, DS, ES, FS, GS, RSP, SS, Segment};
 
@@ -27,7 +28,6 @@ const CODE: u16 = 1 << 3;
 const CODE_OR_DATA: u16 = 1 << 4;
 const LONG: u16 = 1 << 13;
 const DEFAULT_32: u16 = 1 << 14;
-const GRANULARITY: u16 = 1 << 15;
 
 /// What IRETQ pops.
 const FRAME_BYTES: usize = 40;
@@ -284,11 +284,8 @@ fn read_descriptor(ram: &GuestRam, state: &CpuState, selector: u16) -> Option<De
     }
     let address = state.gdtr.base.wrapping_add(offset);
     let raw = u64::from_le_bytes(read_system(ram, state, address)?);
-    let attributes = (raw >> 40 & 0xf0ff) as u16;
-    let limit = (raw & 0xffff | raw >> 32 & 0xf_0000) as u32;
-    let limit = if attributes & GRANULARITY != 0 { limit << 12 | 0xfff } else { limit };
-    let base = raw >> 16 & 0xff_ffff | raw >> 32 & 0xff00_0000;
-    let segment = Segment { selector, attributes, limit, base };
+    let segment = segment_of(selector, raw);
+    let attributes = segment.attributes;
     let usable = segment.present() && attributes & CODE_OR_DATA != 0;
     // A descriptor may lie in two pages.
     let paging = Paging::from(state);

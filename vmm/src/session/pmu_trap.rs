@@ -1,7 +1,7 @@
 //! Whether RDTSC of a guest is trapped with the clock `pmu`.
 
 use reprise_branch_clock::engine::BranchClock;
-use reprise_branch_clock::time_stamp_trap::TimeStampTrap;
+use reprise_branch_clock::time_stamp_trap::{TimeStampTrap, TrapCounts};
 use reprise_branch_clock::vcpu::Vcpu;
 use reprise_kvm::Finding;
 use reprise_machine::engine::EngineError;
@@ -33,6 +33,10 @@ impl PmuTrap {
             Ok(text) => text,
             Err(error) => return Self::Off(error.to_string()),
         };
+        if !text.shows_when_patched() {
+            let reason = "nothing in the kernel's text shows when it has applied its alternatives";
+            return Self::Off(reason.to_owned());
+        }
         if text.unpacking == Unpacking::Unknown
             && !command_line.split_ascii_whitespace().any(|word| word == STAYS)
         {
@@ -84,6 +88,13 @@ impl PmuTrap {
 pub const KERNEL_MOVED: &str = "RDTSC was not trapped: the kernel was not found behind its boot stub, so what it read is in no log \
      and a replay may differ; add nokaslr to its command line, or use --engine soft";
 
+/// What is said of a run with places at which RDTSC was not trapped.
+pub const PLACES_LEFT: &str = "RDTSC was not trapped everywhere: places of the kernel's text do not hold what its file says, so what it \
+     read there is in no log and a replay may differ; use --engine soft";
+/// What is said of a run whose user code was refused RDTSC, and nobody answered.
+pub const USER_LEFT: &str = "RDTSC of user code was refused and not answered, since the kernel's handler of #GP was not found while \
+     programs ran: one that reads the counter got a fault; use --engine soft";
+
 /// The clock `pmu` that traps RDTSC.
 pub type TrappingClock<V> = BranchClock<TimeStampTrap<V>>;
 
@@ -101,5 +112,32 @@ pub fn trapping_engine<H: BranchHardware>(
 
 /// What there is to say of a run on it that is over.
 pub fn note_of<V: Vcpu>(engine: &TrappingClock<V>) -> Option<&'static str> {
-    engine.vcpu().counts().is_none().then_some(KERNEL_MOVED)
+    note_of_counts(engine.vcpu().counts())
+}
+
+/// The same, by what the trap did; `None` if it never saw the kernel.
+pub fn note_of_counts(counts: Option<TrapCounts>) -> Option<&'static str> {
+    match counts {
+        None => Some(KERNEL_MOVED),
+        Some(TrapCounts { refused: 1.., .. }) => Some(PLACES_LEFT),
+        Some(TrapCounts { unguarded: 1.., .. }) => Some(USER_LEFT),
+        Some(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_not_trapped_is_told() {
+        let all = TrapCounts { kernel: 5, user: 3, open: 2, unforeseen: 1, ..Default::default() };
+        assert_eq!(note_of_counts(None), Some(KERNEL_MOVED));
+        assert_eq!(note_of_counts(Some(all)), None);
+        assert_eq!(note_of_counts(Some(TrapCounts { refused: 1, ..all })), Some(PLACES_LEFT));
+        assert_eq!(note_of_counts(Some(TrapCounts { unguarded: 9, ..all })), Some(USER_LEFT));
+        for note in [PLACES_LEFT, USER_LEFT] {
+            assert!(!note.contains('\n') && note.contains("--engine soft"), "{note}");
+        }
+    }
 }

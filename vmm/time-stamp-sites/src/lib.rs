@@ -122,6 +122,11 @@ impl KernelText {
         Ok(Self { unpacking: boot_stub::last_jump(payload.stub), ..kernel })
     }
 
+    /// Whether RAM will show that the kernel has patched in what it may, or there is nothing to patch in.
+    pub fn shows_when_patched(&self) -> bool {
+        self.patched.is_empty() || !self.replaced_behind.is_empty()
+    }
+
     /// The sites of one instruction.
     pub fn sites_of(&self, instruction: Instruction) -> impl Iterator<Item = &Site> {
         self.sites.iter().filter(move |site| site.instruction == instruction)

@@ -98,24 +98,45 @@ pub(crate) struct Found {
 /// offsets in order.
 pub(crate) fn search(code: &[u8], boundaries: &[usize]) -> Found {
     let mut found = Found::default();
-    for at in 0..code.len() {
-        if !may_begin(&code[at..]) {
-            continue;
-        }
-        let before = boundaries.partition_point(|boundary| *boundary <= at);
+    let opcodes: Vec<usize> = (0..code.len()).filter(|at| may_begin(&code[*at..])).collect();
+    let mut left = &opcodes[..];
+    while let [first, ..] = *left {
+        // All up to the next boundary are judged in one pass, from the last boundary on.
+        let before = boundaries.partition_point(|boundary| *boundary <= first);
         let start = before.checked_sub(1).map(|index| boundaries[index]);
-        match covering(code, start.unwrap_or(0), at) {
-            Some((offset, decoded)) => match Instruction::of(&decoded) {
-                Some(what) => {
-                    found.instructions.push((offset, decoded.len() as u8, what, start.is_some()));
-                }
-                None => found.mistakable.push(at),
-            },
-            None => found.mistakable.push(at),
-        }
+        let next = boundaries.get(before).copied().unwrap_or(code.len());
+        let (here, behind) = left.split_at(left.partition_point(|at| *at < next));
+        judge(code, start, here, &mut found);
+        left = behind;
     }
     found.instructions.dedup();
     found
+}
+
+/// Sees whether there are instructions whose opcodes are at offsets `opcodes`, decoding from `start`, or from
+/// where the code starts.
+fn judge(code: &[u8], start: Option<usize>, opcodes: &[usize], found: &mut Found) {
+    let from = start.unwrap_or(0);
+    let mut decoder = Decoder::with_ip(64, &code[from..], from as u64, DecoderOptions::NONE);
+    let mut left = opcodes;
+    while !left.is_empty() && decoder.can_decode() {
+        let offset = from + decoder.position();
+        let decoded = decoder.decode();
+        let end = from + decoder.position();
+        // Behind data anything may begin, so the next byte is as good as any.
+        if decoded.is_invalid() && decoder.set_position(offset + 1 - from).is_err() {
+            break;
+        }
+        let (covered, behind) = left.split_at(left.partition_point(|at| *at < end));
+        left = behind;
+        match Instruction::of(&decoded).filter(|_| !covered.is_empty()) {
+            Some(what) => {
+                found.instructions.push((offset, decoded.len() as u8, what, start.is_some()));
+            }
+            None => found.mistakable.extend(covered),
+        }
+    }
+    found.mistakable.extend(left);
 }
 
 /// Whether these are no-operations alone.
@@ -124,29 +145,10 @@ pub(crate) fn is_idle(code: &[u8]) -> bool {
     decoder.into_iter().all(|decoded| decoded.mnemonic() == Mnemonic::Nop)
 }
 
-/// The instruction whose opcode is at offset `at`, decoding from `start`.
-fn covering(code: &[u8], start: usize, at: usize) -> Option<(usize, Decoded)> {
-    let mut decoder = Decoder::with_ip(64, &code[start..], start as u64, DecoderOptions::NONE);
-    while decoder.can_decode() {
-        let offset = start + decoder.position();
-        let decoded = decoder.decode();
-        let end = start + decoder.position();
-        if decoded.is_invalid() {
-            // Data: what follows is anybody's guess, so the next byte is as good as any.
-            decoder.set_position(offset + 1 - start).ok()?;
-        }
-        if offset > at {
-            return None;
-        }
-        if end > at {
-            return (!decoded.is_invalid()).then_some((offset, decoded));
-        }
-    }
-    None
-}
-
 #[cfg(test)]
 mod tests {
+    use reprise_random::Random;
+
     use super::*;
 
     #[test]
@@ -186,5 +188,79 @@ mod tests {
         let names: Vec<_> =
             search(&code, &[]).instructions.iter().map(|found| found.2.name()).collect();
         assert_eq!(names, ["RDTSCP", "RDRAND", "RDSEED", "RDPMC", "MONITOR", "MWAIT"]);
+    }
+
+    /// The instruction whose opcode is at offset `at`, decoding from `start`.
+    fn covering(code: &[u8], start: usize, at: usize) -> Option<(usize, Decoded)> {
+        let mut decoder = Decoder::with_ip(64, &code[start..], start as u64, DecoderOptions::NONE);
+        while decoder.can_decode() {
+            let offset = start + decoder.position();
+            let decoded = decoder.decode();
+            let end = start + decoder.position();
+            if decoded.is_invalid() {
+                // Data: what follows is anybody's guess, so the next byte is as good as any.
+                decoder.set_position(offset + 1 - start).ok()?;
+            }
+            if offset > at {
+                return None;
+            }
+            if end > at {
+                return (!decoded.is_invalid()).then_some((offset, decoded));
+            }
+        }
+        None
+    }
+
+    /// One opcode after the other, each from its boundary, as it is meant.
+    fn search_slowly(code: &[u8], boundaries: &[usize]) -> Found {
+        let mut found = Found::default();
+        for at in (0..code.len()).filter(|at| may_begin(&code[*at..])) {
+            let before = boundaries.partition_point(|boundary| *boundary <= at);
+            let start = before.checked_sub(1).map(|index| boundaries[index]);
+            let covering = covering(code, start.unwrap_or(0), at);
+            match covering.and_then(|(at, it)| Instruction::of(&it).map(|what| (at, it, what))) {
+                Some((offset, decoded, what)) => {
+                    found.instructions.push((offset, decoded.len() as u8, what, start.is_some()));
+                }
+                None => found.mistakable.push(at),
+            }
+        }
+        found.instructions.dedup();
+        found
+    }
+
+    /// Half of it made of what is looked for, so that much of it is met in every way.
+    #[test]
+    fn one_pass_finds_what_looking_for_each_does() {
+        for seed in 0..400 {
+            let mut random = Random::new(seed);
+            let mut code = Vec::new();
+            while code.len() < 200 {
+                let piece: &[u8] = match random.below(8) {
+                    0 => &[0x0f, 0x31],
+                    1 => &[0x0f, 0x20, 0xe0],
+                    2 => &[0x48, 0xb8],
+                    3 => &[0x66, 0x0f, 0x01, 0xf9],
+                    4 => &[0x06],
+                    _ => &[random.below(256) as u8],
+                };
+                code.extend_from_slice(piece);
+            }
+            let boundaries: Vec<usize> = (0..code.len()).filter(|_| random.one_in(20)).collect();
+            for boundaries in [&boundaries[..], &[]] {
+                assert_eq!(
+                    search(&code, boundaries),
+                    search_slowly(&code, boundaries),
+                    "seed {seed}"
+                );
+            }
+        }
+    }
+
+    /// A section of some megabytes without a table of boundaries, full of opcodes: the old way would take hours.
+    #[test]
+    fn a_large_section_without_boundaries_takes_no_time() {
+        let code = [0x0f, 0x31, 0x90, 0x90].repeat(1 << 20);
+        assert_eq!(search(&code, &[]).instructions.len(), 1 << 20);
     }
 }

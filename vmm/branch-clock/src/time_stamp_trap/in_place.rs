@@ -157,8 +157,8 @@ impl<V: Vcpu> TimeStampTrap<V> {
         })
     }
 
-    /// Runs until the guest has left `place`, or was kicked there, and stands at a breakpoint; or gives what
-    /// else it exits for.
+    /// Runs until the guest has left `place` and stands at a breakpoint, or was interrupted before it has; or
+    /// gives what else it exits for.
     fn leave(&mut self, place: u64, kicked: &mut bool) -> Result<Option<VcpuExit>, EngineError> {
         for _ in 0..MAX_INTERRUPTIONS {
             match self.vcpu.enter()? {
@@ -166,7 +166,7 @@ impl<V: Vcpu> TimeStampTrap<V> {
                 VcpuExit::Interrupted { kicked: now } => {
                     *kicked |= now;
                     let state = self.vcpu.state()?;
-                    if *kicked && self.code_at(&state) == Some(place) {
+                    if self.code_at(&state) == Some(place) {
                         return Ok(None);
                     }
                 }
