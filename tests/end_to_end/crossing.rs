@@ -212,7 +212,6 @@ fn a_stepped_recording_of_user_code_replays_on_the_software_cpu() {
 /// Arrivals between two elements of one instruction. KVM shows RCX as it was before a batch of REP INS, and
 /// after the last element an instruction that has not retired; the software CPU counts each.
 #[test]
-#[ignore = "diverges amid REP INS and OUTS: a known defect of recordings under sync; run it to mend that"]
 fn string_instructions_on_ports_from_sync() {
     let workplace = Workplace::new();
     let keys = workplace.file("keys", "what is typed amid REP INS. ".repeat(20));
