@@ -30,11 +30,8 @@ impl KvmEngine {
         }
         let mut view = CpuState::default();
         state::read_regs(&registers, &mut view);
-        let mut segments = self
-            .vcpu
-            .fd
-            .get_sregs()
-            .map_err(|errno| KvmError::refused("KVM_GET_SREGS", errno))?;
+        let mut segments =
+            self.vcpu.fd.get_sregs().map_err(|errno| KvmError::refused("KVM_GET_SREGS", errno))?;
         state::read_sregs(&mut segments, &mut view);
         let Some(instruction) = decode_at(&self.ram, &view, view.rip).filter(repeats) else {
             return Ok(Some(registers));
