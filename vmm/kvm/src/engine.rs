@@ -56,7 +56,7 @@ pub struct KvmEngine {
     pub(crate) incomplete: bool,
     /// What completing an instruction brought up.
     pub(crate) queued: Option<RawExit>,
-    /// The guest has finished an access and executed nothing since.
+    /// The guest has finished an access and executed nothing since, under the clock of exits.
     pub(crate) behind_access: bool,
     pub(crate) halted: bool,
     /// KVM_RUN's last exit was the refusal of an instruction.
@@ -314,7 +314,7 @@ impl Engine for KvmEngine {
         } else {
             self.incomplete = true;
         }
-        self.behind_access = !exit.is_time_stamp();
+        self.behind_access = self.clock == KvmClock::Sync && !exit.is_time_stamp();
         match self.clock {
             KvmClock::Sync => self.tick += 1,
             KvmClock::Step => self.step_finished_access()?,
@@ -361,13 +361,15 @@ impl Engine for KvmEngine {
     }
 
     fn moment(&mut self) -> Result<Moment, EngineError> {
-        self.settle()?;
-        let regs = self.registers()?;
+        let regs = match self.registers_at_boundary()? {
+            Some(registers) => registers,
+            None => self.registers()?,
+        };
         Ok(Moment { tick: self.tick, rip: regs.rip, rcx: regs.rcx })
     }
 
     fn cpu_state(&mut self) -> Result<CpuState, EngineError> {
-        self.settle()?;
+        self.registers_at_boundary()?;
         self.show_hidden()?;
         let state = state::read(&self.vcpu.fd)?;
         let [tsc_offset, tsc_aux] = self.tsc;
