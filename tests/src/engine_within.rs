@@ -15,6 +15,10 @@ macro_rules! ask_engine_within {
             self.$engine.tick()
         }
 
+        fn amid_accesses(&mut self) -> Result<bool, ::reprise_machine::engine::EngineError> {
+            self.$engine.amid_accesses()
+        }
+
         fn interruptible(&mut self) -> Result<bool, ::reprise_machine::engine::EngineError> {
             self.$engine.interruptible()
         }

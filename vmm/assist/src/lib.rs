@@ -165,6 +165,10 @@ impl<E: Refusing> Engine for Assisted<E> {
         Ok(())
     }
 
+    fn amid_accesses(&mut self) -> Result<bool, EngineError> {
+        Ok(self.amid.is_some() || self.engine.amid_accesses()?)
+    }
+
     fn interruptible(&mut self) -> Result<bool, EngineError> {
         Ok(self.amid.is_none() && self.engine.interruptible()?)
     }

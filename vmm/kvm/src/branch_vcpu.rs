@@ -248,7 +248,6 @@ impl Vcpu for PmuVcpu {
     }
 
     fn finish_access(&mut self, value: u128) -> Result<bool, EngineError> {
-        let before = self.state_rip()?;
         self.engine.finish_access(value)?;
         if self.engine.pending.is_some() {
             return Ok(false);
@@ -261,9 +260,7 @@ impl Vcpu for PmuVcpu {
         if self.engine.queued.is_some() {
             return Ok(false);
         }
-        // A string instruction that KVM has begun again stands where it stood.
-        let repeats = self.engine.stands_at_repeating_instruction()?;
-        Ok(!(repeats && self.state_rip()? == before))
+        Ok(!self.engine.stands_amid_instruction()?)
     }
 
     fn conditional_branches(&mut self) -> Result<u64, EngineError> {
@@ -352,13 +349,6 @@ impl Vcpu for PmuVcpu {
 
     fn kicker(&self) -> Arc<dyn Kick> {
         self.engine.kicker()
-    }
-}
-
-impl PmuVcpu {
-    fn state_rip(&mut self) -> Result<u64, KvmError> {
-        let regs = self.engine.vcpu.fd.get_regs();
-        Ok(regs.map_err(|errno| KvmError::refused("KVM_GET_REGS", errno))?.rip)
     }
 }
 

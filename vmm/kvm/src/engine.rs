@@ -23,7 +23,8 @@ use crate::self_test::step_clock;
 use crate::step::Stepper;
 use crate::vcpu::{RawExit, Vcpu};
 use crate::{cpuid, state};
-use reprise_branch_clock::guest_code::{MAX_BYTES, decode_at, repeats};
+use kvm_bindings::kvm_regs;
+use reprise_branch_clock::guest_code::MAX_BYTES;
 use reprise_machine::paging::Paging;
 use reprise_trace::register_bits::RFLAGS_IF;
 
@@ -55,6 +56,8 @@ pub struct KvmEngine {
     pub(crate) incomplete: bool,
     /// What completing an instruction brought up.
     pub(crate) queued: Option<RawExit>,
+    /// The guest has finished an access and executed nothing since, under the clock of exits.
+    pub(crate) behind_access: bool,
     pub(crate) halted: bool,
     /// KVM_RUN's last exit was the refusal of an instruction.
     pub(crate) refused: bool,
@@ -104,6 +107,7 @@ impl KvmEngine {
             awaiting_answer: false,
             incomplete: false,
             queued: None,
+            behind_access: false,
             halted: false,
             refused: false,
             injected: false,
@@ -169,6 +173,7 @@ impl KvmEngine {
                 return Ok(RawExit::Interrupted);
             }
             self.incomplete = false;
+            self.behind_access = false;
             match self.vcpu.run()? {
                 RawExit::Interrupted => self.vcpu.fd.set_kvm_immediate_exit(0),
                 exit => return Ok(exit),
@@ -185,17 +190,12 @@ impl KvmEngine {
         if kick.is_requested() {
             return Ok(RawExit::Interrupted);
         }
+        self.behind_access = false;
         let exit = self.vcpu.run()?;
         if exit == RawExit::Interrupted {
             self.vcpu.fd.set_kvm_immediate_exit(0);
         }
         Ok(exit)
-    }
-
-    /// Whether RIP stands at a string instruction with a REP prefix.
-    pub(crate) fn stands_at_repeating_instruction(&mut self) -> Result<bool, KvmError> {
-        let state = state::read(&self.vcpu.fd)?;
-        Ok(decode_at(&self.ram, &state, state.rip).is_some_and(|found| repeats(&found)))
     }
 
     fn sync_exit(&mut self, exit: RawExit) -> Result<Exit, EngineError> {
@@ -247,7 +247,9 @@ impl KvmEngine {
     /// Forgets everything about the guest that goes beyond its state: somebody sets another one.
     pub(crate) fn restart(&mut self) -> Result<(), KvmError> {
         self.abandon_instruction()?;
+        self.vcpu.forget_control_registers();
         self.show_hidden()?;
+        self.behind_access = false;
         self.refused = false;
         self.halted = false;
         self.injected = false;
@@ -312,6 +314,7 @@ impl Engine for KvmEngine {
         } else {
             self.incomplete = true;
         }
+        self.behind_access = self.clock == KvmClock::Sync && !exit.is_time_stamp();
         match self.clock {
             KvmClock::Sync => self.tick += 1,
             KvmClock::Step => self.step_finished_access()?,
@@ -323,16 +326,18 @@ impl Engine for KvmEngine {
         if self.clock == KvmClock::Step {
             return Ok(self.step_interruptible()?);
         }
-        self.settle()?;
-        if self.injected || self.pending.is_some() || self.queued.is_some() {
+        if self.injected {
             return Ok(false);
         }
-        let regs =
-            self.vcpu.fd.get_regs().map_err(|errno| KvmError::refused("KVM_GET_REGS", errno))?;
-        if regs.rflags & RFLAGS_IF == 0 {
+        let open = |registers: kvm_regs| registers.rflags & RFLAGS_IF != 0;
+        if !self.registers_at_boundary()?.is_some_and(open) {
             return Ok(false);
         }
         Ok(state::read_events(&self.vcpu.fd)?.interrupt.shadow == 0)
+    }
+
+    fn amid_accesses(&mut self) -> Result<bool, EngineError> {
+        Ok(self.clock == KvmClock::Sync && self.stands_amid_instruction()?)
     }
 
     fn set_interrupt_request(&mut self, wanted: bool) {
@@ -347,6 +352,7 @@ impl Engine for KvmEngine {
         }
         self.vcpu.interrupt(vector)?;
         self.injected = true;
+        self.behind_access = false;
         Ok(())
     }
 
@@ -355,14 +361,15 @@ impl Engine for KvmEngine {
     }
 
     fn moment(&mut self) -> Result<Moment, EngineError> {
-        self.settle()?;
-        let regs =
-            self.vcpu.fd.get_regs().map_err(|errno| KvmError::refused("KVM_GET_REGS", errno))?;
+        let regs = match self.registers_at_boundary()? {
+            Some(registers) => registers,
+            None => self.registers()?,
+        };
         Ok(Moment { tick: self.tick, rip: regs.rip, rcx: regs.rcx })
     }
 
     fn cpu_state(&mut self) -> Result<CpuState, EngineError> {
-        self.settle()?;
+        self.registers_at_boundary()?;
         self.show_hidden()?;
         let state = state::read(&self.vcpu.fd)?;
         let [tsc_offset, tsc_aux] = self.tsc;
@@ -391,7 +398,8 @@ impl Engine for KvmEngine {
             || self.pending.is_some()
             || self.queued.is_some()
             || self.injected
-            || self.stepper.is_amid_step();
+            || self.stepper.is_amid_step()
+            || self.amid_accesses()?;
         if amid {
             return Ok(None);
         }

@@ -146,6 +146,71 @@ fn looking_between_the_accesses_of_a_string_instruction_loses_none() {
     assert_eq!(engine.tick(), 4);
 }
 
+/// Interrupts stay out until RCX has run out; then the instruction has retired.
+#[test]
+fn a_string_instruction_is_amid_its_accesses_until_it_has_retired() {
+    require_kvm!();
+    // rep insb; rep outsb; rep stosb; rep lodsb: the last two to memory that is not there
+    for (code, address, ask) in [
+        ([0xf3, 0x6c], 0x9ffe, true),
+        ([0xf3, 0x6e], 0x9ffe, true),
+        ([0xf3, 0x6e], 0x9ffe, false),
+        ([0xf3, 0xaa], 0xb_8000, true),
+        ([0xf3, 0xac], 0xb_8000, false),
+    ] {
+        // What follows repeats as well, and has not begun.
+        let mut state = long_mode();
+        state.rflags |= 0x200;
+        (state.gpr[RDX], state.gpr[RCX]) = (0x3f8, 5);
+        (state.gpr[RSI], state.gpr[RDI]) = (address, address);
+        let mut engine = engine(Sync, &state, &[&code[..], &[0xf3, 0x6e, HLT]].concat());
+        for left in (0..5).rev() {
+            assert!(matches!(run(&mut engine), Exit::Access(_)));
+            engine.finish_access(0x41).unwrap();
+            if ask {
+                assert_eq!(engine.amid_accesses().unwrap(), left != 0, "{code:x?}, {left} left");
+                assert_eq!(engine.interruptible().unwrap(), left == 0);
+                assert_eq!(engine.save().unwrap().is_some(), left == 0);
+            }
+        }
+        let after = engine.cpu_state().unwrap();
+        assert_eq!((after.rip, after.gpr[RCX], after.rflags), (CODE + 2, 0, 0x202));
+        assert_eq!((engine.tick(), run(&mut engine)), (5, Exit::Halt));
+    }
+}
+
+#[test]
+fn an_access_before_a_string_instruction_is_not_amid_it() {
+    require_kvm!();
+    for first in [IN_AL_DX, OUT_AL_DX, 0x6e] {
+        let mut state = long_mode();
+        (state.gpr[RDX], state.gpr[RCX], state.gpr[RSI]) = (0x3f8, 2, 0x9000);
+        let mut engine = engine(Sync, &state, &[first, 0xf3, 0x6e, HLT]);
+        run(&mut engine);
+        engine.finish_access(0).unwrap();
+        assert!(!engine.amid_accesses().unwrap());
+        assert_eq!(engine.moment().unwrap().rip, CODE + 1);
+    }
+}
+
+#[test]
+fn the_host_refuses_time_stamps_only_for_a_guest_that_does() {
+    require_kvm!();
+    // out dx, al; mov rax, cr4; or al, 4; mov cr4, rax; out dx, al; and al, 0xfb; mov cr4, rax; hlt
+    let on = [OUT_AL_DX, 0x0f, 0x20, 0xe0, 0x0c, 0x04, 0x0f, 0x22, 0xe0, OUT_AL_DX];
+    let off = [0x24, 0xfb, 0x0f, 0x22, 0xe0, HLT];
+    let mut engine = engine(Sync, &long_mode(), &[&on[..], &off].concat());
+    let needed = KvmKind::of_this_host() == KvmKind::PagetableBased;
+    assert_eq!(engine.vcpu.refuses_time_stamps(), needed, "nobody knows yet");
+    for refuses in [false, true] {
+        assert!(matches!(run(&mut engine), Exit::Access(_)));
+        engine.finish_access(0).unwrap();
+        assert_eq!(engine.vcpu.refuses_time_stamps(), needed && refuses);
+    }
+    assert_eq!(run(&mut engine), Exit::Halt);
+    assert!(!engine.vcpu.refuses_time_stamps());
+}
+
 #[test]
 fn an_interrupt_is_taken_where_it_is_injected() {
     require_kvm!();

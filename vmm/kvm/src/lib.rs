@@ -26,6 +26,7 @@ mod model_specific;
 mod nondeterminism;
 mod perf_host;
 mod pmu;
+mod repetition;
 mod report;
 mod self_test;
 mod state;

@@ -18,24 +18,9 @@ const IRETQ: [u8; 2] = [0x48, 0xcf];
 const INC_EBX: [u8; 2] = [0xff, 0xc3];
 const HANDLER: u64 = CODE + 0x800;
 
-/// Runs tick by tick and gives RIP, relative to the code, at each.
-fn trace(engine: &mut KvmEngine, ticks: u64) -> Vec<u64> {
-    (0..ticks)
-        .map(|_| {
-            let until = engine.tick() + 1;
-            loop {
-                match engine.run(until).unwrap() {
-                    Exit::TickReached | Exit::Halt => break,
-                    Exit::Access(_) => engine.finish_access(0x5a).unwrap(),
-                    exit => panic!("{exit:?}"),
-                }
-            }
-            assert_eq!(engine.tick(), until);
-            let moment = engine.moment().unwrap();
-            assert_eq!(moment.tick, until);
-            moment.rip.wrapping_sub(CODE)
-        })
-        .collect()
+/// RIP tick by tick, relative to the code.
+fn offsets(engine: &mut KvmEngine, ticks: u64) -> Vec<u64> {
+    trace(engine, ticks).into_iter().map(|rip| rip.wrapping_sub(CODE)).collect()
 }
 
 #[test]
@@ -55,7 +40,7 @@ fn each_instruction_is_a_tick_in_every_mode() {
         let offset = state.rip;
         let mut engine = engine(Step, &state, &code);
         let rips: Vec<u64> =
-            trace(&mut engine, 8).iter().map(|rip| rip.wrapping_add(CODE) - offset).collect();
+            offsets(&mut engine, 8).iter().map(|rip| rip.wrapping_add(CODE) - offset).collect();
         assert_eq!(rips, [2, 4, 4, 4, 6, 7, 7, 7]);
         assert_eq!(engine.cpu_state().unwrap().gpr[RBX], 1);
     }
@@ -75,7 +60,7 @@ fn a_jump_to_a_repeated_instruction_and_indirect_branches_are_one_tick_each() {
     let ram = ram_with(&code);
     put(&ram, 0x9000, &(CODE + 3).to_le_bytes());
     let mut engine = engine_on(ram, Step, &state);
-    assert_eq!(trace(&mut engine, 5), [3, 5, 7, 2, 3]);
+    assert_eq!(offsets(&mut engine, 5), [3, 5, 7, 2, 3]);
 }
 
 #[test]
@@ -124,7 +109,7 @@ fn accesses_are_one_tick_an_instruction() {
     state.gpr[RSI] = 0x9000;
     state.gpr[RDI] = 0xa000;
     let mut engine = engine(Step, &state, &code);
-    assert_eq!(trace(&mut engine, 9), [1, 2, 4, 6, 8, 10, 12, 16, 17]);
+    assert_eq!(offsets(&mut engine, 9), [1, 2, 4, 6, 8, 10, 12, 16, 17]);
     let mut read = [0; 4];
     engine.read_ram(0xa000, &mut read);
     assert_eq!(read, [0x5a, 0x5a, 0x5a, 0]);
@@ -155,7 +140,7 @@ fn an_interrupt_is_delivered_between_two_ticks() {
     let mut state = long_mode();
     state.rflags |= 0x200;
     let mut engine = engine_on(ram, Step, &state);
-    trace(&mut engine, 2);
+    offsets(&mut engine, 2);
     let before = engine.cpu_state().unwrap();
     engine.inject(0x30).unwrap();
     assert_eq!(engine.tick(), 2);
@@ -169,7 +154,7 @@ fn an_interrupt_is_delivered_between_two_ticks() {
         frame.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap())).collect();
     let (code, data) = (u64::from(CODE_SELECTOR), u64::from(DATA_SELECTOR));
     assert_eq!(words, [CODE + 2, code, before.rflags, STACK_TOP, data]);
-    assert_eq!(trace(&mut engine, 4), [0x802, 2, 3, 4]);
+    assert_eq!(offsets(&mut engine, 4), [0x802, 2, 3, 4]);
     let mut expected = before;
     expected.gpr[RBX] = 1;
     expected.rip += 2;
@@ -216,11 +201,11 @@ fn an_interrupt_in_protected_mode_is_left_to_kvm_and_counts_the_same() {
     let mut state = protected_mode();
     state.rflags |= 0x200;
     let mut engine = engine_on(ram, Step, &state);
-    trace(&mut engine, 1);
+    offsets(&mut engine, 1);
     engine.inject(0x30).unwrap();
     assert!(!engine.interruptible().unwrap());
     assert_eq!(engine.run(1).unwrap(), Exit::TickReached);
-    assert_eq!(trace(&mut engine, 2), [0x802, 0x804]);
+    assert_eq!(offsets(&mut engine, 2), [0x802, 0x804]);
 }
 
 #[test]
@@ -235,7 +220,7 @@ fn faults_retire_nothing() {
     let mut state = long_mode();
     state.gpr[RBX] = 0x4000_0000;
     let mut engine = engine_on(ram, Step, &state);
-    assert_eq!(trace(&mut engine, 6), [1, 0x805, 0x809, 1, 3, 4]);
+    assert_eq!(offsets(&mut engine, 6), [1, 0x805, 0x809, 1, 3, 4]);
     assert_eq!(engine.cpu_state().unwrap().cr2, 0x4000_0000);
 }
 
@@ -250,7 +235,7 @@ fn a_handler_that_begins_with_a_repeated_instruction_counts_it_once() {
     state.gpr[RCX] = 5000;
     state.gpr[RDI] = 0x1_4000;
     let mut engine = engine_on(ram, Step, &state);
-    assert_eq!(trace(&mut engine, 2), [0x802, 0x803]);
+    assert_eq!(offsets(&mut engine, 2), [0x802, 0x803]);
     assert_eq!(engine.moment().unwrap().rcx, 0);
 }
 
@@ -265,9 +250,9 @@ fn a_handler_that_is_only_iretq_works_for_interrupts_and_software_interrupts() {
     let mut state = long_mode();
     state.rflags |= 0x200;
     let mut engine = engine_on(ram, Step, &state);
-    assert_eq!(trace(&mut engine, 4), [0x800, 2, 0x800, 3]);
+    assert_eq!(offsets(&mut engine, 4), [0x800, 2, 0x800, 3]);
     engine.inject(0x30).unwrap();
-    assert_eq!(trace(&mut engine, 2), [3, 4]);
+    assert_eq!(offsets(&mut engine, 2), [3, 4]);
 }
 
 #[test]
@@ -449,7 +434,7 @@ fn interrupt_shadows_are_those_of_hardware() {
     let mut engine = engine(Step, &state, &code);
     let open: Vec<bool> = (0..12)
         .map(|_| {
-            trace(&mut engine, 1);
+            offsets(&mut engine, 1);
             engine.interruptible().unwrap()
         })
         .collect();

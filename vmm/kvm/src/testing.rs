@@ -160,3 +160,22 @@ pub(crate) fn engine_on(ram: GuestRam, clock: KvmClock, state: &CpuState) -> Kvm
 pub(crate) fn run(engine: &mut KvmEngine) -> Exit {
     engine.run(u64::MAX).expect("KVM runs")
 }
+
+/// Runs tick by tick and gives RIP at each; what is read from the board is 0x5a.
+pub(crate) fn trace(engine: &mut KvmEngine, ticks: u64) -> Vec<u64> {
+    (0..ticks)
+        .map(|_| {
+            let until = engine.tick() + 1;
+            loop {
+                match engine.run(until).expect("KVM runs") {
+                    Exit::TickReached | Exit::Halt => break,
+                    Exit::Access(_) => engine.finish_access(0x5a).expect("KVM takes the answer"),
+                    exit => panic!("{exit:?}"),
+                }
+            }
+            let moment = engine.moment().expect("KVM tells where it stands");
+            assert_eq!((engine.tick(), moment.tick), (until, until));
+            moment.rip
+        })
+        .collect()
+}

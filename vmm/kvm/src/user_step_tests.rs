@@ -9,7 +9,7 @@ use reprise_trace::cpu_state::*;
 use crate::KvmClock::Step;
 use crate::KvmEngine;
 use crate::self_test::steps_user_code;
-use crate::testing::{put, require_kvm};
+use crate::testing::{put, require_kvm, trace};
 use crate::user_oracle::*;
 
 const NOP: u8 = 0x90;
@@ -49,24 +49,6 @@ fn user_with(code: &[u8], change: impl FnOnce(&GuestRam, &mut CpuState)) -> KvmE
     let mut engine = KvmEngine::new(ram, Step).expect("KVM");
     engine.set_cpu_state(&state).expect("a state that KVM takes");
     engine
-}
-
-/// Runs tick by tick and gives RIP at each.
-fn trace(engine: &mut KvmEngine, ticks: u64) -> Vec<u64> {
-    (0..ticks)
-        .map(|_| {
-            let until = engine.tick() + 1;
-            loop {
-                match engine.run(until).unwrap() {
-                    Exit::TickReached | Exit::Halt => break,
-                    Exit::Access(_) => engine.finish_access(0x5a).unwrap(),
-                    exit => panic!("{exit:?}"),
-                }
-            }
-            assert_eq!(engine.tick(), until);
-            engine.moment().unwrap().rip
-        })
-        .collect()
 }
 
 fn at(offset: u64) -> u64 {

@@ -133,9 +133,8 @@ pub trait Engine {
     /// [`TickKind::ConditionalBranch`] that is the first place of the tick, or rarely one soon after it,
     /// and an access or a HLT is counted when its instruction is finished. Under [`TickKind::Exit`] each
     /// access and each HLT is a tick, counted when it is finished, and `until` is only compared at
-    /// those. Where one instruction makes several accesses, each is a tick, and between them
-    /// [`Engine::moment`] and [`Engine::cpu_state`] answer (the same each time), while
-    /// [`Engine::interruptible`] gives false.
+    /// those. Where one instruction makes several accesses, each is a tick; between them
+    /// [`Engine::amid_accesses`] is true, and nothing enters.
     ///
     /// # Panics
     /// If `until` is in the past, or the last access was not finished.
@@ -180,6 +179,13 @@ pub trait Engine {
     /// counted (a REP INS/OUTS or a store that straddles pages may give several accesses before it
     /// is). `value` holds what was read, little-endian.
     fn finish_access(&mut self, value: u128) -> Result<(), EngineError>;
+
+    /// Whether the instruction whose access was finished last has others to make before it retires, where
+    /// each counts as a tick: engines agree on when accesses come, and not on what the CPU's state is in
+    /// between.
+    fn amid_accesses(&mut self) -> Result<bool, EngineError> {
+        Ok(false)
+    }
 
     /// Whether the guest would take an external interrupt at this boundary: RFLAGS.IF set, no
     /// interrupt shadow.

@@ -243,10 +243,17 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
         if !stands || self.delivered_at == Some(tick) {
             return Ok(true);
         }
+        let stops = self.power_event.is_some()
+            || tick >= target.tick
+            || self.now().ns >= target.ns
+            || self.engine.is_paused();
+        if stops && self.engine.amid_accesses()? {
+            return Ok(true);
+        }
         if let Some(event) = self.power_event.take() {
             return Err(Stop::Ended { ending: ending_of(event), exact: true });
         }
-        if tick >= target.tick || self.now().ns >= target.ns || self.engine.is_paused() {
+        if stops {
             return Err(Stop::TargetReached);
         }
         self.checkpoint_if_due()?;

@@ -132,6 +132,10 @@ impl Engine for Relay {
         self.active.finish_access(value)
     }
 
+    fn amid_accesses(&mut self) -> Result<bool, EngineError> {
+        self.active.amid_accesses()
+    }
+
     fn interruptible(&mut self) -> Result<bool, EngineError> {
         self.active.interruptible()
     }

@@ -343,6 +343,10 @@ impl Engine for RecordedClock {
         Ok(())
     }
 
+    fn amid_accesses(&mut self) -> Result<bool, EngineError> {
+        Ok(self.kind == TickKind::Exit && self.amid)
+    }
+
     fn interruptible(&mut self) -> Result<bool, EngineError> {
         Ok(!self.delivered && self.software.interruptible()?)
     }

@@ -161,6 +161,14 @@ impl<H: Host, S: FrameSink> Recording<H, S> {
             self.stage_planned(here, planned);
             return Ok(());
         }
+        let host_ns = match here.time {
+            TimeSource::Host => self.now_ns().min(MAX_VIRTUAL_NS),
+            TimeSource::Ticks { .. } => 0,
+        };
+        if self.may_log(here, host_ns) && here.engine.amid_accesses()? {
+            // The next boundary is soon.
+            return Ok(());
+        }
         let looking = std::mem::take(&mut self.look) || here.halted;
         if looking {
             self.stop = self.host.stop_requested();
@@ -175,7 +183,7 @@ impl<H: Host, S: FrameSink> Recording<H, S> {
         self.flush_due |= marking;
         match here.time {
             TimeSource::Ticks { .. } => self.stage_sleep(here, entering, mark || forever),
-            TimeSource::Host => self.stage_host_time(here, entering),
+            TimeSource::Host => self.stage_host_time(here, host_ns, entering),
         }
         self.staged.extend(input.map(Event::Console));
         if mark {
@@ -185,6 +193,14 @@ impl<H: Host, S: FrameSink> Recording<H, S> {
             self.stop = Some(Ending::IdleForever);
         }
         Ok(())
+    }
+
+    /// Whether this visit may come to a record: asking an engine where it stands costs more than that.
+    fn may_log<E: Engine>(&self, here: &Boundary<'_, E>, host_ns: u64) -> bool {
+        self.look
+            || self.mark_due
+            || here.deadline.is_some_and(|deadline| deadline.ns <= host_ns)
+            || self.typing.may_be_due(here.console_room)
     }
 
     /// What is planned for this boundary, if anything is.
@@ -207,7 +223,8 @@ impl<H: Host, S: FrameSink> Recording<H, S> {
     /// Where the host's clock is virtual time, what follows begins at the time that it is now.
     fn stage_planned<E: Engine>(&mut self, here: &Boundary<'_, E>, then: Then) {
         if here.time == TimeSource::Host {
-            self.stage_host_time(here, true);
+            let host_ns = self.now_ns().min(MAX_VIRTUAL_NS);
+            self.stage_host_time(here, host_ns, true);
         }
         match then {
             Then::HandOver(to) => self.staged.push_back(Event::HandOver(to)),
@@ -257,8 +274,7 @@ impl<H: Host, S: FrameSink> Recording<H, S> {
 
     /// Where the host's clock is virtual time, it enters when a device waits for it, and with
     /// whatever else enters.
-    fn stage_host_time<E: Engine>(&mut self, here: &Boundary<'_, E>, entering: bool) {
-        let ns = self.now_ns().min(MAX_VIRTUAL_NS);
+    fn stage_host_time<E: Engine>(&mut self, here: &Boundary<'_, E>, ns: u64, entering: bool) {
         let due = here.deadline.is_some_and(|deadline| deadline.ns <= ns);
         if due || (entering && ns > here.now.ns) {
             self.staged.push_back(Event::Time(ns));

@@ -66,6 +66,11 @@ impl Typing {
         stalled
     }
 
+    /// Whether there may be bytes to give at this boundary, if nobody looks.
+    pub(super) fn may_be_due(&self, room: usize) -> bool {
+        self.bytes_wait && room > 0 && room >= self.room_wanted
+    }
+
     /// The host had `count` bytes for this much room.
     pub(super) fn given(&mut self, count: usize, room: usize) {
         self.bytes_wait = count >= room;

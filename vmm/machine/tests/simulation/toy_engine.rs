@@ -99,8 +99,7 @@ impl ToyEngine {
 
     fn assert_boundary(&self) {
         assert!(self.unanswered.is_none(), "asked amid an access");
-        let amid = self.second.is_some() && self.kind != TickKind::Exit;
-        assert!(!amid, "asked amid an instruction");
+        assert!(self.second.is_none(), "asked amid an instruction");
         assert!(self.vector.is_none(), "asked amid an interrupt's delivery");
     }
 
@@ -281,6 +280,10 @@ impl Engine for ToyEngine {
         self.state.rip += 1;
         self.retire();
         Ok(())
+    }
+
+    fn amid_accesses(&mut self) -> Result<bool, EngineError> {
+        Ok(self.second.is_some())
     }
 
     fn interruptible(&mut self) -> Result<bool, EngineError> {
