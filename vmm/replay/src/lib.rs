@@ -19,7 +19,7 @@ pub use beginning::{
 };
 pub use error::ReplayError;
 pub use going_back::{Arrived, ConsoleOnce, MAX_ATTEMPTS};
-pub use recorded_clock::{RecordedClock, follow_other_cpu, kept_by_software};
+pub use recorded_clock::{RecordedClock, follow_other_cpu, kept_by_software, laws_of};
 pub use replayable::{Replayable, checkpoints_path};
 pub use rewriting::{Counts as RewritingCounts, RewriteError, Rewriting, Rewritten};
 pub use software::OnSoftware;

@@ -257,9 +257,15 @@ impl RecordedClock {
 /// know which are undefined.
 pub fn follow_other_cpu(software: &mut SoftEngine, header: &Header) {
     software.know_undefined_flags();
-    if let Some(laws) = FlagLaws::of(&header.host.cpu_vendor, header.host.cpu_family) {
+    if let Some(laws) = laws_of(header) {
         software.leave_flags_by(laws);
     }
+}
+
+/// How the CPU that recorded leaves undefined flags, if that was measured.
+pub fn laws_of(header: &Header) -> Option<&'static FlagLaws> {
+    let host = &header.host;
+    FlagLaws::of(&host.cpu_vendor, host.cpu_family, host.cpu_model)
 }
 
 /// How many exits KVM makes of an access.
