@@ -8,14 +8,16 @@ use reprise::session::replay::{self, ReplayOptions};
 use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::flag_laws::FlagLaws;
 use reprise_host::host_info;
+use reprise_machine::checkpoint;
 use reprise_machine::clock::TimeSource;
 use reprise_machine::divergence::{Difference, Divergence};
 use reprise_machine::engine::{Engine, Exit};
-use reprise_machine::inputs::{Recording, Replaying, Stamp};
+use reprise_machine::inputs::{Recording, Replaying, Stamp, Verification};
 use reprise_machine::lawful::Lawful;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, Outcome};
-use reprise_replay::{OnSoftware, RecordedClock, verification};
+use reprise_replay::{OnSoftware, RecordedClock, meet_checkpoint, verification};
+use reprise_trace::checkpoint::CheckpointInfo;
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::header::{Header, HostInfo};
 use reprise_trace::log::{LogWriter, MemorySink};
@@ -192,18 +194,61 @@ fn recorded_on_software(case: &Case<'_>, seed: u64) -> Recorded {
     Recorded { outcome, records, console, counts: Default::default() }
 }
 
+fn header_of_software(case: &Case<'_>) -> Header {
+    Header {
+        tick_kind: TickKind::Instruction,
+        ns_per_tick: 1,
+        engine: "soft".to_owned(),
+        clock: "instructions".to_owned(),
+        ..header(case, OTHER)
+    }
+}
+
+#[test]
+fn so_it_is_at_checkpoints() {
+    let case = guest("echo", "", "first line\rsecond line\rquit\r");
+    let recorded = recorded_on_software(&case, 1);
+    let header = header_of_software(&case);
+    let machine = |inverted_flags| {
+        let (ram, state, board) = case.load();
+        let mut engine = RecordedClock::new(ram, &header).expect("the host has memory");
+        engine.software().invert_undefined_flags(inverted_flags);
+        engine.set_cpu_state(&state).expect("a first state");
+        let inputs = Replaying::new(log_of(&recorded.records));
+        Machine::new(engine, board, inputs, TimeSource::of(1))
+    };
+    let (mut there, mut here) = (machine(u64::MAX), machine(0));
+    let verification = Verification { other_cpu: true, ..Verification::default() };
+    let mut met_other_flags = 0;
+    for tick in 1..400 {
+        let [there_state, here_state] = [&mut there, &mut here].map(|machine| {
+            machine.run_until(tick).expect("it runs");
+            machine.engine().cpu_state().expect("a state")
+        });
+        let digest = checkpoint::digest(there.consistent().expect("it stands").expect("it may"));
+        let moment = there.engine().moment().expect("a moment");
+        let digest = digest.expect("a digest");
+        let info = CheckpointInfo { moment, virtual_ns: 0, records: 0, pages: 0, digest };
+        let met = meet_checkpoint(&mut here, &info, verification).expect("it compares");
+        assert_eq!(met.difference, None, "tick {tick}");
+        let lawful: Vec<_> = met.set_aside.iter().map(|it| (it.what, it.first)).collect();
+        if there_state == here_state {
+            assert_eq!(lawful, [], "tick {tick}");
+        } else {
+            assert_eq!(lawful, [(Lawful::UndefinedFlags, moment)], "tick {tick}");
+            assert_eq!(here.engine().cpu_state().expect("a state"), there_state, "tick {tick}");
+            met_other_flags += 1;
+        }
+    }
+    assert!(met_other_flags > 0, "no such flags");
+}
+
 #[test]
 fn so_it_is_where_ticks_are_instructions() {
     for seed in 1..5 {
         let case = guest("echo", "", "first line\rsecond line\rquit\r");
         let recorded = recorded_on_software(&case, seed);
-        let software = Header {
-            tick_kind: TickKind::Instruction,
-            ns_per_tick: 1,
-            engine: "soft".to_owned(),
-            clock: "instructions".to_owned(),
-            ..header(&case, OTHER)
-        };
+        let software = header_of_software(&case);
         let outcome = replay_of(&case, &recorded, &software);
         assert_equal(&recorded.outcome, &outcome, seed);
         assert_eq!(lawful(&outcome), [Lawful::UndefinedFlags], "seed {seed}");

@@ -275,9 +275,9 @@ impl RecordedClock {
             if !scout.step()? || scout.conditional_branches() != branches {
                 break;
             }
-            let (moment, state) = (scout.moment()?, scout.cpu_state()?);
+            let moment = scout.moment()?;
             let is_there = (moment.rip, moment.rcx) == (stamp.moment.rip, stamp.moment.rcx);
-            if is_there && state.short_digest() == stamp.cpu_digest {
+            if is_there && scout.cpu_state()?.short_digest() == stamp.cpu_digest {
                 found = true;
                 break;
             }

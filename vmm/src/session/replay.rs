@@ -21,7 +21,6 @@ use reprise_machine::outcome::{Conclusion, MachineError, Outcome};
 use reprise_machine::ram::GuestRam;
 use reprise_replay::{
     Arrived, Beginning, ConsoleOnce, OnSoftware, ReplayError, Replayable, Start, accessed_bits,
-    recorded_here,
 };
 use reprise_trace::header::{Header, ImageRole};
 use reprise_trace::moment::TickKind;
