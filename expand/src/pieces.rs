@@ -18,7 +18,7 @@ use reprise_machine::inputs::Replaying;
 use reprise_machine::lawful::SetAside;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, Outcome};
-use reprise_replay::{OnSoftware, RecordedClock, Replayable, Start, compare, verification};
+use reprise_replay::{OnSoftware, RecordedClock, Replayable, Start, meet_checkpoint, verification};
 use reprise_trace::instructions::filter::{Filter, LeftOut, Selection};
 use reprise_trace::instructions::{
     Contents, EncodedSegment, SegmentOptions, SegmentWriter, TraceError, TraceWriter,
@@ -80,8 +80,18 @@ pub fn share(count: usize, number: u32, shares: u32) -> Range<usize> {
 /// What a worker tells of its piece.
 enum Message {
     Segment(EncodedSegment),
-    Done { expanded: Box<Expanded<LeftOut>>, verified: bool, latitude_sites: Vec<Sites> },
+    Done(Box<Done>),
     Failed(ExpandError),
+}
+
+/// What one of the pieces came to.
+struct Done {
+    expanded: Expanded<LeftOut>,
+    /// The machine is as the checkpoint at the piece's end says.
+    verified: bool,
+    /// What was left out of that comparison.
+    set_aside: Vec<SetAside>,
+    latitude_sites: Vec<Sites>,
 }
 
 impl Plan<'_> {
@@ -132,13 +142,15 @@ fn collect<W: Write>(
                     return Ok(Pieces { outcome: None, ..all });
                 }
                 Ok(Message::Failed(error)) => return Err(error),
-                Ok(Message::Done { expanded, verified, latitude_sites }) => {
+                Ok(Message::Done(done)) => {
+                    let Done { expanded, verified, set_aside, latitude_sites } = *done;
                     Sites::merge(&mut all.latitude_sites, latitude_sites);
                     all.instructions += expanded.instructions;
                     all.left_out.add(expanded.observer);
                     all.checkpoints_verified += u64::from(verified);
                     let outcome = expanded.outcome;
                     let left_out = outcome.iter().flat_map(|outcome| &outcome.set_aside);
+                    let left_out = left_out.chain(&set_aside);
                     left_out.for_each(|more| SetAside::add(&mut all.set_aside, *more));
                     all.outcome = outcome;
                     break;
@@ -213,24 +225,35 @@ impl Worker<'_> {
             });
         }
         // A run that ends at a checkpoint's tick has gone past the checkpoint.
-        let verified = came_to_its_end(expanded.outcome.as_ref()) && self.verify(&mut machine)?;
+        let met = match came_to_its_end(expanded.outcome.as_ref()) {
+            true => self.verify(&mut machine)?,
+            false => None,
+        };
+        let (verified, set_aside) = (met.is_some(), met.unwrap_or_default());
         let latitude_sites = machine.engine().software().latitude_sites();
         self.machine = Some(machine);
         let Expanded { observer, outcome, instructions } = expanded;
         let observer = observer.left_out();
-        let expanded = Box::new(Expanded { observer, outcome, instructions });
-        Ok(Message::Done { expanded, verified, latitude_sites })
+        let expanded = Expanded { observer, outcome, instructions };
+        Ok(Message::Done(Box::new(Done { expanded, verified, set_aside, latitude_sites })))
     }
 
-    /// Compares the machine with the checkpoint that it stands at, if there is one.
-    fn verify(&self, machine: &mut Machine<RecordedClock, Replaying>) -> Result<bool, ExpandError> {
+    /// Compares the machine with the checkpoint that it stands at, if there is one. Gives what was set aside.
+    fn verify(
+        &self,
+        machine: &mut Machine<RecordedClock, Replaying>,
+    ) -> Result<Option<Vec<SetAside>>, ExpandError> {
         let tick = machine.engine().tick();
         let mut checkpoints = self.plan.replayable.on_soft();
         let Some(info) = checkpoints.find(|info| info.moment.tick == tick) else {
-            return Ok(false);
+            return Ok(None);
         };
-        match compare(machine, info)? {
-            None => Ok(true),
+        let replayable = self.plan.replayable;
+        let verification =
+            verification(replayable.recording().header(), replayable.course(), "soft");
+        let met = meet_checkpoint(machine, info, verification)?;
+        match met.difference {
+            None => Ok(Some(met.set_aside)),
             Some(what) => Err(ExpandError::Checkpoint { tick, what }),
         }
     }

@@ -8,9 +8,10 @@ use std::time::Duration;
 use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::translate::Translation;
 use reprise_machine::inputs::Replaying;
+use reprise_machine::inputs::Verification;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::Conclusion;
-use reprise_replay::{Replayable, Start, compare};
+use reprise_replay::{Met, Replayable, Start, meet_checkpoint};
 use serde_json::Value;
 
 use crate::program::{SIGKILL, Workplace, record, replay, reprise, run};
@@ -65,19 +66,21 @@ fn assert_stretches_join(file: &str, at_least: usize) {
     let replayable = Replayable::open(Path::new(file)).expect("opens");
     let checkpoints = replayable.checkpoints();
     assert!(checkpoints.len() >= at_least, "{file}: {} checkpoints", checkpoints.len());
+    let exact = Verification::default();
     let starts = std::iter::once(Start::Run).chain((0..checkpoints.len()).map(Start::Checkpoint));
     for (number, start) in starts.enumerate() {
         let mut machine = machine(&replayable, start, number % 3 == 1);
         if let Start::Checkpoint(index) = start {
-            assert_eq!(compare(&mut machine, &checkpoints[index]).expect("compares"), None);
+            let met = meet_checkpoint(&mut machine, &checkpoints[index], exact);
+            assert_eq!(met.expect("compares"), Met::default());
         }
         match checkpoints.get(number) {
             Some(next) => {
                 let outcome = machine.run_until(next.moment.tick).expect("runs");
                 assert!(matches!(outcome.conclusion, Conclusion::TargetReached), "{outcome:?}");
                 assert_eq!(outcome.moment, next.moment);
-                let difference = compare(&mut machine, next).expect("compares");
-                assert_eq!(difference, None, "{file}: from {start:?} to {}", next.moment);
+                let met = meet_checkpoint(&mut machine, next, exact).expect("compares");
+                assert_eq!(met, Met::default(), "{file}: from {start:?} to {}", next.moment);
             }
             None => {
                 let outcome = machine.run().expect("runs");

@@ -23,7 +23,7 @@ use crate::stretches::Course;
 use crate::varint::put;
 
 /// The format that this crate writes.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 /// The oldest format that it reads. Version 2 has more kinds of records, and nothing else new.
 pub const OLDEST_FORMAT_VERSION: u32 = 1;
 
@@ -429,10 +429,7 @@ impl Recording {
 
     /// Which engine executed what part of it. Reads the whole log.
     pub fn course(&self) -> Course {
-        match self.summary.format_version {
-            1 => Course::of_version_1(&self.header),
-            _ => Course::of(&self.header, self.log()),
-        }
+        Course::of(self.summary.format_version, &self.header, self.log())
     }
 
     fn log_from(&self, start: FrameCursor) -> LogReader {

@@ -23,26 +23,41 @@ pub struct Course {
     pub stretches: Vec<Stretch>,
     /// As the recording's end says.
     pub assists: Assists,
-    /// Its final digest counts accessed bits as they are, whatever engine recorded: so did version 1 of
-    /// the format, but for conditional branches.
-    pub counts_accessed_bits: bool,
+    /// What its final digest sets aside where hardware ran the guest.
+    pub final_digest: FinalDigest,
+}
+
+/// How a final digest counts accessed bits of page tables where hardware ran the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinalDigest {
+    /// As they are: version 1 of the format, but for conditional branches.
+    CountsAccessedBits,
+    /// As set in the tables that CR3 leads to: version 2, and version 1 otherwise.
+    SetsAsideCurrentTables,
+    /// As set in those of all processes.
+    SetsAsideAllTables,
+}
+
+impl FinalDigest {
+    fn of_version(format_version: u32, ticks: TickKind) -> Self {
+        match format_version {
+            1 if ticks != TickKind::ConditionalBranch => Self::CountsAccessedBits,
+            1 | 2 => Self::SetsAsideCurrentTables,
+            _ => Self::SetsAsideAllTables,
+        }
+    }
 }
 
 impl Course {
-    /// Of a recording of version 1 of the format, which has no hand-overs.
-    pub fn of_version_1(header: &Header) -> Self {
-        let counts_accessed_bits = header.tick_kind != TickKind::ConditionalBranch;
-        Self { counts_accessed_bits, ..Self::beginning(header) }
-    }
-
-    fn beginning(header: &Header) -> Self {
+    /// Of a recording of this version of the format: reads `log`, from its beginning, as far as it can be
+    /// read. Version 1 has no hand-overs, and is not read.
+    pub fn of(format_version: u32, header: &Header, mut log: LogReader) -> Self {
         let first = Stretch { from: None, records_before: 0, on: header.first_stretch() };
-        Self { stretches: vec![first], assists: Assists::new(), counts_accessed_bits: false }
-    }
-
-    /// Reads `log`, from its beginning, as far as it can be read.
-    pub fn of(header: &Header, mut log: LogReader) -> Self {
-        let mut course = Self::beginning(header);
+        let final_digest = FinalDigest::of_version(format_version, header.tick_kind);
+        let mut course = Self { stretches: vec![first], assists: Assists::new(), final_digest };
+        if format_version == 1 {
+            return course;
+        }
         let mut records_before = 0;
         while let Ok(Some(record)) = log.next_record() {
             let record = record.into_inner();

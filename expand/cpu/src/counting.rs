@@ -49,6 +49,11 @@ impl SoftEngine {
         self.cpu_mut().counts_branches = true;
     }
 
+    /// Counts none from here on. Code that is decoded already goes on counting.
+    pub fn ignore_conditional_branches(&mut self) {
+        self.cpu_mut().counts_branches = false;
+    }
+
     /// Goes on counting from so many.
     pub fn set_conditional_branches(&mut self, branches: u64) {
         self.cpu_mut().registers.gpr[usize::from(BRANCHES)] = branches;

@@ -202,6 +202,8 @@ pub struct Cpu {
     pub(crate) latitude_sites: LatitudeSites,
     /// How flags that are undefined are left.
     pub(crate) other_maker: OtherMaker,
+    /// Flags that were undefined where the last trace ended.
+    pub(crate) undefined_before: u64,
 }
 
 impl Cpu {
@@ -258,6 +260,7 @@ impl Cpu {
             breakpoints: BreakpointInstructions::default(),
             latitude_sites: LatitudeSites::default(),
             other_maker: OtherMaker::default(),
+            undefined_before: 0,
         });
         cpu.set_state(&CpuState::default());
         Ok(cpu)

@@ -59,9 +59,10 @@ impl SoftEngine {
     }
 
     /// Has [`Engine::undefined_flags`] know them, of what runs from here on, which costs speed: for
-    /// comparisons with what another CPU recorded.
+    /// comparisons with what another CPU recorded. To be called before the guest first runs.
     pub fn know_undefined_flags(&mut self) {
         self.knows_undefined_flags = true;
+        self.cpu.other_maker.notes_counts = true;
     }
 
     /// Instructions in the code that has run whose results the architecture leaves to makers of CPUs.

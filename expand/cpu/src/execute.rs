@@ -34,6 +34,10 @@ impl Cpu {
         // Translated code has more instructions than are still to run.
         let mut for_less = false;
         loop {
+            // Behind any instruction or frame, whichever way it came about.
+            if self.memory.physical.has_watched_writes() {
+                return Exit::Kicked;
+            }
             if let Some(exit) = self.due_exit(until, kick, interrupt_requested) {
                 return exit;
             }
@@ -82,9 +86,6 @@ impl Cpu {
             if let Some(exit) = exit {
                 self.interrupt_shadow |= keeps_shadow(&exit) && shadowed == Some(self.tick);
                 return exit;
-            }
-            if self.memory.physical.has_watched_writes() {
-                return Exit::Kicked;
             }
         }
     }

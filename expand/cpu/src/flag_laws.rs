@@ -4,6 +4,8 @@
 //! No manual has them. A row was found by running each instruction on that CPU with random operands and
 //! flags, and a test holds the CPU that it runs on to them, if it is one of these.
 
+use std::ops::RangeInclusive;
+
 use iced_x86::{Instruction, Mnemonic};
 
 use crate::flags::{AF, ARITHMETIC, CF, OF, PF, SF, ZF};
@@ -37,6 +39,8 @@ type Row = (&'static [Mnemonic], u64, Law);
 pub struct FlagLaws {
     vendor: &'static str,
     family: u32,
+    /// Of those models alone that are of one design.
+    models: RangeInclusive<u32>,
     /// CF before what depends on it.
     rows: &'static [Row],
 }
@@ -48,10 +52,12 @@ const DIVISIONS: &[Mnemonic] = &[Mnemonic::Div, Mnemonic::Idiv];
 
 /// All that were measured.
 static MEASURED: [FlagLaws; 1] = [
-    // Zen 3, model 1 (an EPYC).
+    // Zen 3, measured on model 1 (an EPYC). Models 0x10 to 0x1f and from 0x60 on are Zen 4; those from 0x20 to
+    // 0x5f are Zen 3 and 3+, and nobody has measured them.
     FlagLaws {
         vendor: "AuthenticAMD",
         family: 0x19,
+        models: 0..=0xf,
         rows: &[
             (&[Mnemonic::Mul, Mnemonic::Imul], PF | AF | ZF | SF, Law::Unchanged),
             (DIVISIONS, CF | OF, Law::Unchanged),
@@ -90,8 +96,10 @@ pub(crate) struct Executed<'a> {
 
 impl FlagLaws {
     /// The laws of this CPU, if it was measured.
-    pub fn of(vendor: &str, family: u32) -> Option<&'static Self> {
-        MEASURED.iter().find(|laws| laws.vendor == vendor && laws.family == family)
+    pub fn of(vendor: &str, family: u32, model: u32) -> Option<&'static Self> {
+        MEASURED.iter().find(|laws| {
+            laws.vendor == vendor && laws.family == family && laws.models.contains(&model)
+        })
     }
 
     fn rows(&self, instruction: &Instruction) -> impl Iterator<Item = &Row> {
@@ -146,5 +154,21 @@ impl Law {
                 )
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn laws_are_those_of_the_design_that_was_measured() {
+        let of = |vendor, family, model| FlagLaws::of(vendor, family, model).is_some();
+        assert!(of("AuthenticAMD", 0x19, 1));
+        // Genoa, a Zen 4; Cezanne, a Zen 3 that was not measured.
+        assert!(!of("AuthenticAMD", 0x19, 0x11));
+        assert!(!of("AuthenticAMD", 0x19, 0x50));
+        assert!(!of("AuthenticAMD", 0x17, 1));
+        assert!(!of("GenuineIntel", 0x19, 1));
     }
 }

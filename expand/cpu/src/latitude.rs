@@ -126,11 +126,20 @@ pub fn undefined_flags_for(instruction: &Instruction, cl: u8) -> u64 {
 /// What it restores from memory counts as such, though it may have been undefined when it was saved.
 pub fn defined_flags(instruction: &Instruction) -> u64 {
     // With a count of zero these change nothing.
-    if counts_in_cl(instruction) || instruction.has_rep_prefix() || instruction.has_repne_prefix() {
+    if counts_in_cl(instruction) {
         return 0;
     }
-    let all = instruction.rflags_modified() & !instruction.rflags_undefined();
-    rflags_of(all) & !undefined_flags(instruction)
+    defined_flags_for(instruction, 0)
+}
+
+/// As [`defined_flags`], where the count in CL, if there is one, is known.
+pub fn defined_flags_for(instruction: &Instruction, cl: u8) -> u64 {
+    let changes_nothing = counts_in_cl(instruction) && count(instruction, cl) == 0;
+    if changes_nothing || instruction.has_rep_prefix() || instruction.has_repne_prefix() {
+        return 0;
+    }
+    let all = instruction.rflags_modified();
+    rflags_of(all) & !undefined_flags_for(instruction, cl)
 }
 
 /// What the instruction leaves undefined of `flags`, as its name and theirs.
@@ -160,13 +169,13 @@ pub fn rflags_of(bits: u32) -> u64 {
     table.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, flag)| flag).sum()
 }
 
-/// A shift's or rotation's count, as the CPU cuts it.
+/// A shift's or rotation's count, as the CPU cuts it. A rotation of a byte or a word may then still go round
+/// more than once; its flags are those of this count (Intel 64 and IA-32 Architectures Software Developer's
+/// Manual, volume 2, RCL/RCR/ROL/ROR: OF by the masked count, CF by what is left of it).
 pub(crate) fn count(instruction: &Instruction, cl: u8) -> usize {
     let bits = operand_bits(instruction);
     let count = if counts_in_cl(instruction) { cl } else { instruction.immediate8() };
-    let count = usize::from(count) & if bits == 64 { 0x3f } else { 0x1f };
-    let through_carry = matches!(instruction.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr);
-    if through_carry { count % (bits + 1) } else { count }
+    usize::from(count) & if bits == 64 { 0x3f } else { 0x1f }
 }
 
 /// The operand that has a shift's or a rotation's count.
@@ -185,7 +194,7 @@ fn count_operand(instruction: &Instruction) -> Option<u32> {
     }
 }
 
-fn counts_in_cl(instruction: &Instruction) -> bool {
+pub(crate) fn counts_in_cl(instruction: &Instruction) -> bool {
     count_operand(instruction).is_some_and(|operand| {
         instruction.op_kind(operand) == OpKind::Register
             && instruction.op_register(operand) == Register::CL
@@ -290,8 +299,10 @@ mod tests {
             (&shl, 32, 0),
             (&byte, 7, OF | AF),
             (&byte, 8, OF | AF | CF),
-            (&rcl, 9, 0),
-            (&rcl, 10, 0),
+            (&rcl, 1, 0),
+            (&rcl, 9, OF),
+            (&rcl, 10, OF),
+            (&rcl, 32, 0),
             (&rcl, 11, OF),
             (&double, 16, OF | AF),
             (&double, 17, ARITHMETIC),

@@ -29,6 +29,7 @@ mod ops;
 mod other_maker;
 pub mod profile;
 mod saved;
+pub mod scout;
 mod system;
 pub mod tracing;
 pub mod translate;

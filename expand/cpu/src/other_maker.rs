@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 use std::arch::asm;
+use std::collections::VecDeque;
 
 use iced_x86::OpKind;
 use reprise_trace::cpu_state::RCX;
@@ -17,7 +18,7 @@ use crate::flags::{ARITHMETIC, Arithmetic};
 use crate::latitude;
 
 /// How flags that are undefined are left.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Debug, Default)]
 pub(crate) struct OtherMaker {
     /// These come out inverted, as if the host were another.
     inverted: u64,
@@ -25,6 +26,37 @@ pub(crate) struct OtherMaker {
     laws: Option<&'static FlagLaws>,
     /// The host clears AF in logic instructions, as every known CPU does.
     logic_clears_af: bool,
+    /// Counts in CL are noted, since flags that shifts and rotations leave undefined depend on them.
+    pub(crate) notes_counts: bool,
+    pub(crate) counts: Counts,
+}
+
+impl OtherMaker {
+    /// As another CPU leaves flags, without what ran on it.
+    pub(crate) fn is_like(other: &Self) -> Self {
+        Self { counts: Counts::default(), ..*other }
+    }
+}
+
+/// Shifts and rotations behind which the flags of one are looked for, at most.
+const MAX_COUNTS: usize = 64;
+
+/// CL of the last shifts and rotations by CL that retired.
+#[derive(Debug, Default)]
+pub(crate) struct Counts(VecDeque<u8>);
+
+impl Counts {
+    fn note(&mut self, cl: u8) {
+        if self.0.len() == MAX_COUNTS {
+            self.0.pop_front();
+        }
+        self.0.push_back(cl);
+    }
+
+    /// From the last one back.
+    pub(crate) fn from_last(&self) -> std::iter::Rev<std::collections::vec_deque::Iter<'_, u8>> {
+        self.0.iter().rev()
+    }
 }
 
 impl SoftEngine {
@@ -45,10 +77,11 @@ impl SoftEngine {
 
 /// Has an operation that the host executes leave undefined flags as the other maker's.
 pub(crate) fn wrap_native(cpu: &Cpu, op: &mut Op) {
-    let OtherMaker { inverted, laws, logic_clears_af } = cpu.other_maker;
+    let &OtherMaker { inverted, laws, logic_clears_af, notes_counts, .. } = &cpu.other_maker;
     let inverts = latitude::undefined_flags(&op.instruction) & inverted != 0;
     let by_law = || laws.is_some_and(|laws| laws.concern(&op.instruction, logic_clears_af));
-    if inverts || by_law() {
+    let is_noted = notes_counts && latitude::counts_in_cl(&op.instruction);
+    if inverts || is_noted || by_law() {
         op.instruction.own = Some(op.handler);
         op.instruction.inline = false;
         op.handler = otherwise;
@@ -66,7 +99,10 @@ extern "sysv64" fn otherwise(cpu: &mut Cpu, op: &Op) -> Flow {
     // SAFETY: `own` is the handler that was chosen for this very operation.
     let flow = unsafe { own(cpu, op) };
     if flow.retires() {
-        let OtherMaker { inverted, laws, .. } = cpu.other_maker;
+        let &OtherMaker { inverted, laws, notes_counts, .. } = &cpu.other_maker;
+        if notes_counts && latitude::counts_in_cl(instruction) {
+            cpu.other_maker.counts.note(cl);
+        }
         let undefined = latitude::undefined_flags_for(instruction, cl);
         let mut flags = cpu.registers.arithmetic.to_rflags() ^ undefined & inverted;
         if let Some(laws) = laws {

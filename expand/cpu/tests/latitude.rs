@@ -7,9 +7,11 @@ use guest::{ABSENT, Guest, KERNEL_CODE};
 use iced_x86::{Decoder, DecoderOptions};
 use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::latitude;
+use reprise_cpu::tracing::BatchSink;
 use reprise_cpu::translate::Translation;
 use reprise_machine::engine::{Engine, Exit};
 use reprise_trace::cpu_state::{CpuState, RBX, RCX, RSI};
+use reprise_trace::instructions::{Batch, Contents};
 
 /// Every kind of writer of flags, some thousand times.
 const LOOP: &[u8] = &[
@@ -53,9 +55,10 @@ fn stepped(count: u64) -> Vec<u64> {
     let flags = (1..=count).map(|tick| {
         let offset = (engine.code_address() - KERNEL_CODE) as usize;
         let instruction = Decoder::new(64, &LOOP[offset..], DecoderOptions::NONE).decode();
+        let cl = engine.cpu_state().expect("a state").gpr[RCX] as u8;
         assert_eq!(engine.run(tick).expect("it runs"), Exit::TickReached);
-        undefined &= !latitude::defined_flags(&instruction);
-        undefined |= latitude::undefined_flags(&instruction);
+        undefined &= !latitude::defined_flags_for(&instruction, cl);
+        undefined |= latitude::undefined_flags_for(&instruction, cl);
         assert_eq!(engine.undefined_flags(), undefined, "behind {instruction}");
         undefined
     });
@@ -152,4 +155,47 @@ fn sites_are_where_the_code_has_them() {
         row("bsf", "undefined destination", &[3]),
     ];
     assert_eq!(found, expected);
+}
+
+#[test]
+fn a_count_in_cl_says_which_flags_are_undefined() {
+    const AF: u64 = 0x10;
+    const OF: u64 = 0x800;
+    // add eax, ebx; shl eax, cl
+    const CODE: &[u8] = &[0x01, 0xd8, 0xd3, 0xe0, 0xf4];
+    for (count, undefined) in [(0, 0), (1, AF), (5, OF | AF), (32, 0), (33, AF)] {
+        let mut engine = engine(CODE, Translation::Never);
+        let mut state = engine.cpu_state().expect("a state");
+        state.gpr[RCX] = count;
+        engine.set_cpu_state(&state).expect("a state");
+        assert_eq!(engine.run(2).expect("it runs"), Exit::TickReached);
+        assert_eq!(engine.undefined_flags(), undefined, "by {count}");
+    }
+}
+
+/// Takes a trace and forgets it.
+struct Forgotten;
+
+impl BatchSink for Forgotten {
+    fn exchange(&mut self, mut batch: Batch, _tick: u64) -> Option<Batch> {
+        batch.clear();
+        Some(batch)
+    }
+}
+
+#[test]
+fn undefined_flags_stay_so_where_a_trace_begins_and_ends() {
+    const SF_ZF_AF_PF: u64 = 0xd4;
+    // mul ebx; mov eax, ebx; mov eax, ebx
+    let mut engine = engine(&[0xf7, 0xe3, 0x89, 0xd8, 0x89, 0xd8, 0xf4], Translation::Never);
+    assert_eq!(engine.run(1).expect("it runs"), Exit::TickReached);
+    assert_eq!(engine.undefined_flags(), SF_ZF_AF_PF);
+    engine.start_trace(Box::new(Forgotten), Contents::default());
+    assert_eq!(engine.undefined_flags(), SF_ZF_AF_PF, "where a trace begins");
+    assert_eq!(engine.run(2).expect("it runs"), Exit::TickReached);
+    assert_eq!(engine.undefined_flags(), SF_ZF_AF_PF);
+    engine.stop_trace();
+    assert_eq!(engine.undefined_flags(), SF_ZF_AF_PF, "where it ended");
+    assert_eq!(engine.run(3).expect("it runs"), Exit::TickReached);
+    assert_eq!(engine.undefined_flags(), SF_ZF_AF_PF);
 }

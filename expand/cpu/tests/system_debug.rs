@@ -335,3 +335,22 @@ fn alignment_is_checked_for_users_only() {
         assert_eq!(ended.fault().0, raises, "user {user}, AC {flag}, AM {mask}");
     }
 }
+
+#[test]
+fn a_watched_write_ends_the_run_whatever_wrote() {
+    // mov [rsp - 16], eax; nop, with a breakpoint elsewhere; and ud2, which leaves a frame.
+    let careful = Guest::long().code(&[0x89, 0x44, 0x24, 0xf0, 0x90, 0xf4]).with(|guest| {
+        guest.state.dr[0] = 0x1234;
+        guest.state.dr7 = control(0, 0);
+    });
+    let faulting = Guest::long().code(&[0x0f, 0x0b]);
+    for (guest, ticks) in [(careful, 1), (faulting, 0)] {
+        let mut engine = guest.engine();
+        let stack = engine.cpu_state().expect("a state").gpr[RSP];
+        engine.watch_writes(stack - 256..stack, true);
+        assert_eq!(engine.run(u64::MAX).expect("it runs"), Exit::Kicked);
+        assert_eq!(engine.tick(), ticks);
+        assert!(!engine.take_watched_writes().is_empty());
+        assert_eq!(engine.run(u64::MAX).expect("it runs"), Exit::Halt);
+    }
+}

@@ -127,6 +127,6 @@ impl Batch {
 
 /// Whether a word says that the run before it was cut.
 #[inline(always)]
-pub(crate) fn is_cut(word: u32) -> bool {
+pub fn is_cut(word: u32) -> bool {
     word.wrapping_sub(CUT) < EVENT - CUT
 }

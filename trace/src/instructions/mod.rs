@@ -35,7 +35,7 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
-pub use batch::{Batch, CUT, Definition, EVENT, MAX_BLOCKS, MAX_RUN_ACCESSES};
+pub use batch::{Batch, CUT, Definition, EVENT, MAX_BLOCKS, MAX_RUN_ACCESSES, is_cut};
 pub use block::{
     AccessKind, BlockDefinition, BlockEnd, BlockRef, Blocks, CodeWidth, InstructionDefinition,
     InstructionRef, MAX_ACCESS_BYTES, MAX_BLOCK_ACCESSES, MAX_BLOCK_INSTRUCTIONS,

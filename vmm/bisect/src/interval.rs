@@ -17,7 +17,7 @@ use reprise_machine::inputs::Replaying;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, Outcome};
 use reprise_replay::{
-    RecordedClock, ReplayError, Replayable, Start, compare as compare_checkpoint,
+    RecordedClock, ReplayError, Replayable, Start, meet_checkpoint, verification,
 };
 use reprise_trace::checkpoint::CheckpointInfo;
 use reprise_trace::event::Record;
@@ -165,6 +165,7 @@ fn replay(replayable: &Replayable, watch: &mut dyn Watch) -> Result<Replayed, Bi
     };
     let mut machine = replayable.soft_machine_with(Start::Run, observe)?;
     let last = recording.summary().last_moment.map_or(0, |moment| moment.tick);
+    let verification = verification(recording.header(), replayable.course(), "soft");
     let mut checkpoints = Vec::new();
     // What KVM's checkpoints say of a TLB and of instructions, the software CPU cannot be compared with.
     for (_, info) in own_checkpoints(replayable) {
@@ -172,10 +173,10 @@ fn replay(replayable: &Replayable, watch: &mut dyn Watch) -> Result<Replayed, Bi
         if let Some(outcome) = advance(&mut machine, tick, last, watch)? {
             return Ok(Replayed { outcome, agreed: *agreed.borrow(), checkpoints });
         }
-        let differs_in = match compare_checkpoint(&mut machine, info) {
+        let differs_in = match meet_checkpoint(&mut machine, info, verification) {
             // Checkpoints are of machines that are awake.
             Err(ReplayError::NotConsistent { .. }) => Some("position".to_owned()),
-            compared => compared?,
+            met => met?.difference,
         };
         let unlike = differs_in.is_some();
         checkpoints.push(Checked { tick, differs_in });

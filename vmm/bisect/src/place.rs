@@ -11,7 +11,7 @@ use reprise_export::symbols::Symbols;
 use reprise_machine::divergence::{Difference, Divergence};
 use reprise_machine::engine::{Engine, Exit};
 use reprise_machine::inputs::Replaying;
-use reprise_machine::lawful::explained;
+use reprise_machine::lawful::{Permitted, explained};
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, Outcome};
 use reprise_machine::ram::GuestRam;
@@ -141,7 +141,8 @@ fn record_at(
 /// The subset of the arithmetic flags that has to be turned.
 fn flags_that_differ(state: &CpuState, recorded: u64) -> Option<u64> {
     let arithmetic = ARITHMETIC_FLAGS.iter().map(|bit| 1_u64 << bit).sum();
-    let turned = explained(state, recorded, arithmetic)?.state.rflags ^ state.rflags;
+    let permitted = Permitted { x87_last_instruction: true, undefined_flags: arithmetic };
+    let turned = explained(state, recorded, permitted)?.state.rflags ^ state.rflags;
     (turned != 0).then_some(turned)
 }
 
@@ -154,7 +155,8 @@ fn is_as_recorded(engine: &mut RecordedClock, record: &Record) -> Result<bool, B
     let state = engine.cpu_state()?;
     let digest = record.cpu_digest;
     let undefined_flags = engine.undefined_flags();
-    Ok(state.short_digest() == digest || explained(&state, digest, undefined_flags).is_some())
+    let permitted = Permitted { x87_last_instruction: true, undefined_flags };
+    Ok(state.short_digest() == digest || explained(&state, digest, permitted).is_some())
 }
 
 fn here(engine: &mut RecordedClock, record: &Record, end: u64) -> Elsewhere {

@@ -17,6 +17,9 @@ pub enum AccessedBits {
     /// Not in page tables: hardware that runs freely may set them early
     /// (`accessed_bits.rs`).
     SetAside,
+    /// Not in the tables that CR3 leads to, and in every other page: so did recordings up to version 2 of
+    /// the format.
+    SetAsideInCurrent,
 }
 
 /// BLAKE3 digests of a machine's state, in parts, so that two that differ say where.
@@ -39,7 +42,8 @@ impl StateDigest {
     ) -> Result<Self, EngineError> {
         let tables = match accessed_bits {
             AccessedBits::Exact => PageTables::none(),
-            AccessedBits::SetAside => PageTables::of(engine)?,
+            AccessedBits::SetAside => PageTables::of(engine, false)?,
+            AccessedBits::SetAsideInCurrent => PageTables::of(engine, true)?,
         };
         let devices = postcard::to_allocvec(&board.save())
             .expect("device state has no type that can fail to encode");

@@ -44,7 +44,7 @@ pub struct SetAside {
 
 impl SetAside {
     /// Adds one more record at `moment`.
-    pub(crate) fn note(all: &mut Vec<Self>, what: Lawful, moment: Moment) {
+    pub fn note(all: &mut Vec<Self>, what: Lawful, moment: Moment) {
         Self::add(all, Self { what, records: 1, first: moment });
     }
 
@@ -66,6 +66,15 @@ pub struct Explained {
     pub state: CpuState,
 }
 
+/// In what the state at hand and a recorded one may lawfully differ.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Permitted {
+    /// In the x87 unit's last instruction, which engines keep differently.
+    pub x87_last_instruction: bool,
+    /// In these bits of RFLAGS, which the instructions before left undefined, so that they are a CPU's own.
+    pub undefined_flags: u64,
+}
+
 /// What of FOP, FIP and FDP hardware keeps; what it does not keep reads as zero.
 const KEPT: [[bool; 3]; 5] = [
     [true, true, true],
@@ -76,11 +85,13 @@ const KEPT: [[bool; 3]; 5] = [
 ];
 
 /// The state as hardware may have it instead, if it then has the digest of a record; and what differs.
-/// `undefined_flags` are the bits of RFLAGS that the instructions before left undefined.
-pub fn explained(state: &CpuState, recorded: u64, undefined_flags: u64) -> Option<Explained> {
+pub fn explained(state: &CpuState, recorded: u64, permitted: Permitted) -> Option<Explained> {
+    let Permitted { x87_last_instruction, undefined_flags } = permitted;
+    // The first keeps all.
+    let kept = if x87_last_instruction { &KEPT[..] } else { &KEPT[..1] };
     let mut flipped = 0;
     loop {
-        for [opcode, instruction, data] in KEPT {
+        for [opcode, instruction, data] in kept.iter().copied() {
             let mut there = state.clone();
             there.rflags ^= flipped;
             let fpu = &mut there.fpu;
@@ -108,6 +119,9 @@ pub fn explained(state: &CpuState, recorded: u64, undefined_flags: u64) -> Optio
 mod tests {
     use super::*;
 
+    /// Of another engine on the same CPU.
+    const X87: Permitted = Permitted { x87_last_instruction: true, undefined_flags: 0 };
+
     fn behind_an_x87_instruction() -> CpuState {
         let mut state = CpuState::default();
         (state.fpu.fop, state.fpu.fip, state.fpu.fdp) = (0x1c1, 0x40_1000, 0x60_2000);
@@ -119,10 +133,12 @@ mod tests {
         let state = behind_an_x87_instruction();
         let mut there = state.clone();
         there.fpu.fdp = 0;
-        let explanation = explained(&state, there.short_digest(), 0);
+        let explanation = explained(&state, there.short_digest(), X87);
         let what = vec![Lawful::X87LastInstruction];
-        assert_eq!(explanation, Some(Explained { what, state: there }));
-        assert_eq!(explained(&state, state.short_digest(), 0), None, "nothing differs");
+        assert_eq!(explanation, Some(Explained { what, state: there.clone() }));
+        assert_eq!(explained(&state, state.short_digest(), X87), None, "nothing differs");
+        let of_another_cpu = Permitted { undefined_flags: 0x8d5, ..Permitted::default() };
+        assert_eq!(explained(&state, there.short_digest(), of_another_cpu), None);
     }
 
     #[test]
@@ -132,7 +148,9 @@ mod tests {
         const ZF: u64 = 1 << 6;
         let state = CpuState { rflags: 2 | ZF, ..behind_an_x87_instruction() };
         let there = CpuState { rflags: 2 | AF, ..state.clone() };
-        let of = |there: &CpuState, undefined| explained(&state, there.short_digest(), undefined);
+        let of = |there: &CpuState, undefined_flags| {
+            explained(&state, there.short_digest(), Permitted { undefined_flags, ..X87 })
+        };
         let what = vec![Lawful::UndefinedFlags];
         let explanation = Explained { what, state: there.clone() };
         assert_eq!(of(&there, AF | ZF), Some(explanation.clone()));
@@ -153,10 +171,10 @@ mod tests {
         let mut there = state.clone();
         there.fpu.fdp = 0;
         there.gpr[3] = 1;
-        assert_eq!(explained(&state, there.short_digest(), 0), None);
+        assert_eq!(explained(&state, there.short_digest(), X87), None);
         let mut there = state.clone();
         there.fpu.fip += 1;
-        assert_eq!(explained(&state, there.short_digest(), 0), None);
+        assert_eq!(explained(&state, there.short_digest(), X87), None);
     }
 
     #[test]

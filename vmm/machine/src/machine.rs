@@ -40,6 +40,8 @@ pub struct Machine<E: Engine, I: Inputs> {
     runs_freely: bool,
     /// Whether the digests of this recording count accessed bits.
     accessed_bits: AccessedBits,
+    /// What becomes of that where hardware takes over.
+    accessed_bits_of_hardware: AccessedBits,
     /// The tick at which the last interrupt was delivered. Until that tick has passed the delivery
     /// may be half done (on KVM it happens with the handler's first instruction), so nothing enters.
     delivered_at: Option<u64>,
@@ -99,6 +101,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
         Self {
             runs_freely,
             accessed_bits,
+            accessed_bits_of_hardware: AccessedBits::SetAside,
             engine,
             board,
             inputs,
@@ -128,6 +131,14 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     #[must_use]
     pub fn with_accessed_bits(mut self, accessed_bits: AccessedBits) -> Self {
         self.accessed_bits = accessed_bits;
+        self
+    }
+
+    /// Chooses what of accessed bits digests count once hardware has taken over, in recordings older than
+    /// this version of the format.
+    #[must_use]
+    pub fn with_accessed_bits_of_hardware(mut self, accessed_bits: AccessedBits) -> Self {
+        self.accessed_bits_of_hardware = accessed_bits;
         self
     }
 
@@ -283,7 +294,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
         self.runs_freely = to.tick_kind == TickKind::ConditionalBranch;
         if to.engine != "soft" {
             // From here on hardware may have set them early.
-            self.accessed_bits = AccessedBits::SetAside;
+            self.accessed_bits = self.accessed_bits_of_hardware;
         }
         self.base = TimeBase { tick: self.engine.tick(), ns: now.ns, ns_per_tick: to.ns_per_tick };
         self.engine.set_time_base(self.base);

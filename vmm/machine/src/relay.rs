@@ -91,6 +91,18 @@ impl Engine for Relay {
         self.add_assists()
     }
 
+    fn instructions(&self) -> Option<u64> {
+        self.active.instructions()
+    }
+
+    fn pause_at(&mut self, instructions: Option<u64>) -> bool {
+        self.active.pause_at(instructions)
+    }
+
+    fn is_paused(&self) -> bool {
+        self.active.is_paused()
+    }
+
     fn kicker(&self) -> Arc<dyn Kick> {
         self.kick.clone()
     }

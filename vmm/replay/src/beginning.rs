@@ -9,7 +9,7 @@ use reprise_machine::clock::TimeSource;
 use reprise_machine::digest::AccessedBits;
 use reprise_machine::engine::{Engine, EngineError};
 use reprise_machine::inputs::{Replaying, Verification};
-use reprise_machine::lawful::{Lawful, explained};
+use reprise_machine::lawful::{Lawful, Permitted, SetAside, explained};
 use reprise_machine::machine::Machine;
 use reprise_machine::ram::GuestRam;
 use reprise_trace::checkpoint::{
@@ -20,7 +20,7 @@ use reprise_trace::event::HandOver;
 use reprise_trace::header::{Header, HostInfo, ImageRole};
 use reprise_trace::log::LogReader;
 use reprise_trace::recording::Recording;
-use reprise_trace::stretches::Course;
+use reprise_trace::stretches::{Course, FinalDigest};
 
 use crate::error::ReplayError;
 
@@ -48,7 +48,8 @@ pub struct Beginning {
     at: At,
     log: LogReader,
     on: HandOver,
-    accessed_bits: AccessedBits,
+    /// There, and behind the recording's last hand-over.
+    accessed_bits: [AccessedBits; 2],
 }
 
 impl Beginning {
@@ -68,7 +69,7 @@ impl Beginning {
         };
         let at = At::Run(Box::new(reprise_boot::load(&source, &ram)?));
         let (log, on) = (recording.log(), course.at(0).on.clone());
-        Ok(Self { ram, board, at, log, on, accessed_bits: accessed_bits(course, 0) })
+        Ok(Self { ram, board, at, log, on, accessed_bits: accessed_bits_from(course, 0) })
     }
 
     pub(crate) fn of_checkpoint(
@@ -88,7 +89,7 @@ impl Beginning {
             return Err(CheckpointError::OtherRecording.into());
         }
         let on = course.at(state.records).on.clone();
-        let accessed_bits = accessed_bits(course, state.records);
+        let accessed_bits = accessed_bits_from(course, state.records);
         let at = At::Checkpoint(Box::new(state));
         Ok(Self { ram, board, at, log, on, accessed_bits })
     }
@@ -105,7 +106,7 @@ impl Beginning {
         fill(&mut ram);
         let (log, _) = recording.log_behind(state.records)?;
         let on = course.at(state.records).on.clone();
-        let accessed_bits = accessed_bits(course, state.records);
+        let accessed_bits = accessed_bits_from(course, state.records);
         let at = At::Checkpoint(Box::new(state));
         Ok(Self { ram, board, at, log, on, accessed_bits })
     }
@@ -160,7 +161,8 @@ impl Beginning {
             }
             At::Checkpoint(state) => Machine::resume(engine, board, inputs, time, &state)?,
         };
-        Ok(machine.with_accessed_bits(accessed_bits))
+        let [there, at_last] = accessed_bits;
+        Ok(machine.with_accessed_bits(there).with_accessed_bits_of_hardware(at_last))
     }
 }
 
@@ -182,20 +184,32 @@ pub fn time_source(header: &Header) -> TimeSource {
     TimeSource::of(header.ns_per_tick)
 }
 
+fn accessed_bits_from(course: &Course, records: u64) -> [AccessedBits; 2] {
+    [records, u64::MAX].map(|records| accessed_bits(course, records))
+}
+
 /// Whether the digest of a machine with so many records behind it counts accessed bits: not once hardware
 /// ran the guest, which may set them early.
 pub fn accessed_bits(course: &Course, records: u64) -> AccessedBits {
     let mut before = course.stretches.iter().filter(|stretch| stretch.records_before <= records);
-    match course.counts_accessed_bits || before.all(|stretch| stretch.on.engine == "soft") {
-        true => AccessedBits::Exact,
-        false => AccessedBits::SetAside,
+    if before.all(|stretch| stretch.on.engine == "soft") {
+        return AccessedBits::Exact;
+    }
+    match course.final_digest {
+        FinalDigest::CountsAccessedBits => AccessedBits::Exact,
+        FinalDigest::SetsAsideCurrentTables => AccessedBits::SetAsideInCurrent,
+        FinalDigest::SetsAsideAllTables => AccessedBits::SetAside,
     }
 }
 
 /// How much of a recording a replay by this engine alone can compare.
 pub fn verification(header: &Header, course: &Course, engine: &str) -> Verification {
     let own = course.stretches.iter().all(|stretch| stretch.on.engine == engine);
-    if own && recorded_here(header) { Verification::Exact } else { Verification::AcrossEngines }
+    Verification {
+        other_engine: !own,
+        other_cpu: !recorded_here(header),
+        on_hardware: engine != "soft",
+    }
 }
 
 /// Whether a recording was made on a CPU like this host's: of the same maker, family and model. One that
@@ -205,36 +219,54 @@ pub fn recorded_here(header: &Header) -> bool {
     header.host.cpu_vendor.is_empty() || of(&header.host) == of(&host_info())
 }
 
-/// Compares a machine that stands at a checkpoint's tick with the checkpoint. Gives what differs, in
-/// words; `None` if nothing does. Costs a pass over the guest RAM that was ever touched.
+/// What a machine that came to a checkpoint's tick found there.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Met {
+    /// What differs, in words; `None` if nothing does that may not.
+    pub difference: Option<String>,
+    /// What was set aside.
+    pub set_aside: Vec<SetAside>,
+}
+
+/// Compares a machine that stands at a checkpoint's tick with the checkpoint. Where another CPU made that, flags
+/// that are undefined here become what they were there, so that the machine goes on as that one did. Costs a pass
+/// over the guest RAM that was ever touched.
 ///
 /// # Errors
 /// The machine does not stand where checkpoints can be taken (see [`Machine::consistent`]), or the
 /// engine fails.
-pub fn compare<E: Engine>(
+pub fn meet_checkpoint<E: Engine>(
     machine: &mut Machine<E, Replaying>,
     checkpoint: &CheckpointInfo,
-) -> Result<Option<String>, ReplayError> {
-    leave_lawful_flags(machine, checkpoint)?;
-    Ok(checkpoint.digest.difference(&digest(machine)?))
+    verification: Verification,
+) -> Result<Met, ReplayError> {
+    let set_aside = follow_lawful_flags(machine, checkpoint, verification)?;
+    let difference = checkpoint.digest.difference(&digest(machine)?);
+    Ok(Met { difference, set_aside })
 }
 
 /// Gives flags that are undefined here the values that they have in a checkpoint that another CPU made.
-fn leave_lawful_flags<E: Engine>(
+fn follow_lawful_flags<E: Engine>(
     machine: &mut Machine<E, Replaying>,
     checkpoint: &CheckpointInfo,
-) -> Result<(), ReplayError> {
+    verification: Verification,
+) -> Result<Vec<SetAside>, ReplayError> {
     let [a, b, c, d, e, f, g, h, ..] = checkpoint.digest.cpu;
     let there = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+    let mut set_aside = Vec::new();
     let engine = machine.engine();
-    let (state, undefined) = (engine.cpu_state()?, engine.undefined_flags());
-    if undefined != 0
-        && let Some(explained) = explained(&state, there, undefined)
-        && explained.what == [Lawful::UndefinedFlags]
-    {
-        engine.set_undefined_flags(explained.state.rflags)?;
+    let state = engine.cpu_state()?;
+    if !verification.other_cpu || state.short_digest() == there {
+        return Ok(set_aside);
     }
-    Ok(())
+    let undefined_flags = engine.undefined_flags();
+    // The software CPU made the checkpoint, as it is the one that meets it.
+    let permitted = Permitted { undefined_flags, x87_last_instruction: false };
+    if let Some(explained) = explained(&state, there, permitted) {
+        engine.set_undefined_flags(explained.state.rflags)?;
+        SetAside::note(&mut set_aside, Lawful::UndefinedFlags, checkpoint.moment);
+    }
+    Ok(set_aside)
 }
 
 /// The digest that a checkpoint of the machine has here.

@@ -15,7 +15,7 @@ use reprise_cpu::flag_laws::FlagLaws;
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Access, Engine, EngineError, Exit, Kick};
 use reprise_machine::inputs::Stamp;
-use reprise_machine::lawful::explained;
+use reprise_machine::lawful::{Permitted, explained};
 use reprise_machine::ram::GuestRam;
 use reprise_trace::checkpoint::{EngineState, HiddenState};
 use reprise_trace::cpu_state::CpuState;
@@ -36,6 +36,9 @@ const KEPT_VERSION: u32 = 1;
 const KEPT_AMID: &str = "soft, amid a tick of another clock";
 /// Why what was kept is refused.
 const IMPOSSIBLE: &str = "the saved clock is in a state that it never reaches: take another copy";
+/// Instructions of one tick that are looked at for a place like the recorded one: whoever recorded has stood behind
+/// an exit or a branch, or watched the guest for some hundred instructions.
+const MAX_SCOUTED: u64 = 2_000;
 /// KVM hands over a larger access to memory that is not RAM in pieces of so many bytes, each an exit.
 const LARGEST_MMIO_EXIT_BYTES: u8 = 8;
 
@@ -45,6 +48,8 @@ pub struct RecordedClock {
     software: SoftEngine,
     /// What the recording says of itself.
     header: Header,
+    /// Made on another CPU than this host's.
+    of_other_cpu: bool,
     kind: TickKind,
     /// The software CPU's tick at which it began; moves where another engine's ticks go on.
     began_at: u64,
@@ -103,6 +108,7 @@ impl RecordedClock {
         let mut clock = Self {
             software: SoftEngine::new(ram)?,
             header: header.clone(),
+            of_other_cpu: !recorded_here(header),
             kind: header.tick_kind,
             began_at: 0,
             instructions_before: 0,
@@ -116,7 +122,7 @@ impl RecordedClock {
             counts_from_checkpoint: false,
         };
         clock.count_what(header);
-        if !recorded_here(header) {
+        if clock.of_other_cpu {
             follow_other_cpu(&mut clock.software, header);
         }
         Ok(clock)
@@ -125,10 +131,11 @@ impl RecordedClock {
     /// Sets the software CPU, which has decoded nothing yet, up for what this header says.
     fn count_what(&mut self, header: &Header) {
         let software = &mut self.software;
-        if header.tick_kind == TickKind::ConditionalBranch {
-            software.count_conditional_branches();
-            software.set_conditional_branches(0);
+        match header.tick_kind {
+            TickKind::ConditionalBranch => software.count_conditional_branches(),
+            TickKind::Exit | TickKind::Instruction => software.ignore_conditional_branches(),
         }
+        software.set_conditional_branches(0);
         match header.shows_time_stamp_counter() {
             true => software.show_time_stamp_counter(),
             false => software.hide_time_stamp_counter(),
@@ -148,7 +155,7 @@ impl RecordedClock {
 
     /// Takes up a checkpoint that the clock `pmu` made on hardware: all that has passed is branches to it.
     fn restore_of_hardware(&mut self, state: &EngineState) -> Result<(), EngineError> {
-        (self.events, self.began_at) = (0, 0);
+        (self.events, self.began_at, self.instructions_before) = (0, 0, 0);
         self.counts_from_checkpoint = true;
         self.software.restore(&EngineState { tick: 0, ..state.clone() })?;
         self.software.set_conditional_branches(state.tick);
@@ -180,7 +187,8 @@ impl RecordedClock {
 
     /// The software CPU's tick `until`, or the one before it at which the guest is to pause.
     fn no_further_than(&self, until: u64) -> u64 {
-        let tick_of = |pause: u64| self.began_at.wrapping_add(pause - self.instructions_before);
+        let tick_of =
+            |pause: u64| self.began_at.wrapping_add(pause.saturating_sub(self.instructions_before));
         self.pause_at.map_or(until, |pause| until.min(tick_of(pause)))
     }
 
@@ -240,26 +248,69 @@ impl RecordedClock {
     }
 
     /// Whether the guest stands where `stamp` was taken.
-    fn stands_at(&mut self, stamp: &Stamp) -> Result<bool, EngineError> {
+    fn stands_at(&mut self, stamp: &Stamp) -> Result<Standing, EngineError> {
         if self.amid || self.delivered || self.moment()? != stamp.moment {
-            return Ok(false);
+            return Ok(Standing::Elsewhere);
         }
         let state = self.cpu_state()?;
         if state.short_digest() == stamp.cpu_digest {
-            return Ok(true);
+            return Ok(Standing::Exactly);
         }
-        let undefined_flags = self.software.undefined_flags();
-        Ok(explained(&state, stamp.cpu_digest, undefined_flags).is_some())
+        // Only hardware records by this clock.
+        let undefined_flags = if self.of_other_cpu { self.software.undefined_flags() } else { 0 };
+        let permitted = Permitted { x87_last_instruction: true, undefined_flags };
+        Ok(match explained(&state, stamp.cpu_digest, permitted) {
+            Some(_) => Standing::Lawfully,
+            None => Standing::Elsewhere,
+        })
     }
+
+    /// Whether the guest comes to exactly the state of `stamp` later in this tick. A copy of the CPU goes ahead
+    /// to see, and takes back what it writes.
+    fn comes_exactly(&mut self, stamp: &Stamp) -> Result<bool, EngineError> {
+        let Some(mut scout) = self.software.scout()? else { return Ok(false) };
+        let branches = scout.conditional_branches();
+        let mut found = false;
+        for _ in 0..MAX_SCOUTED {
+            if !scout.step()? || scout.conditional_branches() != branches {
+                break;
+            }
+            let moment = scout.moment()?;
+            let is_there = (moment.rip, moment.rcx) == (stamp.moment.rip, stamp.moment.rcx);
+            if is_there && scout.cpu_state()?.short_digest() == stamp.cpu_digest {
+                found = true;
+                break;
+            }
+        }
+        scout.take_back();
+        Ok(found)
+    }
+}
+
+/// How a place is like a recorded one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    /// Not at all.
+    Elsewhere,
+    /// But for what another engine or CPU may lawfully have otherwise.
+    Lawfully,
+    /// In everything.
+    Exactly,
 }
 
 /// Has the software CPU leave undefined flags as the CPU that recorded does, if that was measured, and
 /// know which are undefined.
 pub fn follow_other_cpu(software: &mut SoftEngine, header: &Header) {
     software.know_undefined_flags();
-    if let Some(laws) = FlagLaws::of(&header.host.cpu_vendor, header.host.cpu_family) {
+    if let Some(laws) = laws_of(header) {
         software.leave_flags_by(laws);
     }
+}
+
+/// How the CPU that recorded leaves undefined flags, if that was measured.
+pub fn laws_of(header: &Header) -> Option<&'static FlagLaws> {
+    let host = &header.host;
+    FlagLaws::of(&host.cpu_vendor, host.cpu_family, host.cpu_model)
 }
 
 /// How many exits KVM makes of an access.
@@ -316,7 +367,16 @@ impl Engine for RecordedClock {
             }
         }
         // From here on one instruction at a time; a place that never comes ends with the tick.
-        while self.tick() == stamp.moment.tick && !self.stands_at(stamp)? {
+        while self.tick() == stamp.moment.tick {
+            let stands = match self.stands_at(stamp)? {
+                Standing::Elsewhere => false,
+                // A place that is exactly the recorded one comes before one that may be.
+                Standing::Lawfully => !self.comes_exactly(stamp)?,
+                Standing::Exactly => true,
+            };
+            if stands {
+                break;
+            }
             match self.run_software(self.software.tick() + 1)? {
                 Exit::TickReached => {}
                 exit => return Ok(exit),
@@ -497,10 +557,14 @@ impl Engine for RecordedClock {
     }
 
     fn instructions(&self) -> Option<u64> {
-        Some(self.instructions_before + self.instructions_executed())
+        let known = !self.counts_from_checkpoint;
+        known.then(|| self.instructions_before + self.instructions_executed())
     }
 
     fn pause_at(&mut self, instructions: Option<u64>) -> bool {
+        if self.counts_from_checkpoint {
+            return false;
+        }
         self.pause_at = instructions;
         true
     }

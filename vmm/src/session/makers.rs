@@ -1,11 +1,10 @@
 //! What CPUs of other makers may do otherwise: the instructions of a run whose results the architecture
 //! leaves to them, and what a replay on another CPU has to say of it.
 
-use reprise_cpu::flag_laws::FlagLaws;
 use reprise_cpu::latitude::Latitude;
 use reprise_cpu::latitude_sites::Sites;
 use reprise_host::host_info;
-use reprise_replay::recorded_here;
+use reprise_replay::{laws_of, recorded_here};
 use reprise_trace::header::Header;
 use serde::Serialize;
 
@@ -70,7 +69,7 @@ pub fn note(header: &Header, sites: Option<&[Sites]>) -> Option<String> {
                 [] => String::new(),
                 texts => format!("; for operands without a result, of {}", texts.join(", ")),
             };
-            let flags = match FlagLaws::of(&header.host.cpu_vendor, header.host.cpu_family) {
+            let flags = match laws_of(header) {
                 Some(_) => "undefined flags are left as the CPU that recorded leaves them",
                 None => {
                     "undefined flags may differ, and stay so in memory where the guest saved them"

@@ -21,7 +21,6 @@ use reprise_machine::outcome::{Conclusion, MachineError, Outcome};
 use reprise_machine::ram::GuestRam;
 use reprise_replay::{
     Arrived, Beginning, ConsoleOnce, OnSoftware, ReplayError, Replayable, Start, accessed_bits,
-    recorded_here,
 };
 use reprise_trace::header::{Header, ImageRole};
 use reprise_trace::moment::TickKind;
@@ -451,9 +450,9 @@ fn report(
     report.exit_code = u8::from(report.verified == Some(false));
     report.verified_until = outcome.verified_until.map(Into::into);
     report.verification = Some(match verification {
-        Verification::Exact => "exact",
-        Verification::AcrossEngines if header.engine == kind.engine_name() => "across-cpus",
-        Verification::AcrossEngines => "across-engines",
+        Verification { other_engine: true, .. } => "across-engines",
+        Verification { other_cpu: true, .. } => "across-cpus",
+        _ => "exact",
     });
     report.complete = Some(summary.complete);
     report
@@ -479,7 +478,7 @@ pub(super) fn set_aside(
         matches!(outcome.conclusion, Conclusion::Ended(_)) && outcome.state.is_some()
     };
     if let Some(end) = outcome.filter(compared)
-        && accessed_bits(course, u64::MAX) == AccessedBits::SetAside
+        && accessed_bits(course, u64::MAX) != AccessedBits::Exact
     {
         all.push(SetAsideReport::of_accessed_bits(end.moment));
     }
@@ -494,7 +493,7 @@ fn notes(
 ) -> Vec<String> {
     let mut notes = Vec::new();
     let other_engine = header.engine != kind.engine_name();
-    if other_engine || verification == Verification::AcrossEngines && recorded_here(header) {
+    if other_engine || verification.other_engine {
         notes.push(format!(
             "recorded on engine {} (clock {}), replayed on {}",
             header.engine,

@@ -203,13 +203,17 @@ pub fn followed(
     course: &Course,
     engine: EngineArg,
 ) -> Result<Followed, ChoiceError> {
-    let (mut same, mut on_soft) = (recorded_here(header), true);
+    let (mut same, mut on_soft) = (true, true);
     for stretch in &course.stretches {
         let kind = kind_of(hardware, header, &stretch.on, engine)?;
         same &= choice::recorded_kind(&header.of_stretch(&stretch.on)) == Some(kind);
         on_soft &= kind == EngineKind::Soft;
     }
-    let verification = if same { Verification::Exact } else { Verification::AcrossEngines };
+    let verification = Verification {
+        other_engine: !same,
+        other_cpu: !recorded_here(header),
+        on_hardware: !on_soft,
+    };
     Ok(Followed { verification, by_relay: course.stretches.len() > 1 && !on_soft })
 }
 

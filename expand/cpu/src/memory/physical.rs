@@ -286,6 +286,21 @@ impl Physical {
         self.capture.kept.is_empty() && self.capture.next == self.capture.pending.len()
     }
 
+    /// Keeps each page as it is before it is first written, for [`Physical::take_back_writes`]. Nothing has been
+    /// written yet.
+    pub(crate) fn keep_all(&mut self) {
+        let pages = self.code_chunks.len();
+        let (written, pending) = (Some(vec![false; pages]), vec![true; pages]);
+        self.capture = Capture { written, pending, ..Capture::default() };
+    }
+
+    /// Undoes every write since [`Physical::keep_all`].
+    pub(crate) fn take_back_writes(&mut self) {
+        for (number, page) in std::mem::take(&mut self.capture.kept) {
+            self.write(number * PAGE_BYTES, &page[..]);
+        }
+    }
+
     /// Marks a range within one page as decoded. Gives the page's host address if writes to it were
     /// permitted and no longer are.
     pub(crate) fn mark_code(&mut self, address: u64, size_bytes: u64) -> Option<*mut u8> {

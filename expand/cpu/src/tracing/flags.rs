@@ -3,12 +3,13 @@
 //! A CPU that must know them traces for nobody: that is cheaper than to look at every instruction, and
 //! nobody pays for it who replays on the CPU that recorded.
 
-use reprise_trace::instructions::{Batch, BlockDefinition, CUT, Contents, EVENT};
+use reprise_trace::instructions::{Batch, BlockDefinition, CUT, Contents, EVENT, is_cut};
 
 use super::{BatchSink, Tracer};
 use crate::cpu::Cpu;
 use crate::flags::ARITHMETIC;
 use crate::latitude;
+use crate::other_maker::Counts;
 
 /// Takes a trace and forgets it.
 struct Forgotten;
@@ -21,34 +22,42 @@ impl BatchSink for Forgotten {
 }
 
 /// Flags as they are found, from the last instruction back.
-struct Search {
+struct Search<'a> {
+    /// Of the instructions that have their count in CL.
+    counts: std::iter::Rev<std::collections::vec_deque::Iter<'a, u8>>,
     undefined: u64,
     /// Of which it is not known yet.
     open: u64,
 }
 
-impl Search {
+impl Search<'_> {
     fn look_at(&mut self, block: &BlockDefinition, ran: usize) {
         for instruction in block.instructions[..ran.min(block.instructions.len())].iter().rev() {
             if self.open == 0 {
                 return;
             }
             let instruction = latitude::decoded(&instruction.bytes, block.mode.width);
-            self.undefined |= latitude::undefined_flags(&instruction) & self.open;
-            let decided =
-                latitude::undefined_flags(&instruction) | latitude::defined_flags(&instruction);
-            self.open &= !decided;
+            let counts = latitude::counts_in_cl(&instruction);
+            let known = if counts { self.counts.next().copied() } else { Some(0) };
+            let [undefined, defined] = match known {
+                Some(cl) => [
+                    latitude::undefined_flags_for(&instruction, cl),
+                    latitude::defined_flags_for(&instruction, cl),
+                ],
+                None => [latitude::undefined_flags(&instruction), 0],
+            };
+            self.undefined |= undefined & self.open;
+            self.open &= !(undefined | defined);
         }
     }
 }
 
 impl Tracer {
-    /// Flags that the instructions up to here left undefined. Of instructions before the trace nothing
-    /// is known, so they left none.
-    pub(super) fn undefined_flags(&self) -> u64 {
-        let mut search = Search { undefined: 0, open: ARITHMETIC };
+    /// Flags that the instructions up to here left undefined, of which those with their count in CL had
+    /// `counts` last.
+    pub(super) fn undefined_flags(&self, counts: &Counts) -> u64 {
+        let mut search = Search { counts: counts.from_last(), undefined: 0, open: ARITHMETIC };
         let words = &self.batch.words;
-        let is_cut = |word: u32| word >= CUT && word != EVENT;
         let mut ran = usize::MAX;
         let mut at = words.len();
         while at > 0 && search.open != 0 {
@@ -79,8 +88,9 @@ impl Cpu {
         }
     }
 
-    /// Bits of RFLAGS that are undefined here; none if nobody traces.
+    /// Bits of RFLAGS that are undefined here; none if nobody has traced.
     pub(crate) fn undefined_flags(&self) -> u64 {
-        self.tracer.as_ref().map_or(0, |tracer| tracer.undefined_flags())
+        let counts = &self.other_maker.counts;
+        self.tracer.as_ref().map_or(self.undefined_before, |tracer| tracer.undefined_flags(counts))
     }
 }

@@ -31,6 +31,7 @@ use crate::decode::block_cache::Block;
 use crate::decode::op::Op;
 use crate::fault::Flow;
 use crate::memory::physical::Physical;
+use crate::other_maker::Counts;
 use crate::translate::Translator;
 use accesses::OpAccesses;
 pub(crate) use accesses::Planned;
@@ -127,8 +128,8 @@ impl Tracer {
         self.batch.words.len() >= FULL_WORDS || self.batch.addresses.len() >= FULL_ADDRESSES
     }
 
-    fn hand_over(&mut self, memory: &Physical, tick: u64) {
-        self.undefined_before = self.undefined_flags();
+    fn hand_over(&mut self, memory: &Physical, counts: &Counts, tick: u64) {
+        self.undefined_before = self.undefined_flags(counts);
         memory.to_guest(&mut self.batch.physical);
         let full = std::mem::take(&mut self.batch);
         if !self.refused {
@@ -239,7 +240,9 @@ impl Cpu {
         // Numbers that blocks have from an earlier trace mean nothing in this one.
         self.trace_generation += 1;
         self.memory.walks = contents.page_walks.then(Vec::new);
-        let mut tracer = Tracer::new(sink, contents, self.tick);
+        // The flags are what they were.
+        let undefined_before = self.undefined_flags();
+        let mut tracer = Tracer { undefined_before, ..Tracer::new(sink, contents, self.tick) };
         if tracer.is_full() {
             tracer.translator = self.translator.take();
             tracer.told = contents.registers.then(|| Box::new(Told::new(self)));
@@ -258,7 +261,8 @@ impl Cpu {
                 self.translator = tracer.translator.take();
                 self.memory.keep_journal(false);
             }
-            tracer.hand_over(&self.memory.physical, self.tick);
+            tracer.hand_over(&self.memory.physical, &self.other_maker.counts, self.tick);
+            self.undefined_before = tracer.undefined_before;
             self.forget_translated_code();
         }
     }
@@ -284,7 +288,7 @@ impl Cpu {
     #[cold]
     fn hand_over_trace(&mut self) -> bool {
         let Some(tracer) = &mut self.tracer else { return true };
-        tracer.hand_over(&self.memory.physical, self.tick);
+        tracer.hand_over(&self.memory.physical, &self.other_maker.counts, self.tick);
         let goes_on = !tracer.refused;
         if tracer.numbers.count() >= tracer.max_numbers {
             tracer.numbers.restart();

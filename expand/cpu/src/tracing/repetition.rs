@@ -94,7 +94,7 @@ impl Cpu {
         made.append(0..made.done, tracer, &self.memory);
         tracer.batch.cut_last_run(0, made.count() as u32);
         if tracer.is_due() {
-            tracer.hand_over(&self.memory.physical, self.tick);
+            tracer.hand_over(&self.memory.physical, &self.other_maker.counts, self.tick);
         }
         tracer.batch.words.push(rest);
     }
@@ -112,7 +112,7 @@ impl Cpu {
             tracer.batch.cut_last_run(0, unretired);
             // A guest may clear all of its memory at once. Numbers stay: `rest` is one of them.
             if tracer.is_due() {
-                tracer.hand_over(&self.memory.physical, self.tick);
+                tracer.hand_over(&self.memory.physical, &self.other_maker.counts, self.tick);
             }
             tracer.batch.words.push(rest);
             first += per_piece;

@@ -15,17 +15,35 @@ use crate::clock::{MAX_VIRTUAL_NS, TimeBase, TimeSource};
 use crate::digest::StateDigest;
 use crate::divergence::{Difference, Divergence, describe, describe_ending};
 use crate::engine::{Access, Engine};
-use crate::lawful::{Explained, Lawful, SetAside, explained};
+use crate::lawful::{Explained, Lawful, Permitted, SetAside, explained};
 
 /// How much of the machine a replay compares.
+///
+/// By default everything: position, CPU state, effects, final state. What another engine or another CPU may
+/// lawfully keep otherwise is set aside and told ([`crate::lawful`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Verification {
-    /// Everything: position, CPU state, effects, final state.
-    #[default]
-    Exact,
-    /// The same for another engine or CPU than the one that recorded: what hardware may lawfully keep otherwise
-    /// is set aside and told ([`crate::lawful`]).
-    AcrossEngines,
+pub struct Verification {
+    /// Another engine recorded.
+    pub other_engine: bool,
+    /// Another CPU recorded.
+    pub other_cpu: bool,
+    /// Hardware replays, and keeps the x87 unit's last instruction as that CPU does.
+    pub on_hardware: bool,
+}
+
+impl Verification {
+    /// Nothing is set aside.
+    pub fn is_exact(self) -> bool {
+        !self.other_engine && !self.other_cpu
+    }
+
+    /// In what a CPU state may differ from the recorded one, where these flags are undefined.
+    pub fn permits(self, undefined_flags: impl FnOnce() -> u64) -> Permitted {
+        Permitted {
+            x87_last_instruction: self.other_engine || self.other_cpu && self.on_hardware,
+            undefined_flags: if self.other_cpu { undefined_flags() } else { 0 },
+        }
+    }
 }
 
 /// Sees console output go by.
@@ -249,9 +267,8 @@ impl Replaying {
         } else if recorded.cpu_digest == found.cpu_digest {
             return Ok(None);
         } else {
-            if self.verification == Verification::AcrossEngines
-                && let Some(lawful) = explained(state, recorded.cpu_digest, undefined_flags())
-            {
+            let permitted = self.verification.permits(undefined_flags);
+            if let Some(lawful) = explained(state, recorded.cpu_digest, permitted) {
                 return Ok(Some(lawful));
             }
             (Difference::CpuState, recorded.cpu_digest, found.cpu_digest)

@@ -14,11 +14,13 @@ use reprise_machine::inputs::Stamp;
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::event::{Event, Record};
+use reprise_trace::header::Header;
 use reprise_trace::log::LogWriter;
 use reprise_trace::moment::{Moment, TickKind};
 
 use super::frames::Frames;
 use super::trail::{Boundary, Trail, WATCHED};
+use crate::recorded_clock::follow_other_cpu;
 
 /// What enters at the boundary where the machine stands, as the machine's inputs see it go by.
 #[derive(Debug, Default)]
@@ -111,6 +113,11 @@ impl Rewriting {
         })
     }
 
+    /// Another CPU recorded what is rewritten.
+    pub(super) fn follow_other_cpu(&mut self, header: &Header) {
+        follow_other_cpu(&mut self.software, header);
+    }
+
     /// Where the guest stands, as the branch clock counts.
     fn branch_tick(&self) -> u64 {
         self.software.conditional_branches() + self.events
@@ -189,12 +196,15 @@ impl Rewriting {
     /// The run is over, and hardware stands there as well; or, if the guest was `stopped` there, has to find
     /// the place. Gives its stamp if it does.
     pub(super) fn end(&mut self, stopped: bool) -> Result<Option<Stamp>, EngineError> {
-        let found = self.settle()?;
+        if !self.settle()? {
+            // What entered last did so at no place that hardware finds, and nobody ever saw it.
+            return Ok(None);
+        }
         let stamp = self.stamp()?;
         if stopped && !self.behind_exit {
             self.watch()?;
             let place = self.trail.place(self.software.ram());
-            if !found || place.map(|place| place.stamp) != Some(stamp) {
+            if place.map(|place| place.stamp) != Some(stamp) {
                 return Ok(None);
             }
         }
@@ -233,7 +243,7 @@ impl Rewriting {
             let tick = self.software.tick();
             if !owes && until - tick > WATCHED {
                 let exit = self.software.run(until - WATCHED)?;
-                self.passed();
+                self.passed(tick);
                 if exit != Exit::TickReached {
                     return Ok(exit);
                 }
@@ -244,7 +254,7 @@ impl Rewriting {
             }
             self.watch()?;
             let exit = self.software.run(tick + 1)?;
-            self.passed();
+            self.passed(tick);
             if exit != Exit::TickReached {
                 return Ok(exit);
             }
@@ -252,9 +262,11 @@ impl Rewriting {
         }
     }
 
-    /// The guest has executed.
-    fn passed(&mut self) {
-        (self.behind_exit, self.delivered) = (false, false);
+    /// The guest has executed, unless it still stands where it did at this instruction count.
+    fn passed(&mut self, before: u64) {
+        if self.software.tick() != before {
+            (self.behind_exit, self.delivered) = (false, false);
+        }
     }
 
     /// The guest accesses the board. What time it is then is in the log, even where the access does not ask:
@@ -368,6 +380,14 @@ impl Engine for Rewriting {
 
     fn set_cpu_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
         self.software.set_cpu_state(state)
+    }
+
+    fn undefined_flags(&mut self) -> u64 {
+        self.software.undefined_flags()
+    }
+
+    fn set_undefined_flags(&mut self, rflags: u64) -> Result<(), EngineError> {
+        self.software.set_undefined_flags(rflags)
     }
 
     fn read_ram(&self, address: u64, bytes: &mut [u8]) {

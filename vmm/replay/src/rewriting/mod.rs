@@ -25,6 +25,7 @@ use std::io::Write;
 use std::rc::Rc;
 
 use reprise_devices::time::VirtualTime;
+use reprise_host::host_info;
 use reprise_machine::digest::AccessedBits;
 use reprise_machine::divergence::Divergence;
 use reprise_machine::inputs::Replaying;
@@ -38,7 +39,7 @@ use reprise_trace::recording::RecordingWriter;
 use self::engine::Entering;
 pub use self::engine::{Counts, Rewriting};
 use self::frames::Frames;
-use crate::beginning::{Start, verification};
+use crate::beginning::{Start, recorded_here, verification};
 use crate::error::ReplayError;
 use crate::replayable::Replayable;
 
@@ -102,11 +103,18 @@ impl Replayable {
         }
         let entering = Rc::new(RefCell::new(Entering::default()));
         let (records, times) = (entering.clone(), entering.clone());
+        let header = self.recording().header();
         let beginning = self.begin(Start::Run)?;
         let mut machine = beginning.into_machine(
-            |ram| Rewriting::new(ram, entering),
+            |ram| {
+                let mut engine = Rewriting::new(ram, entering)?;
+                if !recorded_here(header) {
+                    engine.follow_other_cpu(header);
+                }
+                Ok(engine)
+            },
             |inputs| {
-                set_up(inputs.verifying(verification(self.recording().header(), course, "soft")))
+                set_up(inputs.verifying(verification(header, course, "soft")))
                     .on_record(move |record| records.borrow_mut().record(record))
                     .on_time(move |ns| times.borrow_mut().time(ns))
             },
@@ -186,6 +194,8 @@ fn rewritten(header: &Header, time_stamps: u64) -> Header {
         engine: "kvm".to_owned(),
         clock: "pmu".to_owned(),
         precautions,
+        // Its digests are of the CPU that this replay ran on.
+        host: host_info(),
         ..header.clone()
     }
 }
