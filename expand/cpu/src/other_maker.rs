@@ -54,7 +54,7 @@ impl Counts {
     }
 
     /// From the last one back.
-    pub(crate) fn from_last(&self) -> std::iter::Rev<std::collections::vec_deque::Iter<'_, u8>> {
+    pub(crate) fn last_first(&self) -> std::iter::Rev<std::collections::vec_deque::Iter<'_, u8>> {
         self.0.iter().rev()
     }
 }

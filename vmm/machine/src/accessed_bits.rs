@@ -318,7 +318,7 @@ mod tests {
         let mut all = two_processes();
         all.extend(kernel_of(DATA, &KERNEL_ENTRIES));
         for impossible in
-            [LAST + PAGE_BYTES as u64 | PRESENT, KERNEL | LARGE | PRESENT, 0x4141_4141_4141]
+            [(LAST + PAGE_BYTES as u64) | PRESENT, KERNEL | LARGE | PRESENT, 0x4141_4141_4141]
         {
             let mut all = all.clone();
             assert!(!counts_accessed_bit_of(&all, DATA), "so far it is like one");

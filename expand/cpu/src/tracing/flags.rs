@@ -56,7 +56,7 @@ impl Tracer {
     /// Flags that the instructions up to here left undefined, of which those with their count in CL had
     /// `counts` last.
     pub(super) fn undefined_flags(&self, counts: &Counts) -> u64 {
-        let mut search = Search { counts: counts.from_last(), undefined: 0, open: ARITHMETIC };
+        let mut search = Search { counts: counts.last_first(), undefined: 0, open: ARITHMETIC };
         let words = &self.batch.words;
         let mut ran = usize::MAX;
         let mut at = words.len();

@@ -32,11 +32,6 @@ pub struct Verification {
 }
 
 impl Verification {
-    /// Nothing is set aside.
-    pub fn is_exact(self) -> bool {
-        !self.other_engine && !self.other_cpu
-    }
-
     /// In what a CPU state may differ from the recorded one, where these flags are undefined.
     pub fn permits(self, undefined_flags: impl FnOnce() -> u64) -> Permitted {
         Permitted {
