@@ -34,11 +34,6 @@ pub enum ExpandError {
     /// There is no machine to begin with.
     #[error(transparent)]
     Replay(#[from] ReplayError),
-    /// A trace that begins or ends within a recording whose ticks are no instructions.
-    #[error(
-        "this recording's clock does not count instructions, so a part of it cannot be found again: check a trace of all of it"
-    )]
-    NoPlaces,
     /// It was told to stop on the way to the window.
     #[error("stopped before the window began, so there is no trace: expand again")]
     StoppedBefore,

@@ -1,8 +1,10 @@
 //! Recordings that go from one engine to another, by the command line.
 
+use serde_json::Value;
+
 use crate::program::{Workplace, assert_equal_runs, record, replay, run};
 
-fn engines(report: &serde_json::Value) -> Vec<String> {
+fn engines(report: &Value) -> Vec<String> {
     let stretches = report["stretches"].as_array().expect("a list");
     stretches.iter().map(|stretch| format!("{}/{}", stretch["engine"], stretch["clock"])).collect()
 }
@@ -60,14 +62,106 @@ fn kvm_takes_over_and_gives_back() {
     let alone = replay(&file, &["--engine", "soft"]);
     assert_eq!(alone["stretches"], recorded["stretches"]);
     assert_eq!(alone["console_digest"], recorded["console_digest"]);
-    // Exits do not say how many instructions lie before what is counted in instructions again.
-    let refused = run(&["expand", &file]);
-    let reason = refused.expect_reason();
-    assert!(reason.contains("at tick 500,1") && reason.contains("--from"), "{reason}");
-    let back_at = recorded["stretches"][2]["from_tick"].as_u64().expect("a number").to_string();
-    for window in ["--to", "--from"] {
-        run(&["expand", &file, window, &back_at]).expect_code(0);
+    let executed = alone["instructions"].as_u64().expect("a number");
+    let expanded = run(&["--json", "expand", &file]).expect_code(0).json();
+    assert_eq!(expanded["instructions"], executed, "{expanded:#}");
+    assert!(executed > recorded["ticks"].as_u64().expect("a number"), "user code does not exit");
+}
+
+/// The ticks of the checkpoints beside a recording.
+fn checkpoint_ticks(file: &str) -> Vec<u64> {
+    let info = run(&["--json", "info", file]).expect_code(0).json();
+    let list = info["checkpoints"].as_array().expect("a list");
+    list.iter().map(|one| one["tick"].as_u64().expect("a tick")).collect()
+}
+
+/// From the first checkpoint in each of these stretches, the second of which goes from tick `there` to tick
+/// `back`, a replay comes to the recorded end.
+fn replays_from_each_stretch(
+    file: &str,
+    recorded: &Value,
+    [there, back]: [u64; 2],
+    stretches: &[usize],
+) {
+    let ticks = checkpoint_ticks(file);
+    let stretch = |tick: u64| usize::from(tick > there) + usize::from(tick > back);
+    for number in stretches {
+        let first = ticks.iter().copied().find(|tick| stretch(*tick) == *number);
+        let first = first.unwrap_or_else(|| panic!("none in stretch {number}: {ticks:?}"));
+        for engine in ["soft", "auto"] {
+            let from = (first + 1).to_string();
+            let replayed = replay(file, &["--engine", engine, "--from", &from]);
+            for field in ["final_digest", "console_digest", "ticks", "ending", "interrupts"] {
+                assert_eq!(recorded[field], replayed[field], "{field}, {engine} from {from}");
+            }
+            assert_eq!(replayed["from_tick"], first, "from {from}: {replayed:#}");
+        }
     }
+}
+
+#[test]
+fn checkpoints_lie_in_every_stretch_and_expansion_crosses_hand_overs() {
+    if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
+        eprintln!("skipped: /dev/kvm cannot be opened");
+        return;
+    }
+    let workplace = Workplace::new();
+    let file = workplace.path("compute.rr");
+    let guest = ["--image", "compute", "--cmdline", "scale=1", "--memory", "16"];
+    let there = ["--engine", "soft", "--until", "500000", "--then", "kvm"];
+    let back = ["--until", "500010", "--then", "soft", "--until", "1500000"];
+    let every = ["--checkpoint-every", "250002"];
+    let recorded = record(&[&guest[..], &there[..], &back[..], &every[..]].concat(), &file, 0);
+    let from_tick = |stretch: usize| recorded["stretches"][stretch]["from_tick"].as_u64();
+    let hand_overs = [1, 2].map(|stretch| from_tick(stretch).expect("a number"));
+    // As the recorder left them: the last stretch's do not say how many instructions lie before.
+    replays_from_each_stretch(&file, &recorded, hand_overs, &[0, 2]);
+    let expand = |name: &str, jobs: &str, more: &[&str]| {
+        let out = workplace.path(name);
+        let words = ["--json", "expand", &file, "--jobs", jobs, "-o", &out, "--force"];
+        let report = run(&[&words[..], more].concat()).expect_code(0).json();
+        (report, std::fs::read(&out).expect("a trace"))
+    };
+    let window = ["--full", "--from", "400000", "--to", "1200000"];
+    let (without, _) = expand("without", "2", &window);
+    assert_eq!(without["checkpoints_verified"], 0, "{without:#}");
+    // As the software CPU makes them afterwards, in place of those.
+    run(&["checkpoint", &file, "--every", "250002"]).expect_code(0);
+    replays_from_each_stretch(&file, &recorded, hand_overs, &[0, 1, 2]);
+    let (expanded, one) = expand("one", "1", &window);
+    // At tick 500004, amid KVM's stretch, and behind it.
+    let met = expanded["checkpoints_verified"].as_u64().expect("a number");
+    assert!(met >= 2, "{expanded:#}");
+    assert_eq!(expanded["instructions"], without["instructions"]);
+    let (_, two) = expand("two", "2", &window);
+    assert!(one == two, "two threads make another trace");
+    let check = ["--json", "trace", "check", &workplace.path("one"), "--against", &file];
+    let checked = run(&check).expect_code(0).json();
+    assert_eq!(checked["against"]["end_verified"], true, "{checked:#}");
+    assert_eq!(checked["against"]["checkpoints_verified"], met, "{checked:#}");
+    let all = |jobs| expand("all", jobs, &[]);
+    let ((report, one), (_, two)) = (all("1"), all("2"));
+    assert!(one == two && report["verified"] == true, "{report:#}");
+    assert_eq!(report["final_digest"], recorded["final_digest"]);
+}
+
+#[test]
+fn a_replay_that_would_end_before_it_begins_is_wrong_use() {
+    let workplace = Workplace::new();
+    let file = workplace.path("hello.rr");
+    record(&["--image", "hello", "--engine", "soft"], &file, 0);
+    for [from, until] in [["300", "200"], ["0.0000003s", "0.0000002s"], ["0.0000003s", "200"]] {
+        let refused = run(&["replay", &file, "--from", from, "--until", until]).expect_code(2);
+        let lines: Vec<_> = refused.stderr.lines().collect();
+        let last = lines.last().expect("a reason");
+        assert!(last.contains("--until") && last.contains("before --from"), "{lines:?}");
+        assert!(refused.stdout.is_empty());
+    }
+    for [from, until] in [["200", "300"], ["200", "200"], ["200", "0.0000003s"]] {
+        replay(&file, &["--from", from, "--until", until]);
+    }
+    let refused = run(&["expand", &file, "--from", "300", "--to", "200"]);
+    assert!(refused.expect_reason().contains("before it begins"));
 }
 
 #[test]

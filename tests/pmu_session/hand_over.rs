@@ -1,7 +1,9 @@
 //! Runs that move between the software CPU and hardware that counts branches.
 
+use std::io::Cursor;
+
 use reprise::session::assembly::SoftOptions;
-use reprise::session::checkpoints::CheckpointArg;
+use reprise::session::checkpoints::{self, CheckpointArg};
 use reprise::session::choice::{Choice, EngineArg, EngineKind};
 use reprise::session::expand::{ExpandOptions, Place, Target, expand_recording};
 use reprise::session::expand_report::ExpandReport;
@@ -9,12 +11,17 @@ use reprise::session::record::{RecordTo, RunPlan, record_on};
 use reprise::session::replay::{At, ReplayOptions, open_replayable, replay_on};
 use reprise::session::report::SessionReport;
 use reprise::session::stretches::{self, ThenArg};
+use reprise_expand::resimulate::{Against, check_against};
 use reprise_expand::{Control, Window};
-use reprise_trace::instructions::Contents;
+use reprise_host::CheckpointEvery;
 use reprise_trace::instructions::filter::Selection;
+use reprise_trace::instructions::{Contents, TraceReader};
 
 use crate::Session;
 use reprise_tests::hardware::{Refusing, Simulated};
+
+/// No checkpoints.
+const NONE: CheckpointArg = CheckpointArg::Never;
 
 fn kind(name: &str) -> EngineKind {
     name.parse::<ThenArg>().expect("it is known").0
@@ -27,6 +34,7 @@ impl Session {
         hardware: &Simulated,
         first: &str,
         then: &[(At, &str)],
+        checkpoints: CheckpointArg,
     ) -> SessionReport {
         let untils: Vec<_> = then.iter().map(|(at, _)| *at).collect();
         let thens: Vec<_> = then.iter().map(|(_, name)| ThenArg(kind(name))).collect();
@@ -34,8 +42,7 @@ impl Session {
         let plan = stretches::plan(first, &untils, &thens).expect("it is a plan");
         let choice = Choice::of(first);
         let plan = RunPlan { choice, plan, soft: SoftOptions::default(), ..self.plan() };
-        let to =
-            RecordTo { path: self.path(), force: false, checkpoints: CheckpointArg::default() };
+        let to = RecordTo { path: self.path(), force: false, checkpoints };
         let report = record_on(hardware, plan, &to).expect("it records");
         let clocks: Vec<_> = report.stretches.iter().map(|it| it.clock.as_str()).collect();
         eprintln!("{clocks:?}: {} ticks, {} events", report.ticks, report.events);
@@ -73,21 +80,75 @@ fn replays(session: &Session, recorded: &SessionReport) {
     }
 }
 
-/// Expands a window of it.
-fn expand(session: &Session, window: Window) -> anyhow::Result<ExpandReport> {
+/// Expands a window of it, in full; the trace's bytes beside the report.
+fn expand(session: &Session, window: Window, jobs: usize) -> (ExpandReport, Vec<u8>) {
     let replayable = open_replayable(&session.path()).expect("it is a recording");
     let out = session.directory.path().join("trace");
     let options = ExpandOptions {
-        target: Target::Native(Place::Path(out)),
+        target: Target::Native(Place::Path(out.clone())),
         window,
-        contents: Contents::default(),
+        contents: Contents { physical: true, values: true, registers: true, page_walks: false },
         selection: Selection::default(),
         filters: Vec::new(),
-        jobs: 1,
+        jobs,
         segment: None,
         soft: SoftOptions::default(),
     };
-    expand_recording(&replayable, options, &Control::default())
+    let report = expand_recording(&replayable, options, &Control::default()).expect("it expands");
+    (report, std::fs::read(out).expect("a trace"))
+}
+
+/// What is carried out of the trace alone is the guest.
+fn comes_out(session: &Session, trace: &[u8]) -> Against {
+    let replayable = open_replayable(&session.path()).expect("it is a recording");
+    let mut reader = TraceReader::open(Cursor::new(trace)).expect("a trace");
+    let first = reader.outline().expect("it is whole").index.first_instruction();
+    let against = check_against(&mut reader, first, &replayable, |_| true).expect("it is whole");
+    assert_eq!((&against.mismatch, against.end_verified), (&None, true), "{against:?}");
+    against
+}
+
+/// Adds checkpoints as `reprise checkpoint` does, in place of those that the software CPU cannot begin at.
+fn add_checkpoints(session: &Session, every: u64) {
+    let replayable = open_replayable(&session.path()).expect("it is a recording");
+    let every = CheckpointEvery::Ticks(every);
+    let (checkpointer, thread) =
+        checkpoints::of_replay(&replayable, &session.path(), every).expect("a thread");
+    let (engine, checkpointer) = (EngineArg::Soft, Some(checkpointer));
+    let options = ReplayOptions { engine, checkpointer, ..ReplayOptions::default() };
+    let replayed = replay_on(&Refusing, &replayable, options).expect("it replays");
+    assert_eq!(replayed.report.verified, Some(true));
+    let totals = thread.finish();
+    assert!(totals.failure.is_none() && totals.count > 0, "{totals:?}");
+}
+
+/// From a checkpoint in each stretch a replay comes to the recorded end, on hardware and on the software CPU.
+fn replays_from_each_stretch(session: &Session, recorded: &SessionReport, only_soft: bool) {
+    let replayable = open_replayable(&session.path()).expect("it is a recording");
+    let bounds: Vec<_> = recorded.stretches.iter().map(|it| it.from_tick).collect();
+    for (number, from) in bounds.iter().enumerate() {
+        let to = bounds.get(number + 1).copied().unwrap_or(u64::MAX);
+        let ticks = replayable.checkpoints().iter().map(|info| info.moment.tick);
+        let within: Vec<_> = ticks.filter(|tick| (from + 1..=to).contains(tick)).collect();
+        let tick = *within.first().unwrap_or_else(|| panic!("none from {from} to {to}"));
+        let replay = |hardware: &Simulated, engine| {
+            let from = Some(At::Tick(tick));
+            let options = ReplayOptions { engine, from, ..ReplayOptions::default() };
+            let replayed = replay_on(hardware, &replayable, options);
+            replayed.unwrap_or_else(|error| panic!("from {tick}: {error:#}")).report
+        };
+        let mut reports = vec![replay(&Simulated::intel(2), EngineArg::Soft)];
+        if !only_soft {
+            reports.push(replay(&Simulated::intel(3), EngineArg::Auto));
+            reports.push(replay(&Simulated::zen(4), EngineArg::Auto));
+        }
+        for report in reports {
+            assert_eq!(report.verified, Some(true), "from {tick}: {report:#?}");
+            assert_eq!(report.from_tick, Some(tick));
+            assert_eq!(report.final_digest, recorded.final_digest, "from {tick}");
+            assert_eq!(report.console_digest, recorded.console_digest, "from {tick}");
+        }
+    }
 }
 
 #[test]
@@ -95,17 +156,33 @@ fn hardware_takes_over_and_gives_back() {
     let session = Session::new("ticks", "hz=2000 count=60 poll=100");
     let there = (At::Tick(2_000_000), "kvm:pmu");
     let back = (At::Tick(2_100_000), "soft");
-    let recorded = session.record_moving(&Simulated::intel(1), "soft", &[there, back]);
+    let recorded = session.record_moving(&Simulated::intel(1), "soft", &[there, back], NONE);
     assert!(session.printed().contains("position hash "), "{:?}", session.printed());
     replays(&session, &recorded);
-    // Branches do not say how many instructions lie before what is counted in instructions again.
-    let refused = expand(&session, Window::default()).expect_err("no count goes on there");
-    assert!(refused.to_string().contains("counts instructions"), "{refused}");
+}
+
+#[test]
+fn checkpoints_lie_in_every_stretch_and_expansion_crosses_hand_overs() {
+    let session = Session::new("ticks", "hz=2000 count=20 poll=100");
+    let there = (At::Tick(500_000), "kvm:pmu");
+    let back = (At::Tick(560_000), "soft");
+    let every = CheckpointArg::Ticks(20_000);
+    let recorded = session.record_moving(&Simulated::intel(1), "soft", &[there, back], every);
+    // As the recorder left them: the last stretch's do not say how many instructions lie before.
+    replays_from_each_stretch(&session, &recorded, true);
+    add_checkpoints(&session, 20_000);
+    replays_from_each_stretch(&session, &recorded, false);
     let back_at = recorded.stretches[2].from_tick;
-    let before = expand(&session, Window { to: back_at, ..Window::default() });
-    assert!(before.expect("it expands").instructions > back_at);
-    let behind = expand(&session, Window { from: back_at, ..Window::default() });
-    assert_eq!(behind.expect("it expands").final_digest, recorded.final_digest);
+    let window = Window { from: 450_000, to: back_at + 50_000 };
+    let (report, one) = expand(&session, window, 1);
+    let (_, two) = expand(&session, window, 2);
+    assert!(one == two, "two threads make another trace");
+    assert!(report.instructions > window.to - window.from, "{report:#?}");
+    let met = comes_out(&session, &one).checkpoints;
+    assert!(met >= 6 && met == report.checkpoints_verified, "{met}: {report:#?}");
+    let (all, _) = expand(&session, Window::default(), 2);
+    assert_eq!((all.verified, &all.final_digest), (Some(true), &recorded.final_digest));
+    assert!(all.instructions > recorded.ticks);
 }
 
 /// Nothing but the deadlines' kicks stops the guest, before the hand-over and behind it.
@@ -114,7 +191,7 @@ fn a_guest_that_never_exits_is_handed_over() {
     let session = Session::new("ticks", "hz=500 count=20 poll=100000000");
     let there = (At::Tick(3_000_000), "kvm:pmu");
     let back = (At::Tick(4_000_000), "soft");
-    let recorded = session.record_moving(&Simulated::intel(1), "soft", &[there, back]);
+    let recorded = session.record_moving(&Simulated::intel(1), "soft", &[there, back], NONE);
     assert!(recorded.virtual_seconds < 2.0, "{} s", recorded.virtual_seconds);
     replays(&session, &recorded);
 }
@@ -124,7 +201,7 @@ fn the_software_cpu_takes_over_from_hardware() {
     let mut session = Session::new("echo", "");
     session.typed = "one line\ranother line\rquit\r";
     let there = (At::Tick(600), "soft");
-    let recorded = session.record_moving(&Simulated::intel(1), "kvm:pmu", &[there]);
+    let recorded = session.record_moving(&Simulated::intel(1), "kvm:pmu", &[there], NONE);
     assert!(session.printed().contains("another line"), "{:?}", session.printed());
     replays(&session, &recorded);
 }

@@ -1,10 +1,13 @@
 //! RDTSC in sessions with the clock `pmu`: trapped where the kernel's text is known, told where it is not,
 //! and what `--engine auto` makes of that. The hardware's own counter runs.
 
+use std::path::Path;
+use std::time::{Duration, Instant};
+
 use reprise::session::choice::{self, Choice, ClockArg, EngineArg, EngineKind, Running};
 use reprise::session::guest::Guest;
 use reprise::session::hardware::BranchHardware;
-use reprise::session::pmu_trap::{KERNEL_MOVED, note_of};
+use reprise::session::pmu_trap::{KERNEL_MOVED, PmuTrap, note_of};
 use reprise::session::record::{RecordTo, record_on, run_on};
 use reprise::session::replay::{ReplayOptions, open, open_replayable, replay_on};
 use reprise_machine::engine::{Engine, Exit};
@@ -15,6 +18,7 @@ use reprise_trace::header::{Precaution, Treatment};
 
 use crate::{CheckpointArg, Session, assert_equal, replay};
 use reprise_tests::hardware::{CANNOT_TRAP, COUNTS, Refusing, Simulated};
+use reprise_tests::linux_image::linux_image;
 
 /// Its time-stamp counter goes on whatever the guest does, and is in no log.
 fn running(seed: u64) -> Simulated {
@@ -56,6 +60,8 @@ fn a_guest_that_reads_the_counter_is_recorded_by_auto_and_replays() {
         assert_eq!(choice.kind, EngineKind::Pmu, "{choice:?}");
         let reason = choice.reason.clone().expect("the program chose");
         assert!(reason.contains("RDTSC trapped") && reason.contains(COUNTS), "{reason}");
+        // Which the recording does not find out again.
+        assert!(matches!(choice.trap(), Some(PmuTrap::On(_))), "{choice:?}");
         let to =
             RecordTo { path: session.path(), force: false, checkpoints: CheckpointArg::default() };
         let mut plan = session.plan();
@@ -77,6 +83,23 @@ fn a_guest_that_reads_the_counter_is_recorded_by_auto_and_replays() {
         assert_eq!(on_soft.verified, Some(true), "{on_soft:#?}");
         assert_eq!(on_soft.final_digest, recorded.final_digest);
     }
+}
+
+/// Where there is a counter the kernel has to be unpacked and searched.
+#[test]
+fn auto_decides_about_linux_in_no_time() {
+    let Some(image) = linux_image(Path::new(env!("CARGO_TARGET_TMPDIR"))) else { return };
+    let mut guest = Guest::embedded("compute").expect("it is listed");
+    guest.kernel.bytes = image.kernel.bytes.into();
+    guest.cmdline = image.command_line;
+    let started = Instant::now();
+    let choice = auto(&running(1), &guest);
+    let taken = started.elapsed();
+    assert_eq!(choice.kind, EngineKind::Pmu, "{choice:?}");
+    assert!(matches!(choice.trap(), Some(PmuTrap::On(_))), "{choice:?}");
+    println!("decided in {} ms", taken.as_millis());
+    // What is aimed at is 300 ms; the machine may be busy.
+    assert!(taken < Duration::from_secs(6), "{taken:?}");
 }
 
 #[test]

@@ -21,7 +21,7 @@ fn counts(case: &Case<'_>, translation: Translation, seed: u64) -> Vec<(u64, u64
     let ram = GuestRam::new(case.ram_mib).expect("the host has RAM");
     let state = boot::load(&case.source, &ram).expect("it boots");
     let mut engine = SoftEngine::new(ram).expect("the host has memory");
-    engine.count_conditional_branches();
+    engine.count_conditional_branches(true);
     engine.set_translation(translation);
     engine.set_cpu_state(&state).expect("a first state");
     let mut random = Random::new(seed);

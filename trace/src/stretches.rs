@@ -74,6 +74,20 @@ impl Course {
         course
     }
 
+    /// Whether ticks are the run's instructions where a machine has so many records behind it: in this stretch
+    /// and all before it.
+    pub fn ticks_are_instructions(&self, records: u64) -> bool {
+        let mut before = self.stretches.iter().filter(|stretch| stretch.records_before <= records);
+        before.all(|stretch| stretch.on.tick_kind == TickKind::Instruction)
+    }
+
+    /// Whether instructions are counted there, and something else was before: of how many ran, ticks say
+    /// nothing.
+    pub fn counts_anew(&self, records: u64) -> bool {
+        self.at(records).on.tick_kind == TickKind::Instruction
+            && !self.ticks_are_instructions(records)
+    }
+
     /// The stretch that a machine is in that has so many records behind it.
     pub fn at(&self, records: u64) -> &Stretch {
         let behind = self.stretches.partition_point(|stretch| stretch.records_before <= records);

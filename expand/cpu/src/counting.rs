@@ -43,15 +43,10 @@ extern "sysv64" fn counted(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 impl SoftEngine {
-    /// Counts conditional branches from here on. To be called before the guest first runs: code that is
-    /// decoded already is not counted.
-    pub fn count_conditional_branches(&mut self) {
-        self.cpu_mut().counts_branches = true;
-    }
-
-    /// Counts none from here on. Code that is decoded already goes on counting.
-    pub fn ignore_conditional_branches(&mut self) {
-        self.cpu_mut().counts_branches = false;
+    /// Counts conditional branches from here on, or no longer. To be called while no code is decoded, which
+    /// would go on as it was: before the guest first runs, or behind [`Self::start_over`].
+    pub fn count_conditional_branches(&mut self, counts: bool) {
+        self.cpu_mut().counts_branches = counts;
     }
 
     /// Goes on counting from so many.

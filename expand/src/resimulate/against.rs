@@ -11,7 +11,6 @@ use reprise_replay::{OnSoftware, RecordedClock, ReplayError, Replayable};
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::instructions::register::{self, take_changes};
 use reprise_trace::instructions::{Observer, TraceReader};
-use reprise_trace::moment::TickKind;
 
 use super::{Counts, Mismatch, Resimulator};
 use crate::ExpandError;
@@ -43,9 +42,8 @@ pub fn check_against<R: Read>(
     replayable: &Replayable,
     mut go_on: impl FnMut(u64) -> bool,
 ) -> Result<Against, ExpandError> {
-    let counts_instructions = replayable.recording().header().tick_kind == TickKind::Instruction;
-    let nearest = if counts_instructions { first_instruction } else { 0 };
-    let mut machine = start(replayable, replayable.nearest(nearest), &|_| {})?;
+    let nearest = replayable.nearest_before_instruction(first_instruction);
+    let mut machine = start(replayable, nearest, &|_| {})?;
     run_to(&mut machine, first_instruction)?;
     let (ram, cpu) = copy_of(&mut machine, replayable)?;
     let mut resimulator = Resimulator::new(ram, cpu);
@@ -92,12 +90,11 @@ struct Passed<'a> {
 impl Passed<'_> {
     /// Behind a segment: where pieces of an expansion end, checkpoints may stand.
     fn look(&mut self, resimulator: &mut Resimulator) {
-        if self.replayable.recording().header().tick_kind != TickKind::Instruction {
-            return;
-        }
-        let tick = resimulator.instruction_behind();
-        let checkpoints = self.replayable.checkpoints();
-        let Some(info) = checkpoints.iter().find(|info| info.moment.tick == tick) else { return };
+        let behind = Some(resimulator.instruction_behind());
+        let mut checkpoints = self.replayable.checkpoints().iter().enumerate();
+        let here = |index: usize| self.replayable.instructions_before(index) == behind;
+        let Some((_, info)) = checkpoints.find(|(index, _)| here(*index)) else { return };
+        let tick = info.moment.tick;
         let came_out = resimulator.cpu().digest().as_bytes() == &info.digest.cpu
             && resimulator.ram_digest() == info.digest.ram;
         if came_out {
@@ -112,39 +109,33 @@ impl Passed<'_> {
     }
 }
 
-/// Replays up to an instruction. Where ticks are none, only the recording's two ends are found.
+/// Replays up to an instruction, whatever the recording's ticks are.
 fn run_to(
     machine: &mut Machine<RecordedClock, Replaying>,
     instruction: u64,
 ) -> Result<(), ExpandError> {
-    if machine.engine().software().tick() >= instruction {
-        return Ok(());
-    }
-    let counts_instructions = machine.engine().tick_kind() == TickKind::Instruction;
-    run_until(machine, if counts_instructions { instruction } else { u64::MAX })?;
-    if !counts_instructions && machine.engine().software().tick() != instruction {
-        return Err(ExpandError::NoPlaces);
+    if machine.engine().software().tick() < instruction {
+        advance_to_instruction(machine, instruction)?;
     }
     Ok(())
 }
 
 /// Goes on, and gives whether the recording ends before another instruction retires.
 fn ends_here(machine: &mut Machine<RecordedClock, Replaying>) -> Result<bool, ExpandError> {
-    if machine.engine().tick_kind() != TickKind::Instruction {
-        return Ok(false);
-    }
-    let tick = machine.engine().tick();
+    let instruction = machine.engine().software().tick();
     // That the recording diverges behind the trace is no part of the trace, and hides nothing found in it.
-    let conclusion = machine.run_until(tick + 1)?.conclusion;
-    Ok(matches!(conclusion, Conclusion::Ended(_)) && machine.engine().tick() == tick)
+    let over = machine.advance_to_instruction(instruction + 1)?;
+    let ended = over.is_some_and(|outcome| matches!(outcome.conclusion, Conclusion::Ended(_)));
+    Ok(ended && machine.engine().software().tick() == instruction)
 }
 
-fn run_until(
+/// Gives how the recording ended, if that was before.
+fn advance_to_instruction(
     machine: &mut Machine<RecordedClock, Replaying>,
-    tick: u64,
-) -> Result<Conclusion, ExpandError> {
-    match machine.run_until(tick)?.conclusion {
-        Conclusion::Diverged(divergence) => {
+    instruction: u64,
+) -> Result<Option<Conclusion>, ExpandError> {
+    match machine.advance_to_instruction(instruction)?.map(|outcome| outcome.conclusion) {
+        Some(Conclusion::Diverged(divergence)) => {
             let (tick, what) = (divergence.moment.tick, divergence.difference.to_string());
             Err(ExpandError::Diverged { tick, what })
         }

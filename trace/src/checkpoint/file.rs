@@ -340,7 +340,14 @@ impl Checkpoints {
         };
         checkpoints.scan(&mut input).map_err(CheckpointError::Read)?;
         checkpoints.list.sort_by_key(|(info, _)| info.moment);
-        checkpoints.list.dedup_by_key(|(info, _)| info.moment.tick);
+        // One that was added at the tick of another was wanted in its place.
+        checkpoints.list.dedup_by(|later, kept| {
+            let same = later.0.moment.tick == kept.0.moment.tick;
+            if same {
+                *kept = *later;
+            }
+            same
+        });
         checkpoints.infos = checkpoints.list.iter().map(|(info, _)| *info).collect();
         checkpoints.input = Arc::new(Mutex::new(input));
         Ok(checkpoints)
@@ -411,6 +418,35 @@ impl Checkpoints {
         index: usize,
         place: &mut dyn FnMut(u64, &[u8]) -> bool,
     ) -> Result<Loaded, CheckpointError> {
+        let (state, entries) = self.read_state(index)?;
+        let info = &self.infos[index];
+        let tick = info.moment.tick;
+        let ram = self.load_ram(tick, &entries, place)?;
+        let digest = state.digest(ram);
+        let described = (state.moment, state.virtual_ns, state.records, entries.len() as u64);
+        let digest_is_right = digest == info.digest
+            && described == (info.moment, info.virtual_ns, info.records, info.pages);
+        if !digest_is_right {
+            return Err(CheckpointError::Digest { tick });
+        }
+        Ok(Loaded { state, digest })
+    }
+
+    /// Reads a checkpoint's state and leaves its RAM alone.
+    ///
+    /// # Errors
+    /// If it cannot be read or is damaged.
+    pub fn load_state(&self, index: usize) -> Result<MachineState, CheckpointError> {
+        let (state, _) = self.read_state(index)?;
+        let CheckpointInfo { digest, moment, .. } = &self.infos[index];
+        match state.digest(digest.ram) == *digest {
+            true => Ok(state),
+            false => Err(CheckpointError::Digest { tick: moment.tick }),
+        }
+    }
+
+    /// A checkpoint's state and page table as its frame has them.
+    fn read_state(&self, index: usize) -> Result<(MachineState, Vec<Entry>), CheckpointError> {
         let count = self.list.len();
         let Some((info, frame)) = self.list.get(index) else {
             return Err(CheckpointError::NoSuch { index, count });
@@ -430,15 +466,7 @@ impl Checkpoints {
         // Only frames before it: the pages of one that was cut off are not there.
         let entries = page_table::decode(&mut taker, self.page_count)
             .ok_or_else(|| damaged("its page table does not decode"))?;
-        let ram = self.load_ram(tick, &entries, place)?;
-        let digest = state.digest(ram);
-        let described = (state.moment, state.virtual_ns, state.records, entries.len() as u64);
-        let digest_is_right = digest == info.digest
-            && described == (info.moment, info.virtual_ns, info.records, info.pages);
-        if !digest_is_right {
-            return Err(CheckpointError::Digest { tick });
-        }
-        Ok(Loaded { state, digest })
+        Ok((state, entries))
     }
 
     /// Reads the pages of a table on several threads, places them on this one, and gives the digest of

@@ -23,6 +23,7 @@ use reprise_trace::recording::Recording;
 use reprise_trace::stretches::{Course, FinalDigest};
 
 use crate::error::ReplayError;
+use crate::recorded_clock::kept_by_software;
 
 /// Where a replay begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,6 +139,17 @@ impl Beginning {
             At::Run(_) => 0,
             At::Checkpoint(state) => state.console.bytes,
         }
+    }
+
+    /// For engines that each execute a stretch: of a checkpoint's state, what the software CPU keeps if it is
+    /// alone.
+    #[must_use]
+    pub fn for_relay(mut self) -> Self {
+        if let At::Checkpoint(state) = &mut self.at {
+            let hidden = std::mem::take(&mut state.engine.hidden);
+            state.engine.hidden = kept_by_software(hidden);
+        }
+        self
     }
 
     /// Gives the parts to the engine that `make_engine` makes, and the log to inputs that `set_up`

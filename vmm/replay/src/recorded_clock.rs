@@ -1,6 +1,8 @@
 //! [`RecordedClock`]: the software CPU, counting what the recording's clock counts.
 //!
-//! Where a tick is an instruction, the software CPU counts it anyway. Exits (clock `sync`) happen on it at
+//! The software CPU's own ticks are the run's instructions, whichever stretch it is in. Where a tick is an
+//! instruction, the two are one number, or, behind a stretch that counted something else, differ by a constant.
+//! Exits (clock `sync`) happen on it at
 //! the same accesses and HLTs as on KVM, so they are counted here as they pass. Retired conditional
 //! branches (clock `pmu`) it counts itself; a tick's moment is then found by stepping from the tick's first
 //! place to the one where the CPU is in the recorded state. In both cases it knows the instruction count
@@ -39,6 +41,8 @@ const IMPOSSIBLE: &str = "the saved clock is in a state that it never reaches: t
 /// Instructions of one tick that are looked at for a place like the recorded one: whoever recorded has stood behind
 /// an exit or a branch, or watched the guest for some hundred instructions.
 const MAX_SCOUTED: u64 = 2_000;
+/// No run is longer, in ticks of any kind: what was kept says otherwise only if it is forged.
+const MOST_TICKS: u64 = 1 << 62;
 /// KVM hands over a larger access to memory that is not RAM in pieces of so many bytes, each an exit.
 const LARGEST_MMIO_EXIT_BYTES: u8 = 8;
 
@@ -51,12 +55,10 @@ pub struct RecordedClock {
     /// Made on another CPU than this host's.
     of_other_cpu: bool,
     kind: TickKind,
-    /// The software CPU's tick at which it began; moves where another engine's ticks go on.
+    /// The software CPU's tick, and so the instructions of the run before it began, as far as that is known.
     began_at: u64,
-    /// Instructions of the run before it began, as far as that is known.
-    instructions_before: u64,
     /// Ticks that are no instructions and no branches: exits; or finished accesses, HLTs and delivered
-    /// interrupts.
+    /// interrupts. Where a tick is an instruction, by how many ticks are ahead of instructions, wrapping.
     events: u64,
     halted: bool,
     /// Exits that the access counts for which the machine has not finished yet.
@@ -79,6 +81,12 @@ struct Kept {
     instructions: u64,
     events: u64,
     software: HiddenState,
+}
+
+/// The instructions of the run before a state that [`RecordedClock`] saved where ticks do not tell them.
+pub(crate) fn instructions_before(hidden: &HiddenState) -> Option<u64> {
+    let kept = (hidden.engine == KEPT).then(|| postcard::from_bytes::<Kept>(&hidden.bytes).ok());
+    kept.flatten().map(|kept| kept.instructions)
 }
 
 /// What the software CPU itself keeps, of what [`RecordedClock`] keeps in a state; anything else as it is.
@@ -111,7 +119,6 @@ impl RecordedClock {
             of_other_cpu: !recorded_here(header),
             kind: header.tick_kind,
             began_at: 0,
-            instructions_before: 0,
             events: 0,
             halted: false,
             exits_of_access: 0,
@@ -131,10 +138,7 @@ impl RecordedClock {
     /// Sets the software CPU, which has decoded nothing yet, up for what this header says.
     fn count_what(&mut self, header: &Header) {
         let software = &mut self.software;
-        match header.tick_kind {
-            TickKind::ConditionalBranch => software.count_conditional_branches(),
-            TickKind::Exit | TickKind::Instruction => software.ignore_conditional_branches(),
-        }
+        software.count_conditional_branches(header.tick_kind == TickKind::ConditionalBranch);
         software.set_conditional_branches(0);
         match header.shows_time_stamp_counter() {
             true => software.show_time_stamp_counter(),
@@ -155,7 +159,7 @@ impl RecordedClock {
 
     /// Takes up a checkpoint that the clock `pmu` made on hardware: all that has passed is branches to it.
     fn restore_of_hardware(&mut self, state: &EngineState) -> Result<(), EngineError> {
-        (self.events, self.began_at, self.instructions_before) = (0, 0, 0);
+        (self.events, self.began_at) = (0, 0);
         self.counts_from_checkpoint = true;
         self.software.restore(&EngineState { tick: 0, ..state.clone() })?;
         self.software.set_conditional_branches(state.tick);
@@ -187,9 +191,12 @@ impl RecordedClock {
 
     /// The software CPU's tick `until`, or the one before it at which the guest is to pause.
     fn no_further_than(&self, until: u64) -> u64 {
-        let tick_of =
-            |pause: u64| self.began_at.wrapping_add(pause.saturating_sub(self.instructions_before));
-        self.pause_at.map_or(until, |pause| until.min(tick_of(pause)))
+        self.pause_at.map_or(until, |pause| until.min(pause))
+    }
+
+    /// The software CPU's tick at a tick to come, where ticks are instructions.
+    fn software_tick_at(&self, tick: u64) -> u64 {
+        self.software.tick().saturating_add(tick.saturating_sub(self.tick()))
     }
 
     /// Runs until the next exit.
@@ -219,11 +226,6 @@ impl RecordedClock {
         }
     }
 
-    /// So many instructions lie before.
-    fn begin_at(&mut self, instructions: u64) {
-        (self.began_at, self.instructions_before) = (instructions, instructions);
-    }
-
     /// Takes up what was kept amid a tick.
     fn restore_amid(&mut self, state: &EngineState) -> Result<(), EngineError> {
         let impossible = || EngineError { what: IMPOSSIBLE.to_owned() };
@@ -239,7 +241,7 @@ impl RecordedClock {
         if events.checked_add(counted) != Some(state.tick) {
             return Err(impossible());
         }
-        self.begin_at(instructions);
+        self.began_at = instructions;
         (self.events, self.first_of_tick) = (events, first_of_tick);
         let state = EngineState { tick: instructions, cpu: state.cpu.clone(), hidden };
         self.software.restore(&state)?;
@@ -336,7 +338,7 @@ impl Engine for RecordedClock {
 
     fn tick(&self) -> u64 {
         match self.kind {
-            TickKind::Instruction => self.software.tick(),
+            TickKind::Instruction => self.software.tick().wrapping_add(self.events),
             TickKind::Exit => self.events,
             TickKind::ConditionalBranch => self.software.conditional_branches() + self.events,
         }
@@ -345,7 +347,9 @@ impl Engine for RecordedClock {
     fn run(&mut self, until: u64) -> Result<Exit, EngineError> {
         match self.kind {
             TickKind::Instruction if self.is_paused() => Ok(Exit::Kicked),
-            TickKind::Instruction => self.software.run(self.no_further_than(until)),
+            TickKind::Instruction => {
+                self.software.run(self.no_further_than(self.software_tick_at(until)))
+            }
             _ if self.halted => Ok(Exit::Halt),
             TickKind::Exit if self.events == until => Ok(Exit::TickReached),
             TickKind::Exit => self.run_to_exit(),
@@ -428,11 +432,12 @@ impl Engine for RecordedClock {
     }
 
     fn set_time_base(&mut self, base: TimeBase) {
-        // The software CPU's own ticks are instructions, of which a base of other ticks says nothing.
-        let tick = match self.kind {
-            TickKind::Instruction => base.tick,
-            _ => self.software.tick(),
+        // Of the software CPU's own ticks, which are instructions, a base of other ticks says nothing.
+        let behind = match self.kind {
+            TickKind::Instruction => self.tick().saturating_sub(base.tick),
+            _ => 0,
         };
+        let tick = self.software.tick().saturating_sub(behind);
         self.software.set_time_base(TimeBase { tick, ..base });
     }
 
@@ -475,17 +480,18 @@ impl Engine for RecordedClock {
 
     fn save(&mut self) -> Result<Option<EngineState>, EngineError> {
         let Some(state) = self.software.save()? else { return Ok(None) };
-        if self.kind == TickKind::Instruction {
+        let counts_instructions = self.kind == TickKind::Instruction;
+        if counts_instructions && self.events == 0 {
             return Ok(Some(state));
         }
         // Only the first place of a tick is found again by the tick alone.
         let found_again = self.first_of_tick && !self.counts_from_checkpoint || self.is_paused();
-        if self.amid || self.delivered || !found_again {
+        if !counts_instructions && (self.amid || self.delivered || !found_again) {
             return Ok(None);
         }
         let EngineState { tick: instructions, cpu, hidden: software } = state;
         let kept = Kept { instructions, events: self.events, software };
-        let (engine, bytes) = if self.is_paused() {
+        let (engine, bytes) = if self.is_paused() && !counts_instructions {
             let (branches, first_of_tick) =
                 (self.software.conditional_branches(), self.first_of_tick);
             let amid = KeptAmid { kept, branches, first_of_tick };
@@ -501,8 +507,8 @@ impl Engine for RecordedClock {
     fn restore(&mut self, state: &EngineState) -> Result<(), EngineError> {
         self.halted = state.cpu.halted;
         (self.amid, self.delivered, self.first_of_tick) = (false, false, true);
-        if self.kind == TickKind::Instruction {
-            self.begin_at(state.tick);
+        if self.kind == TickKind::Instruction && state.hidden.engine != KEPT {
+            (self.began_at, self.events) = (state.tick, 0);
             return self.software.restore(state);
         }
         let refused = |what: &str| Err(EngineError { what: what.to_owned() });
@@ -526,12 +532,15 @@ impl Engine for RecordedClock {
             return refused(IMPOSSIBLE);
         };
         let Kept { instructions, events, software: hidden } = kept;
-        let Some(branches) = state.tick.checked_sub(events) else { return refused(IMPOSSIBLE) };
-        if self.kind != TickKind::ConditionalBranch && branches != 0 {
+        let branches = match self.kind {
+            TickKind::ConditionalBranch => state.tick.checked_sub(events),
+            TickKind::Exit => (state.tick == events).then_some(0),
+            TickKind::Instruction => (state.tick == instructions.wrapping_add(events)).then_some(0),
+        };
+        let Some(branches) = branches.filter(|_| instructions < MOST_TICKS) else {
             return refused(IMPOSSIBLE);
-        }
-        self.begin_at(instructions);
-        self.events = events;
+        };
+        (self.began_at, self.events) = (instructions, events);
         let state = EngineState { tick: instructions, cpu: state.cpu.clone(), hidden };
         self.software.restore(&state)?;
         self.software.set_conditional_branches(branches);
@@ -539,26 +548,28 @@ impl Engine for RecordedClock {
     }
 
     fn become_engine(&mut self, to: &HandOver) -> Result<bool, EngineError> {
-        let (tick, cpu, executed) = (self.tick(), self.cpu_state()?, self.instructions_executed());
+        let (tick, cpu, instructions) = (self.tick(), self.cpu_state()?, self.software.tick());
         let hands_branches = [self.kind, to.tick_kind].contains(&TickKind::ConditionalBranch);
         if hands_branches {
             // Code is decoded anew, its branches counted or no longer.
-            self.software.start_over(tick, &cpu)?;
+            self.software.start_over(instructions, &cpu)?;
             self.count_what(&self.header.of_stretch(to));
         } else {
             // The engine that took over there knew nothing but the state.
             let hidden = HiddenState { engine: String::new(), version: 0, bytes: Vec::new() };
-            self.software.restore(&EngineState { tick, cpu, hidden })?;
+            self.software.restore(&EngineState { tick: instructions, cpu, hidden })?;
         }
-        self.began_at = tick.wrapping_sub(executed);
-        (self.kind, self.events) = (to.tick_kind, tick);
+        self.kind = to.tick_kind;
+        self.events = match self.kind {
+            TickKind::Instruction => tick.wrapping_sub(instructions),
+            TickKind::Exit | TickKind::ConditionalBranch => tick,
+        };
         (self.amid, self.delivered, self.first_of_tick) = (false, false, true);
         Ok(true)
     }
 
     fn instructions(&self) -> Option<u64> {
-        let known = !self.counts_from_checkpoint;
-        known.then(|| self.instructions_before + self.instructions_executed())
+        (!self.counts_from_checkpoint).then(|| self.software.tick())
     }
 
     fn pause_at(&mut self, instructions: Option<u64>) -> bool {

@@ -17,7 +17,7 @@ use reprise_trace::stretches::Course;
 
 use crate::beginning::{Beginning, Start, verification};
 use crate::error::ReplayError;
-use crate::recorded_clock::RecordedClock;
+use crate::recorded_clock::{RecordedClock, instructions_before};
 
 /// Where a recording's checkpoints lie: beside it, its name with `.checkpoints` added.
 pub fn checkpoints_path(recording: &Path) -> PathBuf {
@@ -36,6 +36,8 @@ pub struct Replayable {
     usable: usize,
     trouble: Option<CheckpointError>,
     course: OnceLock<Course>,
+    /// See [`Replayable::told`].
+    told: OnceLock<Vec<Option<u64>>>,
 }
 
 impl Replayable {
@@ -65,7 +67,8 @@ impl Replayable {
         let records = recording.summary().record_count;
         let list = checkpoints.as_ref().map_or(&[][..], Checkpoints::list);
         let usable = list.partition_point(|info| info.records < records);
-        Self { recording, checkpoints, usable, trouble, course: OnceLock::new() }
+        let (course, told) = (OnceLock::new(), OnceLock::new());
+        Self { recording, checkpoints, usable, trouble, course, told }
     }
 
     /// The recording.
@@ -119,11 +122,37 @@ impl Replayable {
 
     /// Whether the software CPU can begin at the checkpoint of this number as if it had come there by
     /// itself. At hardware's it cannot: they do not say how many instructions lie before them, nor what
-    /// was in a TLB.
+    /// was in a TLB. Nor at those that a recorder took on the software CPU behind another engine, which knew
+    /// no better.
     pub fn begins_on_soft(&self, index: usize) -> bool {
         let of_hardware = [HiddenState::of_kvm(), HiddenState::of_branch_clock()];
         let of_hardware = of_hardware.map(|hidden| hidden.digest());
-        self.checkpoints().get(index).is_some_and(|info| !of_hardware.contains(&info.digest.engine))
+        let Some(info) = self.checkpoints().get(index) else { return false };
+        let counts_anew = self.course().counts_anew(info.records);
+        !of_hardware.contains(&info.digest.engine) && (!counts_anew || self.told()[index].is_some())
+    }
+
+    /// Instructions of the run before the checkpoint of this number, if it says so.
+    pub fn instructions_before(&self, index: usize) -> Option<u64> {
+        let info = self.checkpoints().get(index)?;
+        match self.course().ticks_are_instructions(info.records) {
+            true => Some(info.moment.tick),
+            false => self.told()[index],
+        }
+    }
+
+    /// What each checkpoint's own state tells of the instructions before it. The first call reads all of
+    /// those whose tick does not say it, without their RAM; one that is damaged tells nothing.
+    fn told(&self) -> &[Option<u64>] {
+        self.told.get_or_init(|| {
+            let told = |(index, info): (usize, &CheckpointInfo)| {
+                let file = self.checkpoints.as_ref()?;
+                let tells = !self.course().ticks_are_instructions(info.records);
+                let state = tells.then(|| file.load_state(index).ok()).flatten()?;
+                instructions_before(&state.engine.hidden)
+            };
+            self.checkpoints().iter().enumerate().map(told).collect()
+        })
     }
 
     /// Whether the software CPU can replay from the checkpoint of this number on. At those of the clock
@@ -144,6 +173,15 @@ impl Replayable {
         let before = self.checkpoints().partition_point(|info| info.moment.tick <= tick);
         let last = (0..before).rev().find(|index| self.begins_on_soft(*index));
         last.map_or(Start::Run, Start::Checkpoint)
+    }
+
+    /// As [`Replayable::nearest`], before an instruction of the run.
+    pub fn nearest_before_instruction(&self, instruction: u64) -> Start {
+        let before = |index: &usize| {
+            self.begins_on_soft(*index)
+                && self.instructions_before(*index).is_some_and(|before| before <= instruction)
+        };
+        (0..self.usable).rev().find(before).map_or(Start::Run, Start::Checkpoint)
     }
 
     /// RAM, CPU, board and log at the start of the run or at a checkpoint.

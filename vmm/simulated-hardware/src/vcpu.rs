@@ -97,7 +97,7 @@ impl SimulatedVcpu {
     /// If the host refuses the memory for generated code.
     pub fn new(ram: GuestRam, disturbance: Disturbance) -> Result<Self, EngineError> {
         let mut engine = SoftEngine::new(ram)?;
-        engine.count_conditional_branches();
+        engine.count_conditional_branches(true);
         if disturbance.other_maker {
             engine.invert_undefined_flags(u64::MAX);
         }

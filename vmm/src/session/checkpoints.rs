@@ -181,7 +181,8 @@ pub fn of_replay(
     if let Some(trouble) = replayable.trouble() {
         bail!("{shown}: {trouble}");
     }
-    let present = replayable.checkpoints().iter().map(|info| info.moment.tick).collect();
+    // In place of one that others took, of which expansion makes nothing, there can be another.
+    let present = replayable.on_soft().map(|info| info.moment.tick).collect();
     let writer =
         open_to_append(replayable, &file_path).with_context(|| format!("cannot write {shown}"))?;
     let open: OpenCheckpoints = Box::new(move || Ok(writer));

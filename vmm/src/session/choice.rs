@@ -1,5 +1,7 @@
 //! Which engine executes the guest, and how it counts ticks.
 
+use std::cell::OnceCell;
+
 use clap::ValueEnum;
 use reprise_kvm::{Finding, KvmClock, SelfTesting};
 use reprise_machine::clock::TimeSource;
@@ -100,12 +102,15 @@ pub struct Choice {
     pub reason: Option<String>,
     /// Whether the counter of the clock `pmu` is still to be tried out.
     self_testing: SelfTesting,
+    /// What becomes of the guest's RDTSC with the clock `pmu`, if the choice hung on it: to unpack and search a
+    /// kernel takes a while.
+    trap: Option<PmuTrap>,
 }
 
 impl Choice {
     /// As asked for, in so many words; the clock `pmu` tries its counter out.
     pub fn of(kind: EngineKind) -> Self {
-        Self { kind, reason: None, self_testing: SelfTesting::Run }
+        Self { kind, reason: None, self_testing: SelfTesting::Run, trap: None }
     }
 
     fn because(kind: EngineKind, reason: impl Into<String>) -> Self {
@@ -115,6 +120,11 @@ impl Choice {
     /// The clock `pmu`, whose counter has been tried out.
     fn on_pmu(reason: String) -> Self {
         Self { self_testing: SelfTesting::Done, ..Self::because(EngineKind::Pmu, reason) }
+    }
+
+    /// What becomes of the guest's RDTSC with the clock `pmu`, if that is known already.
+    pub fn trap(&self) -> Option<&PmuTrap> {
+        self.trap.as_ref()
     }
 
     /// What the clock `pmu` runs on.
@@ -186,15 +196,15 @@ pub enum Running<'a> {
 }
 
 impl Running<'_> {
-    /// Why its RDTSC would not be trapped with the clock `pmu`, if it would not.
-    fn untrapped(self, hardware: &impl BranchHardware) -> Option<String> {
+    /// What becomes of its RDTSC with the clock `pmu`.
+    fn trap(self, hardware: &impl BranchHardware) -> PmuTrap {
         let host = hardware.time_stamp_trap();
-        let trap = match self {
+        match self {
             Self::Guest(guest) => PmuTrap::of_kernel(&host, &guest.kernel.bytes, &guest.cmdline),
             Self::OnSeveralEngines => PmuTrap::of_relay(),
-            Self::AnyKnownText => return (!host.available).then_some(host.reason),
-        };
-        trap.reason_against().map(ToOwned::to_owned)
+            Self::AnyKnownText if host.available => PmuTrap::On(Box::default()),
+            Self::AnyKnownText => PmuTrap::Off(host.reason),
+        }
     }
 }
 
@@ -220,8 +230,11 @@ pub fn for_new_run_on(
     clock: ClockArg,
     running: Running<'_>,
 ) -> Result<Choice, ChoiceError> {
-    let verdict = || hardware.verdict();
-    choose(engine, clock, verdict, || hardware.try_anew(), || running.untrapped(hardware))
+    let trap = OnceCell::new();
+    let untrapped = || trap.get_or_init(|| running.trap(hardware)).reason_against().map(Into::into);
+    let choice = choose(engine, clock, || hardware.verdict(), || hardware.try_anew(), untrapped)?;
+    let of_guest = matches!(running, Running::Guest(_));
+    Ok(Choice { trap: trap.into_inner().filter(|_| of_guest), ..choice })
 }
 
 /// Chooses, given what is known of the clock `pmu` or else found out, what trying it anew gives, and why

@@ -21,8 +21,6 @@ use reprise_trace::instructions::filter::{Filter, Selection};
 use reprise_trace::instructions::{
     Contents, Observer, SegmentOptions, Share, TraceHeader, TraceWriter,
 };
-use reprise_trace::moment::TickKind;
-use reprise_trace::stretches::Course;
 
 use super::assembly::SoftOptions;
 use super::expand_report::ExpandReport;
@@ -94,13 +92,6 @@ pub fn expand_recording(
             grouped(options.window.from)
         );
     }
-    if let Some(tick) = counted_anew(replayable.course(), options.window) {
-        let tick = grouped(tick);
-        bail!(
-            "at tick {tick} the run was handed to an engine that counts instructions, and how many ran before is \
-             not known: expand up to there with --to, or from there with --from"
-        );
-    }
     let soft = options.soft;
     let set_up = move |engine: &mut SoftEngine| engine.set_translation(soft.translation);
     let session = Session { replayable, control, options: &options, set_up: &set_up };
@@ -117,17 +108,6 @@ pub fn expand_recording(
             })
         }
     }
-}
-
-/// Where, within a window, instructions are counted again behind a stretch that counted something else: no
-/// count of instructions goes on across that.
-fn counted_anew(course: &Course, window: Window) -> Option<u64> {
-    let pairs = course.stretches.iter().zip(course.stretches.iter().skip(1));
-    let anew = pairs.filter(|(before, after)| {
-        after.on.tick_kind == TickKind::Instruction && before.on.tick_kind != after.on.tick_kind
-    });
-    anew.filter_map(|(_, after)| Some(after.from?.tick))
-        .find(|tick| window.from < *tick && *tick < window.to)
 }
 
 impl Target {

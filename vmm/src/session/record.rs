@@ -220,6 +220,9 @@ fn trap(hardware: &impl BranchHardware, plan: &RunPlan<'_>) -> PmuTrap {
     if plan.choice.kind != EngineKind::Pmu || hands_over(&plan.plan) {
         return PmuTrap::of_relay();
     }
+    if let Some(known) = plan.choice.trap() {
+        return known.clone();
+    }
     let (kernel, command_line) = (&plan.guest.kernel.bytes, &plan.guest.cmdline);
     PmuTrap::of_kernel(&hardware.time_stamp_trap(), kernel, command_line)
 }

@@ -22,6 +22,7 @@ use reprise_machine::ram::GuestRam;
 use reprise_replay::{
     Arrived, Beginning, ConsoleOnce, OnSoftware, ReplayError, Replayable, Start, accessed_bits,
 };
+use reprise_trace::event::HandOver;
 use reprise_trace::header::{Header, ImageRole};
 use reprise_trace::moment::TickKind;
 use reprise_trace::recording::Recording;
@@ -35,7 +36,7 @@ use super::makers::{self, MakerDependentReport};
 use super::pmu_trap::{PmuTrap, trapping_engine};
 use super::report::{SessionReport, SetAsideReport, damage_of};
 use super::rewriting::{self, ForBranches};
-use super::stretches;
+use super::stretches::{self, PlanError};
 
 /// How often a replay that is watched says how far it is.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
@@ -58,6 +59,24 @@ impl At {
         match self {
             Self::Tick(wanted) => tick >= wanted,
             Self::Time(wanted_ns) => virtual_ns >= wanted_ns,
+        }
+    }
+
+    /// Whether a run that came to this tick and this guest time is past it.
+    pub fn is_passed(self, tick: u64, virtual_ns: u64) -> bool {
+        match self {
+            Self::Tick(wanted) => tick > wanted,
+            Self::Time(wanted_ns) => virtual_ns > wanted_ns,
+        }
+    }
+
+    /// Whether it lies behind another, if that can be told before a run.
+    pub fn lies_behind(self, other: Self) -> bool {
+        match (self, other) {
+            (Self::Tick(one), Self::Tick(other)) | (Self::Time(one), Self::Time(other)) => {
+                one > other
+            }
+            _ => false,
         }
     }
 }
@@ -140,6 +159,11 @@ pub fn replay_on(
     replayable: &Replayable,
     mut options: ReplayOptions,
 ) -> Result<Replayed> {
+    if let (Some(from), Some(until)) = (options.from, options.until)
+        && from.lies_behind(until)
+    {
+        return Err(PlanError::ends_before(from, until).into());
+    }
     let header = replayable.recording().header();
     if !rewriting::is_asked_for(options.engine, options.clock, header)? {
         return replay_as_recorded(hardware, replayable, options);
@@ -173,16 +197,16 @@ fn replay_as_recorded(
     let verification = followed.verification;
     let from_tick = beginning.tick();
     let (engine, soft) = (options.engine, options.soft);
-    let drive = Drive { replayable, verification, options };
-    let first = beginning.stretch().clone();
+    let drive = Drive { replayable, verification, by_relay: followed.by_relay, options };
     let (outcome, wall, profile) = match kind {
         _ if followed.by_relay => {
-            let make = |ram| stretches::relay(hardware, ram, &first, header, engine, soft);
+            let make =
+                |on: &HandOver, ram| stretches::relay(hardware, ram, on, header, engine, soft);
             let Driven { outcome, wall, .. } = drive.run(beginning, make)?;
             (outcome, wall, None)
         }
         EngineKind::Soft => {
-            let make = |ram| assembly::replaying_soft_engine(ram, header, soft);
+            let make = |_: &HandOver, ram| assembly::replaying_soft_engine(ram, header, soft);
             let Driven { outcome, wall, mut engine, .. } = drive.run(beginning, make)?;
             instructions = Some(engine.instructions_executed());
             sites = Some(engine.software().latitude_sites());
@@ -190,18 +214,18 @@ fn replay_as_recorded(
         }
         EngineKind::Kvm(clock) => {
             let sites = recorded_time_stamp_sites(recording)?;
-            let make = |ram| assembly::kvm_engine(ram, clock, &sites);
+            let make = |_: &HandOver, ram| assembly::kvm_engine(ram, clock, &sites);
             let Driven { outcome, wall, .. } = drive.run(beginning, make)?;
             (outcome, wall, None)
         }
         EngineKind::Pmu => {
             let (outcome, wall, times) = match recorded_trap(hardware, recording)? {
                 PmuTrap::On(kernel) => {
-                    let make = |ram| trapping_engine(hardware, ram, &kernel);
+                    let make = |_: &HandOver, ram| trapping_engine(hardware, ram, &kernel);
                     drive.run(beginning, make)?.without_engine()
                 }
                 PmuTrap::Off(_) => {
-                    drive.run(beginning, |ram| hardware.engine(ram))?.without_engine()
+                    drive.run(beginning, |_: &HandOver, ram| hardware.engine(ram))?.without_engine()
                 }
             };
             if times > 0 {
@@ -293,6 +317,7 @@ fn begin(
 struct Drive<'a> {
     replayable: &'a Replayable,
     verification: Verification,
+    by_relay: bool,
     options: ReplayOptions,
 }
 
@@ -317,9 +342,9 @@ impl Drive<'_> {
     fn run<E: Engine>(
         self,
         beginning: Beginning,
-        make_engine: impl Fn(GuestRam) -> Result<E, EngineError>,
-    ) -> Result<Driven<E>, ReplayError> {
-        let Self { replayable, verification, options } = self;
+        make_engine: impl Fn(&HandOver, GuestRam) -> Result<E, EngineError>,
+    ) -> Result<Driven<E>> {
+        let Self { replayable, verification, by_relay, options } = self;
         // Only from the place asked for on.
         let shown = Rc::new(Cell::new(options.from.is_none()));
         let once = ConsoleOnce::default();
@@ -328,7 +353,10 @@ impl Drive<'_> {
         let mut checkpointer = options.checkpointer;
         let make = |beginning: Beginning| {
             once.begin(beginning.console_bytes());
-            let mut machine = beginning.into_machine(&make_engine, |inputs| {
+            let beginning = if by_relay { beginning.for_relay() } else { beginning };
+            let on = beginning.stretch().clone();
+            let make_engine = |ram| make_engine(&on, ram);
+            let mut machine = beginning.into_machine(make_engine, |inputs| {
                 let mut inputs = inputs.verifying(verification);
                 if let Some(console) = console.clone() {
                     let (shown, once) = (shown.clone(), once.clone());
@@ -350,6 +378,8 @@ impl Drive<'_> {
             }
             Ok(machine)
         };
+        // Which of two moments comes first, a tick and a time, only the run tells.
+        let ends_before = Cell::new(false);
         let go = |machine: &mut Machine<E, Replaying>| {
             let kicker = progress.is_some().then(|| machine.engine().kicker());
             let _kicks = kicker.map(RegularKicks::start);
@@ -359,6 +389,11 @@ impl Drive<'_> {
                     return Ok(outcome);
                 }
                 shown.set(true);
+                let passes = |until: At| until.is_passed(outcome.ticks, outcome.virtual_ns);
+                if options.until.is_some_and(passes) {
+                    ends_before.set(true);
+                    return Ok(outcome);
+                }
             }
             run_to(machine, options.until)
         };
@@ -371,6 +406,9 @@ impl Drive<'_> {
         };
         let Arrived { machine, outcome, times_back } =
             replayable.run_going_back(beginning, make, run)?;
+        if let (Some(from), Some(until), true) = (options.from, options.until, ends_before.get()) {
+            return Err(PlanError::ends_before(from, until).into());
+        }
         let (engine, _, _) = machine.into_parts();
         Ok(Driven { outcome, wall, engine, times_back })
     }

@@ -69,6 +69,21 @@ pub enum PlanError {
         /// The moment refused.
         later: String,
     },
+    /// Nothing lies between.
+    #[error("--until {until} lies before --from {from}: give a moment behind it")]
+    EndsBefore {
+        /// Where it was to begin.
+        from: String,
+        /// Where it was to end.
+        until: String,
+    },
+}
+
+impl PlanError {
+    /// What is to end at `until` would begin behind it.
+    pub fn ends_before(from: At, until: At) -> Self {
+        Self::EndsBefore { from: shown(from), until: shown(until) }
+    }
 }
 
 /// What a run is to do after its first engine.

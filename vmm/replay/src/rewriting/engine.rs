@@ -94,7 +94,7 @@ impl Rewriting {
     /// Over `ram`; the machine's inputs say what enters.
     pub(super) fn new(ram: GuestRam, entering: Rc<RefCell<Entering>>) -> Result<Self, EngineError> {
         let mut software = SoftEngine::new(ram)?;
-        software.count_conditional_branches();
+        software.count_conditional_branches(true);
         software.set_time_stamps(TimeStamps::Asked);
         Ok(Self {
             software,
