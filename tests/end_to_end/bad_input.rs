@@ -91,6 +91,7 @@ const WRONG_USE: &[&[&str]] = &[
     &["record", "--image", "hello"],
     &["record", "--image", "hello", "-o"],
     &["record", "--image", "hello", "-o", ""],
+    &["replay", "good.rr", "--rewritten", "new.rr"],
     &["record", "--image", "hello", "--kernel", "whole.elf", "-o", "new.rr"],
     &["record", "--image", "hello", "--initrd", "initrd", "-o", "new.rr"],
     &["run", "--image", "hello", "--engine", "abacus"],

@@ -139,6 +139,7 @@ fn info_says_where_a_recording_replays() {
     let engines: Vec<_> = info["replays_on"].as_array().expect("a list").iter().collect();
     assert_eq!((&engines[0]["engine"], &engines[1]["engine"]), (&"soft".into(), &"kvm".into()));
     assert!(engines[1]["condition"].to_string().contains("CPL0"), "{info:#}");
+    assert!(engines[2]["condition"].to_string().contains("--clock pmu"), "{info:#}");
 }
 
 /// Records on the software CPU and replays by stepping, on KVM.

@@ -299,8 +299,9 @@ fn wrong_use_and_bad_input_leave_one_line_and_no_file() {
     let (workplace, file, _) = ticks();
     let out = workplace.path("out.trace");
     let absent = workplace.path("absent/out.trace");
-    let cases: [(&[&str], i32, &str); 7] = [
+    let cases: [(&[&str], i32, &str); 8] = [
         (&["-o", &out, "--from", "99999999999"], 1, "the recording ends at tick"),
+        (&["-o", &out, "--from", "100s"], 1, "s of guest time: give an earlier --from"),
         (&["-o", &out, "--from", "200", "--to", "100"], 1, "before it begins"),
         (&["-o", &out, "--format", "vcd"], 1, "there is no format `vcd`"),
         (&["--format", "csv"], 1, "say where the trace goes"),
@@ -313,6 +314,9 @@ fn wrong_use_and_bad_input_leave_one_line_and_no_file() {
         assert!(finished.stderr.contains(said), "{arguments:?}: {}", finished.stderr);
         assert!(fs::metadata(&out).is_err(), "{arguments:?} left a file");
     }
+    // An end behind the recording's is its end, and that is told.
+    let to_the_end = run(&["expand", &file, "--to", "100s"]).expect_code(0);
+    assert!(to_the_end.stderr.contains("before --to"), "{}", to_the_end.stderr);
     let foreign = workplace.file("foreign", "no recording at all");
     run(&["expand", &foreign, "-o", &out]).expect_code(1).expect_reason();
     let left = fs::read_dir(workplace.directory()).expect("readable").count();

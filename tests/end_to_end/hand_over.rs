@@ -60,7 +60,10 @@ fn kvm_takes_over_and_gives_back() {
         assert_equal_runs(&recorded, &replayed);
     }
     let alone = replay(&file, &["--engine", "soft"]);
-    assert_eq!(alone["stretches"], recorded["stretches"]);
+    assert_eq!(alone["recorded_stretches"], recorded["stretches"]);
+    let ran = ["\"soft\"/\"instructions\"", "\"soft\"/\"sync\"", "\"soft\"/\"instructions\""];
+    assert_eq!(engines(&alone), ran);
+    assert_eq!(alone["verification"], "across-engines");
     assert_eq!(alone["console_digest"], recorded["console_digest"]);
     let executed = alone["instructions"].as_u64().expect("a number");
     let expanded = run(&["--json", "expand", &file]).expect_code(0).json();
@@ -166,7 +169,10 @@ fn a_replay_that_would_end_before_it_begins_is_wrong_use() {
 
 #[test]
 fn engines_and_moments_that_do_not_go_together_are_wrong_use() {
-    let guest = ["run", "--image", "hello"];
+    let workplace = Workplace::new();
+    let console = workplace.path("console");
+    std::fs::write(&console, "of another run").expect("a file");
+    let guest = ["run", "--image", "hello", "--console", &console];
     for wrong in [
         &["--then", "kvm"][..],
         &["--until", "5", "--until", "9"],
@@ -175,4 +181,5 @@ fn engines_and_moments_that_do_not_go_together_are_wrong_use() {
     ] {
         run(&[&guest[..], wrong].concat()).expect_code(2);
     }
+    assert_eq!(std::fs::read_to_string(&console).expect("a file"), "of another run");
 }

@@ -11,14 +11,20 @@ use reprise::session::record::{RecordTo, RunPlan, record_on};
 use reprise::session::replay::{At, ReplayOptions, open_replayable, replay_on};
 use reprise::session::report::SessionReport;
 use reprise::session::stretches::{self, ThenArg};
+use reprise_cpu::engine::SoftEngine;
 use reprise_expand::resimulate::{Against, check_against};
 use reprise_expand::{Control, Window};
 use reprise_host::CheckpointEvery;
+use reprise_machine::engine::Engine;
+use reprise_machine::ram::GuestRam;
+use reprise_machine::relay::{MakeEngine, Relay};
+use reprise_trace::event::HandOver;
 use reprise_trace::instructions::filter::Selection;
 use reprise_trace::instructions::{Contents, TraceReader};
+use reprise_trace::moment::TickKind;
 
 use crate::Session;
-use reprise_tests::hardware::{Refusing, Simulated};
+use reprise_tests::hardware::{REFUSAL, Refusing, Simulated};
 
 /// No checkpoints.
 const NONE: CheckpointArg = CheckpointArg::Never;
@@ -70,13 +76,21 @@ fn replays(session: &Session, recorded: &SessionReport) {
     reports.push(replay(&Simulated::intel(6), EngineArg::Soft));
     let nowhere = replay_on(&Refusing, &replayable, options(EngineArg::Auto));
     reports.push(nowhere.expect("it replays").report);
+    for report in &reports[reports.len() - 2..] {
+        assert_eq!(report.verification, Some("across-engines"));
+    }
     for report in reports {
         assert_eq!(report.verified, Some(true), "{report:#?}");
         assert_eq!(report.final_digest, recorded.final_digest);
         assert_eq!(report.console_digest, recorded.console_digest);
         assert_eq!((report.ticks, report.interrupts), (recorded.ticks, recorded.interrupts));
-        // What executes the first is the replay's affair.
-        assert_eq!(report.stretches[1..], recorded.stretches[1..]);
+        assert_eq!(report.recorded_stretches, recorded.stretches);
+        let on_soft = report.verification != Some("exact");
+        let ran = report.stretches.iter().zip(&recorded.stretches);
+        for (ran, recorded) in ran {
+            let engine = if on_soft { "soft" } else { recorded.engine.as_str() };
+            assert_eq!((ran.engine.as_str(), &ran.clock), (engine, &recorded.clock), "{report:#?}");
+        }
     }
 }
 
@@ -194,6 +208,86 @@ fn a_guest_that_never_exits_is_handed_over() {
     let recorded = session.record_moving(&Simulated::intel(1), "soft", &[there, back], NONE);
     assert!(recorded.virtual_seconds < 2.0, "{} s", recorded.virtual_seconds);
     replays(&session, &recorded);
+}
+
+/// The log names what executes the guest: where that cannot be had, nothing else does.
+#[test]
+fn a_host_that_lacks_what_is_planned_records_no_other_engine() {
+    let session = Session::new("ticks", "hz=2000 count=20");
+    let thens = [ThenArg(kind("kvm:pmu"))];
+    let plan = stretches::plan(EngineKind::Soft, &[At::Tick(100_000)], &thens).expect("a plan");
+    let choice = Choice::of(EngineKind::Soft);
+    let plan = RunPlan { choice, plan, soft: SoftOptions::default(), ..session.plan() };
+    let to = RecordTo { path: session.path(), force: false, checkpoints: CheckpointArg::Never };
+    let error = record_on(&Refusing, plan, &to).expect_err("it records up to there");
+    assert_eq!(error.to_string(), REFUSAL);
+    let replayable = open_replayable(&session.path()).expect("what was written");
+    assert_eq!(replayable.course().stretches.len(), 1);
+}
+
+/// Whatever makes the engines of a relay: ticks of another kind get into no log.
+#[test]
+fn an_engine_that_counts_otherwise_takes_nothing_over() {
+    let on = |tick_kind| HandOver {
+        engine: "kvm".to_owned(),
+        clock: "sync".to_owned(),
+        tick_kind,
+        ns_per_tick: 0,
+    };
+    let relay = |on: &HandOver| {
+        let make: MakeEngine = Box::new(|_, ram| Ok(Box::new(SoftEngine::new(ram)?)));
+        Relay::new(GuestRam::new(4).expect("the host has 4 MiB"), on, make)
+    };
+    let mut relayed = relay(&on(TickKind::Instruction)).expect("it counts instructions");
+    let errors = [
+        relay(&on(TickKind::Exit)).err(),
+        relayed.become_engine(&on(TickKind::ConditionalBranch)).err(),
+    ];
+    for error in errors {
+        let error = error.expect("it is refused").to_string();
+        assert!(error.contains("clock sync") && error.contains("--engine soft"), "{error}");
+    }
+}
+
+/// KVM that is there, and a counter that is not: the software CPU counts exits, and then branches.
+#[test]
+fn where_one_engine_of_two_is_lacking_the_software_cpu_executes_both_parts() {
+    if !reprise_kvm::opens() {
+        eprintln!("skipped: /dev/kvm cannot be opened");
+        return;
+    }
+    let session = Session::new("ticks", "hz=500 count=30 poll=100");
+    let there = (At::Tick(40), "kvm:pmu");
+    let recorded = session.record_moving(&Simulated::intel(1), "kvm:sync", &[there], NONE);
+    let replayable = open_replayable(&session.path()).expect("it is a recording");
+    let options = ReplayOptions::default();
+    let report = replay_on(&Refusing, &replayable, options).expect("it replays").report;
+    assert_eq!(report.verified, Some(true), "{report:#?}");
+    assert_eq!(report.final_digest, recorded.final_digest);
+    assert_eq!((report.engine, report.clock), ("soft", "sync"));
+}
+
+#[test]
+fn a_replay_from_a_later_stretch_is_by_the_engine_of_that() {
+    let session = Session::new("ticks", "hz=2000 count=60 poll=100");
+    let there = (At::Tick(200_000), "soft");
+    let every = CheckpointArg::Ticks(500_000);
+    let recorded = session.record_moving(&Simulated::intel(1), "kvm:pmu", &[there], every);
+    let replayable = open_replayable(&session.path()).expect("it is a recording");
+    let last = replayable.checkpoints().last().expect("there are some").moment.tick;
+    assert!(last > recorded.stretches[1].from_tick, "{last}");
+    for hardware in [true, false] {
+        let options = ReplayOptions { from: Some(At::Tick(last)), ..ReplayOptions::default() };
+        let report = match hardware {
+            true => replay_on(&Simulated::intel(2), &replayable, options),
+            false => replay_on(&Refusing, &replayable, options),
+        };
+        let report = report.expect("it replays").report;
+        assert_eq!((report.from_tick, report.verified), (Some(last), Some(true)), "{report:#?}");
+        assert_eq!((report.engine, report.clock), ("soft", "instructions"));
+        assert_eq!(report.verification, Some("exact"));
+        assert_eq!(report.instructions, Some(recorded.ticks - last));
+    }
 }
 
 #[test]

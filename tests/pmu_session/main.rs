@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use reprise::session::assembly::SoftOptions;
 use reprise::session::checkpoints::CheckpointArg;
-use reprise::session::choice::{Choice, EngineKind};
+use reprise::session::choice::{Choice, ClockArg, EngineKind};
 use reprise::session::guest::Guest;
 use reprise::session::record::{RecordTo, RunPlan, record_on, run_on};
 use reprise::session::replay::{ReplayOptions, Replayed, open_replayable, replay_on};
@@ -193,4 +193,17 @@ fn the_doctors_trial_passes_on_hardware_that_counts_right() {
     assert!(trial.equal && trial.interrupts >= 4, "{trial:?}");
     let trial = trial::attempt_on(&Refusing, EngineKind::Pmu);
     assert_eq!((trial.equal, trial.failure.as_deref()), (false, Some(hardware::REFUSAL)));
+}
+
+/// Named by its clock alone, it is that of hardware, not of the software CPU.
+#[test]
+fn a_clock_that_is_named_is_not_left_out() {
+    let session = Session::new("hello", "");
+    session.record(&Simulated::intel(1));
+    let replayable = open_replayable(&session.path()).expect("it was written");
+    let options = || ReplayOptions { clock: ClockArg::Pmu, ..ReplayOptions::default() };
+    let error = replay_on(&Refusing, &replayable, options()).expect_err("no counter");
+    assert!(format!("{error:#}").contains("--engine soft"), "{error:#}");
+    let there = replay_on(&Simulated::intel(2), &replayable, options()).expect("it replays");
+    assert_eq!((there.report.engine, there.report.verified), ("kvm", Some(true)));
 }

@@ -4,12 +4,15 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use reprise::session::assembly::SoftOptions;
 use reprise::session::choice::{self, Choice, ClockArg, EngineArg, EngineKind, Running};
+use reprise::session::expand::locate;
 use reprise::session::guest::Guest;
 use reprise::session::hardware::BranchHardware;
 use reprise::session::pmu_trap::{KERNEL_MOVED, PmuTrap, note_of};
-use reprise::session::record::{RecordTo, record_on, run_on};
-use reprise::session::replay::{ReplayOptions, open, open_replayable, replay_on};
+use reprise::session::record::{RecordTo, RunPlan, record_on, run_on};
+use reprise::session::replay::{At, ReplayOptions, open, open_replayable, replay_on};
+use reprise_expand::Control;
 use reprise_machine::engine::{Engine, Exit};
 use reprise_machine::ram::GuestRam;
 use reprise_simulated_hardware::Disturbance;
@@ -82,6 +85,11 @@ fn a_guest_that_reads_the_counter_is_recorded_by_auto_and_replays() {
         let on_soft = replay_on(&Refusing, &replayable, options).expect("it replays").report;
         assert_eq!(on_soft.verified, Some(true), "{on_soft:#?}");
         assert_eq!(on_soft.final_digest, recorded.final_digest);
+        // The log is for all instructions, not for each tick.
+        let (log, count) = (on_soft.log_bytes.expect("a log"), on_soft.instructions);
+        let rate = log as f64 * 1e3 / count.expect("they are counted") as f64;
+        assert_eq!(on_soft.bytes_per_kiloinstruction, Some(rate));
+        assert!(on_soft.instructions > Some(on_soft.ticks));
     }
 }
 
@@ -139,6 +147,25 @@ fn a_recording_without_the_trap_says_so() {
     assert!(about.how.contains("sections"), "{about:?}");
     let replayed = replay(&session.path(), &Simulated::intel(2)).expect("it replays");
     assert_eq!(replayed.report.verified, Some(true));
+}
+
+/// An expansion looks for guest time by replaying. What it finds behind a divergence is no place.
+#[test]
+fn a_divergence_is_not_taken_for_the_time_that_is_looked_for() {
+    let mut session = Session::new("compute", "");
+    session.guest = without_sections("compute");
+    session.guest.cmdline = "scale=1 timing=1 tsd=0".to_owned();
+    let to = RecordTo { path: session.path(), force: false, checkpoints: CheckpointArg::Never };
+    let plan = RunPlan { memory_mib: 32, ..session.plan() };
+    record_on(&running(1), plan, &to).expect("it records");
+    let replayable = open_replayable(&session.path()).expect("it was written");
+    let options = ReplayOptions { engine: EngineArg::Soft, ..ReplayOptions::default() };
+    let report = replay_on(&Refusing, &replayable, options).expect("it replays").report;
+    assert_eq!(report.verified, Some(false), "{report:#?}");
+    let behind = At::Time(1_000_000_000_000);
+    let error = locate(&replayable, behind, SoftOptions::default(), &Control::default());
+    let error = error.expect_err("the replay diverges").to_string();
+    assert!(error.contains("differs from the recording"), "{error}");
 }
 
 /// What the log has of RDTSC cannot be given to a guest whose RDTSC is not trapped.

@@ -3,9 +3,7 @@
 use std::fmt::{self, Debug, Display, Formatter};
 
 use crate::event::{Event, Record};
-use crate::header::{
-    CpuModelInfo, GuestInfo, Header, HostInfo, MachineInfo, Precaution, Treatment,
-};
+use crate::header::{CpuModelInfo, GuestInfo, Header, HostInfo, MachineInfo, Precaution};
 use crate::log::{LogError, LogReader};
 
 /// What a person sees where a recording has no more records.
@@ -137,14 +135,16 @@ pub fn header_differences(a: &Header, b: &Header) -> Vec<HeaderDifference> {
     list.compare("guest.images", &image_list(guest), &image_list(&b.guest));
     list.compare("created_unix_s", created_unix_s, &b.created_unix_s);
     list.compare("reprise_version", reprise_version, &b.reprise_version);
-    list.compare("precautions", &open_ones(precautions), &open_ones(&b.precautions));
+    list.compare("precautions", &rows(precautions), &rows(&b.precautions));
     list.0
 }
 
-/// What was not dealt with.
-fn open_ones(precautions: &[Precaution]) -> Vec<String> {
-    let open = |precaution: &&Precaution| precaution.treatment == Treatment::Open;
-    precautions.iter().filter(open).map(|precaution| precaution.what.clone()).collect()
+/// Precautions in a form that a person can compare: those that hold decide what is trapped and what CPUID
+/// says, as much as those that do not.
+fn rows(precautions: &[Precaution]) -> Vec<String> {
+    let row =
+        |Precaution { what, treatment, how }: &Precaution| format!("{treatment:?}: {what}: {how}");
+    precautions.iter().map(row).collect()
 }
 
 /// Images in a form that a person can compare.
@@ -184,6 +184,7 @@ impl HeaderDifferences {
 mod tests {
     use super::*;
     use crate::event::{EffectDigest, Ending};
+    use crate::header::Treatment;
     use crate::moment::Moment;
 
     fn record(tick: u64, event: Event) -> Record {
@@ -237,5 +238,37 @@ mod tests {
         let found = difference(base(), base()[..2].to_vec()).expect("they differ");
         assert_eq!((found.record, &found.a, &found.b), (2, &Some(end(1)), &None));
         assert!(found.to_string().contains(NO_RECORD), "{found}");
+    }
+
+    #[test]
+    fn what_decides_about_traps_differs_whatever_is_open() {
+        let closed = |how: &str| Precaution {
+            what: Precaution::KERNEL_TIME_STAMPS.to_owned(),
+            treatment: Treatment::Closed,
+            how: how.to_owned(),
+        };
+        let header = |precautions| Header {
+            machine: MachineInfo { ram_mib: 4, rtc_start_s: 0 },
+            cpu_model: CpuModelInfo { name: String::new(), version: 1 },
+            tick_kind: crate::moment::TickKind::Exit,
+            ns_per_tick: 0,
+            engine: "kvm".to_owned(),
+            clock: "sync".to_owned(),
+            host: HostInfo::default(),
+            guest: GuestInfo {
+                name: String::new(),
+                command_line: String::new(),
+                images: Vec::new(),
+            },
+            created_unix_s: 0,
+            reprise_version: String::new(),
+            precautions,
+        };
+        let one = header(vec![closed("trapped at 2 places")]);
+        assert_eq!(header_differences(&one, &one), []);
+        for other in [Vec::new(), vec![closed("none in the kernel's text")]] {
+            let found = header_differences(&one, &header(other));
+            assert_eq!(found.iter().map(|it| it.field).collect::<Vec<_>>(), ["precautions"]);
+        }
     }
 }

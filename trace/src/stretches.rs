@@ -90,8 +90,13 @@ impl Course {
 
     /// The stretch that a machine is in that has so many records behind it.
     pub fn at(&self, records: u64) -> &Stretch {
+        &self.ahead(records)[0]
+    }
+
+    /// That stretch, and those that follow it.
+    pub fn ahead(&self, records: u64) -> &[Stretch] {
         let behind = self.stretches.partition_point(|stretch| stretch.records_before <= records);
-        &self.stretches[behind.saturating_sub(1)]
+        &self.stretches[behind.saturating_sub(1)..]
     }
 }
 

@@ -144,11 +144,19 @@ pub struct SoftArgs {
 }
 
 impl SoftArgs {
-    /// What to say if the engine is one that these do not concern.
-    pub fn without_effect_on(&self, engine: EngineKind) -> Option<&'static str> {
-        let given = self.no_translate || self.profile;
-        (given && engine != EngineKind::Soft)
-            .then_some("--no-translate and --profile are for --engine soft: no effect here")
+    /// What to say if these engines, which execute a run `in_turn` or as one, are none that these concern.
+    pub fn without_effect_on(&self, engines: &[EngineKind], in_turn: bool) -> Option<&'static str> {
+        let on_soft = engines.contains(&EngineKind::Soft);
+        match (self.no_translate && !on_soft, self.profile && (in_turn || !on_soft)) {
+            (false, false) => None,
+            (true, false) => Some("--no-translate is for engine soft: no effect here"),
+            (false, true) => {
+                Some("--profile is for runs on engine soft from start to end: no effect here")
+            }
+            (true, true) => {
+                Some("--no-translate and --profile are for engine soft: no effect here")
+            }
+        }
     }
 
     /// As the session wants them.
@@ -338,7 +346,11 @@ pub fn run() -> ExitCode {
         output.failure(&format!("{error:#}"));
         let wrong_clock = matches!(
             error.downcast_ref(),
-            Some(ChoiceError::SoftHasOneClock | ChoiceError::OtherClock { .. })
+            Some(
+                ChoiceError::SoftHasOneClock
+                    | ChoiceError::OtherClock { .. }
+                    | ChoiceError::NothingRewritten
+            )
         );
         if wrong_clock || error.is::<PlanError>() { WRONG_USE } else { FAILED }
     }))
@@ -400,6 +412,20 @@ mod tests {
             let error = Arguments::try_parse_from(wrong).expect_err("wrong use").to_string();
             assert!(error.contains(said), "{wrong:?}: {error}");
         }
+    }
+
+    #[test]
+    fn what_an_option_does_not_do_is_told() {
+        let soft = |no_translate, profile| SoftArgs { no_translate, profile };
+        let said = |soft: SoftArgs, engines: &[EngineKind], in_turn| {
+            soft.without_effect_on(engines, in_turn).unwrap_or_default()
+        };
+        const MIXED: [EngineKind; 2] = [EngineKind::Pmu, EngineKind::Soft];
+        assert_eq!(said(soft(true, true), &[EngineKind::Soft], false), "");
+        assert_eq!(said(soft(true, false), &MIXED, true), "");
+        assert!(said(soft(true, true), &MIXED, true).starts_with("--profile is"));
+        assert!(said(soft(true, true), &MIXED[..1], false).contains("--no-translate and"));
+        assert!(said(soft(true, false), &MIXED[..1], false).starts_with("--no-translate is"));
     }
 
     #[test]

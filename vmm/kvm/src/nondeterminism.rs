@@ -35,9 +35,16 @@ const RDTSC: [u8; 2] = [0x0f, 0x31];
 const REFUSALS: [u8; 2] = [6, 13];
 
 /// What this host's KVM does with each of them.
-pub fn precautions() -> &'static [Precaution] {
+///
+/// # Errors
+/// There is no KVM, or it refuses what asking takes.
+pub fn precautions() -> Result<&'static [Precaution], KvmError> {
     static ANSWER: OnceLock<Vec<Precaution>> = OnceLock::new();
-    ANSWER.get_or_init(|| ask().unwrap_or_default())
+    if let Some(known) = ANSWER.get() {
+        return Ok(known);
+    }
+    let asked = ask()?;
+    Ok(ANSWER.get_or_init(|| asked))
 }
 
 fn ask() -> Result<Vec<Precaution>, KvmError> {
@@ -103,7 +110,7 @@ mod tests {
     #[test]
     fn each_instruction_has_an_answer_at_each_level() {
         require_kvm!();
-        let found = precautions();
+        let found = precautions().expect("nothing fails");
         for Precaution { instruction, closed } in found {
             eprintln!("{instruction}: kernel {}; user {}", closed.kernel, closed.user);
         }

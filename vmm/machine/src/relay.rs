@@ -50,9 +50,9 @@ impl Relay {
     /// An engine that begins as `first` over `ram`.
     ///
     /// # Errors
-    /// If `make` fails.
+    /// If `make` fails, or makes what does not count as the stretch does.
     pub fn new(ram: GuestRam, first: &HandOver, mut make: MakeEngine) -> Result<Self, EngineError> {
-        let active = make(first, ram.share())?;
+        let active = made(&mut make, first, &ram)?;
         let kick = Arc::new(RelayKick(Mutex::new(active.kicker())));
         Ok(Self { active, ram, make, kick, assists: Assists::new(), widened: None })
     }
@@ -66,6 +66,22 @@ impl Relay {
     }
 }
 
+/// The engine of a stretch. Its ticks go into the log, or are looked for, as the stretch's.
+fn made(
+    make: &mut MakeEngine,
+    on: &HandOver,
+    ram: &GuestRam,
+) -> Result<Box<dyn Engine>, EngineError> {
+    let engine = make(on, ram.share())?;
+    if engine.tick_kind() == on.tick_kind {
+        return Ok(engine);
+    }
+    let HandOver { engine: name, clock, .. } = on;
+    let what =
+        format!("no engine here counts as engine {name}, clock {clock} does: use --engine soft");
+    Err(EngineError { what })
+}
+
 impl Engine for Relay {
     fn become_engine(&mut self, to: &HandOver) -> Result<bool, EngineError> {
         let Some(EngineState { tick, cpu, .. }) = self.active.state_for_successor()? else {
@@ -73,7 +89,7 @@ impl Engine for Relay {
                         on the engine that recorded it";
             return Err(EngineError { what: what.to_owned() });
         };
-        let mut next = (self.make)(to, self.ram.share())?;
+        let mut next = made(&mut self.make, to, &self.ram)?;
         let hidden = HiddenState { engine: String::new(), version: 0, bytes: Vec::new() };
         next.restore(&EngineState { tick, cpu, hidden })?;
         if let Some((until, times)) = self.widened {

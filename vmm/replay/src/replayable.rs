@@ -71,6 +71,11 @@ impl Replayable {
         Self { recording, checkpoints, usable, trouble, course, told }
     }
 
+    /// A recording beside which nothing can lie, since it has no name.
+    pub fn without_checkpoints(recording: Recording) -> Self {
+        Self { recording, checkpoints: None, usable: 0, trouble: None, course: OnceLock::new() }
+    }
+
     /// The recording.
     pub fn recording(&self) -> &Recording {
         &self.recording

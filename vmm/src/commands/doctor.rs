@@ -226,7 +226,9 @@ fn findings(soft: &Finding, kvm: &KvmReport) -> Vec<FindingReport> {
         rows.push(row(&format!("{topic}, kernel code"), kernel));
         rows.push(row(&format!("{topic}, user code"), user));
     }
-    for Precaution { instruction, closed: ByLevel { kernel, user } } in precautions() {
+    // Without KVM, or where it refuses, the rows above say so.
+    let instructions = precautions().unwrap_or_default();
+    for Precaution { instruction, closed: ByLevel { kernel, user } } in instructions {
         rows.push(row(&format!("{instruction} closed, kernel code"), kernel));
         rows.push(row(&format!("{instruction} closed, user code"), user));
     }

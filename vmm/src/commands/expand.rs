@@ -14,8 +14,8 @@ use reprise_host::StopRequests;
 use reprise_trace::instructions::Contents;
 
 use crate::cli::ExpandArgs;
-use crate::output::{Output, progress_shows};
-use crate::session::expand::{ExpandOptions, Target, expand_recording, tick_of};
+use crate::output::{Output, progress_shows, seconds};
+use crate::session::expand::{ExpandOptions, Located, Target, expand_recording, locate};
 use crate::session::replay::{self, At};
 use crate::session::trace_file::place;
 
@@ -40,11 +40,22 @@ pub fn run(arguments: &ExpandArgs, output: Output) -> Result<u8> {
     let instructions = AtomicU64::new(last_tick.unwrap_or(0));
     let report = with_progress(output, &control, &instructions, || {
         let soft = arguments.soft.options();
-        let tick = |at: Option<At>, otherwise| match at {
-            Some(at) => tick_of(&replayable, at, soft, &control),
-            None => Ok(otherwise),
+        let find = |at: At| locate(&replayable, at, soft, &control);
+        let from = match arguments.from.map(find).transpose()? {
+            Some(Located::At(tick)) => tick,
+            Some(Located::BehindTheEnd(end_ns)) => {
+                bail!("{}: give an earlier --from", ends_at(end_ns));
+            }
+            None => 0,
         };
-        let (from, to) = (tick(arguments.from, 0)?, tick(arguments.to, u64::MAX)?);
+        let to = match arguments.to.map(find).transpose()? {
+            Some(Located::At(tick)) => tick,
+            Some(Located::BehindTheEnd(end_ns)) => {
+                output.note(format_args!("{}, before --to: expanded to its end", ends_at(end_ns)));
+                u64::MAX
+            }
+            None => u64::MAX,
+        };
         if let Some(last) = last_tick {
             instructions.store(last.min(to).saturating_sub(from), Ordering::Relaxed);
         }
@@ -57,6 +68,10 @@ pub fn run(arguments: &ExpandArgs, output: Output) -> Result<u8> {
         output.result(&report, report.to_table());
     }
     Ok(u8::from(report.verified == Some(false)))
+}
+
+fn ends_at(end_ns: u64) -> String {
+    format!("the recording ends at {:.3} s of guest time", seconds(end_ns))
 }
 
 fn options(arguments: &ExpandArgs, window: Window) -> Result<ExpandOptions> {

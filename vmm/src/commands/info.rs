@@ -7,6 +7,7 @@ use reprise_trace::event::{Assists, EffectDigest, Event};
 use reprise_trace::header::{Header, HostInfo, ImageInfo, Precaution, Treatment};
 use reprise_trace::moment::TickKind;
 use reprise_trace::recording::{Recording, SeekIndexState, Summary};
+use reprise_trace::stretches::{Course, Stretch};
 use serde::Serialize;
 
 use crate::cli::InfoArgs;
@@ -75,26 +76,68 @@ struct InfoReport {
 struct ReplaysOn {
     engine: &'static str,
     /// What it takes, and how much of the recording it reaches.
-    condition: &'static str,
+    condition: String,
 }
 
 impl ReplaysOn {
-    /// By what a recording's ticks are and who counted them.
-    fn of(header: &Header) -> Vec<Self> {
-        let on_kvm = match (header.tick_kind, header.engine.as_str()) {
-            (TickKind::Exit, _) => "on a host with KVM",
-            (TickKind::ConditionalBranch, _) => "on a host with KVM and a PMU",
-            (TickKind::Instruction, "kvm") => "on a host whose KVM can step (clock step)",
-            (TickKind::Instruction, _) => {
-                "on a host whose KVM can step kernel code (CPL0), and user code if the guest has any"
+    /// By what the ticks of each stretch are and who counted them.
+    fn of(header: &Header, course: &Course) -> Vec<Self> {
+        let of_soft = course.stretches.iter().all(|stretch| stretch.on.engine == "soft");
+        let anywhere = match of_soft {
+            true => "anywhere",
+            false => "anywhere; every moment gets its instruction count",
+        };
+        let soft = Self { engine: "soft", condition: anywhere.to_owned() };
+        let on_kvm = |condition| Self { engine: "kvm", condition };
+        let mut list = vec![soft];
+        match &course.stretches[..] {
+            [only] if only.on.engine == "soft" => {
+                let stepped = "on a host whose KVM can step kernel code (CPL0), and user code if the guest has any";
+                let rewritten = "with --clock pmu, for which it is rewritten first, on a host with KVM and a PMU";
+                list.extend([stepped, rewritten].map(|text| on_kvm(text.to_owned())));
             }
-        };
-        let on_soft = match header.engine.as_str() {
-            "soft" => "anywhere",
-            _ => "anywhere; every moment gets its instruction count",
-        };
-        vec![Self { engine: "soft", condition: on_soft }, Self { engine: "kvm", condition: on_kvm }]
+            _ if of_soft => {
+                list.push(on_kvm("on a host whose KVM can step (clock step)".to_owned()));
+            }
+            stretches => {
+                let kinds = stretches.iter().filter(|stretch| stretch.on.engine != "soft");
+                let needs = Self::needs(kinds.map(|stretch| stretch.on.tick_kind), header);
+                let in_turn =
+                    if kinds_differ(stretches) { ", each stretch as recorded" } else { "" };
+                list.push(on_kvm(format!("on a host with {needs}{in_turn}")));
+            }
+        }
+        list
     }
+
+    /// What KVM has to have for stretches that count this.
+    fn needs(kinds: impl Iterator<Item = TickKind>, header: &Header) -> String {
+        let (mut counts, mut steps) = (false, false);
+        for kind in kinds {
+            match kind {
+                TickKind::Exit => {}
+                TickKind::ConditionalBranch => counts = true,
+                TickKind::Instruction => steps = true,
+            }
+        }
+        let traps = header.logs_time_stamps();
+        let parts = [
+            (true, "KVM"),
+            (counts, "a PMU"),
+            (steps, "single-step (clock step)"),
+            (traps && counts, "RDTSC trapped (see `reprise doctor`)"),
+            (traps && !counts, "breakpoints for RDTSC of kernel code, if there is any"),
+        ];
+        let needed: Vec<_> = parts.iter().filter(|(is, _)| *is).map(|(_, what)| *what).collect();
+        match &needed[..] {
+            [all @ .., last] if !all.is_empty() => format!("{} and {last}", all.join(", ")),
+            all => all.concat(),
+        }
+    }
+}
+
+fn kinds_differ(stretches: &[Stretch]) -> bool {
+    stretches.iter().any(|stretch| stretch.on.clock != stretches[0].on.clock)
 }
 
 /// One checkpoint that can be started from.
@@ -186,7 +229,7 @@ impl InfoReport {
             clock: header.clock.clone(),
             tick_kind: tick_kind_name(header),
             ns_per_tick: header.ns_per_tick,
-            replays_on: ReplaysOn::of(header),
+            replays_on: ReplaysOn::of(header, course),
             host: header.host.clone(),
             recorded_here: recorded_here(header),
             precautions: header.precautions.clone(),

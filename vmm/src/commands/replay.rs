@@ -14,6 +14,7 @@ use super::trace::symbols;
 use crate::cli::ReplayArgs;
 use crate::output::{Output, counted, grouped, progress_shows, seconds};
 use crate::session::bisection::Watched;
+use crate::session::choice::EngineKind;
 use crate::session::replay::{self, At, ReplayOptions, TickObserver};
 use crate::session::report::{SessionReport, damage_text};
 use crate::session::rewriting;
@@ -53,14 +54,18 @@ pub fn run(arguments: &ReplayArgs, output: Output) -> Result<u8> {
         console,
     };
     let replayed = replay::replay(&replayable, options)?;
+    // What is narrowed is a replay of this very file on the software CPU.
+    let is_narrowed =
+        !rewrites && replayed.followed.kinds.iter().all(|kind| *kind == EngineKind::Soft);
     for note in &replayed.notes {
         output.note(note);
     }
-    if let Some(note) = arguments.soft.without_effect_on(replayed.kind) {
+    let (engines, in_turn) = (&replayed.followed.kinds, replayed.followed.by_relay);
+    if let Some(note) = arguments.soft.without_effect_on(engines, in_turn) {
         output.note(note);
     }
     let report = replayed.report;
-    let bisection = match arguments.bisect {
+    let bisection = match arguments.bisect && is_narrowed {
         true => Some(bisect(&replayable, &names, output)?),
         false => None,
     };
@@ -68,15 +73,14 @@ pub fn run(arguments: &ReplayArgs, output: Output) -> Result<u8> {
     let text = format!("{}{}{narrowed}", report.to_table(), verdict(&report));
     let report = BisectedReport { report, bisection };
     output.result(&report, text);
-    let report = report.report;
+    let BisectedReport { report, bisection } = report;
     if report.verified == Some(false) {
-        let offer = match (&report.divergence, arguments.bisect) {
-            (Some(_), false) => {
-                format!("; `reprise replay {} --bisect` narrows it down", arguments.file.display())
-            }
-            _ => String::new(),
-        };
+        let file = arguments.file.display().to_string();
+        let offer = report.divergence.as_ref().filter(|_| bisection.is_none());
+        let offer = offer.map(|_| what_narrows(&file, is_narrowed)).unwrap_or_default();
         output.note(failure(&report) + &offer);
+    } else if arguments.bisect && !is_narrowed {
+        output.note("--bisect: only replays on engine soft are compared with checkpoints, and this was none");
     } else if let Some(beyond) = [arguments.from, arguments.until]
         .into_iter()
         .flatten()
@@ -103,6 +107,18 @@ struct BisectedReport {
     report: SessionReport,
     #[serde(skip_serializing_if = "Option::is_none")]
     bisection: Option<Interval>,
+}
+
+/// What to do about a divergence: what the software CPU has replayed it narrows, and what is hardware's own
+/// nobody can.
+fn what_narrows(file: &str, is_narrowed: bool) -> String {
+    match is_narrowed {
+        true => format!("; `reprise replay {file} --engine soft --bisect` narrows it down"),
+        false => format!(
+            "; this is not narrowed, since the software CPU did not run it: `reprise replay {file} --engine soft` \
+             tells whether that differs as well, and then --bisect narrows that"
+        ),
+    }
 }
 
 /// Narrows a divergence down.
@@ -171,5 +187,19 @@ pub(super) fn failure(report: &SessionReport) -> String {
             moment.tick
         ),
         None => format!("the file is damaged: {damage}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_offered_that_would_narrow_another_replay() {
+        let on_soft = what_narrows("a.rr", true);
+        assert!(on_soft.contains("`reprise replay a.rr --engine soft --bisect`"), "{on_soft}");
+        let elsewhere = what_narrows("a.rr", false);
+        assert!(elsewhere.contains("is not narrowed"), "{elsewhere}");
+        assert!(!elsewhere.contains("--bisect`"), "{elsewhere}");
     }
 }

@@ -41,19 +41,22 @@ pub(super) fn plan<'a>(
     let running =
         if machine.then.is_empty() { Running::Guest(guest) } else { Running::OnSeveralEngines };
     let choice = choice::for_new_run(machine.engine, machine.clock, running)?;
-    choice::check_planned(machine.then.iter().map(|then| then.0))?;
+    // Nothing is touched before it is known that there will be a run.
+    let plan = stretches::plan(choice.kind, &machine.until, &machine.then)?;
+    let planned = machine.then.iter().map(|then| then.0);
+    let choice = choice.going_on_with(planned.clone())?;
     if let Some(reason) = &choice.reason {
         let (engine, clock) = (choice.kind.engine_name(), choice.kind.clock_name());
         output.note(format_args!("engine {engine}, clock {clock}: {reason}"));
     }
-    if let Some(note) = machine.soft.without_effect_on(choice.kind) {
+    let engines: Vec<_> = [choice.kind].into_iter().chain(planned).collect();
+    if let Some(note) = machine.soft.without_effect_on(&engines, engines.len() > 1) {
         output.note(note);
     }
     let host = host_options(machine, output)?;
     if host.input == InputSource::Terminal {
         output.note("the console is live: every key goes to the guest; Ctrl-] stops the run");
     }
-    let plan = stretches::plan(choice.kind, &machine.until, &machine.then)?;
     let memory_mib = machine.memory.unwrap_or(guest.default_memory_mib);
     Ok(RunPlan { guest, choice, plan, memory_mib, soft: machine.soft.options(), host })
 }

@@ -5,7 +5,7 @@ use reprise_assist::Assisted;
 use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::translate::Translation;
 use reprise_devices::board::{Board, BoardConfig};
-use reprise_kvm::{KvmClock, KvmEngine};
+use reprise_kvm::{Finding, KvmClock, KvmEngine, KvmError};
 use reprise_machine::engine::{Engine, EngineError};
 use reprise_machine::ram::{GuestRam, RamError};
 use reprise_replay::{OnSoftware, RecordedClock};
@@ -13,7 +13,7 @@ use reprise_time_stamp_sites::{Instruction, KernelText};
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::header::Header;
 
-use super::choice::{EngineArg, EngineKind};
+use super::choice::{self, EngineKind};
 use super::hardware::BranchHardware;
 use super::pmu_trap::{PmuTrap, note_of, trapping_engine};
 use super::profile_report::ProfileReport;
@@ -49,7 +49,6 @@ pub struct LoadedGuest {
     ram: GuestRam,
     state: CpuState,
     board: BoardConfig,
-    time_stamp_sites: TimeStampSites,
 }
 
 impl LoadedGuest {
@@ -65,12 +64,11 @@ impl LoadedGuest {
         let ram = GuestRam::new(ram_mib)?;
         let state = boot::load(source, &ram)?;
         let board = BoardConfig { ram_bytes: ram.ram_bytes(), rtc_start_s };
-        let time_stamp_sites = TimeStampSites::of_kernel(source.kernel);
-        Ok(Self { ram, state, board, time_stamp_sites })
+        Ok(Self { ram, state, board })
     }
 
-    /// Hands the guest to an engine, and both to `visitor`; `hardware` has the clock `pmu`, which traps RDTSC
-    /// as `trap` says.
+    /// Hands the guest to an engine, and both to `visitor`; `hardware` has the clock `pmu`. RDTSC is trapped
+    /// as `traps` says.
     ///
     /// # Errors
     /// The engine cannot be had, or refuses the guest's first state.
@@ -78,11 +76,11 @@ impl LoadedGuest {
         self,
         kind: EngineKind,
         hardware: &impl BranchHardware,
-        trap: &PmuTrap,
+        traps: &Traps,
         soft: SoftOptions,
         visitor: V,
     ) -> Result<Visited<V::Output>, AssemblyError> {
-        let Self { ram, state, board, time_stamp_sites } = self;
+        let Self { ram, state, board } = self;
         let board = Board::new(&board);
         match kind {
             EngineKind::Soft => {
@@ -92,11 +90,11 @@ impl LoadedGuest {
                 Ok(Visited { profile: leave(engine), ..Visited::of(output) })
             }
             EngineKind::Kvm(clock) => {
-                let mut engine = kvm_engine(ram, clock, &time_stamp_sites)?;
+                let mut engine = kvm_engine(ram, clock, &traps.sync)?;
                 engine.set_cpu_state(&state)?;
                 Ok(Visited::of(visitor.visit(engine, board).0))
             }
-            EngineKind::Pmu => match trap {
+            EngineKind::Pmu => match &traps.pmu {
                 PmuTrap::On(kernel) => {
                     let mut engine = trapping_engine(hardware, ram, kernel)?;
                     engine.set_cpu_state(&state)?;
@@ -114,7 +112,8 @@ impl LoadedGuest {
 }
 
 impl LoadedGuest {
-    /// As [`Self::with_engine`], with an engine that follows hand-overs and begins as `header` says.
+    /// As [`Self::with_engine`], with an engine that follows hand-overs and begins as `header` says. What is
+    /// named there executes the guest, and nothing else.
     ///
     /// # Errors
     /// As [`Self::with_engine`].
@@ -125,9 +124,9 @@ impl LoadedGuest {
         soft: SoftOptions,
         visitor: V,
     ) -> Result<V::Output, AssemblyError> {
-        let Self { ram, state, board, .. } = self;
+        let Self { ram, state, board } = self;
         let first = header.first_stretch();
-        let mut engine = stretches::relay(hardware, ram, &first, header, EngineArg::Auto, soft)?;
+        let mut engine = stretches::relay(hardware, ram, &first, header, choice::named, soft)?;
         engine.set_cpu_state(&state)?;
         Ok(visitor.visit(engine, Board::new(&board)).0)
     }
@@ -147,6 +146,22 @@ pub struct Visited<T> {
 impl<T> Visited<T> {
     fn of(output: T) -> Self {
         Self { output, profile: None, note: None }
+    }
+}
+
+/// What becomes of the guest's RDTSC in a run: decided once, for its engine and for what its recording says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Traps {
+    /// With the clock `sync`.
+    pub sync: TimeStampSites,
+    /// With the clock `pmu`.
+    pub pmu: PmuTrap,
+}
+
+impl Traps {
+    /// None, because the machine moves between engines, not all of which can.
+    pub fn of_relay() -> Self {
+        Self { sync: TimeStampSites::of_relay(), pmu: PmuTrap::of_relay() }
     }
 }
 
@@ -180,13 +195,43 @@ impl TimeStampSites {
             Err(error) => Self::Unknown(error.to_string()),
         }
     }
+
+    /// Those of them that the clock `sync` traps: all, or none where there are too many or `trap`, what the
+    /// host's KVM can do, is not enough.
+    ///
+    /// # Errors
+    /// If that cannot be found out.
+    pub fn trapped_by<E>(self, trap: impl FnOnce() -> Result<Finding, E>) -> Result<Self, E> {
+        Ok(match self {
+            Self::At(places) if places.len() > MAX_TRAPPED => {
+                Self::Unknown(format!("{} places, and four breakpoints", places.len()))
+            }
+            Self::At(places) if !places.is_empty() => {
+                let trap = trap()?;
+                if trap.available { Self::At(places) } else { Self::Unknown(trap.reason) }
+            }
+            known => known,
+        })
+    }
+
+    /// Those of a kernel's file that the clock `sync` traps on this host.
+    ///
+    /// # Errors
+    /// KVM refuses to be asked.
+    pub fn trapped_here(kernel: &[u8]) -> Result<Self, EngineError> {
+        Ok(Self::of_kernel(kernel).trapped_by(|| {
+            let asked = reprise_kvm::precautions()?;
+            let of_time_stamps = asked.iter().find(|it| it.instruction == "RDTSC");
+            of_time_stamps.map(|it| it.closed.kernel.clone()).ok_or(KvmError::Lacks("an answer"))
+        })?)
+    }
 }
 
 /// Breakpoints in debug registers.
-pub(super) const MAX_TRAPPED: usize = 4;
+const MAX_TRAPPED: usize = 4;
 
-/// KVM, with the software CPU for the instructions that it refuses, and what reads the time-stamp counter
-/// trapped as far as its clock can.
+/// KVM, with the software CPU for the instructions that it refuses, and, with the clock `sync`, the
+/// time-stamp counter trapped where these say.
 ///
 /// # Errors
 /// The host has no KVM that can be used so.
@@ -196,9 +241,7 @@ pub fn kvm_engine(
     time_stamp_sites: &TimeStampSites,
 ) -> Result<Assisted<KvmEngine>, EngineError> {
     let mut engine = KvmEngine::new(ram, clock)?;
-    if let (KvmClock::Sync, TimeStampSites::At(places)) = (clock, time_stamp_sites)
-        && places.len() <= MAX_TRAPPED
-    {
+    if let (KvmClock::Sync, TimeStampSites::At(places)) = (clock, time_stamp_sites) {
         engine.trap_time_stamps(places)?;
     }
     Ok(Assisted::new(engine))

@@ -3,9 +3,11 @@
 use std::cell::OnceCell;
 
 use clap::ValueEnum;
-use reprise_kvm::{Finding, KvmClock, SelfTesting};
+use reprise_kvm::{Finding, KvmClock, KvmEngine, SelfTesting};
 use reprise_machine::clock::TimeSource;
 use reprise_machine::digest::AccessedBits;
+use reprise_machine::ram::{GuestRam, MIN_RAM_MIB};
+use reprise_trace::event::HandOver;
 use reprise_trace::header::Header;
 use reprise_trace::moment::TickKind;
 
@@ -24,6 +26,17 @@ pub enum EngineArg {
     Kvm,
     /// The software CPU.
     Soft,
+}
+
+impl EngineArg {
+    /// What is meant beside this clock: who names one of KVM's means KVM.
+    #[must_use]
+    pub fn beside(self, clock: ClockArg) -> Self {
+        match (self, clock) {
+            (Self::Auto, ClockArg::Pmu | ClockArg::Step | ClockArg::Sync) => Self::Kvm,
+            _ => self,
+        }
+    }
 }
 
 /// What the user asked for with `--clock`.
@@ -71,6 +84,9 @@ pub enum ChoiceError {
         /// What to do about it, and "or", if anything is known.
         remedy: String,
     },
+    /// The host's KVM cannot be used; the reason says what to do.
+    #[error("{0}")]
+    NoKvm(String),
     /// The ticks of a recording are not counted by the clock asked for, nor can be.
     #[error(
         "this recording was made with clock {clock}, and replays with that, or on the software CPU: leave \
@@ -80,6 +96,12 @@ pub enum ChoiceError {
         /// The recording's.
         clock: String,
     },
+    /// A file for what is not made.
+    #[error(
+        "--rewritten keeps what --clock pmu makes of a recording that counts instructions, and nothing is \
+         made here: leave it out"
+    )]
+    NothingRewritten,
     /// A recording whose ticks no engine of this version counts.
     #[error(
         "this recording was made by engine {engine} with clock {clock}, \
@@ -129,7 +151,44 @@ impl Choice {
 
     /// What the clock `pmu` runs on.
     pub fn hardware(&self) -> HostHardware {
-        HostHardware { self_testing: self.self_testing }
+        HostHardware::new(self.self_testing)
+    }
+
+    /// The same for a run that goes on with `planned` engines, which are tried first: nobody is to learn
+    /// amid a run that the host lacks one.
+    ///
+    /// # Errors
+    /// It does.
+    pub fn going_on_with(
+        self,
+        planned: impl IntoIterator<Item = EngineKind>,
+    ) -> Result<Self, ChoiceError> {
+        let hardware = self.hardware();
+        self.going_on_if(planned, try_kvm, || hardware.try_anew())
+    }
+
+    fn going_on_if(
+        self,
+        planned: impl IntoIterator<Item = EngineKind>,
+        kvm: impl Fn(KvmClock) -> Result<(), ChoiceError>,
+        pmu: impl FnOnce() -> Finding,
+    ) -> Result<Self, ChoiceError> {
+        let mut counts = false;
+        for kind in planned {
+            match kind {
+                EngineKind::Soft => {}
+                EngineKind::Kvm(clock) => kvm(clock)?,
+                EngineKind::Pmu => counts = true,
+            }
+        }
+        if !counts || self.self_testing == SelfTesting::Done {
+            return Ok(self);
+        }
+        let finding = pmu();
+        if !finding.available {
+            return Err(no_pmu_clock(finding));
+        }
+        Ok(Self { self_testing: SelfTesting::Done, ..self })
     }
 }
 
@@ -154,6 +213,12 @@ impl EngineKind {
             Self::Kvm(KvmClock::Sync) => "sync",
             Self::Pmu => "pmu",
         }
+    }
+
+    /// Whether a log that says this means this engine with this clock.
+    fn is(self, on: &HandOver) -> bool {
+        let HandOver { engine, clock, tick_kind, .. } = on;
+        (self.engine_name(), self.clock_name(), self.tick_kind()) == (engine, clock, *tick_kind)
     }
 
     /// What a tick is.
@@ -307,16 +372,25 @@ fn no_pmu_clock(finding: Finding) -> ChoiceError {
     ChoiceError::NoPmuClock { reason: finding.reason, remedy }
 }
 
-/// Tells early that the host lacks what a run hands over to.
+/// Whether KVM gives an engine with this clock.
+fn try_kvm(clock: KvmClock) -> Result<(), ChoiceError> {
+    let ram = GuestRam::new(MIN_RAM_MIB).map_err(|error| ChoiceError::NoKvm(error.to_string()))?;
+    match KvmEngine::new(ram, clock) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(ChoiceError::NoKvm(error.to_string())),
+    }
+}
+
+/// The engine of a stretch that is recorded: the one that the log will name, and no other.
 ///
 /// # Errors
-/// The clock `pmu` is planned, and cannot be had.
-pub fn check_planned(kinds: impl IntoIterator<Item = EngineKind>) -> Result<(), ChoiceError> {
-    if !kinds.into_iter().any(|kind| kind == EngineKind::Pmu) {
-        return Ok(());
-    }
-    let finding = HostHardware::default().try_anew();
-    if finding.available { Ok(()) } else { Err(no_pmu_clock(finding)) }
+/// There is none of this name.
+pub fn named(on: &HandOver) -> Result<EngineKind, ChoiceError> {
+    let found = EngineKind::ALL.into_iter().find(|kind| kind.is(on));
+    found.ok_or_else(|| ChoiceError::UnknownEngine {
+        engine: on.engine.clone(),
+        clock: on.clock.clone(),
+    })
 }
 
 /// The engine of a replay: the one that recorded, unless another is asked for. The software CPU replays
@@ -348,11 +422,7 @@ pub fn for_replay(
 
 /// The engine that made a recording, if this version has it.
 pub fn recorded_kind(header: &Header) -> Option<EngineKind> {
-    EngineKind::ALL.into_iter().find(|kind| {
-        kind.engine_name() == header.engine
-            && kind.clock_name() == header.clock
-            && kind.tick_kind() == header.tick_kind
-    })
+    named(&header.first_stretch()).ok()
 }
 
 fn unknown(header: &Header) -> ChoiceError {
@@ -454,9 +524,55 @@ mod tests {
     fn the_counter_is_tried_once() {
         let tested = |clock| chosen(EngineArg::Kvm, clock, true).expect("a choice").hardware();
         for clock in [ClockArg::Auto, ClockArg::Pmu] {
-            assert_eq!(tested(clock).self_testing, SelfTesting::Done);
+            assert_eq!(tested(clock).self_testing(), SelfTesting::Done);
         }
-        assert_eq!(Choice::of(EngineKind::Pmu).hardware().self_testing, SelfTesting::Run);
+        assert_eq!(Choice::of(EngineKind::Pmu).hardware().self_testing(), SelfTesting::Run);
+        // Nor once more where a run hands over to it.
+        let soft = || Choice::of(EngineKind::Soft);
+        let yes = || finding(true);
+        let later = soft().going_on_if([EngineKind::Pmu], |_| Ok(()), yes).expect("it counts");
+        assert_eq!(later.hardware().self_testing(), SelfTesting::Done);
+        let never = || panic!("it has been tried");
+        assert!(later.going_on_if([EngineKind::Pmu], |_| Ok(()), never).is_ok());
+    }
+
+    #[test]
+    fn every_engine_that_is_planned_is_there_or_refused_before_the_run() {
+        let soft = || Choice::of(EngineKind::Soft);
+        let lacks = || ChoiceError::NoKvm("/dev/kvm does not exist".to_owned());
+        let without = |kind| soft().going_on_if([kind], |_| Err(lacks()), || finding(false));
+        assert_eq!(without(EngineKind::Soft), Ok(soft()));
+        for kind in [SYNC, STEP] {
+            assert_eq!(without(kind), Err(lacks()));
+            assert_eq!(soft().going_on_if([kind], |_| Ok(()), || finding(false)), Ok(soft()));
+        }
+        assert!(matches!(without(EngineKind::Pmu), Err(ChoiceError::NoPmuClock { .. })));
+    }
+
+    /// A stretch that is recorded runs on the engine that its log names, or not at all.
+    #[test]
+    fn a_stretch_is_named_by_all_that_its_log_says() {
+        let on = |kind: EngineKind| HandOver {
+            engine: kind.engine_name().to_owned(),
+            clock: kind.clock_name().to_owned(),
+            tick_kind: kind.tick_kind(),
+            ns_per_tick: 0,
+        };
+        for kind in EngineKind::ALL {
+            assert_eq!(named(&on(kind)), Ok(kind));
+        }
+        let other = HandOver { tick_kind: TickKind::Exit, ..on(EngineKind::Soft) };
+        assert!(named(&other).is_err());
+    }
+
+    #[test]
+    fn who_names_a_clock_of_kvm_means_kvm() {
+        use {ClockArg as C, EngineArg as E};
+        for clock in [C::Pmu, C::Step, C::Sync] {
+            assert_eq!(E::Auto.beside(clock), E::Kvm);
+            assert_eq!(E::Soft.beside(clock), E::Soft);
+        }
+        assert_eq!(E::Auto.beside(C::Auto), E::Auto);
     }
 
     #[test]

@@ -13,6 +13,7 @@ use reprise_expand::{
 };
 use reprise_export::output::PendingFile;
 use reprise_export::{Destination, ExportOptions, Format};
+use reprise_machine::divergence::Divergence;
 use reprise_machine::lawful::SetAside;
 use reprise_machine::outcome::{Conclusion, Outcome};
 use reprise_replay::{OnSoftware, Replayable, Start};
@@ -21,6 +22,7 @@ use reprise_trace::instructions::filter::{Filter, Selection};
 use reprise_trace::instructions::{
     Contents, Observer, SegmentOptions, Share, TraceHeader, TraceWriter,
 };
+use reprise_trace::stretches::{Course, Stretch};
 
 use super::assembly::SoftOptions;
 use super::expand_report::ExpandReport;
@@ -110,6 +112,12 @@ pub fn expand_recording(
     }
 }
 
+/// The stretch that executes what follows a tick.
+fn stretch_at(course: &Course, tick: u64) -> &Stretch {
+    let begins = |stretch: &&Stretch| stretch.from.is_none_or(|moment| moment.tick <= tick);
+    course.stretches.iter().rev().find(begins).unwrap_or(&course.stretches[0])
+}
+
 impl Target {
     fn name(&self) -> &'static str {
         match self {
@@ -142,7 +150,7 @@ impl Session<'_> {
         let header = recording.header();
         TraceHeader {
             contents: self.options.contents,
-            tick: header.tick_kind,
+            tick: stretch_at(self.replayable.course(), self.options.window.from).on.tick_kind,
             cpu_model: header.cpu_model.clone(),
             recording: recording.summary().chain.clone(),
             filters: self.options.filters.clone(),
@@ -217,11 +225,7 @@ impl Session<'_> {
         std::mem::forget(machine);
         let ran = Ran { latitude_sites, ..ran };
         if let Some(Outcome { conclusion: Conclusion::Diverged(divergence), .. }) = &ran.outcome {
-            return Err(ExpandError::Diverged {
-                tick: divergence.moment.tick,
-                what: divergence.difference.to_string(),
-            }
-            .into());
+            return Err(diverged(divergence).into());
         }
         let mut kept = keep(observer)?;
         kept.notes = [notes, stopped_note(ran.outcome.as_ref()), kept.notes].concat();
@@ -276,19 +280,28 @@ impl Ran {
     }
 }
 
+/// Where a point of a run lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Located {
+    /// At this tick.
+    At(u64),
+    /// Behind the recording's end, which is at this guest time, in nanoseconds.
+    BehindTheEnd(u64),
+}
+
 /// The tick at which a run comes to a point. Guest time is looked for by replaying from the nearest
 /// checkpoint before it, which `control` watches and stops.
 ///
 /// # Errors
-/// The recording or a checkpoint cannot be used, or the replay fails or is stopped.
-pub fn tick_of(
+/// The recording or a checkpoint cannot be used, or the replay fails, diverges or is stopped.
+pub fn locate(
     replayable: &Replayable,
     at: At,
     soft: SoftOptions,
     control: &Control,
-) -> Result<u64> {
+) -> Result<Located> {
     let virtual_ns = match at {
-        At::Tick(tick) => return Ok(tick),
+        At::Tick(tick) => return Ok(Located::At(tick)),
         At::Time(virtual_ns) => virtual_ns,
     };
     let before = |info: &CheckpointInfo| info.virtual_ns <= virtual_ns;
@@ -299,7 +312,16 @@ pub fn tick_of(
     let outcome = approach(&mut machine, Towards::Time(virtual_ns), control)?;
     // Its memory goes with the process.
     std::mem::forget(machine);
-    Ok(outcome.ticks)
+    match outcome.conclusion {
+        Conclusion::Diverged(divergence) => Err(diverged(&divergence).into()),
+        _ if outcome.virtual_ns < virtual_ns => Ok(Located::BehindTheEnd(outcome.virtual_ns)),
+        _ => Ok(Located::At(outcome.ticks)),
+    }
+}
+
+fn diverged(divergence: &Divergence) -> ExpandError {
+    let what = divergence.difference.to_string();
+    ExpandError::Diverged { tick: divergence.moment.tick, what }
 }
 
 /// Where a trace goes.

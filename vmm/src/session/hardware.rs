@@ -3,6 +3,9 @@
 //! Sessions are written against [`BranchHardware`], so that those on simulated hardware, which tests
 //! run everywhere, are those on a real one but for the vCPU's system calls.
 
+use std::cell::Cell;
+use std::rc::Rc;
+
 use reprise_branch_clock::engine::BranchClock;
 use reprise_branch_clock::vcpu::Vcpu;
 use reprise_kvm::{Finding, PmuVcpu, SelfTesting, pmu_counter, pmu_engine, time_stamp_trap};
@@ -36,10 +39,23 @@ pub trait BranchHardware: Clone + 'static {
 }
 
 /// This host: its KVM, and a performance counter.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct HostHardware {
-    /// Whether the counter is tried out first.
-    pub self_testing: SelfTesting,
+    /// Whether the counter is tried out before the next engine: once for it and all its clones, which are
+    /// of one session.
+    self_testing: Rc<Cell<SelfTesting>>,
+}
+
+impl HostHardware {
+    /// This host; its counter may have been tried out already.
+    pub fn new(self_testing: SelfTesting) -> Self {
+        Self { self_testing: Rc::new(Cell::new(self_testing)) }
+    }
+
+    /// Whether the counter is still to be tried out.
+    pub fn self_testing(&self) -> SelfTesting {
+        self.self_testing.get()
+    }
 }
 
 impl BranchHardware for HostHardware {
@@ -62,6 +78,8 @@ impl BranchHardware for HostHardware {
     }
 
     fn engine(&self, ram: GuestRam) -> Result<BranchClock<PmuVcpu>, EngineError> {
-        pmu_engine(ram, self.self_testing)
+        let engine = pmu_engine(ram, self.self_testing.get())?;
+        self.self_testing.set(SelfTesting::Done);
+        Ok(engine)
     }
 }

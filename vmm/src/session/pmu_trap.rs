@@ -65,12 +65,7 @@ impl PmuTrap {
             return Ok(Self::Off("its recording has no time stamps".to_owned()));
         }
         match Self::of_kernel(host, kernel, &header.guest.command_line) {
-            Self::Off(reason) => Err(EngineError {
-                what: format!(
-                    "the recording has what RDTSC gave, and here it is not trapped: {reason}; use \
-                     --engine soft"
-                ),
-            }),
+            Self::Off(reason) => Err(not_trapped_here(&reason)),
             on => Ok(on),
         }
     }
@@ -82,6 +77,14 @@ impl PmuTrap {
             Self::Off(reason) => Some(reason),
         }
     }
+}
+
+/// Why a recording whose log has what RDTSC gave is not replayed.
+pub fn not_trapped_here(reason: &str) -> EngineError {
+    let what = format!(
+        "the recording has what RDTSC gave, and here it is not trapped: {reason}; use --engine soft"
+    );
+    EngineError { what }
 }
 
 /// What is said of a run that ended before the kernel was found where its boot stub put it.

@@ -2,23 +2,30 @@
 //! may they have been the host's?
 
 use reprise_branch_clock::time_stamp_trap::NOT_COVERED;
-use reprise_kvm::{Finding, KvmClock};
+use reprise_kvm::{Finding, KvmClock, KvmError};
 use reprise_machine::inputs::{Planned, Then};
 use reprise_time_stamp_sites::Instruction;
 use reprise_trace::header::{Precaution, Treatment};
 
-use super::assembly::{MAX_TRAPPED, TimeStampSites};
+use super::assembly::{TimeStampSites, Traps};
 use super::choice::EngineKind;
+use super::guest::Guest;
 use super::pmu_trap::PmuTrap;
 
-/// How they are dealt with in a run of this kernel that begins on an engine and goes on as planned; with
-/// the clock `pmu`, by `trap`.
+/// How RDTSC comes about under the clock `step`.
+const STEPPED: &str = "computed from virtual time where it is stepped";
+
+/// How they are dealt with in a run of this guest that begins on an engine and goes on as planned, its RDTSC
+/// trapped like this.
+///
+/// # Errors
+/// What KVM does with them cannot be found out.
 pub fn of_run(
     first: EngineKind,
     plan: &[Planned],
-    kernel: &[u8],
-    trap: &PmuTrap,
-) -> Vec<Precaution> {
+    guest: &Guest,
+    traps: &Traps,
+) -> Result<Vec<Precaution>, KvmError> {
     let mut kinds = vec![first];
     for planned in plan {
         let Then::HandOver(to) = &planned.then else { continue };
@@ -26,15 +33,15 @@ pub fn of_run(
         let is_named = |kind: &EngineKind| (kind.engine_name(), kind.clock_name()) == names;
         kinds.extend(EngineKind::ALL.into_iter().find(is_named));
     }
+    let answers = guest.answers_user_time_stamps();
     match kinds[..] {
-        [EngineKind::Pmu] => on_kvm(None, &TimeStampSites::of_relay(), trap),
-        [kind] => of(kind, &TimeStampSites::of_kernel(kernel)),
-        _ => of_relay(kinds),
+        [kind] => of(kind, traps, answers),
+        _ => of_relay(kinds, answers),
     }
 }
 
 /// What one stretch leaves open is open; the log has no time stamps of any.
-fn of_relay(kinds: Vec<EngineKind>) -> Vec<Precaution> {
+fn of_relay(kinds: Vec<EngineKind>, answers: bool) -> Result<Vec<Precaution>, KvmError> {
     let mut list: Vec<Precaution> = Vec::new();
     for kind in kinds {
         // Stepping answers RDTSC only while it is done.
@@ -42,26 +49,30 @@ fn of_relay(kinds: Vec<EngineKind>) -> Vec<Precaution> {
             EngineKind::Kvm(_) => EngineKind::Kvm(KvmClock::Sync),
             other => other,
         };
-        for precaution in of(kind, &TimeStampSites::of_relay()) {
+        for precaution in of(kind, &Traps::of_relay(), answers)? {
             if !list.contains(&precaution) {
                 list.push(precaution);
             }
         }
     }
-    list
+    Ok(list)
 }
 
-/// How they are dealt with by this engine, for a guest with these sites.
-fn of(kind: EngineKind, sites: &TimeStampSites) -> Vec<Precaution> {
-    match kind {
+/// How they are dealt with by this engine; `answers` says whether the guest deals with its user code's RDTSC.
+fn of(kind: EngineKind, traps: &Traps, answers: bool) -> Result<Vec<Precaution>, KvmError> {
+    let asked = || reprise_kvm::precautions();
+    Ok(match kind {
         EngineKind::Soft => vec![
             closed("RDTSC", "computed from virtual time"),
             closed("RDTSCP, RDRAND, RDSEED, RDPMC, MONITOR", "not in the CPU model: they fault"),
             closed("CPUID", "the CPU model's"),
         ],
-        EngineKind::Kvm(clock) => on_kvm(Some(clock), sites, &PmuTrap::of_relay()),
-        EngineKind::Pmu => on_kvm(None, sites, &PmuTrap::of_relay()),
-    }
+        EngineKind::Kvm(clock) => {
+            let time_stamps = [kernel_time_stamp(clock, &traps.sync)];
+            on_kvm(asked()?, time_stamps.into(), clock == KvmClock::Step, answers)
+        }
+        EngineKind::Pmu => on_kvm(asked()?, by_trap(&traps.pmu), false, answers),
+    })
 }
 
 fn open(what: &str, how: &str) -> Precaution {
@@ -77,31 +88,46 @@ fn of_finding(what: String, finding: &Finding) -> Precaution {
     Precaution { what, treatment, how: finding.reason.clone() }
 }
 
-/// On KVM with one of its clocks, or `None` for the clock `pmu`.
-fn on_kvm(clock: Option<KvmClock>, sites: &TimeStampSites, trap: &PmuTrap) -> Vec<Precaution> {
-    let mut list = match clock {
-        Some(_) => Vec::new(),
-        None => by_trap(trap),
-    };
-    for precaution in reprise_kvm::precautions() {
+/// On KVM, which does this by itself with each of them; `time_stamps` says what is done about RDTSC, and
+/// `stepped` whether all code is.
+fn on_kvm(
+    asked: &[reprise_kvm::Precaution],
+    time_stamps: Vec<Precaution>,
+    stepped: bool,
+    answers: bool,
+) -> Vec<Precaution> {
+    let mut list = time_stamps;
+    for precaution in asked {
         let [kernel, user] =
             ["kernel", "user"].map(|who| format!("{}, {who} code", precaution.instruction));
-        let of_both = match (precaution.instruction, clock) {
-            ("RDTSC", None) => [None, Some(of_finding(user, &precaution.closed.user))],
-            ("RDTSC", Some(clock)) => [
-                Some(kernel_time_stamp(clock, sites, kernel, &precaution.closed.kernel)),
-                Some(of_finding(user, &precaution.closed.user)),
-            ],
-            _ => [
-                Some(of_finding(kernel, &precaution.closed.kernel)),
-                Some(of_finding(user, &precaution.closed.user)),
+        let of_both = match precaution.instruction {
+            "RDTSC" if stepped => vec![closed(&user, STEPPED)],
+            "RDTSC" => vec![user_time_stamp(&user, &precaution.closed.user, answers)],
+            _ => vec![
+                of_finding(kernel, &precaution.closed.kernel),
+                of_finding(user, &precaution.closed.user),
             ],
         };
         let known = |new: &Precaution| list.iter().any(|old: &Precaution| old.what == new.what);
-        let new: Vec<_> = of_both.into_iter().flatten().filter(|new| !known(new)).collect();
+        let new: Vec<_> = of_both.into_iter().filter(|new| !known(new)).collect();
         list.extend(new);
     }
     list
+}
+
+/// RDTSC of user code that nothing traps: what the hardware refuses under CR4.TSD only a guest that sets it, and
+/// answers from its kernel, does not get from the host.
+fn user_time_stamp(what: &str, refused: &Finding, answers: bool) -> Precaution {
+    match (refused.available, answers) {
+        (false, _) => open(what, &refused.reason),
+        (true, true) => {
+            closed(what, "refused by the guest's own CR4.TSD, and answered by its kernel")
+        }
+        (true, false) => open(
+            what,
+            &format!("the guest decides, and is not known to refuse it: {}", refused.reason),
+        ),
+    }
 }
 
 /// RDTSC with the clock `pmu`; where it is not trapped, what hardware does about user code is not in it.
@@ -114,8 +140,11 @@ fn by_trap(trap: &PmuTrap) -> Vec<Precaution> {
     };
     let places = text.sites_of(Instruction::ReadTimeStamp).count();
     let patched = text.patched.len();
-    let kernel =
-        format!("trapped at {places} places of the kernel's text and {patched} that it patches");
+    // Written before the run, which says itself if the kernel was not found there.
+    let kernel = format!(
+        "trapped at {places} places of the kernel's text and {patched} that it patches, once it is entered \
+         where its boot stub puts it"
+    );
     vec![
         closed(Precaution::KERNEL_TIME_STAMPS, &kernel),
         closed("RDTSC, user code", "refused by CR4.TSD, and caught at the entry of #GP"),
@@ -123,38 +152,37 @@ fn by_trap(trap: &PmuTrap) -> Vec<Precaution> {
     ]
 }
 
-fn kernel_time_stamp(
-    clock: KvmClock,
-    sites: &TimeStampSites,
-    what: String,
-    trap: &Finding,
-) -> Precaution {
-    let open = |how: String| open(&what, &how);
+/// RDTSC of kernel code, trapped at these sites with the clock `sync`.
+fn kernel_time_stamp(clock: KvmClock, sites: &TimeStampSites) -> Precaution {
+    let what = Precaution::KERNEL_TIME_STAMPS;
     match (clock, sites) {
-        (KvmClock::Step, _) => closed(&what, "computed from virtual time where it is stepped"),
-        (KvmClock::Sync, TimeStampSites::Unknown(reason)) => open(format!("not trapped: {reason}")),
+        (KvmClock::Step, _) => closed(what, STEPPED),
+        (KvmClock::Sync, TimeStampSites::Unknown(reason)) => {
+            open(what, &format!("not trapped: {reason}"))
+        }
         (KvmClock::Sync, TimeStampSites::At(places)) if places.is_empty() => {
-            closed(&what, "none in the kernel's text")
+            closed(what, "none in the kernel's text")
         }
-        (KvmClock::Sync, TimeStampSites::At(places)) if places.len() > MAX_TRAPPED => {
-            open(format!("not trapped: {} places, and four breakpoints", places.len()))
+        (KvmClock::Sync, TimeStampSites::At(places)) => {
+            closed(what, &format!("trapped at the {} places of the kernel's text", places.len()))
         }
-        (KvmClock::Sync, TimeStampSites::At(places)) if trap.available => {
-            closed(&what, &format!("trapped at the {} places of the kernel's text", places.len()))
-        }
-        (KvmClock::Sync, TimeStampSites::At(_)) => open(trap.reason.clone()),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use reprise_kvm::ByLevel;
+
     use super::*;
 
     #[test]
     fn a_run_that_logs_no_time_stamps_does_not_say_that_it_does() {
         let sync = EngineKind::Kvm(KvmClock::Sync);
         for kinds in [[EngineKind::Kvm(KvmClock::Step), sync], [EngineKind::Soft, sync]] {
-            let list = of_relay(kinds.to_vec());
+            let Ok(list) = of_relay(kinds.to_vec(), false) else {
+                eprintln!("skipped: KVM cannot be asked");
+                return;
+            };
             let logged = |it: &&Precaution| it.what == Precaution::KERNEL_TIME_STAMPS;
             assert!(
                 list.iter().filter(logged).all(|it| it.treatment == Treatment::Open),
@@ -162,15 +190,54 @@ mod tests {
             );
         }
         let off = PmuTrap::Off("a reason".to_owned());
-        let pmu = of_run(EngineKind::Pmu, &[], &[], &off);
+        let pmu = on_kvm(&[], by_trap(&off), false, false);
         let about = pmu.iter().find(|it| it.what == Precaution::KERNEL_TIME_STAMPS);
         assert!(about.is_some_and(|it| it.treatment == Treatment::Open), "{pmu:?}");
+    }
+
+    fn finding(available: bool) -> Finding {
+        Finding { available, reason: "a reason".to_owned(), remedy: None }
+    }
+
+    /// What a KVM says of RDTSC.
+    fn asked(user: bool) -> Vec<reprise_kvm::Precaution> {
+        let closed = ByLevel { kernel: finding(true), user: finding(user) };
+        vec![reprise_kvm::Precaution { instruction: "RDTSC", closed }]
+    }
+
+    #[test]
+    fn user_code_that_the_guest_lets_read_the_hosts_counter_is_open() {
+        let treatment = |stepped, refused, answers| {
+            let list = on_kvm(&asked(refused), Vec::new(), stepped, answers);
+            let about: Vec<_> = list.iter().filter(|it| it.what == "RDTSC, user code").collect();
+            assert_eq!(about.len(), 1, "{list:?}");
+            about[0].treatment
+        };
+        assert_eq!(treatment(false, true, true), Treatment::Closed);
+        assert_eq!(treatment(false, true, false), Treatment::Open);
+        assert_eq!(treatment(false, false, true), Treatment::Open);
+        assert_eq!(treatment(true, false, false), Treatment::Closed);
+    }
+
+    #[test]
+    fn the_embedded_guests_answer_user_code_unless_they_are_told_not_to() {
+        let mut compute = Guest::embedded("compute").expect("it is listed");
+        assert!(compute.answers_user_time_stamps());
+        for (words, answers) in
+            [("scale=1 tsd=1", true), ("timing=1 tsd=0", false), ("tsd=00", false)]
+        {
+            words.clone_into(&mut compute.cmdline);
+            assert_eq!(compute.answers_user_time_stamps(), answers, "{words}");
+        }
+        compute.cmdline.clear();
+        compute.kernel.bytes = b"of the same name".to_vec().into();
+        assert!(!compute.answers_user_time_stamps());
     }
 
     #[test]
     fn what_the_clock_pmu_traps_is_closed_once_for_each_kind_of_code() {
         let on = PmuTrap::On(Box::default());
-        let list = of_run(EngineKind::Pmu, &[], &[], &on);
+        let list = on_kvm(&asked(true), by_trap(&on), false, false);
         for what in [Precaution::KERNEL_TIME_STAMPS, "RDTSC, user code"] {
             let about: Vec<_> = list.iter().filter(|it| it.what == what).collect();
             assert!(
@@ -182,17 +249,20 @@ mod tests {
 
     #[test]
     fn the_kernels_time_stamps_are_closed_only_if_trapped() {
-        let treatment = |clock, sites: TimeStampSites, available| {
-            let trap = Finding { available, reason: "a reason".to_owned(), remedy: None };
-            kernel_time_stamp(clock, &sites, String::new(), &trap).treatment
+        let sync = |sites: TimeStampSites, available| {
+            let sites = sites.trapped_by(|| Ok::<_, KvmError>(finding(available))).expect("asked");
+            kernel_time_stamp(KvmClock::Sync, &sites).treatment
         };
         let at = |count| TimeStampSites::At(vec![0x1000; count]);
-        let unknown = TimeStampSites::Unknown("a reason".to_owned());
-        assert_eq!(treatment(KvmClock::Sync, at(0), false), Treatment::Closed);
-        assert_eq!(treatment(KvmClock::Sync, at(4), true), Treatment::Closed);
-        assert_eq!(treatment(KvmClock::Sync, at(4), false), Treatment::Open);
-        assert_eq!(treatment(KvmClock::Sync, at(5), true), Treatment::Open);
-        assert_eq!(treatment(KvmClock::Sync, unknown, true), Treatment::Open);
-        assert_eq!(treatment(KvmClock::Step, at(5), false), Treatment::Closed);
+        let unknown = || TimeStampSites::Unknown("a reason".to_owned());
+        assert_eq!(sync(at(0), false), Treatment::Closed);
+        assert_eq!(sync(at(4), true), Treatment::Closed);
+        assert_eq!(sync(at(4), false), Treatment::Open);
+        assert_eq!(sync(at(5), true), Treatment::Open);
+        assert_eq!(sync(unknown(), true), Treatment::Open);
+        assert_eq!(kernel_time_stamp(KvmClock::Step, &at(5)).treatment, Treatment::Closed);
+        // A question that cannot be asked is no answer.
+        assert!(at(1).trapped_by(|| Err(KvmError::ApiVersion(1))).is_err());
+        assert!(at(0).trapped_by(|| Err(KvmError::ApiVersion(1))).is_ok());
     }
 }

@@ -13,10 +13,11 @@ use reprise_host::{
     CheckpointThread, HostError, HostOptions, ImagesEmbedded, LogFile, LogTotals, RealHost,
     host_info,
 };
+use reprise_kvm::KvmClock;
 use reprise_machine::checkpoint::Checkpointer;
 use reprise_machine::clock::TimeSource;
 use reprise_machine::digest::AccessedBits;
-use reprise_machine::engine::Engine;
+use reprise_machine::engine::{Engine, EngineError};
 use reprise_machine::inputs::{Planned, Recording, Then};
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{MachineError, Outcome};
@@ -24,7 +25,7 @@ use reprise_trace::header::{CpuModelInfo, Header, MachineInfo};
 use reprise_trace::log::{DiscardSink, FrameSink, LogError, LogWriter};
 use reprise_trace::recording::{RecordingError, RecordingWriter};
 
-use super::assembly::{EngineVisitor, LoadedGuest, SoftOptions, Visited};
+use super::assembly::{EngineVisitor, LoadedGuest, SoftOptions, TimeStampSites, Traps, Visited};
 use super::checkpoints::{self, CheckpointArg, CheckpointReport};
 use super::choice::{Choice, EngineKind};
 use super::guest::Guest;
@@ -138,9 +139,9 @@ pub fn run(plan: RunPlan<'_>) -> Result<SessionReport> {
 pub fn run_on(hardware: &impl BranchHardware, plan: RunPlan<'_>) -> Result<SessionReport> {
     let (guest, choice) = (plan.guest, plan.choice.clone());
     let now_unix_s = unix_time_s();
-    let trap = trap(hardware, &plan);
-    let header = header(&plan, &trap, now_unix_s);
-    let finished = execute(hardware, plan, &header, &trap, || Ok((DiscardSink, None)))?;
+    let traps = traps(hardware, &plan)?;
+    let header = header(&plan, &traps, now_unix_s)?;
+    let finished = execute(hardware, plan, &header, &traps, || Ok((DiscardSink, None)))?;
     let mut report =
         SessionReport::new("run", &guest.name, choice.kind, &finished.outcome, finished.wall);
     report.engine_reason.clone_from(&choice.reason);
@@ -168,10 +169,10 @@ pub fn record_on(
 ) -> Result<SessionReport> {
     let (guest, choice) = (plan.guest, plan.choice.clone());
     let now_unix_s = unix_time_s();
-    let trap = trap(hardware, &plan);
-    let header = header(&plan, &trap, now_unix_s);
+    let traps = traps(hardware, &plan)?;
+    let header = header(&plan, &traps, now_unix_s)?;
     let mut begun = None;
-    let recorded = execute(hardware, plan, &header, &trap, || {
+    let recorded = execute(hardware, plan, &header, &traps, || {
         let file = create(to)?;
         let embedded = begun.insert(ImagesEmbedded::default());
         let (log, identity) = start_log(&file, &header, guest, embedded)?;
@@ -215,16 +216,26 @@ impl<S> Finished<S> {
     }
 }
 
-/// What becomes of RDTSC in this run, if its clock is `pmu`.
-fn trap(hardware: &impl BranchHardware, plan: &RunPlan<'_>) -> PmuTrap {
-    if plan.choice.kind != EngineKind::Pmu || hands_over(&plan.plan) {
-        return PmuTrap::of_relay();
+/// What becomes of RDTSC in this run.
+fn traps(hardware: &impl BranchHardware, plan: &RunPlan<'_>) -> Result<Traps> {
+    let none = Traps::of_relay();
+    if hands_over(&plan.plan) {
+        return Ok(none);
     }
     if let Some(known) = plan.choice.trap() {
         return known.clone();
     }
     let (kernel, command_line) = (&plan.guest.kernel.bytes, &plan.guest.cmdline);
-    PmuTrap::of_kernel(&hardware.time_stamp_trap(), kernel, command_line)
+    Ok(match plan.choice.kind {
+        EngineKind::Pmu => {
+            let pmu = PmuTrap::of_kernel(&hardware.time_stamp_trap(), kernel, command_line);
+            Traps { pmu, ..none }
+        }
+        EngineKind::Kvm(KvmClock::Sync) => {
+            Traps { sync: TimeStampSites::trapped_here(kernel)?, ..none }
+        }
+        EngineKind::Kvm(KvmClock::Step) | EngineKind::Soft => none,
+    })
 }
 
 fn hands_over(plan: &[Planned]) -> bool {
@@ -238,7 +249,7 @@ fn execute<S: FrameSink>(
     hardware: &impl BranchHardware,
     plan: RunPlan<'_>,
     header: &Header,
-    trap: &PmuTrap,
+    traps: &Traps,
     open_sinks: impl FnOnce() -> Result<Sinks<S>>,
 ) -> Result<Finished<S>> {
     let RunPlan { guest, choice, plan, memory_mib, soft, host } = plan;
@@ -252,7 +263,7 @@ fn execute<S: FrameSink>(
         return loaded.with_relay(hardware, header, soft, run)?;
     }
     let Visited { output, profile, note } =
-        loaded.with_engine(choice.kind, hardware, trap, soft, run)?;
+        loaded.with_engine(choice.kind, hardware, traps, soft, run)?;
     Ok(Finished { profile, note, ..output? })
 }
 
@@ -339,11 +350,12 @@ fn start_log(
     Ok((LogFile::start(writer, images, embedded, file.try_clone()?)?, identity))
 }
 
-fn header(run: &RunPlan<'_>, trap: &PmuTrap, now_unix_s: u64) -> Header {
+fn header(run: &RunPlan<'_>, traps: &Traps, now_unix_s: u64) -> Result<Header> {
     let RunPlan { guest, choice: Choice { kind, .. }, plan, memory_mib: ram_mib, .. } = run;
     let (kind, ram_mib) = (*kind, *ram_mib);
     let ns_per_tick = kind.time_source().ns_per_tick();
-    Header {
+    let precautions = precautions::of_run(kind, plan, guest, traps).map_err(EngineError::from)?;
+    Ok(Header {
         machine: MachineInfo { ram_mib, rtc_start_s: now_unix_s },
         cpu_model: CpuModelInfo { name: cpu_model::NAME.to_owned(), version: cpu_model::VERSION },
         tick_kind: kind.tick_kind(),
@@ -354,8 +366,8 @@ fn header(run: &RunPlan<'_>, trap: &PmuTrap, now_unix_s: u64) -> Header {
         guest: guest.info(),
         created_unix_s: now_unix_s,
         reprise_version: env!("CARGO_PKG_VERSION").to_owned(),
-        precautions: precautions::of_run(kind, plan, &guest.kernel.bytes, trap),
-    }
+        precautions,
+    })
 }
 
 /// The host's wall clock, which the guest's real-time clock starts from.

@@ -29,15 +29,18 @@ use reprise_trace::recording::Recording;
 use reprise_trace::stretches::Course;
 
 use super::assembly::{self, SoftOptions, TimeStampSites};
-use super::choice::{self, ClockArg, EngineArg, EngineKind};
+use super::choice::{ChoiceError, ClockArg, EngineArg, EngineKind};
 use super::file_kind::NoFile;
 use super::hardware::{BranchHardware, HostHardware};
 use super::makers::{self, MakerDependentReport};
-use super::pmu_trap::{PmuTrap, trapping_engine};
+use super::pmu_trap::{PmuTrap, not_trapped_here, note_of, trapping_engine};
+use super::profile_report::ProfileReport;
 use super::report::{SessionReport, SetAsideReport, damage_of};
 use super::rewriting::{self, ForBranches};
-use super::stretches::{self, PlanError};
+use super::stretches::{self, Followed, PlanError, StretchReport};
 
+/// What [`SessionReport::verification`] says where another engine recorded.
+const ACROSS_ENGINES: &str = "across-engines";
 /// How often a replay that is watched says how far it is.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
@@ -114,7 +117,7 @@ pub struct Replayed {
     /// What may explain a divergence.
     pub notes: Vec<String>,
     /// What executed it.
-    pub kind: EngineKind,
+    pub followed: Followed,
 }
 
 /// Opens a recording and checks that it is one.
@@ -165,7 +168,11 @@ pub fn replay_on(
         return Err(PlanError::ends_before(from, until).into());
     }
     let header = replayable.recording().header();
+    options.engine = options.engine.beside(options.clock);
     if !rewriting::is_asked_for(options.engine, options.clock, header)? {
+        if options.rewritten.is_some() {
+            return Err(ChoiceError::NothingRewritten.into());
+        }
         return replay_as_recorded(hardware, replayable, options);
     }
     let rewritten = rewriting::for_branches(hardware, replayable, &mut options)?;
@@ -186,68 +193,121 @@ fn replay_as_recorded(
     replayable: &Replayable,
     options: ReplayOptions,
 ) -> Result<Replayed> {
-    let recording = replayable.recording();
-    let header = recording.header();
-    let course = replayable.course();
-    let kind = choice::for_replay(options.engine, header, |kind| is_there(hardware, kind))?;
-    let (mut notes, mut instructions, mut sites) = (Vec::new(), None, None);
-    let beginning = begin(replayable, options.from, kind, &mut notes)?;
-    let header = &header.of_stretch(beginning.stretch());
-    let followed = stretches::followed(hardware, header, course, options.engine)?;
-    let verification = followed.verification;
-    let from_tick = beginning.tick();
-    let (engine, soft) = (options.engine, options.soft);
-    let drive = Drive { replayable, verification, by_relay: followed.by_relay, options };
-    let (outcome, wall, profile) = match kind {
-        _ if followed.by_relay => {
-            let make =
-                |on: &HandOver, ram| stretches::relay(hardware, ram, on, header, engine, soft);
-            let Driven { outcome, wall, .. } = drive.run(beginning, make)?;
-            (outcome, wall, None)
-        }
-        EngineKind::Soft => {
-            let make = |_: &HandOver, ram| assembly::replaying_soft_engine(ram, header, soft);
-            let Driven { outcome, wall, mut engine, .. } = drive.run(beginning, make)?;
-            instructions = Some(engine.instructions_executed());
-            sites = Some(engine.software().latitude_sites());
-            (outcome, wall, assembly::leave(engine))
-        }
-        EngineKind::Kvm(clock) => {
-            let sites = recorded_time_stamp_sites(recording)?;
-            let make = |_: &HandOver, ram| assembly::kvm_engine(ram, clock, &sites);
-            let Driven { outcome, wall, .. } = drive.run(beginning, make)?;
-            (outcome, wall, None)
-        }
-        EngineKind::Pmu => {
-            let (outcome, wall, times) = match recorded_trap(hardware, recording)? {
-                PmuTrap::On(kernel) => {
-                    let make = |_: &HandOver, ram| trapping_engine(hardware, ram, &kernel);
-                    drive.run(beginning, make)?.without_engine()
-                }
-                PmuTrap::Off(_) => {
-                    drive.run(beginning, |_: &HandOver, ram| hardware.engine(ram))?.without_engine()
-                }
-            };
-            if times > 0 {
-                notes
-                    .push(format!("the counter was late: went back to a checkpoint {times} times"));
-            }
-            (outcome, wall, None)
-        }
+    let (recording, course) = (replayable.recording(), replayable.course());
+    let (whole, engine, soft) = (recording.header(), options.engine, options.soft);
+    let follow = |records: u64| {
+        let kind_of = |on: &HandOver| stretches::kind_of(hardware, whole, on, engine);
+        Followed::of(course.ahead(records), kind_of)
     };
-    let outcome = outcome?;
-    let mut report = report(recording, kind, verification, &outcome, wall);
+    let mut notes = Vec::new();
+    let beginning = begin(replayable, options.from, follow, &mut notes)?;
+    let (followed, from_tick) = (follow(beginning.records())?, beginning.tick());
+    let header = &whole.of_stretch(beginning.stretch());
+    let verification = followed.verification(header);
+    let drive = Drive { replayable, verification, options };
+    let execution = Execution { hardware, recording, header, followed: &followed, engine, soft };
+    let ran = execution.run(drive, beginning)?;
+    if ran.times_back > 0 {
+        let times = ran.times_back;
+        notes.push(format!("the counter was late: went back to a checkpoint {times} times"));
+    }
+    let outcome = ran.outcome?;
+    notes.extend(ran.note.filter(|_| matches!(outcome.conclusion, Conclusion::Ended(_))));
+    let kind = followed.first();
+    let mut report = SessionReport::new("replay", &header.guest.name, kind, &outcome, ran.wall);
     if from_tick > 0 {
         report = report.beginning_at(from_tick);
     }
-    if let Some(instructions) = instructions {
+    let recorded = StretchReport::of_log(from_tick, &header.engine, &header.clock, &outcome);
+    report = report.of_stretches(recorded, &followed.kinds);
+    if let Some(instructions) = ran.executed {
         report = report.having_executed(instructions, tick_name(header.tick_kind));
     }
+    let mut report = judged(report, recording, &followed, verification, &outcome);
     report.set_aside = set_aside(course, &outcome.set_aside, Some(&outcome));
-    report.maker_dependent = MakerDependentReport::of(sites.as_deref().unwrap_or_default());
-    report.profile = profile;
-    notes.extend(self::notes(header, verification, kind, sites.as_deref()));
-    Ok(Replayed { report, notes, kind })
+    report.maker_dependent = MakerDependentReport::of(ran.sites.as_deref().unwrap_or_default());
+    report.profile = ran.profile;
+    notes.extend(self::notes(header, &report, ran.sites.as_deref()));
+    Ok(Replayed { report, notes, followed })
+}
+
+/// What executes a replay.
+struct Execution<'a, H> {
+    hardware: &'a H,
+    recording: &'a Recording,
+    /// Of the stretch that it begins in.
+    header: &'a Header,
+    followed: &'a Followed,
+    engine: EngineArg,
+    soft: SoftOptions,
+}
+
+impl<H: BranchHardware> Execution<'_, H> {
+    fn run(self, drive: Drive<'_>, beginning: Beginning) -> Result<Ran> {
+        let Self { hardware, recording, header, followed, engine, soft } = self;
+        Ok(match followed.first() {
+            _ if followed.by_relay => {
+                let first = header.first_stretch();
+                let make = |ram| {
+                    let (there, of) = (hardware.clone(), header.clone());
+                    let choose = move |on: &HandOver| stretches::kind_of(&there, &of, on, engine);
+                    stretches::relay(hardware, ram, &first, header, choose, soft)
+                };
+                Ran::of(drive.run(beginning, make)?).0
+            }
+            EngineKind::Soft => {
+                let make = |ram| assembly::replaying_soft_engine(ram, header, soft);
+                let (ran, mut engine) = Ran::of(drive.run(beginning, make)?);
+                let executed = Some(engine.instructions_executed());
+                let sites = Some(engine.software().latitude_sites());
+                Ran { executed, sites, profile: assembly::leave(engine), ..ran }
+            }
+            EngineKind::Kvm(clock) => {
+                let sites = recorded_time_stamp_sites(recording)?;
+                let make = |ram| assembly::kvm_engine(ram, clock, &sites);
+                Ran::of(drive.run(beginning, make)?).0
+            }
+            EngineKind::Pmu => match recorded_trap(hardware, recording)? {
+                PmuTrap::On(kernel) => {
+                    let make = |ram| trapping_engine(hardware, ram, &kernel);
+                    let (ran, engine) = Ran::of(drive.run(beginning, make)?);
+                    Ran { note: note_of(&engine).map(ToOwned::to_owned), ..ran }
+                }
+                PmuTrap::Off(_) => Ran::of(drive.run(beginning, |ram| hardware.engine(ram))?).0,
+            },
+        })
+    }
+}
+
+/// What a replay came to, and what its engine tells of it.
+struct Ran {
+    outcome: Result<Outcome, MachineError>,
+    wall: Duration,
+    /// How often it went back to a checkpoint, because the engine stopped late.
+    times_back: u32,
+    /// Instructions, where the engine counts them whatever the recording does.
+    executed: Option<u64>,
+    /// Instructions whose results makers may have otherwise, where the engine notes them.
+    sites: Option<Vec<Sites>>,
+    profile: Option<ProfileReport>,
+    /// What there is to say of the engine, if it came to the recording's end.
+    note: Option<String>,
+}
+
+impl Ran {
+    fn of<E>(driven: Driven<E>) -> (Self, E) {
+        let Driven { outcome, wall, engine, times_back } = driven;
+        let ran = Self {
+            outcome,
+            wall,
+            times_back,
+            executed: None,
+            sites: None,
+            profile: None,
+            note: None,
+        };
+        (ran, engine)
+    }
 }
 
 /// Whether the host has what this engine needs, as far as can be told in no time.
@@ -264,10 +324,11 @@ fn recorded_time_stamp_sites(recording: &Recording) -> Result<TimeStampSites> {
     if !recording.header().logs_time_stamps() {
         return Ok(TimeStampSites::Unknown("its recording has no time stamps".to_owned()));
     }
-    Ok(match recorded_kernel(recording)? {
-        Some(kernel) => TimeStampSites::of_kernel(&kernel),
-        None => TimeStampSites::At(Vec::new()),
-    })
+    let kernel = recorded_kernel(recording)?.unwrap_or_default();
+    match TimeStampSites::trapped_here(&kernel)? {
+        TimeStampSites::Unknown(reason) => Err(not_trapped_here(&reason).into()),
+        known => Ok(known),
+    }
 }
 
 /// What becomes of RDTSC in a replay with the clock `pmu`.
@@ -284,11 +345,12 @@ fn recorded_kernel(recording: &Recording) -> Result<Option<Vec<u8>>> {
 }
 
 /// The last usable beginning at or before the place asked for. A damaged checkpoint is no reason not to
-/// replay: the one before it serves as well, only later.
+/// replay: the one before it serves as well, only later. `follow` says what would execute a replay that
+/// begins with so many records behind it.
 fn begin(
     replayable: &Replayable,
     from: Option<At>,
-    kind: EngineKind,
+    follow: impl Fn(u64) -> Result<Followed, ChoiceError>,
     notes: &mut Vec<String>,
 ) -> Result<Beginning> {
     let Some(from) = from else { return Ok(replayable.begin(Start::Run)?) };
@@ -300,8 +362,11 @@ fn begin(
         At::Tick(tick) => info.moment.tick <= tick,
         At::Time(ns) => info.virtual_ns <= ns,
     });
-    let usable = |index: &usize| kind != EngineKind::Soft || replayable.replays_on_soft(*index);
-    for index in (0..before).rev().filter(usable) {
+    for index in (0..before).rev() {
+        let first = follow(replayable.checkpoints()[index].records)?.first();
+        if first == EngineKind::Soft && !replayable.replays_on_soft(index) {
+            continue;
+        }
         match replayable.begin(Start::Checkpoint(index)) {
             Err(ReplayError::Checkpoint(error)) => {
                 notes.push(format!("{error}; the one before it is used"));
@@ -328,13 +393,6 @@ struct Driven<E> {
     engine: E,
     /// How often it went back to a checkpoint, because the engine stopped late.
     times_back: u32,
-}
-
-impl<E> Driven<E> {
-    /// What is left of it for a report: outcome, time, and how often it went back.
-    fn without_engine(self) -> (Result<Outcome, MachineError>, Duration, u32) {
-        (self.outcome, self.wall, self.times_back)
-    }
 }
 
 impl Drive<'_> {
@@ -457,16 +515,16 @@ impl Drop for RegularKicks {
     }
 }
 
-fn report(
+/// A report with the recording's file, and with what the comparison with it came to.
+fn judged(
+    report: SessionReport,
     recording: &Recording,
-    kind: EngineKind,
+    followed: &Followed,
     verification: Verification,
     outcome: &Outcome,
-    wall: Duration,
 ) -> SessionReport {
-    let (header, summary) = (recording.header(), recording.summary());
-    let mut report = SessionReport::new("replay", &header.guest.name, kind, outcome, wall)
-        .with_file(summary.log_bytes, summary.image_bytes, summary.file_bytes);
+    let summary = recording.summary();
+    let mut report = report.with_file(summary.log_bytes, summary.image_bytes, summary.file_bytes);
     let nothing_recorded = summary.record_count == 0;
     let agrees = match &outcome.conclusion {
         Conclusion::Ended(_) | Conclusion::TargetReached | Conclusion::HandedOver(_) => true,
@@ -488,7 +546,7 @@ fn report(
     report.exit_code = u8::from(report.verified == Some(false));
     report.verified_until = outcome.verified_until.map(Into::into);
     report.verification = Some(match verification {
-        Verification { other_engine: true, .. } => "across-engines",
+        Verification { other_engine: true, .. } => ACROSS_ENGINES,
         Verification { other_cpu: true, .. } => "across-cpus",
         _ => "exact",
     });
@@ -523,21 +581,20 @@ pub(super) fn set_aside(
     all
 }
 
-fn notes(
-    header: &Header,
-    verification: Verification,
-    kind: EngineKind,
-    sites: Option<&[Sites]>,
-) -> Vec<String> {
+fn notes(header: &Header, report: &SessionReport, sites: Option<&[Sites]>) -> Vec<String> {
     let mut notes = Vec::new();
-    let other_engine = header.engine != kind.engine_name();
-    if other_engine || verification.other_engine {
-        notes.push(format!(
-            "recorded on engine {} (clock {}), replayed on {}",
-            header.engine,
-            header.clock,
-            kind.engine_name()
-        ));
+    if report.verification == Some(ACROSS_ENGINES) {
+        notes.push(match (&report.recorded_stretches[..], &report.stretches[..]) {
+            ([recorded], [ran]) => format!(
+                "recorded on engine {} (clock {}), replayed on {}",
+                recorded.engine, recorded.clock, ran.engine
+            ),
+            (recorded, ran) => format!(
+                "recorded on several engines ({}), replayed otherwise ({})",
+                StretchReport::to_text(recorded),
+                StretchReport::to_text(ran)
+            ),
+        });
     }
     notes.extend(makers::note(header, sites));
     notes

@@ -177,6 +177,8 @@ pub struct SessionReport {
     pub assisted: Assists,
     /// Which engine executed what part of the run.
     pub stretches: Vec<StretchReport>,
+    /// Replay: which engine executed it when it was recorded.
+    pub recorded_stretches: Vec<StretchReport>,
     /// Where the software CPU's time went, with `--profile`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub profile: Option<ProfileReport>,
@@ -234,7 +236,8 @@ impl SessionReport {
             interrupts: outcome.interrupts,
             assists: outcome.assists.values().sum(),
             assisted: outcome.assists.clone(),
-            stretches: StretchReport::of_outcome(kind, 0, outcome),
+            stretches: StretchReport::of_log(0, kind.engine_name(), kind.clock_name(), outcome),
+            recorded_stretches: Vec::new(),
             profile: None,
         }
     }
@@ -242,11 +245,9 @@ impl SessionReport {
     /// The run began at a checkpoint at this tick, and nothing before it was executed.
     pub fn beginning_at(mut self, tick: u64) -> Self {
         self.from_tick = Some(tick);
-        self.stretches[0].from_tick = tick;
         self.instructions = self.instructions.map(|count| count.saturating_sub(tick));
         let count = self.instructions;
         self.mips = count.map(|count| count as f64 / 1e6 / self.wall_seconds.max(1e-9));
-        self.bytes_per_kiloinstruction = None;
         self
     }
 
@@ -259,13 +260,22 @@ impl SessionReport {
         self
     }
 
+    /// A replay of these stretches, each by another engine than recorded it or by the same.
+    pub fn of_stretches(mut self, recorded: Vec<StretchReport>, by: &[EngineKind]) -> Self {
+        self.stretches = StretchReport::executed(&recorded, by);
+        self.recorded_stretches = recorded;
+        self
+    }
+
     /// Adds what the recording's file holds.
     pub fn with_file(mut self, log_bytes: u64, image_bytes: u64, file_bytes: u64) -> Self {
         self.log_bytes = Some(log_bytes);
         self.image_bytes = Some(image_bytes);
         self.file_bytes = Some(file_bytes);
+        // The log is of the whole run.
+        let whole = self.instructions.filter(|_| self.from_tick.is_none());
         self.bytes_per_kiloinstruction =
-            self.instructions.and_then(|count| bytes_per_kiloinstruction(log_bytes, count));
+            whole.and_then(|count| bytes_per_kiloinstruction(log_bytes, count));
         self
     }
 

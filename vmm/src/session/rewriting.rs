@@ -1,11 +1,12 @@
 //! Replays of recordings by instruction counts on hardware that counts branches: the recording is first
 //! rewritten for that clock, by one replay on the software CPU.
 
-use std::fs::{self, File};
+use std::fs::File;
+use std::io::{self, BufReader, Seek, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, anyhow, bail};
+use reprise_export::output::PendingFile;
 use reprise_machine::engine::Engine;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::Conclusion;
@@ -13,6 +14,7 @@ use reprise_machine::ram::{GuestRam, MIN_RAM_MIB};
 use reprise_replay::{Replayable, Rewritten};
 use reprise_trace::header::Header;
 use reprise_trace::moment::TickKind;
+use reprise_trace::recording::Recording;
 
 use super::choice::{ChoiceError, ClockArg, EngineArg};
 use super::hardware::BranchHardware;
@@ -49,39 +51,69 @@ pub fn is_asked_for(
     }
 }
 
-/// A file that goes when nobody needs it any more, whatever becomes of this process, or that stays where
-/// the user wants it.
+/// Where the rewritten recording goes.
 enum Place {
-    Kept(PathBuf),
-    /// Has a name only until it is open for reading.
-    Passing(PathBuf),
+    /// A file without a name, which goes with this process whatever becomes of it.
+    Passing(File),
+    /// Gets the name that the user wants when it is whole.
+    Kept(PendingFile, PathBuf),
 }
 
 impl Place {
-    fn of(wanted: Option<&Path>) -> Self {
-        static NUMBER: AtomicU64 = AtomicU64::new(0);
-        match wanted {
-            Some(path) => Self::Kept(path.to_owned()),
-            None => {
-                let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-                let name = format!("reprise-{}-{number}.rr", std::process::id());
-                Self::Passing(std::env::temp_dir().join(name))
+    fn of(wanted: Option<&Path>) -> Result<Self> {
+        let Some(path) = wanted else {
+            let file = tempfile::tempfile().with_context(|| {
+                format!("no room for the rewritten recording in {}", std::env::temp_dir().display())
+            })?;
+            return Ok(Self::Passing(file));
+        };
+        not_there(path)?;
+        let file = PendingFile::create(path).map_err(|error| cannot_create(path, &error))?;
+        Ok(Self::Kept(file, path.to_owned()))
+    }
+
+    /// What was written, to be replayed.
+    fn finish(self) -> Result<Replayable> {
+        match self {
+            Self::Passing(mut file) => {
+                file.rewind()?;
+                Ok(Replayable::without_checkpoints(Recording::open(BufReader::new(file))?))
+            }
+            Self::Kept(file, path) => {
+                not_there(&path)?;
+                file.finish().map_err(|error| cannot_create(&path, &error))?;
+                Ok(Replayable::open(&path)?)
             }
         }
     }
+}
 
-    fn path(&self) -> &Path {
-        let (Self::Kept(path) | Self::Passing(path)) = self;
-        path
+impl Write for Place {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Passing(file) => file.write(bytes),
+            Self::Kept(file, _) => file.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::Passing(file) => file.flush(),
+            Self::Kept(file, _) => file.flush(),
+        }
     }
 }
 
-impl Drop for Place {
-    fn drop(&mut self) {
-        if let Self::Passing(path) = self {
-            let _ = fs::remove_file(path);
-        }
+/// Nobody's file is overwritten.
+fn not_there(path: &Path) -> Result<()> {
+    match path.symlink_metadata() {
+        Ok(_) => Err(cannot_create(path, &io::ErrorKind::AlreadyExists.into())),
+        Err(_) => Ok(()),
     }
+}
+
+fn cannot_create(path: &Path, error: &io::Error) -> anyhow::Error {
+    anyhow!("cannot create {}: {error}; give another --rewritten FILE.rr", path.display())
 }
 
 /// A recording rewritten for the clock `pmu`, and what a person should know of it.
@@ -111,29 +143,22 @@ pub fn for_branches(
     }
     // Before it costs anybody time.
     drop(hardware.engine(GuestRam::new(MIN_RAM_MIB)?)?);
-    let place = Place::of(options.rewritten.as_deref());
-    let shown = place.path().display().to_string();
-    let out = File::create_new(place.path()).map_err(|error| {
-        anyhow!("cannot create {shown}: {error}; give another --rewritten FILE.rr")
-    })?;
+    let place = Place::of(options.rewritten.as_deref())?;
     let progress = options.rewriting.take();
-    let result = rewrite(replayable, out, progress);
-    if result.is_err() {
-        let _ = fs::remove_file(place.path());
-    }
-    let result = result.context("the recording cannot be rewritten for the clock pmu")?;
-    let rewritten = Replayable::open(place.path())?;
+    let (place, result) = rewrite(replayable, place, progress)
+        .context("the recording cannot be rewritten for the clock pmu")?;
+    let rewritten = place.finish()?;
     let notes = notes(&result, &rewritten);
     Ok(ForBranches { replayable: rewritten, notes })
 }
 
-fn rewrite(
+fn rewrite<W: Write>(
     replayable: &Replayable,
-    out: File,
+    out: W,
     progress: Option<TickObserver>,
-) -> Result<Rewritten> {
+) -> Result<(W, Rewritten)> {
     let shows = progress.is_some();
-    let (_, result) = replayable.rewrite(
+    let rewritten = replayable.rewrite(
         out,
         |inputs| match progress {
             Some(mut progress) => inputs.on_progress(move |tick, _| progress(tick)),
@@ -144,7 +169,7 @@ fn rewrite(
             machine.run()
         },
     )?;
-    Ok(result)
+    Ok(rewritten)
 }
 
 fn notes(result: &Rewritten, rewritten: &Replayable) -> Vec<String> {
@@ -190,6 +215,25 @@ mod tests {
             reprise_version: String::new(),
             precautions: Vec::new(),
         }
+    }
+
+    #[test]
+    fn what_is_not_kept_has_no_name_and_what_is_kept_gets_it_at_the_end() {
+        use std::os::unix::fs::{MetadataExt, PermissionsExt};
+        let Place::Passing(file) = Place::of(None).expect("a file") else {
+            panic!("not asked for")
+        };
+        let metadata = file.metadata().expect("its metadata");
+        assert_eq!((metadata.nlink(), metadata.permissions().mode() & 0o077), (0, 0));
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("kept.rr");
+        let kept = Place::of(Some(&path)).expect("a file");
+        assert!(!path.exists());
+        drop(kept);
+        let left = std::fs::read_dir(directory.path()).expect("readable").count();
+        assert_eq!(left, 0, "of what did not become whole");
+        std::fs::write(&path, "somebody's").expect("a file");
+        assert!(Place::of(Some(&path)).is_err());
     }
 
     #[test]

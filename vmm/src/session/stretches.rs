@@ -13,7 +13,8 @@ use reprise_machine::relay::{MakeEngine, Relay};
 use reprise_replay::{follow_other_cpu, recorded_here};
 use reprise_trace::event::HandOver;
 use reprise_trace::header::Header;
-use reprise_trace::stretches::Course;
+use reprise_trace::moment::TickKind;
+use reprise_trace::stretches::{Course, Stretch};
 use serde::Serialize;
 
 use super::assembly::{self, SoftOptions, TimeStampSites};
@@ -153,7 +154,7 @@ fn hand_over(kind: EngineKind, before: TimeSource) -> HandOver {
 }
 
 /// An engine that follows every hand-over, beginning as `first`; each stretch is executed by what
-/// `engine` makes of it, and the clock `pmu` runs on `hardware`.
+/// `choose` says, and the clock `pmu` runs on `hardware`.
 ///
 /// # Errors
 /// The first engine cannot be had.
@@ -162,13 +163,12 @@ pub fn relay(
     ram: GuestRam,
     first: &HandOver,
     header: &Header,
-    engine: EngineArg,
+    choose: impl Fn(&HandOver) -> Result<EngineKind, ChoiceError> + 'static,
     soft: SoftOptions,
 ) -> Result<Relay, EngineError> {
     let (hardware, header) = (hardware.clone(), header.clone());
     let make: MakeEngine = Box::new(move |to, ram| {
-        let kind = kind_of(&hardware, &header, to, engine).map_err(refused)?;
-        Ok(match kind {
+        Ok(match choose(to).map_err(refused)? {
             EngineKind::Soft => {
                 let mut engine = assembly::soft_engine(ram, soft)?;
                 if !recorded_here(&header) {
@@ -189,8 +189,8 @@ fn refused(error: ChoiceError) -> EngineError {
     EngineError { what: error.to_string() }
 }
 
-/// What executes a stretch if `engine` is asked for.
-fn kind_of(
+/// What executes a stretch of the recording with this header, if `engine` is asked for.
+pub fn kind_of(
     hardware: &impl BranchHardware,
     header: &Header,
     on: &HandOver,
@@ -200,36 +200,59 @@ fn kind_of(
 }
 
 /// How a replay follows a recording.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Followed {
-    /// What it can compare.
-    pub verification: Verification,
-    /// By an engine after the other; else the software CPU alone counts what each stretch counts.
+    /// What executes each stretch, from the one it begins in; never empty.
+    pub kinds: Vec<EngineKind>,
+    /// By an engine after the other; else one executes all of them, and counts what each stretch counts.
     pub by_relay: bool,
+    /// Each stretch is executed by the engine that recorded it.
+    pub by_recorded_engines: bool,
 }
 
-/// How a replay on `engine` follows a recording.
-///
-/// # Errors
-/// A stretch that `engine` cannot replay.
-pub fn followed(
-    hardware: &impl BranchHardware,
-    header: &Header,
-    course: &Course,
-    engine: EngineArg,
-) -> Result<Followed, ChoiceError> {
-    let (mut same, mut on_soft) = (true, true);
-    for stretch in &course.stretches {
-        let kind = kind_of(hardware, header, &stretch.on, engine)?;
-        same &= choice::recorded_kind(&header.of_stretch(&stretch.on)) == Some(kind);
-        on_soft &= kind == EngineKind::Soft;
+impl Followed {
+    /// How a replay follows these stretches of a recording, the first of which it begins in. `kind_of` says
+    /// what would execute each by itself.
+    ///
+    /// # Errors
+    /// As `kind_of`.
+    pub fn of(
+        stretches: &[Stretch],
+        kind_of: impl Fn(&HandOver) -> Result<EngineKind, ChoiceError>,
+    ) -> Result<Self, ChoiceError> {
+        let kinds = stretches.iter().map(|stretch| kind_of(&stretch.on));
+        let mut kinds = kinds.collect::<Result<Vec<_>, _>>()?;
+        let stands_in = |(stretch, kind): (&Stretch, &EngineKind)| {
+            *kind == EngineKind::Soft && stretch.on.tick_kind != TickKind::Instruction
+        };
+        let one_on_kvm = kinds.iter().any(|kind| *kind != EngineKind::Soft);
+        // In the place of hardware the software CPU counts as that did, which it can only as the one engine
+        // of the run.
+        let by_relay =
+            kinds.len() > 1 && one_on_kvm && !stretches.iter().zip(&kinds).any(stands_in);
+        if kinds.len() > 1 && !by_relay {
+            kinds.fill(EngineKind::Soft);
+        }
+        let recorded = |(stretch, kind): (&Stretch, &EngineKind)| {
+            choice::named(&stretch.on).as_ref() == Ok(kind)
+        };
+        let by_recorded_engines = stretches.iter().zip(&kinds).all(recorded);
+        Ok(Self { kinds, by_relay, by_recorded_engines })
     }
-    let verification = Verification {
-        other_engine: !same,
-        other_cpu: !recorded_here(header),
-        on_hardware: !on_soft,
-    };
-    Ok(Followed { verification, by_relay: course.stretches.len() > 1 && !on_soft })
+
+    /// What executes the first of them.
+    pub fn first(&self) -> EngineKind {
+        self.kinds[0]
+    }
+
+    /// What a replay here can compare of a recording with this header.
+    pub fn verification(&self, header: &Header) -> Verification {
+        Verification {
+            other_engine: !self.by_recorded_engines,
+            other_cpu: !recorded_here(header),
+            on_hardware: self.kinds.iter().any(|kind| *kind != EngineKind::Soft),
+        }
+    }
 }
 
 /// A part of a run that one engine executed, as people and checks read it.
@@ -254,9 +277,9 @@ impl StretchReport {
         course.stretches.iter().map(report).collect()
     }
 
-    /// Those of a run that began on `first`.
-    pub fn of_outcome(first: EngineKind, from_tick: u64, outcome: &Outcome) -> Vec<Self> {
-        let (engine, clock) = (first.engine_name().to_owned(), first.clock_name().to_owned());
+    /// Those of the log of a run that began like this.
+    pub fn of_log(from_tick: u64, engine: &str, clock: &str, outcome: &Outcome) -> Vec<Self> {
+        let (engine, clock) = (engine.to_owned(), clock.to_owned());
         let mut stretches = vec![Self { from_tick, engine, clock }];
         stretches.extend(outcome.hand_overs.iter().map(|(tick, to)| Self {
             from_tick: *tick,
@@ -264,6 +287,20 @@ impl StretchReport {
             clock: to.clock.clone(),
         }));
         stretches
+    }
+
+    /// What executed these stretches of a log. The software CPU counts what each of them counts.
+    pub fn executed(recorded: &[Self], by: &[EngineKind]) -> Vec<Self> {
+        let ran = |(stretch, kind): (&Self, &EngineKind)| {
+            let clock = match (kind, stretch.clock.as_str()) {
+                (EngineKind::Soft, "step") => EngineKind::Soft.clock_name(),
+                (EngineKind::Soft, recorded) => recorded,
+                (kind, _) => kind.clock_name(),
+            };
+            let (engine, clock) = (kind.engine_name().to_owned(), clock.to_owned());
+            Self { from_tick: stretch.from_tick, engine, clock }
+        };
+        recorded.iter().zip(by).map(ran).collect()
     }
 
     /// All of a run's stretches in a line.
@@ -311,6 +348,63 @@ mod tests {
             .collect();
         let step = EngineKind::Kvm(KvmClock::Step).time_source().ns_per_tick();
         assert_eq!(paces, [EngineKind::Soft.time_source().ns_per_tick(), 0, step]);
+    }
+
+    fn stretches_of(names: &[&str]) -> Vec<Stretch> {
+        let stretch = |name: &&str| {
+            let ThenArg(kind) = name.parse().expect("known");
+            Stretch { from: None, records_before: 0, on: hand_over(kind, kind.time_source()) }
+        };
+        names.iter().map(stretch).collect()
+    }
+
+    /// How a recording of these stretches is followed on a host that has this and the software CPU.
+    fn followed_where(there: &[EngineKind], names: &[&str]) -> Followed {
+        let kind_of = |on: &HandOver| {
+            let recorded = choice::named(on)?;
+            Ok(if there.contains(&recorded) { recorded } else { EngineKind::Soft })
+        };
+        Followed::of(&stretches_of(names), kind_of).expect("all are known")
+    }
+
+    #[test]
+    fn where_the_software_cpu_stands_in_for_hardware_it_executes_the_whole_run() {
+        const SYNC: EngineKind = EngineKind::Kvm(KvmClock::Sync);
+        let there = followed_where(&[SYNC, EngineKind::Pmu], &["kvm:sync", "kvm:pmu"]);
+        assert_eq!(there.kinds, [SYNC, EngineKind::Pmu]);
+        assert!(there.by_relay && there.by_recorded_engines);
+        // KVM without a counter: what the first stretch could be executed by does not help the second.
+        for names in [&["kvm:sync", "kvm:pmu"][..], &["soft", "kvm:sync", "kvm:pmu", "soft"]] {
+            let without = followed_where(&[SYNC], names);
+            assert_eq!(without.kinds, vec![EngineKind::Soft; names.len()]);
+            assert!(!without.by_relay && !without.by_recorded_engines);
+        }
+        // Where it counts instructions in any case it is one of several.
+        let own = followed_where(&[SYNC], &["kvm:sync", "soft"]);
+        assert_eq!((own.kinds, own.by_relay), (vec![SYNC, EngineKind::Soft], true));
+        let one = followed_where(&[SYNC], &["kvm:sync"]);
+        assert_eq!((one.kinds, one.by_relay, one.by_recorded_engines), (vec![SYNC], false, true));
+    }
+
+    #[test]
+    fn what_ran_is_not_what_was_recorded() {
+        let texts = |stretches: &[StretchReport]| -> Vec<String> {
+            stretches.iter().map(|it| format!("{}/{}", it.engine, it.clock)).collect()
+        };
+        let names = ["soft", "kvm:step", "kvm:sync", "kvm:pmu"];
+        let course = Course {
+            stretches: stretches_of(&names),
+            assists: reprise_trace::event::Assists::new(),
+            counts_accessed_bits: false,
+        };
+        let recorded = StretchReport::of_course(&course);
+        assert_eq!(texts(&recorded), ["soft/instructions", "kvm/step", "kvm/sync", "kvm/pmu"]);
+        let on_soft = StretchReport::executed(&recorded, &[EngineKind::Soft; 4]);
+        let counted = ["soft/instructions", "soft/instructions", "soft/sync", "soft/pmu"];
+        assert_eq!(texts(&on_soft), counted);
+        let step = EngineKind::Kvm(KvmClock::Step);
+        let stepped = StretchReport::executed(&recorded[..1], &[step]);
+        assert_eq!(texts(&stepped), ["kvm/step"]);
     }
 
     #[test]
