@@ -15,13 +15,14 @@ use reprise_machine::inputs::{Recording, Replaying, Verification};
 use reprise_machine::lawful::Lawful;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, Outcome};
-use reprise_replay::{OnSoftware, RecordedClock};
+use reprise_replay::{OnSoftware, RecordedClock, Replayable, Start, compare};
 use reprise_trace::header::{Header, HostInfo};
 use reprise_trace::log::{LogWriter, MemorySink};
 use reprise_trace::moment::TickKind;
 
 use crate::case::{Case, Hardware, Recorded, assert_equal, log_of};
 use crate::guest;
+use crate::kept::ToFile;
 use crate::linux;
 use crate::world::SeededWorld;
 
@@ -180,19 +181,56 @@ fn recorded_on_software(case: &Case<'_>, seed: u64) -> Recorded {
     Recorded { outcome, records, console, counts: Default::default() }
 }
 
+fn header_of_software(case: &Case<'_>, vendor: &str) -> Header {
+    Header {
+        tick_kind: TickKind::Instruction,
+        ns_per_tick: 1,
+        engine: "soft".to_owned(),
+        clock: "instructions".to_owned(),
+        ..header(case, vendor)
+    }
+}
+
+/// Checkpoints of another maker's CPU are come to as well, flags that are undefined there set aside.
+#[test]
+fn checkpoints_of_another_maker_are_compared() {
+    let case = guest("echo", "", "first line\rsecond line\rquit\r");
+    let recorded = recorded_on_software(&case, 1);
+    let directory = tempfile::TempDir::with_prefix("reprise-test-").expect("a directory");
+    let file = directory.path().join("other.rr");
+    case.write_as(&recorded, &file, &header_of_software(&case, OTHER));
+    let identity = Replayable::open(&file).expect("it opens").recording().identity();
+    let (ram, state, board) = case.load();
+    let mut engine = SoftEngine::new(ram).expect("the host has memory");
+    engine.invert_undefined_flags(u64::MAX);
+    engine.set_cpu_state(&state).expect("a first state");
+    let inputs = Replaying::new(log_of(&recorded.records));
+    let mut machine = Machine::new(engine, board, inputs, TimeSource::Ticks { ns_per_tick: 1 });
+    let every = recorded.outcome.ticks / 60;
+    machine.set_checkpointer(Box::new(ToFile::beside(&file, &identity, every)));
+    assert_equal(&recorded.outcome, &machine.run().expect("the machine runs"), 1);
+    drop(machine);
+
+    let replayable = Replayable::open(&file).expect("it opens");
+    let mut machine = replayable.soft_machine(Start::Run).expect("it begins");
+    let mut others = 0;
+    for info in replayable.checkpoints() {
+        let tick = info.moment.tick;
+        assert!(machine.advance_to(tick).expect("the machine runs").is_none());
+        let here = machine.engine().cpu_state().expect("a state").digest();
+        others += u32::from(*here.as_bytes() != info.digest.cpu);
+        assert_eq!(compare(&mut machine, info).expect("it stands there"), None, "tick {tick}");
+    }
+    eprintln!("{others} of {} checkpoints have other flags", replayable.checkpoints().len());
+    assert!(others > 0);
+}
+
 #[test]
 fn so_it_is_where_ticks_are_instructions() {
     for seed in 1..5 {
         let case = guest("echo", "", "first line\rsecond line\rquit\r");
         let recorded = recorded_on_software(&case, seed);
-        let software = Header {
-            tick_kind: TickKind::Instruction,
-            ns_per_tick: 1,
-            engine: "soft".to_owned(),
-            clock: "instructions".to_owned(),
-            ..header(&case, OTHER)
-        };
-        let outcome = replay_of(&case, &recorded, &software);
+        let outcome = replay_of(&case, &recorded, &header_of_software(&case, OTHER));
         assert_equal(&recorded.outcome, &outcome, seed);
         assert_eq!(lawful(&outcome), [Lawful::UndefinedFlags], "seed {seed}");
     }
