@@ -131,7 +131,7 @@ impl Kept {
 }
 
 /// Writes checkpoints as they are taken.
-struct ToFile {
+pub(crate) struct ToFile {
     every: u64,
     next: u64,
     /// So many more, at most.
@@ -140,7 +140,7 @@ struct ToFile {
 }
 
 impl ToFile {
-    fn beside(recording: &Path, identity: &[u8; 32], every: u64) -> Self {
+    pub(crate) fn beside(recording: &Path, identity: &[u8; 32], every: u64) -> Self {
         let file = File::create(checkpoints_path(recording)).expect("the host has room");
         let writer = CheckpointWriter::create(file, identity).expect("it is written");
         Self { every, next: every, left: usize::MAX, writer }

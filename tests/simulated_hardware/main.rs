@@ -14,6 +14,7 @@ mod probe;
 mod rewritten;
 mod software;
 mod time_stamps;
+mod trap_probe;
 mod watched;
 mod world;
 mod zen;

@@ -20,6 +20,10 @@ const REP_MOVSB: &[u8] = &[0xf3, 0xa4];
 /// What RCX is at its start.
 const REP_MOVSB_BYTES: u64 = 0x1140;
 const JUMP_TO_ITSELF: &[u8] = &[0xeb, 0xfe];
+/// XOR of EAX with itself, behind what gives RAX the number of the round.
+const FORGETS_ROUND: &[u8] = &[0x31, 0xc0];
+/// MOV of one to EAX, where that is forgotten.
+const NEXT_ROUND: &[u8] = &[0xb8, 0x01, 0, 0, 0];
 const UD2: &[u8] = &[0x0f, 0x0b];
 /// ADD of an absolute address to RBX.
 const ADD_FROM_REMOVED_PAGE: &[u8] = &[0x48, 0x03, 0x1c, 0x25];
@@ -105,6 +109,12 @@ pub(crate) const POSITIONS: &[Position] = &[
         kicks(met, |seen| seen.is_at(PAGE_FAULT_ENTRY))
     }),
     ("straight", "an interrupt", |met| interrupts(met, |_| true)),
+    ("memory", "a kick where no register tells the round", |met| {
+        kicks(met, |seen| seen.is_at(NEXT_ROUND))
+    }),
+    ("memory", "an interrupt where one does", |met| {
+        interrupts(met, |seen| seen.is_at(FORGETS_ROUND))
+    }),
     ("itself", "an interrupt", |met| interrupts(met, |seen| seen.is_at(JUMP_TO_ITSELF))),
     ("shadow", "a kick right behind STI", |met| {
         kicks(met, |seen| seen.state.interrupt_shadow && seen.follows(STI, 0))

@@ -69,3 +69,71 @@ fn segment(ram: &GuestRam, state: &CpuState, selector: u16) -> Option<Segment> {
     }
     Some(segment_of(selector, u64::from_le_bytes(bytes)))
 }
+
+#[cfg(test)]
+mod tests {
+    use reprise_machine::paging::write_ram;
+    use reprise_trace::cpu_state::DescriptorTable;
+
+    use super::*;
+
+    const GDT: u64 = 0x1000;
+    const STACK: u64 = 0x2000;
+    const ENTRIES: [u64; 5] = [
+        0,
+        0x00af_9b00_0000_ffff,
+        0x00cf_9300_0000_ffff,
+        0x00cf_f300_0000_ffff,
+        0x00af_fb00_0000_ffff,
+    ];
+    /// Error code, RIP, CS, RFLAGS with RF, RSP and SS of user code.
+    const FRAME: [u64; 6] = [0, 0x40_1234, 0x23, 0x1_0202, 0x7f_0000, 0x1b];
+
+    fn before(frame: &[u64; 6]) -> Option<CpuState> {
+        let ram = GuestRam::new(4).expect("the host has 4 MiB");
+        for (start, words) in [(GDT, &ENTRIES[..]), (STACK, frame)] {
+            for (at, word) in (start..).step_by(8).zip(words) {
+                write_ram(&ram, at, &word.to_le_bytes());
+            }
+        }
+        let mut state = CpuState { rip: 0xa100, rflags: 2, ..CpuState::default() };
+        state.gdtr = DescriptorTable { base: GDT, limit: 39 };
+        state.gpr[RSP] = STACK;
+        before_fault(&ram, &state)
+    }
+
+    #[test]
+    fn a_fault_of_user_code_is_undone() {
+        let state = before(&FRAME).expect("it was user code");
+        assert_eq!((state.rip, state.rflags, state.gpr[RSP]), (0x40_1234, 0x202, 0x7f_0000));
+        let code = Segment { selector: 0x23, attributes: 0xa0fb, limit: u32::MAX, base: 0 };
+        let stack = Segment { selector: 0x1b, attributes: 0xc0f3, ..code };
+        assert_eq!((state.segments[CS], state.segments[SS]), (code, stack));
+    }
+
+    #[test]
+    fn other_faults_are_left_alone() {
+        // With an error code, of kernel code, with a selector of the LDT, and with one behind the GDT.
+        for (word, other) in [(0, 8), (2, 8), (2, 0x27), (5, 0x2b)] {
+            let mut frame = FRAME;
+            frame[word] = other;
+            assert_eq!(before(&frame), None, "word {word} is {other:#x}");
+        }
+    }
+
+    #[test]
+    fn what_retires_ends_shadow_and_resume_flag() {
+        let state = CpuState {
+            rip: 0x100,
+            rflags: 2 | RFLAGS_RF,
+            interrupt_shadow: true,
+            tsc_offset: 0x10_0000_0000,
+            ..CpuState::default()
+        };
+        let mut expected =
+            CpuState { rip: 0x102, rflags: 2, interrupt_shadow: false, ..state.clone() };
+        assert_eq!(retired(&state, 2), expected);
+        (expected.gpr[RAX], expected.gpr[RDX]) = (0x9000_0005, 0x17);
+        assert_eq!(time_stamp_retired(&state, 0x7_9000_0005), expected);
+    }
+}

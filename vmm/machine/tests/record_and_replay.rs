@@ -238,6 +238,55 @@ fn a_changed_payload_does_not_go_unnoticed() {
     });
 }
 
+/// The end and marks hold digests of what the machine is and of what left it: whichever is another one is told
+/// as that, at that record.
+#[test]
+fn another_digest_is_told_as_what_it_is_of() {
+    let changes: [(Difference, fn(&mut Event) -> bool); 5] = [
+        (Difference::FinalState, |event| {
+            let Event::End { final_digest: Some(digest), .. } = event else { return false };
+            digest[31] ^= 1;
+            true
+        }),
+        (Difference::Effects, |event| {
+            let Event::End { effects, .. } = event else { return false };
+            effects.console_digest[31] ^= 1;
+            true
+        }),
+        (Difference::Effects, |event| {
+            let Event::End { effects, .. } = event else { return false };
+            effects.console_bytes += 1;
+            true
+        }),
+        (Difference::Effects, |event| {
+            let Event::Mark(mark) = event else { return false };
+            mark.console_digest_prefix ^= 1;
+            true
+        }),
+        (Difference::Effects, |event| {
+            let Event::Mark(mark) = event else { return false };
+            mark.console_bytes += 1;
+            true
+        }),
+    ];
+    let made = std::cell::Cell::new([0_u32; 5]);
+    for_each_case(12, |clock, seed| {
+        let (program, recorded) = recorded(clock, seed);
+        for (number, (difference, change)) in changes.iter().enumerate() {
+            let mut records = recorded.records.clone();
+            let altered = records.iter_mut().rposition(|record| change(&mut record.event));
+            let Some(index) = altered else { continue };
+            let outcome = replay(clock, &program, &records, Disturbance::kicks(seed + 9));
+            let found = diverged(&outcome);
+            assert_eq!((found.difference, found.moment), (*difference, records[index].moment));
+            let mut counts = made.get();
+            counts[number] += 1;
+            made.set(counts);
+        }
+    });
+    assert!(made.get().iter().all(|count| *count > 0), "{:?}", made.get());
+}
+
 #[test]
 fn a_log_cut_at_any_record_replays_to_the_cut() {
     for_each_case(12, |clock, seed| {

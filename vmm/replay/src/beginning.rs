@@ -287,3 +287,100 @@ fn digest<E: Engine>(machine: &mut Machine<E, Replaying>) -> Result<CheckpointDi
     let consistent = machine.consistent()?.ok_or(ReplayError::NotConsistent { tick })?;
     Ok(checkpoint::digest(consistent)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use reprise_trace::event::Assists;
+    use reprise_trace::header::{CpuModelInfo, GuestInfo, MachineInfo};
+    use reprise_trace::moment::{Moment, TickKind};
+    use reprise_trace::stretches::Stretch;
+
+    use super::*;
+
+    fn header(host: HostInfo) -> Header {
+        Header {
+            machine: MachineInfo { ram_mib: 4, rtc_start_s: 0 },
+            cpu_model: CpuModelInfo { name: String::new(), version: 1 },
+            tick_kind: TickKind::Instruction,
+            ns_per_tick: 1,
+            engine: "soft".to_owned(),
+            clock: "instructions".to_owned(),
+            host,
+            guest: GuestInfo {
+                name: String::new(),
+                command_line: String::new(),
+                images: Vec::new(),
+            },
+            created_unix_s: 0,
+            reprise_version: String::new(),
+            precautions: Vec::new(),
+        }
+    }
+
+    /// A course over engines, each from so many records on.
+    fn course(engines: &[(&str, u64)]) -> Course {
+        let stretch = |&(engine, records_before): &(&str, u64)| Stretch {
+            from: (records_before > 0).then_some(Moment { tick: records_before, rip: 0, rcx: 0 }),
+            records_before,
+            on: HandOver {
+                engine: engine.to_owned(),
+                clock: String::new(),
+                tick_kind: TickKind::Instruction,
+                ns_per_tick: 1,
+            },
+        };
+        let stretches = engines.iter().map(stretch).collect();
+        Course { stretches, assists: Assists::new(), counts_accessed_bits: false }
+    }
+
+    #[test]
+    fn a_cpu_is_known_by_maker_family_and_model() {
+        let here = host_info();
+        let others: [fn(&mut HostInfo); 3] = [
+            |host| host.cpu_vendor.push('x'),
+            |host| host.cpu_family += 1,
+            |host| host.cpu_model += 1,
+        ];
+        for change in others {
+            let mut host = here.clone();
+            change(&mut host);
+            assert!(!recorded_here(&header(host.clone())), "{host:?}");
+        }
+        // What no instruction depends on.
+        let other = HostInfo {
+            cpu_stepping: here.cpu_stepping + 1,
+            kernel_release: "another".to_owned(),
+            ..here.clone()
+        };
+        assert!(recorded_here(&header(other)) && recorded_here(&header(here)));
+        assert!(recorded_here(&header(HostInfo::default())), "it does not say");
+    }
+
+    #[test]
+    fn all_is_compared_on_the_engine_and_the_cpu_that_recorded() {
+        let (here, mut there) = (host_info(), host_info());
+        there.cpu_model += 1;
+        let of = |host: &HostInfo, engines: &[(&str, u64)]| {
+            verification(&header(host.clone()), &course(engines), "soft")
+        };
+        assert_eq!(of(&here, &[("soft", 0), ("soft", 5)]), Verification::Exact);
+        assert_eq!(of(&here, &[("soft", 0), ("kvm", 5)]), Verification::AcrossEngines);
+        assert_eq!(of(&here, &[("kvm", 0)]), Verification::AcrossEngines);
+        assert_eq!(of(&there, &[("soft", 0)]), Verification::AcrossEngines);
+    }
+
+    #[test]
+    fn accessed_bits_count_until_hardware_ran_the_guest() {
+        let moving = course(&[("soft", 0), ("kvm", 5), ("soft", 9)]);
+        for (records, expected) in [
+            (0, AccessedBits::Exact),
+            (4, AccessedBits::Exact),
+            (5, AccessedBits::SetAside),
+            (100, AccessedBits::SetAside),
+        ] {
+            assert_eq!(accessed_bits(&moving, records), expected, "behind {records} records");
+        }
+        let of_version_1 = Course { counts_accessed_bits: true, ..moving };
+        assert_eq!(accessed_bits(&of_version_1, 100), AccessedBits::Exact);
+    }
+}

@@ -402,3 +402,31 @@ impl Engine for Rewriting {
         self.software.kicker()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use reprise_trace::event::MarkDigest;
+
+    use super::*;
+
+    #[test]
+    fn what_enters_keeps_its_order_and_leaps_of_time_are_one() {
+        let record = |event| {
+            let moment = Moment { tick: 1, rip: 0, rcx: 0 };
+            Record { moment, cpu_digest: 0, event }
+        };
+        let mark = Event::Mark(MarkDigest { console_bytes: 0, console_digest_prefix: 0 });
+        let typed = Event::Console(vec![b'x']);
+        let mut entering = Entering::default();
+        entering.time(5);
+        entering.time(7);
+        entering.record(&record(mark.clone()));
+        // Bytes enter at a time, which is told behind their record.
+        entering.record(&record(typed.clone()));
+        entering.time(8);
+        entering.time(9);
+        let expected = [Event::Time(7), mark, Event::Time(8), typed, Event::Time(9)];
+        assert_eq!(entering.events, expected);
+        assert!(entering.typed.is_none());
+    }
+}

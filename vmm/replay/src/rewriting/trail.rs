@@ -101,3 +101,100 @@ impl Trail {
         !before[same..].iter().any(writes)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use reprise_machine::paging::write_ram;
+    use reprise_trace::moment::Moment;
+
+    use super::*;
+
+    /// Where the guest's only instruction lies.
+    const CODE: u64 = 0x1000;
+    /// MOV to memory, and of one register to another.
+    const WRITES: [u8; 3] = [0x66, 0x89, 0x08];
+    const QUIET: [u8; 3] = [0x66, 0x89, 0xc8];
+
+    fn ram(code: &[u8]) -> GuestRam {
+        let ram = GuestRam::new(4).expect("the host has 4 MiB");
+        write_ram(&ram, CODE, code);
+        ram
+    }
+
+    /// The boundary before instruction `number`, in a state that no other has; interrupts are closed.
+    fn boundary(number: u64) -> Boundary {
+        let moment = Moment { tick: 7, rip: CODE, rcx: 0 };
+        Boundary {
+            instructions: number,
+            stamp: Stamp { moment, cpu_digest: number },
+            state: CpuState { rip: CODE, ..CpuState::default() },
+            open: false,
+            delivered: false,
+        }
+    }
+
+    fn trail(boundaries: impl IntoIterator<Item = Boundary>) -> Trail {
+        let mut trail = Trail::default();
+        boundaries.into_iter().for_each(|boundary| trail.note(boundary));
+        trail
+    }
+
+    #[track_caller]
+    fn assert_place(trail: &Trail, code: &[u8], expected: Option<u64>) {
+        let found = trail.place(&ram(code)).map(|boundary| boundary.instructions);
+        assert_eq!(found, expected);
+    }
+
+    /// What makes that nothing stops there.
+    const NOT_TO_BE_STOPPED_AT: [fn(&mut Boundary); 3] = [
+        |boundary| boundary.delivered = true,
+        |boundary| boundary.state.interrupt_shadow = true,
+        |boundary| boundary.state.rflags |= RFLAGS_RF,
+    ];
+
+    #[test]
+    fn the_place_is_here_or_before_where_interrupts_were_closed() {
+        assert_place(&trail([]), &QUIET, None);
+        assert_place(&trail((1..4).map(boundary)), &QUIET, Some(3));
+        for change in NOT_TO_BE_STOPPED_AT {
+            let mut last = boundary(3);
+            change(&mut last);
+            let all = |before: Boundary| trail([boundary(1), before, last.clone()]);
+            assert_place(&all(boundary(2)), &QUIET, Some(2));
+            // There an interrupt would have been taken earlier.
+            assert_place(&all(Boundary { open: true, ..boundary(2) }), &QUIET, None);
+            // Something has entered behind it already.
+            let mut entered = all(boundary(2));
+            entered.entered(2);
+            assert_place(&entered, &QUIET, Some(2));
+            entered.entered(3);
+            assert_place(&entered, &QUIET, None);
+        }
+        // Here it is taken here.
+        let open = Boundary { open: true, ..boundary(3) };
+        assert_place(&trail([boundary(2), open]), &QUIET, Some(3));
+    }
+
+    /// The first place of a tick in a state is found; a later one is not, unless the circle between them writes
+    /// nothing.
+    #[test]
+    fn a_state_that_came_before_is_a_place_only_if_nothing_was_written() {
+        let again = Boundary { instructions: 3, ..boundary(1) };
+        let circle = || trail([boundary(1), boundary(2), again.clone()]);
+        assert_place(&circle(), &QUIET, Some(3));
+        assert_place(&circle(), &WRITES, Some(2));
+        // Nothing of what was before an exit counts.
+        let mut fresh = circle();
+        fresh.begin();
+        fresh.note(Boundary { instructions: 4, ..boundary(1) });
+        assert_place(&fresh, &WRITES, Some(4));
+    }
+
+    #[test]
+    fn boundaries_that_were_not_watched_break_the_trail() {
+        let mut last = boundary(5);
+        last.delivered = true;
+        assert_place(&trail([boundary(3), last.clone()]), &QUIET, None);
+        assert_place(&trail([boundary(4), boundary(4), last]), &QUIET, Some(4));
+    }
+}
