@@ -40,8 +40,8 @@ const HLT: u8 = 0xf4;
 const NOP: u8 = 0x90;
 const UD2: [u8; 2] = [0x0f, 0x0b];
 const IRETQ: [u8; 2] = [0x48, 0xcf];
-/// Branches that a step may let pass before it ends, the counter being exact.
-const SOON: u64 = 64;
+/// Branches that an entry with breakpoints may let pass, the counter being exact.
+const SOON: u64 = 256;
 
 /// mov ecx, ROUNDS; here: dec ecx; jnz here
 fn looping(rounds: u32) -> Vec<u8> {
