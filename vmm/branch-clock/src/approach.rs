@@ -60,10 +60,10 @@ impl<V: Vcpu> BranchClock<V> {
             self.doubtful = None;
             return Ok(exit);
         }
-        self.vcpu.set_overflow(None)?;
         while self.tick() < until || self.amid {
             match self.step_on()? {
-                Stepped::Done => self.first_of_tick = self.tick() == until,
+                Stepped::Done => {}
+                Stepped::Kicked => return Ok(self.kicked_on_the_way()),
                 Stepped::Exits(exit) => return Ok(exit),
                 Stepped::Lost => return self.run_past(until),
             }
@@ -140,14 +140,18 @@ impl<V: Vcpu> BranchClock<V> {
                 });
             }
             let state = self.vcpu.state()?;
-            let settled = !self.injected && !self.amid;
+            let settled = self.injected.is_none() && !self.amid;
             if settled && self.stands_at(stamp, &state) {
                 self.counts.found += 1;
                 self.doubtful = None;
                 return Ok(Exit::TickReached);
             }
-            self.vcpu.set_breakpoints(&[linear_of(&state, target.rip)])?;
-            if settled && state.rip == target.rip {
+            // The moment may lie in other code than the guest is in now: a moment of 64-bit code, at the
+            // linear address that is its RIP.
+            let wanted = [linear_of(&state, target.rip), target.rip];
+            let distinct = if wanted[0] == wanted[1] { &wanted[..1] } else { &wanted };
+            self.vcpu.set_breakpoints(distinct)?;
+            if settled && wanted.contains(&linear_of(&state, state.rip)) {
                 self.counts.passed_over += 1;
                 self.vcpu.step_off()?;
             }

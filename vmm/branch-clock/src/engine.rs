@@ -59,8 +59,8 @@ pub struct BranchClock<V> {
     halted: bool,
     /// An instruction has accesses that are not finished.
     pub(crate) amid: bool,
-    /// An interrupt is queued in the vCPU.
-    pub(crate) injected: bool,
+    /// The vector of the interrupt that is queued in the vCPU.
+    pub(crate) injected: Option<u8>,
     /// The guest stands where another run finds it again.
     pub(crate) stands: bool,
     /// The guest stands at the first place of its tick.
@@ -89,7 +89,7 @@ impl<V: Vcpu> BranchClock<V> {
             events: 0,
             halted: false,
             amid: false,
-            injected: false,
+            injected: None,
             stands: true,
             first_of_tick: true,
             doubtful: None,
@@ -125,7 +125,7 @@ impl<V: Vcpu> BranchClock<V> {
     pub(crate) fn enter(&mut self) -> Result<VcpuExit, EngineError> {
         let exit = self.vcpu.enter()?;
         self.counts.entries += 1;
-        self.injected = false;
+        self.injected = None;
         self.first_of_tick = false;
         self.branches = self.vcpu.conditional_branches()?;
         Ok(exit)
@@ -163,7 +163,7 @@ impl<V: Vcpu> BranchClock<V> {
     fn run_freely(&mut self) -> Result<Exit, EngineError> {
         loop {
             let owed = std::mem::take(&mut self.kick_owed);
-            let kicked = if owed && !self.injected && !self.amid {
+            let kicked = if owed && self.injected.is_none() && !self.amid {
                 // The boundary behind an exit is as good as any.
                 self.stands = true;
                 return Ok(Exit::Kicked);
@@ -256,7 +256,7 @@ impl<V: Vcpu> Engine for BranchClock<V> {
     }
 
     fn interruptible(&mut self) -> Result<bool, EngineError> {
-        Ok(!self.amid && !self.injected && self.vcpu.interruptible()?)
+        Ok(!self.amid && self.injected.is_none() && self.vcpu.interruptible()?)
     }
 
     fn set_interrupt_request(&mut self, wanted: bool) {
@@ -266,7 +266,7 @@ impl<V: Vcpu> Engine for BranchClock<V> {
     fn inject(&mut self, vector: u8) -> Result<(), EngineError> {
         assert!(self.interruptible()?, "only an interruptible guest takes an interrupt");
         self.vcpu.inject(vector)?;
-        self.injected = true;
+        self.injected = Some(vector);
         self.halted = false;
         self.count_event();
         Ok(())
@@ -304,7 +304,7 @@ impl<V: Vcpu> Engine for BranchClock<V> {
     }
 
     fn state_for_successor(&mut self) -> Result<Option<EngineState>, EngineError> {
-        if !self.vcpu.is_all_in_state() || self.halted || self.amid || self.injected {
+        if !self.vcpu.is_all_in_state() || self.halted || self.amid || self.injected.is_some() {
             return Ok(None);
         }
         let cpu = self.vcpu.state()?;
@@ -319,7 +319,7 @@ impl<V: Vcpu> Engine for BranchClock<V> {
         self.set_cpu_state(&state.cpu)?;
         self.vcpu.resume()?;
         self.events = state.tick.wrapping_sub(self.branches);
-        (self.amid, self.injected, self.kick_owed) = (false, false, false);
+        (self.amid, self.injected, self.kick_owed) = (false, None, false);
         (self.stands, self.first_of_tick) = (true, true);
         (self.doubtful, self.widened) = (None, None);
         Ok(())

@@ -4,6 +4,7 @@ use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, OpKind, 
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::{CS, CpuState, ES, RCX, RSP, SS, Segment};
 
+use crate::retired::segment;
 use reprise_machine::paging::Paging;
 use reprise_trace::register_bits::{CR0_PE, EFER_LMA};
 
@@ -214,8 +215,14 @@ pub fn segment_of(selector: u16, descriptor: u64) -> Segment {
     Segment { selector, attributes, limit, base }
 }
 
-/// The handler's offset in the gate of `vector`; `None` where there is none.
-pub fn handler_of(ram: &GuestRam, state: &CpuState, vector: u8) -> Option<u64> {
+/// An entry of the IDT, or of the table of vectors in real mode.
+struct Gate {
+    offset: u64,
+    selector: u16,
+    attributes: u8,
+}
+
+fn gate_of(ram: &GuestRam, state: &CpuState, vector: u8) -> Option<Gate> {
     let entry_bytes: u64 = match (state.efer & EFER_LMA != 0, state.cr0 & CR0_PE != 0) {
         (true, _) => 16,
         (false, true) => 8,
@@ -230,10 +237,35 @@ pub fn handler_of(ram: &GuestRam, state: &CpuState, vector: u8) -> Option<u64> {
     if !Paging::from(state).read(ram, state.idtr.base.wrapping_add(offset), bytes) {
         return None;
     }
-    let half = |at: usize| u64::from(u16::from_le_bytes([entry[at], entry[at + 1]]));
+    let half = |at: usize| u16::from_le_bytes([entry[at], entry[at + 1]]);
     let high = u64::from(u32::from_le_bytes([entry[8], entry[9], entry[10], entry[11]]));
-    Some(match entry_bytes {
-        4 => half(0),
-        _ => half(0) | half(6) << 16 | high << 32,
-    })
+    let offset = match entry_bytes {
+        4 => u64::from(half(0)),
+        _ => u64::from(half(0)) | u64::from(half(6)) << 16 | high << 32,
+    };
+    Some(Gate { offset, selector: half(2), attributes: entry[5] })
+}
+
+/// The handler's offset in the gate of `vector`; `None` where there is none.
+pub fn handler_of(ram: &GuestRam, state: &CpuState, vector: u8) -> Option<u64> {
+    gate_of(ram, state, vector).map(|gate| gate.offset)
+}
+
+/// The handler's linear address, whatever code the guest is in now; `None` where no handler is known.
+pub fn handler_address(ram: &GuestRam, state: &CpuState, vector: u8) -> Option<u64> {
+    const TYPE: u8 = 0x1f;
+    const TASK: u8 = 5;
+    const SMALL: [u8; 2] = [6, 7];
+    let gate = gate_of(ram, state, vector)?;
+    if state.efer & EFER_LMA != 0 {
+        return Some(gate.offset);
+    }
+    let base = match (state.cr0 & CR0_PE != 0, gate.attributes & TYPE) {
+        (false, _) => u64::from(gate.selector) << 4,
+        (true, TASK) => return None,
+        (true, _) => segment(ram, state, gate.selector)?.base,
+    };
+    let small = state.cr0 & CR0_PE != 0 && SMALL.contains(&(gate.attributes & TYPE));
+    let offset = if small { gate.offset & 0xffff } else { gate.offset };
+    Some(base.wrapping_add(offset) & 0xffff_ffff)
 }

@@ -1,11 +1,12 @@
 //! The state behind an instruction that somebody else did, and before a fault whose handler never ran.
 
+use iced_x86::{Code, Instruction};
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::{CS, CpuState, RAX, RDX, RSP, SS, Segment};
 
-use crate::guest_code::segment_of;
+use crate::guest_code::{bitness, segment_of, stack_word};
 use reprise_machine::paging::Paging;
-use reprise_trace::register_bits::RFLAGS_RF;
+use reprise_trace::register_bits::{CR0_PE, RFLAGS_NT, RFLAGS_RF, RFLAGS_VM};
 
 /// `state` once an instruction of so many bytes, which changes nothing else, has retired.
 pub(crate) fn retired(state: &CpuState, bytes: usize) -> CpuState {
@@ -51,8 +52,44 @@ pub(crate) fn before_fault(ram: &GuestRam, state: &CpuState) -> Option<CpuState>
     Some(before)
 }
 
+/// `state` once the IRET at its RIP has retired, as far as what executes next depends on it; `None` if that is
+/// not known.
+pub(crate) fn interrupt_returned(
+    ram: &GuestRam,
+    state: &CpuState,
+    instruction: &Instruction,
+) -> Option<CpuState> {
+    let bytes = match instruction.code() {
+        Code::Iretw => 2,
+        Code::Iretd => 4,
+        Code::Iretq => 8,
+        _ => return None,
+    };
+    let word = |index: u64| stack_word(ram, state, index * bytes, bytes as usize);
+    let (rip, code, rflags) = (word(0)?, word(1)? as u16, word(2)?);
+    let mut after = CpuState { rip, rflags, interrupt_shadow: false, ..state.clone() };
+    after.gpr[RSP] = state.gpr[RSP].wrapping_add(3 * bytes);
+    if state.cr0 & CR0_PE == 0 {
+        after.segments[CS].selector = code;
+        after.segments[CS].base = u64::from(code) << 4;
+        return Some(after);
+    }
+    if (state.rflags | rflags) & RFLAGS_VM != 0 || state.rflags & RFLAGS_NT != 0 {
+        return None;
+    }
+    let now = state.segments[CS].selector;
+    if code != now {
+        after.segments[CS] = segment(ram, state, code)?;
+    }
+    if bitness(state) == 64 || code & 3 != now & 3 {
+        after.gpr[RSP] = word(3)?;
+        after.segments[SS] = segment(ram, state, word(4)? as u16)?;
+    }
+    Some(after)
+}
+
 /// What a selector of the GDT or LDT loads.
-fn segment(ram: &GuestRam, state: &CpuState, selector: u16) -> Option<Segment> {
+pub(crate) fn segment(ram: &GuestRam, state: &CpuState, selector: u16) -> Option<Segment> {
     const TABLE: u16 = 4;
     let offset = u64::from(selector & !7);
     let (start, limit) = match selector & TABLE {

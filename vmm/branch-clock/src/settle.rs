@@ -14,13 +14,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use iced_x86::{FlowControl, Instruction, InstructionInfoFactory, OpAccess, Register};
+use iced_x86::{
+    Code, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, Register,
+};
 use reprise_machine::engine::{EngineError, Exit};
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::{CpuState, RCX};
 
 use crate::engine::BranchClock;
-use crate::guest_code::{Successors, decode_at, handler_of, linear_of, repeats, successors};
+use crate::guest_code::{Successors, decode_at, handler_address, linear_of, repeats, successors};
+use crate::retired::interrupt_returned;
 use crate::vcpu::{Vcpu, VcpuExit};
 use reprise_trace::register_bits::RFLAGS_RF;
 
@@ -46,10 +49,14 @@ const ATTEMPTS: u32 = 32;
 const BRANCHES_BETWEEN: u64 = 16;
 /// So often a step may be interrupted before it counts as one that leads nowhere known.
 const MAX_INTERRUPTIONS: u32 = 16;
+/// A step that has led the guest elsewhere than it may lead ends after so many branches: no breakpoint would
+/// end it. More than the shortest period that a counter takes.
+const STEP_BRANCHES: u64 = 48;
 
 /// Exceptions whose handlers have breakpoints as far as there are some left, likeliest first: #PF, #GP,
 /// #NM, #UD.
 const LIKELY_FAULTS: [u8; 4] = [14, 13, 7, 6];
+const DIVIDE_ERROR: u8 = 0;
 
 /// What leading the guest on came to.
 pub(crate) enum Settled {
@@ -69,6 +76,8 @@ pub(crate) enum Stepped {
     /// The instruction has retired, or faulted and its handler is next.
     Done,
     Exits(Exit),
+    /// Somebody kicked before it was done.
+    Kicked,
     /// Where it leads cannot be said, or it does not come there.
     Lost,
 }
@@ -92,8 +101,7 @@ impl<V: Vcpu> BranchClock<V> {
     }
 
     fn settle_near(&mut self) -> Result<Settled, EngineError> {
-        self.vcpu.set_overflow(None)?;
-        let start = self.branches;
+        let mut behind_branch = false;
         let mut round = Round::default();
         let mut places = Places::default();
         for step in 0..=MAX_STEPS {
@@ -101,9 +109,9 @@ impl<V: Vcpu> BranchClock<V> {
             let instruction = self.vcpu.instruction_at(&state);
             let retired = places.successors().contains(&linear_of(&state, state.rip));
             if retired && is_found_by_breakpoint(&state, instruction.as_ref()) {
-                let fresh = self.branches != start || self.parameters.stand == Stand::AtOnce;
+                let fresh = behind_branch || self.parameters.stand == Stand::AtOnce;
                 let single = round.is_single(step, &state);
-                let first_of_tick = self.branches != start;
+                let first_of_tick = behind_branch;
                 if fresh || step >= WATCHED_ENOUGH && single {
                     return Ok(Settled::Stands { first_of_tick });
                 }
@@ -116,8 +124,11 @@ impl<V: Vcpu> BranchClock<V> {
             }
             round.wrote |= instruction.as_ref().is_none_or(writes_memory);
             places = self.places_after(&state, instruction.as_ref());
+            let before = self.branches;
             match self.step(&state, &places)? {
-                Stepped::Done => {}
+                Stepped::Done => behind_branch = self.branches != before,
+                // It is being served; where the guest was interrupted is no place yet.
+                Stepped::Kicked => (places, behind_branch) = (Places::default(), false),
                 Stepped::Exits(exit) => return Ok(Settled::Exits(exit)),
                 Stepped::Lost => break,
             }
@@ -125,42 +136,60 @@ impl<V: Vcpu> BranchClock<V> {
         Ok(Settled::Nowhere)
     }
 
-    /// Executes the next instruction.
+    /// Executes the next instruction, or delivers the interrupt that is queued.
     pub(crate) fn step_on(&mut self) -> Result<Stepped, EngineError> {
         if self.amid {
             self.vcpu.set_breakpoints(&[])?;
+            self.vcpu.set_overflow(Some(STEP_BRANCHES))?;
             return Ok(match self.enter()? {
+                VcpuExit::Interrupted { kicked: true } => Stepped::Kicked,
                 VcpuExit::Interrupted { .. } | VcpuExit::Breakpoint => Stepped::Done,
                 exit => Stepped::Exits(self.hand_over(exit)),
             });
         }
         let state = self.vcpu.state()?;
-        let instruction = self.vcpu.instruction_at(&state);
-        let places = self.places_after(&state, instruction.as_ref());
-        self.step(&state, &places)
+        let places = match self.injected {
+            Some(vector) => Places::of_delivery(self.vcpu.ram(), &state, vector),
+            None => self.places_after(&state, self.vcpu.instruction_at(&state).as_ref()),
+        };
+        let branches = self.branches;
+        let stepped = self.step(&state, &places)?;
+        if self.branches != branches && matches!(stepped, Stepped::Done) {
+            // Not so at the handler of a fault in fetching what the branch led to.
+            let state = self.vcpu.state()?;
+            self.first_of_tick = places.successors().contains(&linear_of(&state, state.rip));
+        }
+        Ok(stepped)
     }
 
     fn places_after(&self, state: &CpuState, instruction: Option<&Instruction>) -> Places {
         Places::after(self.vcpu.ram(), state, instruction, self.vcpu.breakpoints())
     }
 
-    /// Executes the instruction at RIP, which leads to one of `places`.
+    /// Executes the instruction at RIP, or delivers what is queued, which leads to one of `places`.
     fn step(&mut self, before: &CpuState, places: &Places) -> Result<Stepped, EngineError> {
         if places.all.is_empty() {
             return Ok(Stepped::Lost);
         }
         self.vcpu.set_breakpoints(&places.all)?;
-        if !self.injected {
-            self.vcpu.step_off()?;
-        }
+        // What is delivered first would save RFLAGS.RF.
+        let executes = self.injected.is_none();
+        let branches = self.branches;
+        let mut here = before.rip;
         for _ in 0..MAX_INTERRUPTIONS {
-            match self.enter()? {
+            if executes && here == before.rip {
+                self.vcpu.step_off()?;
+            }
+            self.vcpu.set_overflow(Some(STEP_BRANCHES))?;
+            let exit = self.enter()?;
+            let retired = self.branches.wrapping_sub(branches);
+            match exit {
+                // Where it hits later, the guest was elsewhere in between.
+                VcpuExit::Breakpoint if retired > u64::from(places.behind_branch) => break,
                 VcpuExit::Breakpoint => return Ok(Stepped::Done),
-                VcpuExit::Interrupted { .. } => {
-                    if self.vcpu.state()?.rip == before.rip {
-                        self.vcpu.step_off()?;
-                    }
-                }
+                VcpuExit::Interrupted { kicked: true } => return Ok(Stepped::Kicked),
+                VcpuExit::Interrupted { .. } if retired >= STEP_BRANCHES => break,
+                VcpuExit::Interrupted { .. } => here = self.vcpu.state()?.rip,
                 exit => return Ok(Stepped::Exits(self.hand_over(exit))),
             }
         }
@@ -227,6 +256,8 @@ pub(crate) struct Places {
     /// Those where it stands if the instruction retires come first, then the likeliest faults' handlers.
     pub(crate) all: Vec<u64>,
     successors: usize,
+    /// What retires last on the way there is a conditional branch.
+    behind_branch: bool,
 }
 
 impl Places {
@@ -239,26 +270,32 @@ impl Places {
         most: usize,
     ) -> Self {
         let mut places = Self::default();
-        let add = |places: &mut Self, rip| {
-            let linear = linear_of(state, rip);
-            if places.all.len() < most && !places.all.contains(&linear) {
-                places.all.push(linear);
-            }
-        };
         if let Some(instruction) = instruction {
-            match next_of(ram, state, instruction) {
-                Successors::These(next) => next.into_iter().for_each(|rip| add(&mut places, rip)),
-                Successors::None => {}
-                Successors::Any => return places,
-            }
+            let Some(next) = next_of(ram, state, instruction) else { return places };
+            next.addresses.iter().for_each(|address| places.add(*address, most));
+            places.behind_branch = next.behind_branch;
         }
         places.successors = places.all.len();
-        for vector in LIKELY_FAULTS {
-            if let Some(handler) = handler_of(ram, state, vector) {
-                add(&mut places, handler);
+        let divides = |it: &Instruction| matches!(it.mnemonic(), Mnemonic::Div | Mnemonic::Idiv);
+        let first = instruction.is_some_and(divides).then_some(DIVIDE_ERROR);
+        for vector in first.into_iter().chain(LIKELY_FAULTS) {
+            if let Some(handler) = handler_address(ram, state, vector) {
+                places.add(handler, most);
             }
         }
         places
+    }
+
+    /// Where the guest stands when an interrupt has been delivered.
+    fn of_delivery(ram: &GuestRam, state: &CpuState, vector: u8) -> Self {
+        let all = handler_address(ram, state, vector).into_iter().collect();
+        Self { all, ..Self::default() }
+    }
+
+    fn add(&mut self, address: u64, most: usize) {
+        if self.all.len() < most && !self.all.contains(&address) {
+            self.all.push(address);
+        }
     }
 
     fn successors(&self) -> &[u64] {
@@ -266,18 +303,62 @@ impl Places {
     }
 }
 
-/// Where a breakpoint finds the guest once `instruction` has retired.
-fn next_of(ram: &GuestRam, state: &CpuState, instruction: &Instruction) -> Successors {
-    let next = instruction.next_ip();
-    match successors(ram, state, instruction) {
-        Successors::These(_) if repeats(instruction) => Successors::one(next),
-        // No breakpoint hits behind it before another instruction has executed.
-        Successors::These([next, _]) if instruction.op0_register() == Register::SS => {
-            match decode_at(ram, state, next) {
-                Some(behind) => successors(ram, state, &behind),
-                None => Successors::Any,
-            }
-        }
-        known => known,
+/// Where a breakpoint finds the guest, and what retired last before that.
+#[derive(Default)]
+struct Next {
+    /// Linear.
+    addresses: Vec<u64>,
+    behind_branch: bool,
+}
+
+impl Next {
+    fn at(address: u64) -> Self {
+        Self { addresses: vec![address], behind_branch: false }
     }
+}
+
+/// Where a breakpoint finds the guest once `instruction` has retired; `None` if that cannot be said.
+fn next_of(ram: &GuestRam, state: &CpuState, instruction: &Instruction) -> Option<Next> {
+    let next = instruction.next_ip();
+    match instruction.code() {
+        Code::Iretw | Code::Iretd | Code::Iretq => {
+            let after = interrupt_returned(ram, state, instruction)?;
+            return match after.rflags & RFLAGS_RF {
+                0 => Some(Next::at(linear_of(&after, after.rip))),
+                // As every fault's frame has it.
+                _ => behind_unseen(ram, &after),
+            };
+        }
+        Code::Int3 => return Some(handler_next(ram, state, 3)),
+        Code::Int_imm8 => return Some(handler_next(ram, state, instruction.immediate8())),
+        _ if repeats(instruction) => return Some(Next::at(linear_of(state, next))),
+        _ if instruction.op0_register() == Register::SS => {
+            return behind_unseen(ram, &CpuState { rip: next, ..state.clone() });
+        }
+        _ => {}
+    }
+    let addresses = match successors(ram, state, instruction) {
+        Successors::These(all) => all.map(|rip| linear_of(state, rip)).to_vec(),
+        Successors::None => Vec::new(),
+        Successors::Any => return None,
+    };
+    let behind_branch = instruction.flow_control() == FlowControl::ConditionalBranch;
+    Some(Next { addresses, behind_branch })
+}
+
+fn handler_next(ram: &GuestRam, state: &CpuState, vector: u8) -> Next {
+    handler_address(ram, state, vector).map_or_else(Next::default, Next::at)
+}
+
+/// Where a breakpoint finds the guest that comes to `state` where none hits: behind a load of SS, or
+/// with RFLAGS.RF.
+fn behind_unseen(ram: &GuestRam, state: &CpuState) -> Option<Next> {
+    let Some(instruction) = decode_at(ram, state, state.rip) else {
+        return Some(Next::default());
+    };
+    let returns = matches!(instruction.code(), Code::Iretw | Code::Iretd | Code::Iretq);
+    if returns || instruction.op0_register() == Register::SS {
+        return None;
+    }
+    next_of(ram, state, &instruction)
 }

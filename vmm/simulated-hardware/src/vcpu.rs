@@ -31,6 +31,8 @@ pub struct SimulatedVcpu {
     breakpoints: Vec<u64>,
     /// The instruction at this linear address executes, breakpoint or not.
     stepping_off: Option<u64>,
+    /// RFLAGS.RF was set for the instruction at this linear address, as KVM's vCPU is stepped off.
+    resuming: Option<u64>,
     queued_interrupt: Option<u8>,
     /// INT3 that came back is being delivered.
     passing: bool,
@@ -107,6 +109,7 @@ impl SimulatedVcpu {
             engine,
             breakpoints: Vec::with_capacity(MAX_BREAKPOINTS),
             stepping_off: None,
+            resuming: None,
             queued_interrupt: None,
             passing: false,
             window_wanted: false,
@@ -280,6 +283,21 @@ impl SimulatedVcpu {
         (!writes.is_empty()).then_some(VcpuExit::WatchedWrite(writes))
     }
 
+    fn resume_flag_is_ours(&self) -> bool {
+        self.resuming == Some(self.engine.code_address())
+    }
+
+    /// Clears RFLAGS.RF if it is ours still.
+    fn clear_resume_flag(&mut self) -> Result<(), EngineError> {
+        if self.resume_flag_is_ours() && self.engine.resumes() {
+            let state = self.engine.cpu_state()?;
+            let rflags = state.rflags & !RFLAGS_RF;
+            self.engine.retire_instruction(&CpuState { rflags, ..state });
+        }
+        self.resuming = None;
+        Ok(())
+    }
+
     fn hits_breakpoint(&self) -> bool {
         let engine = &self.engine;
         if self.breakpoints.is_empty() || engine.loaded_stack_segment() || engine.resumes() {
@@ -349,9 +367,16 @@ impl Vcpu for SimulatedVcpu {
             let ns = self.random.below(1 << 40);
             self.engine.set_time_base(TimeBase { tick: before, ns, ns_per_tick: 1 });
         }
-        let exit = self.run();
+        let exit = self.run()?;
         self.publish(self.engine.tick() - before);
-        exit
+        if !matches!(exit, VcpuExit::Interrupted { .. }) {
+            self.clear_resume_flag()?;
+            if let Overflow::Late { .. } = self.overflow {
+                // Its signal comes where the guest does not run, and interrupts nothing.
+                self.overflow = Overflow::Never;
+            }
+        }
+        Ok(exit)
     }
 
     fn finish_access(&mut self, value: u128) -> Result<bool, EngineError> {
@@ -374,6 +399,7 @@ impl Vcpu for SimulatedVcpu {
 
     fn set_breakpoints(&mut self, addresses: &[u64]) -> Result<(), EngineError> {
         assert!(addresses.len() <= MAX_BREAKPOINTS, "a CPU has four breakpoints");
+        self.clear_resume_flag()?;
         self.breakpoints.clear();
         self.breakpoints.extend_from_slice(addresses);
         self.stepping_off = None;
@@ -381,23 +407,28 @@ impl Vcpu for SimulatedVcpu {
     }
 
     fn step_off(&mut self) -> Result<(), EngineError> {
-        if self.passing || self.queued_interrupt.is_some() {
-            // KVM does it with RFLAGS.RF, which what is delivered next saves.
-            let state = self.engine.cpu_state()?;
+        let here = self.engine.code_address();
+        self.stepping_off = Some(here);
+        let state = self.engine.cpu_state()?;
+        // In a shadow no breakpoint hits, and the engine's would end with this.
+        if !state.interrupt_shadow && state.rflags & RFLAGS_RF == 0 {
+            self.resuming = Some(here);
             let rflags = state.rflags | RFLAGS_RF;
             self.engine.retire_instruction(&CpuState { rflags, ..state });
         }
-        self.stepping_off = Some(self.engine.code_address());
         Ok(())
     }
 
     fn state(&mut self) -> Result<CpuState, EngineError> {
-        Ok(CpuState { tsc_offset: self.tsc_offset, ..self.engine.cpu_state()? })
+        let state = self.engine.cpu_state()?;
+        let hidden = if self.resume_flag_is_ours() { RFLAGS_RF } else { 0 };
+        let rflags = state.rflags & !hidden;
+        Ok(CpuState { tsc_offset: self.tsc_offset, rflags, ..state })
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
         self.tsc_offset = state.tsc_offset;
-        (self.queued_interrupt, self.passing) = (None, false);
+        (self.queued_interrupt, self.passing, self.resuming) = (None, false, None);
         self.engine.set_cpu_state(state)
     }
 
@@ -430,7 +461,7 @@ impl Vcpu for SimulatedVcpu {
     }
 
     fn retire_instruction(&mut self, after: &CpuState) -> Result<(), EngineError> {
-        self.stepping_off = None;
+        (self.stepping_off, self.resuming) = (None, None);
         self.engine.retire_instruction(after);
         Ok(())
     }

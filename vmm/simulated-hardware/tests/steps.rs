@@ -1,0 +1,314 @@
+//! Steps of the branch clock that lead where no breakpoint is: a guest of a few instructions is kicked
+//! once, nothing else strikes, and it is to be caught soon all the same.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use reprise_branch_clock::engine::{BranchClock, Parameters};
+use reprise_branch_clock::vcpu::{Vcpu, VcpuExit};
+use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
+use reprise_machine::inputs::Stamp;
+use reprise_machine::paging::write_ram;
+use reprise_machine::ram::GuestRam;
+use reprise_simulated_hardware::{Disturbance, SimulatedVcpu};
+use reprise_trace::cpu_state::{CS, CpuState, DescriptorTable, RCX, RSP, Segment};
+use reprise_trace::register_bits::RFLAGS_RF;
+
+const PML4: u64 = 0x1000;
+const PDPT: u64 = 0x2000;
+const PAGE_DIRECTORY: u64 = 0x3000;
+const GDT: u64 = 0x4000;
+const IDT: u64 = 0x5000;
+const TSS: u64 = 0x6000;
+/// Guest-physical; the kernel executes it at [`HIGH`] more.
+const CODE: u64 = 0x1_0000;
+const UNDEFINED_HANDLER: u64 = CODE + 0x400;
+const STACK_FAULT_HANDLER: u64 = CODE + 0x500;
+const CALL_HANDLER: u64 = CODE + 0x600;
+const INTERRUPT_HANDLER: u64 = CODE + 0x700;
+const STACK_TOP: u64 = 0x2_0000;
+/// In user mode, 32-bit code.
+const USER_CODE: u64 = 0x4_0000;
+const HIGH: u64 = 0xffff_ffff_8000_0000;
+
+const UNDEFINED: u64 = 6;
+const STACK_FAULT: u64 = 12;
+const INTERRUPT: u8 = 0x40;
+const CALL: u64 = 0x80;
+
+const HLT: u8 = 0xf4;
+const NOP: u8 = 0x90;
+const UD2: [u8; 2] = [0x0f, 0x0b];
+const IRETQ: [u8; 2] = [0x48, 0xcf];
+/// Branches that an entry with breakpoints may let pass, the counter being exact.
+const SOON: u64 = 256;
+
+/// mov ecx, ROUNDS; here: dec ecx; jnz here
+fn looping(rounds: u32) -> Vec<u8> {
+    let mut code = vec![0xb9];
+    code.extend(rounds.to_le_bytes());
+    code.extend([0xff, 0xc9, 0x75, 0xfc]);
+    code
+}
+
+/// A kernel in high memory that begins with `code`; what its handlers do.
+fn guest(code: &[u8], handlers: &[(u64, u64, &[u8])]) -> (GuestRam, CpuState) {
+    let ram = GuestRam::new(4).expect("4 MiB");
+    let put = |address, words: &[u64]| {
+        for (at, word) in (address..).step_by(8).zip(words) {
+            write_ram(&ram, at, &word.to_le_bytes());
+        }
+    };
+    put(PML4, &[PDPT | 7]);
+    put(PML4 + 8 * 511, &[PDPT | 7]);
+    put(PDPT, &[PAGE_DIRECTORY | 7]);
+    put(PDPT + 8 * 510, &[PAGE_DIRECTORY | 7]);
+    put(PAGE_DIRECTORY, &[0x87, 0x20_0087]);
+    let entries: [u64; 7] = [
+        0,
+        0x00af_9b00_0000_ffff,
+        0x00cf_9300_0000_ffff,
+        0x00cf_f300_0000_ffff,
+        0x00cf_fb00_0000_ffff,
+        0x0000_8b00_6000_0067,
+        0,
+    ];
+    put(GDT, &entries);
+    put(TSS + 4, &[STACK_TOP]);
+    for (vector, handler, instructions) in handlers {
+        let offset = HIGH + handler;
+        let low = offset & 0xffff | 8 << 16 | 0xee00 << 32 | (offset >> 16 & 0xffff) << 48;
+        put(IDT + 16 * vector, &[low, offset >> 32]);
+        write_ram(&ram, *handler, instructions);
+    }
+    write_ram(&ram, CODE, code);
+    let segment = |selector, attributes| Segment { selector, attributes, limit: u32::MAX, base: 0 };
+    let mut state = CpuState {
+        rip: HIGH + CODE,
+        segments: [segment(0x10, 0xc093); 6],
+        tr: Segment { selector: 0x28, attributes: 0x8b, limit: 0x67, base: TSS },
+        ldtr: Segment { selector: 0, attributes: 0x82, limit: 0, base: 0 },
+        gdtr: DescriptorTable { base: GDT, limit: 8 * entries.len() as u16 - 1 },
+        idtr: DescriptorTable { base: IDT, limit: 0xfff },
+        cr0: 0x8001_0033,
+        cr3: PML4,
+        cr4: 0x620,
+        efer: 0xd01,
+        ..CpuState::default()
+    };
+    state.segments[CS] = segment(8, 0xa09b);
+    state.gpr[RSP] = STACK_TOP;
+    (ram, state)
+}
+
+/// Kicked once, and no step of it may run on.
+struct KickedOnce {
+    vcpu: SimulatedVcpu,
+    /// Branches to the kick.
+    kick_after: Option<u64>,
+    steps: bool,
+}
+
+impl Vcpu for KickedOnce {
+    fn enter(&mut self) -> Result<VcpuExit, EngineError> {
+        let kick_after = self.kick_after.take();
+        if let Some(branches) = kick_after {
+            self.vcpu.set_overflow(Some(branches))?;
+        }
+        let before = self.vcpu.conditional_branches()?;
+        let exit = self.vcpu.enter()?;
+        let passed = self.vcpu.conditional_branches()? - before;
+        assert!(!self.steps || passed <= SOON, "a step passed {passed} branches: {exit:?}");
+        Ok(match exit {
+            VcpuExit::Interrupted { .. } => VcpuExit::Interrupted { kicked: kick_after.is_some() },
+            exit => exit,
+        })
+    }
+
+    fn set_breakpoints(&mut self, addresses: &[u64]) -> Result<(), EngineError> {
+        self.steps = !addresses.is_empty();
+        self.vcpu.set_breakpoints(addresses)
+    }
+
+    fn finish_access(&mut self, value: u128) -> Result<bool, EngineError> {
+        self.vcpu.finish_access(value)
+    }
+
+    fn conditional_branches(&mut self) -> Result<u64, EngineError> {
+        self.vcpu.conditional_branches()
+    }
+
+    fn set_overflow(&mut self, branches: Option<u64>) -> Result<(), EngineError> {
+        self.vcpu.set_overflow(branches)
+    }
+
+    fn step_off(&mut self) -> Result<(), EngineError> {
+        self.vcpu.step_off()
+    }
+
+    fn state(&mut self) -> Result<CpuState, EngineError> {
+        self.vcpu.state()
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
+        self.vcpu.set_state(state)
+    }
+
+    fn interruptible(&mut self) -> Result<bool, EngineError> {
+        self.vcpu.interruptible()
+    }
+
+    fn set_window_request(&mut self, wanted: bool) {
+        self.vcpu.set_window_request(wanted);
+    }
+
+    fn inject(&mut self, vector: u8) -> Result<(), EngineError> {
+        self.vcpu.inject(vector)
+    }
+
+    fn catch_breakpoint_instructions(&mut self, catch: bool) -> Result<(), EngineError> {
+        self.vcpu.catch_breakpoint_instructions(catch)
+    }
+
+    fn pass_breakpoint_instruction(&mut self) -> Result<(), EngineError> {
+        self.vcpu.pass_breakpoint_instruction()
+    }
+
+    fn watch_writes(&mut self, physical: Range<u64>, watch: bool) -> Result<(), EngineError> {
+        self.vcpu.watch_writes(physical, watch)
+    }
+
+    fn retire_instruction(&mut self, after: &CpuState) -> Result<(), EngineError> {
+        self.vcpu.retire_instruction(after)
+    }
+
+    fn write_ram(&mut self, address: u64, bytes: &[u8]) {
+        self.vcpu.write_ram(address, bytes);
+    }
+
+    fn ram(&self) -> &GuestRam {
+        self.vcpu.ram()
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        self.vcpu.kicker()
+    }
+}
+
+fn clock(
+    guest: (GuestRam, CpuState),
+    skid: u64,
+    kick_after: Option<u64>,
+) -> BranchClock<KickedOnce> {
+    let (ram, state) = guest;
+    let vcpu = SimulatedVcpu::new(ram, Disturbance::none()).expect("the host has memory");
+    let vcpu = KickedOnce { vcpu, kick_after, steps: false };
+    let mut clock = BranchClock::new(vcpu, Parameters::with_skid(skid)).expect("it counts");
+    clock.set_cpu_state(&state).expect("a first state");
+    clock
+}
+
+fn run(clock: &mut BranchClock<KickedOnce>, until: u64) -> Exit {
+    clock.run(until).expect("it runs")
+}
+
+/// `first` branches, at whose last the kick comes, then `between`, and a long loop.
+fn kicked_before(between: &[u8], handlers: &[(u64, u64, &[u8])]) -> BranchClock<KickedOnce> {
+    const FIRST: u32 = 150;
+    let code = [&looping(FIRST), between, &looping(1_000_000), &[HLT]].concat();
+    let mut clock = clock(guest(&code, handlers), 100, Some(FIRST.into()));
+    assert_eq!(run(&mut clock, u64::MAX), Exit::Kicked, "{:x?}", clock.moment());
+    assert!(clock.stands_exactly());
+    clock
+}
+
+/// add qword [rsp], 2; iretq
+const OVER_TWO_BYTES: [u8; 7] = [0x48, 0x83, 0x04, 0x24, 2, IRETQ[0], IRETQ[1]];
+
+#[test]
+fn a_handler_that_returns_with_the_resume_flag_is_followed() {
+    let between = [&UD2[..], &[NOP]].concat();
+    let handlers = [(UNDEFINED, UNDEFINED_HANDLER, &OVER_TWO_BYTES[..])];
+    let mut clock = kicked_before(&between, &handlers);
+    let moment = clock.moment().expect("a moment");
+    assert_eq!((moment.tick, moment.rcx), (151, 999_999), "the first branch behind it");
+    assert!(clock.save().expect("a state").is_some(), "it is the first place of its tick");
+}
+
+#[test]
+fn a_fault_for_which_there_is_no_breakpoint_is_caught_soon() {
+    // movabs rbp, 1 << 62; mov rax, [rbp]: #SS
+    let between = [0x48, 0xbd, 0, 0, 0, 0, 0, 0, 0, 0x40, 0x48, 0x8b, 0x45, 0];
+    let handler = [looping(1_000_000), vec![HLT]].concat();
+    let mut clock = kicked_before(&between, &[(STACK_FAULT, STACK_FAULT_HANDLER, &handler)]);
+    let moment = clock.moment().expect("a moment");
+    assert!(moment.tick < 150 + 2 * SOON, "{moment:x?}");
+}
+
+#[test]
+fn a_fault_is_not_taken_for_what_follows_in_silence() {
+    // Its handler, of a hundred branches, goes back behind it: the breakpoint there hits, too late.
+    let between = [0x48, 0xbd, 0, 0, 0, 0, 0, 0, 0, 0x40, 0x48, 0x8b, 0x45, 0];
+    // push rcx; 20 rounds; pop rcx; add rsp, 8; add qword [rsp], 4; iretq
+    let mut handler = [&[0x51][..], &looping(20), &[0x59, 0x48, 0x83, 0xc4, 8]].concat();
+    handler.extend([0x48, 0x83, 0x04, 0x24, 4, IRETQ[0], IRETQ[1]]);
+    let mut clock = kicked_before(&between, &[(STACK_FAULT, STACK_FAULT_HANDLER, &handler)]);
+    let moment = clock.moment().expect("a moment");
+    let first = clock.save().expect("a state").is_some();
+    // Right behind a branch of the last loop it is, and nowhere else.
+    let in_loop = 1_000_000 - moment.rcx;
+    assert_eq!(moment.tick, 150 + 20 + in_loop, "{moment:x?}");
+    assert_eq!(first, in_loop > 0, "{moment:x?}");
+}
+
+#[test]
+fn a_step_with_an_interrupt_queued_goes_to_its_handler() {
+    let handler = [&[0x51][..], &looping(40), &[0x59], &IRETQ].concat();
+    let code = [&[0xfb, NOP][..], &looping(1_000_000)].concat();
+    let handlers = [(INTERRUPT.into(), INTERRUPT_HANDLER, &handler[..])];
+    let mut clock = clock(guest(&code, &handlers), 100, Some(10));
+    assert_eq!(run(&mut clock, u64::MAX), Exit::Kicked);
+    clock.inject(INTERRUPT).expect("it is taken");
+    let until = clock.tick() + 5;
+    assert_eq!(run(&mut clock, until), Exit::TickReached);
+    let state = clock.cpu_state().expect("a state");
+    assert_eq!((clock.tick(), state.gpr[RCX]), (until, 35), "amid the handler");
+    let mut rflags = [0; 8];
+    // RCX, RIP and CS lie before it.
+    clock.vcpu().ram().read(state.gpr[RSP] + 24, &mut rflags);
+    assert_eq!(u64::from_le_bytes(rflags) & RFLAGS_RF, 0, "nobody sees that it was stepped");
+}
+
+/// A 64-bit kernel with a 32-bit process that makes a system call after so many branches.
+fn with_compatible_user() -> (GuestRam, CpuState) {
+    // push data; push stack; push RFLAGS; push code; push RIP; iretq
+    let mut code = vec![0x6a, 0x1b, 0x68, 0, 0, 5, 0, 0x6a, 2, 0x6a, 0x23, 0x68, 0, 0, 4, 0];
+    code.extend(IRETQ);
+    let handler = [looping(1_000), vec![HLT]].concat();
+    let guest = guest(&code, &[(CALL, CALL_HANDLER, &handler)]);
+    write_ram(&guest.0, USER_CODE, &[looping(200), vec![0xcd, 0x80]].concat());
+    guest
+}
+
+#[test]
+fn a_moment_in_the_kernel_is_found_from_a_32_bit_process() {
+    const TICK: u64 = 221;
+    let mut near = clock(with_compatible_user(), 1, None);
+    assert_eq!(run(&mut near, TICK), Exit::TickReached);
+    let state = near.cpu_state().expect("a state");
+    assert_eq!((near.tick(), state.gpr[RCX]), (TICK, 979));
+    let moment = near.moment().expect("a moment");
+    let stamp = Stamp { moment, cpu_digest: state.short_digest() };
+    let mut far = clock(with_compatible_user(), 100, None);
+    assert_eq!(far.run_to(&stamp).expect("it runs"), Exit::TickReached);
+    assert_eq!(far.moment().expect("a moment"), stamp.moment);
+    assert_eq!(far.cpu_state().expect("a state"), state);
+}
+
+#[test]
+fn a_32_bit_process_is_stepped_into_the_kernel() {
+    let mut clock = clock(with_compatible_user(), 100, None);
+    assert_eq!(run(&mut clock, 221), Exit::TickReached);
+    let state = clock.cpu_state().expect("a state");
+    assert_eq!((clock.tick(), state.gpr[RCX]), (221, 979));
+}
