@@ -22,8 +22,11 @@ use crate::seek_index::{IndexEntry, SeekIndex};
 use crate::stretches::Course;
 use crate::varint::put;
 
-/// The format that this crate writes.
-pub const FORMAT_VERSION: u32 = 2;
+/// The newest format that this crate reads, and writes where a recording is one that older readers would
+/// misread: one that was rewritten and has marks before each RDTSC.
+pub const FORMAT_VERSION: u32 = 3;
+/// The format that it writes else.
+pub const USUAL_FORMAT_VERSION: u32 = 2;
 /// The oldest format that it reads. Version 2 has more kinds of records, and nothing else new.
 pub const OLDEST_FORMAT_VERSION: u32 = 1;
 
@@ -142,7 +145,7 @@ impl<W: Write> RecordingWriter<W> {
         if header_bytes.len() > MAX_FRAME_BYTES as usize {
             return Err(RecordingError::Header(HeaderError::TooLarge));
         }
-        let preamble = preamble(FORMAT_VERSION);
+        let preamble = preamble(version_of(header));
         out.write_all(&preamble).map_err(LogError::Write)?;
         let encoder = FrameEncoder::new(Chain::start(&preamble)).map_err(LogError::Write)?;
         let mut writer = Self {
@@ -280,6 +283,10 @@ impl<W: Write> FrameSink for RecordingWriter<W> {
 
 fn out_of_place(what: &'static str) -> RecordingError {
     RecordingError::Log(LogError::OutOfPlace(what))
+}
+
+fn version_of(header: &Header) -> u32 {
+    if header.marks_time_stamps() { FORMAT_VERSION } else { USUAL_FORMAT_VERSION }
 }
 
 fn preamble(version: u32) -> [u8; PREAMBLE_BYTES] {

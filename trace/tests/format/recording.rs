@@ -9,7 +9,7 @@ use reprise_trace::event::{Event, MarkDigest, Record};
 use reprise_trace::log::{LogError, LogWriter};
 use reprise_trace::moment::Moment;
 use reprise_trace::recording::{
-    FORMAT_VERSION, HeaderError, RecordingError, RecordingWriter, SeekIndexState,
+    HeaderError, RecordingError, RecordingWriter, SeekIndexState, USUAL_FORMAT_VERSION,
 };
 
 use crate::sample::{Sample, header, open, random_bytes, random_records, read_log};
@@ -60,7 +60,7 @@ fn the_summary_counts_what_the_writer_wrote() {
     let summary = recording.summary();
     assert!(summary.complete && summary.damage.is_none());
     assert_eq!(summary.seek_index, SeekIndexState::Intact);
-    assert_eq!(summary.format_version, FORMAT_VERSION);
+    assert_eq!(summary.format_version, USUAL_FORMAT_VERSION);
     assert_eq!(summary.log_frames, 15);
     // The header's, two pieces of the first image and one of the third, the log's, the end's.
     assert_eq!(summary.whole_frames, 1 + 2 + 1 + 15 + 1);
