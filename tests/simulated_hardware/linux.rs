@@ -11,13 +11,14 @@ use std::path::Path;
 use std::time::Instant;
 
 use reprise::boot::GuestSource;
-use reprise_guest_images::{LinuxImage, WORKLOAD_W};
+use reprise_guest_images::{LinuxImage, WORKLOAD_SMALL, WORKLOAD_W};
 use reprise_replay::Start;
 use reprise_simulated_hardware::{Disturbance, Skid};
 use reprise_tests::linux_image::linux_image;
 
 use crate::case::{Case, Clocked, Hardware, Recorded, assert_equal};
 use crate::kept::Kept;
+use crate::rewritten::Pair;
 use crate::time_stamps::Trapping;
 use crate::world::LONGEST_PAUSE_NS;
 
@@ -70,7 +71,11 @@ pub(crate) fn case(image: &LinuxImage) -> Case<'_> {
 }
 
 fn seeds() -> Range<u64> {
-    let Ok(asked) = std::env::var("REPRISE_LINUX_SEEDS") else { return SEEDS };
+    seeds_or(SEEDS)
+}
+
+fn seeds_or(usual: Range<u64>) -> Range<u64> {
+    let Ok(asked) = std::env::var("REPRISE_LINUX_SEEDS") else { return usual };
     let (from, to) = asked.split_once("..").expect("it is a range");
     from.parse().expect("it is a number")..to.parse().expect("it is a number")
 }
@@ -78,8 +83,12 @@ fn seeds() -> Range<u64> {
 fn expect_workload(recorded: &Recorded, started: Instant) {
     let (ticks, counts) = (recorded.outcome.ticks, recorded.counts);
     eprintln!("recorded {ticks} ticks in {:.1?}: {counts:?}", started.elapsed());
-    for line in ["unpacked", "counted 100000", "forked 60"] {
-        assert!(recorded.console.contains(line), "no {line:?} in {}", recorded.console);
+    expect_lines(&recorded.console, &["unpacked", "counted 100000", "forked 60"]);
+}
+
+fn expect_lines(console: &str, lines: &[&str]) {
+    for line in lines {
+        assert!(console.contains(line), "no {line:?} in {console}");
     }
 }
 
@@ -128,24 +137,46 @@ fn replays_with_time_stamps(nokaslr: bool, stops_ns: Option<u64>, expected: &str
     case.replays_trapping(&recorded, &trapping, [running(intel(2))]);
 }
 
-/// Recorded on the software CPU, whose virtual time Linux reads as its time-stamp counter.
+/// Recorded on the software CPU, whose virtual time Linux reads as its time-stamp counter, rewritten, and
+/// replayed by branches on hardware whose counter shows something else. Nothing is trapped: marks say where each
+/// RDTSC is.
+fn replays_of_software(case: &Case<'_>, hardware: impl IntoIterator<Item = Hardware>) -> Pair {
+    let started = Instant::now();
+    let pair = case.try_rewrite(1, KICK_EVERY).unwrap_or_else(|error| panic!("{error}"));
+    pair.tell("Linux");
+    eprintln!("rewritten after {:.1?}", started.elapsed());
+    assert!(!pair.result.end_is_open);
+    for hardware in hardware {
+        let times_back = pair.replay(&running(hardware));
+        let seed = hardware.disturbance.seed;
+        let after = started.elapsed();
+        eprintln!("seed {seed}: replayed after {after:.1?}, {times_back} times back");
+    }
+    pair.replay_on_software();
+    eprintln!("replayed on the software CPU after {:.1?}", started.elapsed());
+    pair
+}
+
 #[test]
 fn linux_starts_on_the_software_cpu_and_replays_by_branches() {
     let Some(image) = image() else { return };
-    let command_line = format!("{} nokaslr", image.command_line);
-    let plain = case(&image);
-    let source = GuestSource { cmdline: &command_line, ..plain.source };
-    // Soon after, the kernel reads the time-stamp counter at places that it patches later, and that have no
-    // breakpoints before.
-    let case = Case { source, stops_ns: Some(WINDOW_NS * 3 / 5), ..plain };
-    let pair = case.try_rewrite(1, KICK_EVERY).unwrap_or_else(|error| panic!("{error}"));
-    pair.tell("Linux");
-    assert!(pair.result.counts.time_stamps > 0, "{:?}", pair.result.counts);
-    pair.replay_on_software();
-    for hardware in [intel(2), intel(3), zen(4)] {
-        let disturbance = Disturbance { time_stamp_runs: true, ..hardware.disturbance };
-        pair.replay_trapping(&Hardware { disturbance, ..hardware }, case.source.kernel);
-    }
+    // It calibrates its counter and applies its alternatives.
+    let case = Case { stops_ns: Some(WINDOW_NS), ..case(&image) };
+    let pair = replays_of_software(&case, [intel(2), zen(3)]);
+    let counts = pair.result.counts;
+    assert!(counts.time_stamps > 5_000, "{counts:?}");
+    assert!(pair.console.contains("PCI:"), "{}", pair.console);
+}
+
+#[test]
+#[ignore = "takes minutes; REPRISE_LINUX_SEEDS=2..3 for fewer. Known to fail: some accessed bits of the replay on \
+            the software CPU are not those of the recording, every digest that leaves them out is equal"]
+fn linux_works_on_the_software_cpu_and_replays_by_branches() {
+    let Some(image) = image() else { return };
+    let case = Case { typed: WORKLOAD_SMALL, ..case(&image) };
+    let hardware = seeds_or(2..4).flat_map(|seed| [intel(seed), zen(seed)]);
+    let pair = replays_of_software(&case, hardware);
+    expect_lines(&pair.console, &["unpacked", "counted 2000", "forked 3"]);
 }
 
 #[test]

@@ -181,16 +181,25 @@ impl Precaution {
     pub const KERNEL_TIME_STAMPS: &str = "RDTSC, kernel code";
     /// [`Precaution::what`] of a recording by conditional branches whose CPUID has a time-stamp counter.
     pub const SHOWN_TIME_STAMP_COUNTER: &str = "CPUID, time-stamp counter";
+    /// [`Precaution::what`] of one that has a mark before each RDTSC of any code.
+    pub const MARKED_TIME_STAMPS: &str = "RDTSC, marked";
 }
 
 impl Header {
     /// Whether RDTSC was trapped in the guest's kernel and answered from the log, or from what follows from
     /// it.
     pub fn logs_time_stamps(&self) -> bool {
-        let closed = |precaution: &Precaution| {
-            precaution.what == Precaution::KERNEL_TIME_STAMPS
-                && precaution.treatment == Treatment::Closed
-        };
+        self.closes(Precaution::KERNEL_TIME_STAMPS)
+    }
+
+    /// Whether each RDTSC has a mark where it is about to execute, by which hardware finds it, and leaves
+    /// nothing behind but what it reads.
+    pub fn marks_time_stamps(&self) -> bool {
+        self.closes(Precaution::MARKED_TIME_STAMPS)
+    }
+
+    fn closes(&self, what: &str) -> bool {
+        let closed = |it: &Precaution| it.what == what && it.treatment == Treatment::Closed;
         self.precautions.iter().any(closed)
     }
 

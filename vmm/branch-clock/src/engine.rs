@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use iced_x86::Mnemonic;
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
 use reprise_machine::inputs::Stamp;
@@ -10,6 +11,8 @@ use reprise_trace::checkpoint::{EngineState, HiddenState};
 use reprise_trace::cpu_state::{CpuState, RCX};
 use reprise_trace::moment::{Moment, TickKind};
 
+use crate::guest_code::refuses_time_stamps;
+use crate::retired::time_stamp_retired;
 use crate::settle::{Settled, Stand};
 use crate::time_stamp_trap::TimeStampTrap;
 use crate::vcpu::{Vcpu, VcpuExit};
@@ -45,6 +48,8 @@ pub struct Counts {
     pub passed_over: u64,
     /// Times that the guest was stopped behind the moment.
     pub overshot: u64,
+    /// RDTSC that were executed in the guest's place, because the log said where.
+    pub time_stamps: u64,
 }
 
 /// An engine that counts conditional branches.
@@ -61,6 +66,8 @@ pub struct BranchClock<V> {
     pub(crate) amid: bool,
     /// The vector of the interrupt that is queued in the vCPU.
     pub(crate) injected: Option<u8>,
+    /// The state before an RDTSC that waits for its answer.
+    asking: Option<Box<CpuState>>,
     /// The guest stands where another run finds it again.
     pub(crate) stands: bool,
     /// The guest stands at the first place of its tick.
@@ -90,6 +97,7 @@ impl<V: Vcpu> BranchClock<V> {
             halted: false,
             amid: false,
             injected: None,
+            asking: None,
             stands: true,
             first_of_tick: true,
             doubtful: None,
@@ -246,8 +254,30 @@ impl<V: Vcpu> Engine for BranchClock<V> {
         self.stands
     }
 
+    fn ask_for_time_stamp(&mut self) -> Result<bool, EngineError> {
+        if self.vcpu.traps_time_stamps() || self.halted || self.amid || self.injected.is_some() {
+            return Ok(false);
+        }
+        let state = self.vcpu.state()?;
+        let instruction = self.vcpu.instruction_at(&state);
+        let reads = instruction.is_some_and(|it| it.mnemonic() == Mnemonic::Rdtsc);
+        if !reads || refuses_time_stamps(&state) {
+            return Ok(false);
+        }
+        self.asking = Some(Box::new(state));
+        self.amid = true;
+        Ok(true)
+    }
+
     fn finish_access(&mut self, value: u128) -> Result<(), EngineError> {
-        self.amid = !self.vcpu.finish_access(value)?;
+        self.amid = match self.asking.take() {
+            None => !self.vcpu.finish_access(value)?,
+            Some(before) => {
+                self.vcpu.retire_instruction(&time_stamp_retired(&before, value as u64))?;
+                self.counts.time_stamps += 1;
+                false
+            }
+        };
         if !self.amid {
             self.count_event();
             self.first_of_tick = true;
@@ -321,7 +351,7 @@ impl<V: Vcpu> Engine for BranchClock<V> {
         self.events = state.tick.wrapping_sub(self.branches);
         (self.amid, self.injected, self.kick_owed) = (false, None, false);
         (self.stands, self.first_of_tick) = (true, true);
-        (self.doubtful, self.widened) = (None, None);
+        (self.doubtful, self.widened, self.asking) = (None, None, None);
         Ok(())
     }
 

@@ -6,7 +6,7 @@ use reprise_trace::cpu_state::{CS, CpuState, ES, RCX, RSP, SS, Segment};
 
 use crate::retired::segment;
 use reprise_machine::paging::Paging;
-use reprise_trace::register_bits::{CR0_PE, EFER_LMA};
+use reprise_trace::register_bits::{CR0_PE, CR4_TSD, EFER_LMA};
 
 /// The longest instruction, in bytes.
 pub const MAX_BYTES: usize = 15;
@@ -46,6 +46,13 @@ pub fn bitness(state: &CpuState) -> u32 {
         (false, true) => 32,
         (false, false) => 16,
     }
+}
+
+/// Whether RDTSC faults in this state.
+pub fn refuses_time_stamps(state: &CpuState) -> bool {
+    const USER: u16 = 3;
+    // Of the stack's selector, the privilege is the CPU's.
+    state.cr4 & CR4_TSD != 0 && state.cr0 & CR0_PE != 0 && state.segments[SS].selector & USER != 0
 }
 
 /// The linear address of offset `rip` of the code segment.

@@ -408,6 +408,10 @@ impl<V: Vcpu> Vcpu for TimeStampTrap<V> {
         self.vcpu.retire_instruction(after)
     }
 
+    fn traps_time_stamps(&self) -> bool {
+        true
+    }
+
     /// What the kernel's tables did not foresee is not found again.
     fn is_all_in_state(&self) -> bool {
         self.counts.unforeseen == 0

@@ -168,6 +168,11 @@ pub trait Vcpu {
         self.ram().visit(visit);
     }
 
+    /// Whether RDTSC comes back by itself.
+    fn traps_time_stamps(&self) -> bool {
+        false
+    }
+
     /// Whether the CPU state and guest RAM are all that another vCPU has to know to go on from here.
     fn is_all_in_state(&self) -> bool {
         true

@@ -15,7 +15,7 @@ pub struct Effects {
 
 impl Effects {
     /// The guest wrote these bytes to its console.
-    pub(crate) fn console_output(&mut self, mut bytes: &[u8]) {
+    pub fn console_output(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             // Only once more follows: the last chunk of all is hashed otherwise.
             if self.console.tail.len() == CHUNK_LEN {

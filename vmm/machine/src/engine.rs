@@ -175,6 +175,16 @@ pub trait Engine {
         self.tick_kind() != TickKind::Exit
     }
 
+    /// The machine has what RDTSC is to be answered here: an engine whose guest would execute it without
+    /// asking hands it over, as if [`Engine::run`] had come back with [`Access::TimeStamp`], and gives true.
+    /// Gives false if the guest stands elsewhere, or asks by itself; then nothing has changed.
+    ///
+    /// # Errors
+    /// If the host fails.
+    fn ask_for_time_stamp(&mut self) -> Result<bool, EngineError> {
+        Ok(false)
+    }
+
     /// Answers the access that [`Engine::run`] came back with: the instruction is then retired and
     /// counted (a REP INS/OUTS or a store that straddles pages may give several accesses before it
     /// is). `value` holds what was read, little-endian.

@@ -415,6 +415,9 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
     /// again.
     fn execute(&mut self, target: Target) -> Result<bool, Stop> {
         let tick = self.engine.tick();
+        if self.inputs.answers_time_stamp(tick) && self.engine.ask_for_time_stamp()? {
+            return self.answer(Access::TimeStamp);
+        }
         let Limit { tick: until, exact } = self.run_limit(tick, target)?;
         let place = match self.engine.tick_kind() {
             TickKind::ConditionalBranch => {

@@ -156,6 +156,10 @@ impl Engine for Relay {
         self.active.stands_exactly()
     }
 
+    fn ask_for_time_stamp(&mut self) -> Result<bool, EngineError> {
+        self.active.ask_for_time_stamp()
+    }
+
     fn finish_access(&mut self, value: u128) -> Result<(), EngineError> {
         self.active.finish_access(value)
     }

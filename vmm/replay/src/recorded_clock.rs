@@ -146,6 +146,7 @@ impl RecordedClock {
         }
         software.set_time_stamps(match header.tick_kind {
             _ if !header.logs_time_stamps() => TimeStamps::Computed,
+            TickKind::ConditionalBranch if header.marks_time_stamps() => TimeStamps::Asked,
             TickKind::ConditionalBranch => TimeStamps::AskedThroughFault,
             TickKind::Exit => TimeStamps::Asked,
             TickKind::Instruction => TimeStamps::Computed,

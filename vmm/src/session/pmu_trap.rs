@@ -64,6 +64,9 @@ impl PmuTrap {
         if !header.logs_time_stamps() {
             return Ok(Self::Off("its recording has no time stamps".to_owned()));
         }
+        if header.marks_time_stamps() {
+            return Ok(Self::Off("its recording says where each is".to_owned()));
+        }
         match Self::of_kernel(host, kernel, &header.guest.command_line) {
             Self::Off(reason) => Err(not_trapped_here(&reason)),
             on => Ok(on),

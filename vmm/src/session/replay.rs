@@ -181,9 +181,6 @@ pub fn replay_on(
     (options.engine, options.clock) = (EngineArg::Kvm, ClockArg::Auto);
     let mut replayed = replay_as_recorded(hardware, &replayable, options)?;
     replayed.notes.splice(..0, notes);
-    if replayed.report.divergence.is_some() && replayable.recording().header().logs_time_stamps() {
-        replayed.notes.push(rewriting::EARLY_TIME_STAMPS.to_owned());
-    }
     Ok(replayed)
 }
 

@@ -21,10 +21,6 @@ use super::hardware::BranchHardware;
 use super::replay::{At, RegularKicks, ReplayOptions, TickObserver};
 use crate::output::grouped;
 
-/// What may be behind a divergence.
-pub const EARLY_TIME_STAMPS: &str = "a kernel that was shown a time-stamp counter may read it before it has applied its alternatives, \
-     where hardware does not trap that: if so, only --engine soft replays this recording";
-
 /// Whether a replay that is asked for so needs its recording rewritten.
 ///
 /// # Errors

@@ -207,6 +207,9 @@ pub trait Inputs: sealed::Sealed {
     /// end that the guest comes to by itself, is known.
     fn place(&mut self) -> Option<Stamp>;
 
+    /// Whether the log has next what RDTSC is answered at this tick.
+    fn answers_time_stamp(&mut self, tick: u64) -> bool;
+
     /// The next thing that enters at this boundary. Called until it gives `None`.
     fn arrival<E: Engine>(&mut self, here: &mut Boundary<'_, E>) -> Result<Option<Arrival>, Stop>;
 

@@ -372,6 +372,10 @@ impl<H: Host, S: FrameSink> Inputs for Recording<H, S> {
         Ok(self.stop.take().map(|ending| Arrival::Stop { ending, exact: true }))
     }
 
+    fn answers_time_stamp(&mut self, _tick: u64) -> bool {
+        false
+    }
+
     fn runs_freely(&mut self, deadline: Option<VirtualTime>) {
         // The host knows its own clock, and nothing of what is added to it.
         let shift_ns = self.clock_shift_ns as i64;

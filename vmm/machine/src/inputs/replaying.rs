@@ -151,6 +151,17 @@ impl Replaying {
         }
     }
 
+    /// Whether the next record is the answer to this access.
+    fn answers(&mut self, tick: u64, access: &Access) -> bool {
+        match self.peek() {
+            Ok(record) if record.moment.tick == tick => {
+                matches!(record.event, Event::ClockRead(_))
+                    && stamp_of(record) == Stamp::of_access(tick, access)
+            }
+            _ => false,
+        }
+    }
+
     /// Takes the record that [`Self::peek`] showed, which agreed.
     fn take(&mut self) -> Result<LoggedEvent, Stop> {
         match self.log.next_record() {
@@ -353,6 +364,10 @@ impl Inputs for Replaying {
         known.then(|| stamp_of(record))
     }
 
+    fn answers_time_stamp(&mut self, tick: u64) -> bool {
+        self.answers(tick, &Access::TimeStamp)
+    }
+
     fn arrival<E: Engine>(&mut self, here: &mut Boundary<'_, E>) -> Result<Option<Arrival>, Stop> {
         while let Some(record) = self.due(here)? {
             if self.lies_further_on(&record, here)? {
@@ -442,14 +457,7 @@ impl Inputs for Replaying {
         access: &Access,
         now: VirtualTime,
     ) -> Result<Option<Logged<u64>>, Stop> {
-        let stands_there = match self.peek() {
-            Ok(record) if record.moment.tick == tick => {
-                matches!(record.event, Event::ClockRead(_))
-                    && stamp_of(record) == Stamp::of_access(tick, access)
-            }
-            _ => false,
-        };
-        match stands_there {
+        match self.answers(tick, access) {
             true => self.clock_answer(tick, access, now).map(Some),
             false => Ok(None),
         }

@@ -9,6 +9,7 @@ use reprise_cpu::cpu::TimeStamps;
 use reprise_cpu::engine::SoftEngine;
 use reprise_devices::board::Board;
 use reprise_machine::clock::TimeBase;
+use reprise_machine::effects::Effects;
 use reprise_machine::engine::{Access, Engine, EngineError, Exit, Kick};
 use reprise_machine::inputs::Stamp;
 use reprise_machine::ram::GuestRam;
@@ -29,6 +30,8 @@ pub(super) struct Entering {
     events: Vec<Event>,
     /// Console input whose time is not known yet.
     typed: Option<Event>,
+    /// What has left the machine.
+    effects: Effects,
 }
 
 impl Entering {
@@ -40,6 +43,11 @@ impl Entering {
             // That time moved is shown as well; the end is written last.
             _ => {}
         }
+    }
+
+    /// The guest wrote to its console.
+    pub(super) fn console_output(&mut self, bytes: &[u8]) {
+        self.effects.console_output(bytes);
     }
 
     /// Devices are carried to this virtual time.
@@ -71,8 +79,8 @@ pub struct Rewriting {
     trail: Trail,
     /// The guest stands right behind an exit, or in HLT: hardware exits there by itself.
     behind_exit: bool,
-    /// An interrupt has been delivered, and nothing executed since.
-    delivered: bool,
+    /// The instruction count at which the last interrupt was delivered.
+    delivered_at: Option<u64>,
     window_wanted: bool,
     counts: Counts,
 }
@@ -80,7 +88,7 @@ pub struct Rewriting {
 /// What a rewritten run had.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// RDTSC executed: hardware has to trap it.
+    /// RDTSC executed.
     pub time_stamps: u64,
     /// Of those, in user code.
     pub user_time_stamps: u64,
@@ -107,7 +115,7 @@ impl Rewriting {
             carried_ns: 0,
             trail: Trail::default(),
             behind_exit: true,
-            delivered: false,
+            delivered_at: None,
             window_wanted: false,
             counts: Counts::default(),
         })
@@ -143,15 +151,21 @@ impl Rewriting {
         self.log.append(record).map(|_| ()).map_err(failed)
     }
 
-    /// Notes the boundary where the guest stands before an instruction.
-    fn watch(&mut self) -> Result<(), EngineError> {
-        let boundary = Boundary {
-            instructions: self.software.tick(),
+    /// The boundary where the guest stands before an instruction.
+    fn boundary(&mut self) -> Result<Boundary, EngineError> {
+        let instructions = self.software.tick();
+        Ok(Boundary {
+            instructions,
             stamp: self.stamp()?,
             state: self.software.cpu_state()?,
             open: self.software.interruptible()?,
-            delivered: self.delivered,
-        };
+            delivered: self.delivered_at == Some(instructions),
+        })
+    }
+
+    /// Notes it.
+    fn watch(&mut self) -> Result<(), EngineError> {
+        let boundary = self.boundary()?;
         self.trail.note(boundary);
         Ok(())
     }
@@ -265,7 +279,7 @@ impl Rewriting {
     /// The guest has executed, unless it still stands where it did at this instruction count.
     fn passed(&mut self, before: u64) {
         if self.software.tick() != before {
-            (self.behind_exit, self.delivered) = (false, false);
+            self.behind_exit = false;
         }
     }
 
@@ -286,8 +300,7 @@ impl Rewriting {
             Access::TimeStamp => true,
         };
         if *access == Access::TimeStamp {
-            self.counts.time_stamps += 1;
-            self.counts.user_time_stamps += u64::from(self.software.is_in_user_code());
+            self.mark_time_stamp()?;
         }
         let now_ns = self.now_ns();
         if asks || now_ns > self.logged_ns {
@@ -295,6 +308,26 @@ impl Rewriting {
             self.append(stamp, Event::ClockRead(now_ns))?;
         }
         Ok(())
+    }
+
+    /// The guest is about to execute RDTSC, for which hardware leaves it to nobody: a mark says where, so that
+    /// the machine comes to stand there and does it. Each ends its tick, so there is one place of it in a tick.
+    fn mark_time_stamp(&mut self) -> Result<(), EngineError> {
+        self.counts.time_stamps += 1;
+        self.counts.user_time_stamps += u64::from(self.software.is_in_user_code());
+        let here = self.boundary()?;
+        if !here.can_be_stopped_at() {
+            return Err(EngineError {
+                what: format!(
+                    "the guest reads the time-stamp counter at instruction {}, right behind STI, MOV SS, an \
+                     interrupt or a fault, where no breakpoint stops it: hardware cannot replay this \
+                     recording, use --engine soft",
+                    here.instructions
+                ),
+            });
+        }
+        let mark = self.entering.borrow().effects.digest().mark();
+        self.append(here.stamp, Event::Mark(mark))
     }
 
     /// The end of the log.
@@ -360,7 +393,8 @@ impl Engine for Rewriting {
         self.software.inject(vector)?;
         self.trail.begin();
         self.events += 1;
-        (self.behind_exit, self.delivered) = (false, true);
+        self.behind_exit = false;
+        self.delivered_at = Some(self.software.tick());
         Ok(())
     }
 

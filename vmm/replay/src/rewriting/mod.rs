@@ -10,6 +10,8 @@
 //!   recording itself lets enter, with the time that it had.
 //! - Each access to the board is an answer: the time that it found. The recorded machine's devices saw every
 //!   instant, those of a `pmu` machine only what is logged.
+//! - RDTSC executes on hardware without asking anybody. So a mark says where each is, whatever code it is in;
+//!   the replaying machine comes to stand there, as at any record, and executes it with the logged answer.
 //! - Interrupts follow, as they do in every replay.
 //!
 //! Not every boundary is one that a breakpoint and the CPU's state find again (`trail.rs`). What enters at
@@ -63,12 +65,6 @@ pub enum RewriteError {
         "the software CPU does not come to what was recorded ({0}): use --engine soft to see where"
     )]
     Diverged(Divergence),
-    /// Hardware would leave a trace of each answer.
-    #[error(
-        "the guest read the time-stamp counter {0} times in user code, where hardware does not ask without \
-         a trace in memory: use --engine soft"
-    )]
-    UserTimeStamps(u64),
 }
 
 /// What was rewritten.
@@ -102,7 +98,7 @@ impl Replayable {
             return Err(RewriteError::OtherTicks);
         }
         let entering = Rc::new(RefCell::new(Entering::default()));
-        let (records, times) = (entering.clone(), entering.clone());
+        let [records, times, console] = std::array::from_fn(|_| entering.clone());
         let header = self.recording().header();
         let beginning = self.begin(Start::Run)?;
         let mut machine = beginning.into_machine(
@@ -117,6 +113,7 @@ impl Replayable {
                 set_up(inputs.verifying(verification(header, course, "soft")))
                     .on_record(move |record| records.borrow_mut().record(record))
                     .on_time(move |ns| times.borrow_mut().time(ns))
+                    .on_console(move |bytes| console.borrow_mut().console_output(bytes))
             },
         )?;
         let outcome = drive(&mut machine)?;
@@ -124,9 +121,6 @@ impl Replayable {
             return Err(RewriteError::Diverged(divergence));
         }
         let counts = machine.engine().counts();
-        if counts.user_time_stamps > 0 {
-            return Err(RewriteError::UserTimeStamps(counts.user_time_stamps));
-        }
         let end_is_open = end(&mut machine, &outcome)?;
         let (engine, ..) = machine.into_parts();
         let frames = engine.finish().map_err(MachineError::from)?;
@@ -187,6 +181,8 @@ fn rewritten(header: &Header, time_stamps: u64) -> Header {
     if time_stamps > 0 {
         let how = format!("answered as there, {time_stamps} times");
         precautions.push(closed(Precaution::KERNEL_TIME_STAMPS, how));
+        let how = "in all code; the log has a mark before each".to_owned();
+        precautions.push(closed(Precaution::MARKED_TIME_STAMPS, how));
     }
     Header {
         tick_kind: TickKind::ConditionalBranch,

@@ -28,7 +28,7 @@ pub(super) struct Boundary {
 
 impl Boundary {
     /// Whether a breakpoint stops hardware here at all, and an instruction count the software CPU.
-    fn can_be_stopped_at(&self) -> bool {
+    pub(super) fn can_be_stopped_at(&self) -> bool {
         let resumes = self.state.rflags & RFLAGS_RF != 0;
         !self.delivered && !self.state.interrupt_shadow && !resumes
     }
