@@ -101,6 +101,7 @@ impl<V: Vcpu> BranchClock<V> {
     }
 
     fn settle_near(&mut self) -> Result<Settled, EngineError> {
+        let start = self.branches;
         let mut behind_branch = false;
         let mut round = Round::default();
         let mut places = Places::default();
@@ -109,7 +110,7 @@ impl<V: Vcpu> BranchClock<V> {
             let instruction = self.vcpu.instruction_at(&state);
             let retired = places.successors().contains(&linear_of(&state, state.rip));
             if retired && is_found_by_breakpoint(&state, instruction.as_ref()) {
-                let fresh = behind_branch || self.parameters.stand == Stand::AtOnce;
+                let fresh = self.branches != start || self.parameters.stand == Stand::AtOnce;
                 let single = round.is_single(step, &state);
                 let first_of_tick = behind_branch;
                 if fresh || step >= WATCHED_ENOUGH && single {
