@@ -330,7 +330,7 @@ mod tests {
             },
         };
         let stretches = engines.iter().map(stretch).collect();
-        Course { stretches, assists: Assists::new(), counts_accessed_bits: false }
+        Course { stretches, assists: Assists::new(), final_digest: FinalDigest::SetsAsideAllTables }
     }
 
     #[test]
@@ -363,10 +363,12 @@ mod tests {
         let of = |host: &HostInfo, engines: &[(&str, u64)]| {
             verification(&header(host.clone()), &course(engines), "soft")
         };
-        assert_eq!(of(&here, &[("soft", 0), ("soft", 5)]), Verification::Exact);
-        assert_eq!(of(&here, &[("soft", 0), ("kvm", 5)]), Verification::AcrossEngines);
-        assert_eq!(of(&here, &[("kvm", 0)]), Verification::AcrossEngines);
-        assert_eq!(of(&there, &[("soft", 0)]), Verification::AcrossEngines);
+        let exact = Verification::default();
+        let other_engine = Verification { other_engine: true, ..exact };
+        assert_eq!(of(&here, &[("soft", 0), ("soft", 5)]), exact);
+        assert_eq!(of(&here, &[("soft", 0), ("kvm", 5)]), other_engine);
+        assert_eq!(of(&here, &[("kvm", 0)]), other_engine);
+        assert_eq!(of(&there, &[("soft", 0)]), Verification { other_cpu: true, ..exact });
     }
 
     #[test]
@@ -380,7 +382,7 @@ mod tests {
         ] {
             assert_eq!(accessed_bits(&moving, records), expected, "behind {records} records");
         }
-        let of_version_1 = Course { counts_accessed_bits: true, ..moving };
+        let of_version_1 = Course { final_digest: FinalDigest::CountsAccessedBits, ..moving };
         assert_eq!(accessed_bits(&of_version_1, 100), AccessedBits::Exact);
     }
 }

@@ -73,7 +73,8 @@ impl Replayable {
 
     /// A recording beside which nothing can lie, since it has no name.
     pub fn without_checkpoints(recording: Recording) -> Self {
-        Self { recording, checkpoints: None, usable: 0, trouble: None, course: OnceLock::new() }
+        let (course, told) = (OnceLock::new(), OnceLock::new());
+        Self { recording, checkpoints: None, usable: 0, trouble: None, course, told }
     }
 
     /// The recording.

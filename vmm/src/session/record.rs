@@ -222,14 +222,11 @@ fn traps(hardware: &impl BranchHardware, plan: &RunPlan<'_>) -> Result<Traps> {
     if hands_over(&plan.plan) {
         return Ok(none);
     }
-    if let Some(known) = plan.choice.trap() {
-        return known.clone();
-    }
     let (kernel, command_line) = (&plan.guest.kernel.bytes, &plan.guest.cmdline);
     Ok(match plan.choice.kind {
         EngineKind::Pmu => {
-            let pmu = PmuTrap::of_kernel(&hardware.time_stamp_trap(), kernel, command_line);
-            Traps { pmu, ..none }
+            let anew = || PmuTrap::of_kernel(&hardware.time_stamp_trap(), kernel, command_line);
+            Traps { pmu: plan.choice.trap().cloned().unwrap_or_else(anew), ..none }
         }
         EngineKind::Kvm(KvmClock::Sync) => {
             Traps { sync: TimeStampSites::trapped_here(kernel)?, ..none }

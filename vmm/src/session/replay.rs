@@ -201,7 +201,7 @@ fn replay_as_recorded(
     let (followed, from_tick) = (follow(beginning.records())?, beginning.tick());
     let header = &whole.of_stretch(beginning.stretch());
     let verification = followed.verification(header);
-    let drive = Drive { replayable, verification, options };
+    let drive = Drive { replayable, verification, by_relay: followed.by_relay, options };
     let execution = Execution { hardware, recording, header, followed: &followed, engine, soft };
     let ran = execution.run(drive, beginning)?;
     if ran.times_back > 0 {
@@ -220,7 +220,7 @@ fn replay_as_recorded(
     if let Some(instructions) = ran.executed {
         report = report.having_executed(instructions, tick_name(header.tick_kind));
     }
-    let mut report = judged(report, recording, &followed, verification, &outcome);
+    let mut report = judged(report, recording, verification, &outcome);
     report.set_aside = set_aside(course, &outcome.set_aside, Some(&outcome));
     report.maker_dependent = MakerDependentReport::of(ran.sites.as_deref().unwrap_or_default());
     report.profile = ran.profile;
@@ -244,16 +244,15 @@ impl<H: BranchHardware> Execution<'_, H> {
         let Self { hardware, recording, header, followed, engine, soft } = self;
         Ok(match followed.first() {
             _ if followed.by_relay => {
-                let first = header.first_stretch();
-                let make = |ram| {
+                let make = |on: &HandOver, ram| {
                     let (there, of) = (hardware.clone(), header.clone());
                     let choose = move |on: &HandOver| stretches::kind_of(&there, &of, on, engine);
-                    stretches::relay(hardware, ram, &first, header, choose, soft)
+                    stretches::relay(hardware, ram, on, header, choose, soft)
                 };
                 Ran::of(drive.run(beginning, make)?).0
             }
             EngineKind::Soft => {
-                let make = |ram| assembly::replaying_soft_engine(ram, header, soft);
+                let make = |_: &HandOver, ram| assembly::replaying_soft_engine(ram, header, soft);
                 let (ran, mut engine) = Ran::of(drive.run(beginning, make)?);
                 let executed = Some(engine.instructions_executed());
                 let sites = Some(engine.software().latitude_sites());
@@ -261,16 +260,18 @@ impl<H: BranchHardware> Execution<'_, H> {
             }
             EngineKind::Kvm(clock) => {
                 let sites = recorded_time_stamp_sites(recording)?;
-                let make = |ram| assembly::kvm_engine(ram, clock, &sites);
+                let make = |_: &HandOver, ram| assembly::kvm_engine(ram, clock, &sites);
                 Ran::of(drive.run(beginning, make)?).0
             }
             EngineKind::Pmu => match recorded_trap(hardware, recording)? {
                 PmuTrap::On(kernel) => {
-                    let make = |ram| trapping_engine(hardware, ram, &kernel);
+                    let make = |_: &HandOver, ram| trapping_engine(hardware, ram, &kernel);
                     let (ran, engine) = Ran::of(drive.run(beginning, make)?);
                     Ran { note: note_of(&engine).map(ToOwned::to_owned), ..ran }
                 }
-                PmuTrap::Off(_) => Ran::of(drive.run(beginning, |ram| hardware.engine(ram))?).0,
+                PmuTrap::Off(_) => {
+                    Ran::of(drive.run(beginning, |_: &HandOver, ram| hardware.engine(ram))?).0
+                }
             },
         })
     }
@@ -516,7 +517,6 @@ impl Drop for RegularKicks {
 fn judged(
     report: SessionReport,
     recording: &Recording,
-    followed: &Followed,
     verification: Verification,
     outcome: &Outcome,
 ) -> SessionReport {

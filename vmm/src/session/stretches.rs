@@ -388,6 +388,8 @@ mod tests {
 
     #[test]
     fn what_ran_is_not_what_was_recorded() {
+        use reprise_trace::stretches::FinalDigest;
+
         let texts = |stretches: &[StretchReport]| -> Vec<String> {
             stretches.iter().map(|it| format!("{}/{}", it.engine, it.clock)).collect()
         };
@@ -395,7 +397,7 @@ mod tests {
         let course = Course {
             stretches: stretches_of(&names),
             assists: reprise_trace::event::Assists::new(),
-            counts_accessed_bits: false,
+            final_digest: FinalDigest::SetsAsideAllTables,
         };
         let recorded = StretchReport::of_course(&course);
         assert_eq!(texts(&recorded), ["soft/instructions", "kvm/step", "kvm/sync", "kvm/pmu"]);
