@@ -182,7 +182,7 @@ fn each_broken_promise_is_seen() {
         (Watches, Some("a write to RAM that is watched led to")),
         (WritesFirst, Some("a write to RAM that is watched led to")),
         (Unwatches, Some("behind a write to RAM that is watched")),
-        (RefusesToUser, Some("RDTSC of user code under CR4.TSD does not come back")),
+        (RefusesToUser, Some("RDTSC of user code under CR4.TSD has a frame")),
     ] {
         let ram = GuestRam::new(4).expect("4 MiB");
         let vcpu = SimulatedVcpu::new(ram, Disturbance::none()).expect("the host has memory");
