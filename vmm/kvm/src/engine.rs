@@ -247,7 +247,6 @@ impl KvmEngine {
     /// Forgets everything about the guest that goes beyond its state: somebody sets another one.
     pub(crate) fn restart(&mut self) -> Result<(), KvmError> {
         self.abandon_instruction()?;
-        self.vcpu.forget_control_registers();
         self.show_hidden()?;
         self.behind_access = false;
         self.refused = false;

@@ -194,24 +194,6 @@ fn an_access_before_a_string_instruction_is_not_amid_it() {
 }
 
 #[test]
-fn the_host_refuses_time_stamps_only_for_a_guest_that_does() {
-    require_kvm!();
-    // out dx, al; mov rax, cr4; or al, 4; mov cr4, rax; out dx, al; and al, 0xfb; mov cr4, rax; hlt
-    let on = [OUT_AL_DX, 0x0f, 0x20, 0xe0, 0x0c, 0x04, 0x0f, 0x22, 0xe0, OUT_AL_DX];
-    let off = [0x24, 0xfb, 0x0f, 0x22, 0xe0, HLT];
-    let mut engine = engine(Sync, &long_mode(), &[&on[..], &off].concat());
-    let needed = KvmKind::of_this_host() == KvmKind::PagetableBased;
-    assert_eq!(engine.vcpu.refuses_time_stamps(), needed, "nobody knows yet");
-    for refuses in [false, true] {
-        assert!(matches!(run(&mut engine), Exit::Access(_)));
-        engine.finish_access(0).unwrap();
-        assert_eq!(engine.vcpu.refuses_time_stamps(), needed && refuses);
-    }
-    assert_eq!(run(&mut engine), Exit::Halt);
-    assert!(!engine.vcpu.refuses_time_stamps());
-}
-
-#[test]
 fn an_interrupt_is_taken_where_it_is_injected() {
     require_kvm!();
     // handler: out dx, al; iretq

@@ -5,9 +5,7 @@
 //!
 //! *User code.* A guest that wants to see it sets CR4.TSD and takes the #GP. Pagetable-based KVM runs user
 //! code on the host's own CR4, so the host's kernel has to be asked to set TSD for this thread while the
-//! guest runs (`PR_SET_TSC`). In between it must not: this thread's own clock reads use RDTSC. Asking twice an
-//! exit doubles what the exit costs, so it is done only for a guest whose CR4.TSD was set when it came back
-//! last. A guest therefore has to exit once between setting it and entering user code.
+//! guest runs (`PR_SET_TSC`). In between it must not: this thread's own clock reads use RDTSC.
 
 use kvm_bindings::{KVM_GUESTDBG_USE_HW_BP, KVM_VCPUEVENT_VALID_SHADOW};
 use reprise_branch_clock::guest_code::decode_at;

@@ -6,7 +6,6 @@ use kvm_bindings::*;
 use kvm_ioctls::{Kvm, VcpuFd};
 use reprise_branch_clock::vcpu::MAX_BREAKPOINTS;
 use reprise_machine::ram::GuestRam;
-use reprise_trace::register_bits::CR4_TSD;
 use vmm_sys_util::errno::Error as Errno;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
@@ -138,10 +137,8 @@ pub(crate) struct Vcpu {
     guest_debug: u32,
     /// Every KVM_RUN steps.
     stepping: bool,
-    /// This thread has to be refused RDTSC while a guest runs that refuses it to its user code.
+    /// This thread is refused RDTSC while the guest runs.
     refuses_time_stamps: bool,
-    /// CR4.TSD as KVM_RUN has left it; `None` if it may have been set since.
-    guest_refuses: Option<bool>,
 }
 
 impl Vcpu {
@@ -166,18 +163,13 @@ impl Vcpu {
         fd.set_cpuid2(cpuid).map_err(|errno| KvmError::refused("KVM_SET_CPUID2", errno))?;
         // Without the newer capability, only what has always been there.
         let guest_debug = vm.check_extension_raw(u64::from(KVM_CAP_SET_GUEST_DEBUG2)) as u32;
-        let mut vcpu = Self {
+        Ok(Self {
             fd,
             memory,
             guest_debug,
             stepping: false,
             refuses_time_stamps: needs_host_refusal(),
-            guest_refuses: None,
-        };
-        if vcpu.refuses_time_stamps {
-            vcpu.fd.get_kvm_run().kvm_valid_regs = u64::from(KVM_SYNC_X86_SREGS);
-        }
-        Ok(vcpu)
+        })
     }
 
     /// The guest's RDTSC is never executed, so that nobody need refuse it.
@@ -185,20 +177,10 @@ impl Vcpu {
         self.refuses_time_stamps = false;
     }
 
-    /// Somebody sets control registers.
-    pub(crate) fn forget_control_registers(&mut self) {
-        self.guest_refuses = None;
-    }
-
-    /// Whether this thread is refused RDTSC when the guest runs next.
-    pub(crate) fn refuses_time_stamps(&self) -> bool {
-        self.refuses_time_stamps && self.guest_refuses != Some(false)
-    }
-
     /// Runs the guest until it exits.
     pub(crate) fn run(&mut self) -> Result<RawExit, KvmError> {
         loop {
-            let exit = self.enter_guarded()?;
+            let exit = self.enter()?;
             let RawExit::ModelSpecific { index, is_write } = exit else { return Ok(exit) };
             let answer = model_specific::answer(index, is_write);
             self.answer_model_specific(answer);
@@ -212,26 +194,16 @@ impl Vcpu {
         }
     }
 
-    /// KVM_RUN, once, without the host's time-stamp counter for a guest that refuses it to its user code.
-    fn enter_guarded(&mut self) -> Result<RawExit, KvmError> {
-        let refuses = self.refuses_time_stamps();
-        if refuses {
-            refuse_to_this_thread(true);
-        }
-        let exit = self.enter();
-        if refuses {
-            refuse_to_this_thread(false);
-        }
-        if self.refuses_time_stamps {
-            let control = self.fd.sync_regs().sregs.cr4;
-            self.guest_refuses = Some(control & CR4_TSD != 0);
-        }
-        exit
-    }
-
     /// KVM_RUN, once.
     fn enter(&mut self) -> Result<RawExit, KvmError> {
-        match self.fd.run() {
+        if self.refuses_time_stamps {
+            refuse_to_this_thread(true);
+        }
+        let result = self.fd.run();
+        if self.refuses_time_stamps {
+            refuse_to_this_thread(false);
+        }
+        match result {
             Ok(kvm_ioctls::VcpuExit::MemoryFault { .. }) => return Ok(RawExit::MemoryFault),
             Ok(_) => {}
             Err(errno) => {
