@@ -202,11 +202,11 @@ fn checkpoints_lie_in_every_stretch_and_expansion_crosses_hand_overs() {
 /// Nothing but the deadlines' kicks stops the guest, before the hand-over and behind it.
 #[test]
 fn a_guest_that_never_exits_is_handed_over() {
-    let session = Session::new("ticks", "hz=500 count=20 poll=100000000");
+    // Its timer follows the host's clock in between, so it counts for long, however busy the host is.
+    let session = Session::new("ticks", "hz=500 count=150 poll=100000000");
     let there = (At::Tick(3_000_000), "kvm:pmu");
     let back = (At::Tick(4_000_000), "soft");
     let recorded = session.record_moving(&Simulated::intel(1), "soft", &[there, back], NONE);
-    assert!(recorded.virtual_seconds < 2.0, "{} s", recorded.virtual_seconds);
     replays(&session, &recorded);
 }
 
