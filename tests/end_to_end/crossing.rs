@@ -48,6 +48,15 @@ fn crosses(clock: &str, guest: &[&str]) {
     assert!(expanded["instructions"].as_u64() >= recorded["ticks"].as_u64(), "{expanded:#}");
 }
 
+/// The CPU in shutdown is compared too.
+#[test]
+fn a_triple_fault_crosses() {
+    for clock in ["sync", "step"] {
+        crosses(clock, &["--image", "misbehave", "--cmdline", "do=triple-fault"]);
+    }
+    replays_stepped(&["--image", "misbehave", "--cmdline", "do=triple-fault"]);
+}
+
 #[test]
 fn ticks_from_sync() {
     crosses("sync", &["--image", "ticks", "--cmdline", "count=8"]);

@@ -58,7 +58,7 @@ const INSTRUCTIONS: &[(&str, &[u8])] = &[
     ("ud2", &[0x0f, 0x0b]),
 ];
 
-fn kvm_is_missing() -> bool {
+pub(crate) fn kvm_is_missing() -> bool {
     let made = KvmEngine::new(bare::ram(&[]), KvmClock::Sync);
     if let Err(error) = &made {
         eprintln!("skipped: {error}");

@@ -7,3 +7,4 @@ mod guest;
 mod kvm_refuses;
 mod refuser;
 mod relayed;
+mod shutdown;

@@ -8,13 +8,17 @@
 
 use std::sync::Arc;
 
+use kvm_bindings::kvm_regs;
+use reprise_branch_clock::guest_code::MAX_BYTES;
 use reprise_machine::assist::Refusing;
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
+use reprise_machine::paging::Paging;
 use reprise_machine::ram::GuestRam;
 use reprise_trace::checkpoint::{EngineState, HiddenState};
 use reprise_trace::cpu_state::{CS, CpuState};
 use reprise_trace::moment::{Moment, TickKind};
+use reprise_trace::register_bits::{RFLAGS_IF, RFLAGS_RF};
 
 use crate::access::PendingExit;
 use crate::error::KvmError;
@@ -23,10 +27,6 @@ use crate::self_test::step_clock;
 use crate::step::Stepper;
 use crate::vcpu::{RawExit, Vcpu};
 use crate::{cpuid, state};
-use kvm_bindings::kvm_regs;
-use reprise_branch_clock::guest_code::MAX_BYTES;
-use reprise_machine::paging::Paging;
-use reprise_trace::register_bits::RFLAGS_IF;
 
 /// #UD's vector.
 const INVALID_OPCODE: u8 = 6;
@@ -219,10 +219,20 @@ impl KvmEngine {
     /// An exit that ends the run.
     pub(crate) fn unusual_exit(&mut self, exit: RawExit) -> Result<Exit, EngineError> {
         if exit == RawExit::Shutdown {
+            self.forget_resume_flag()?;
             return Ok(Exit::TripleFault);
         }
         let place = self.describe_place()?;
         Ok(Exit::Unsupported(format!("{exit} at {place}: use --engine soft")))
+    }
+
+    /// KVM's emulator leaves RFLAGS.RF set in shutdown, meant for a frame that it never came to push. No guest
+    /// sees that, and no other engine has it.
+    fn forget_resume_flag(&mut self) -> Result<(), KvmError> {
+        let mut registers = self.registers()?;
+        registers.rflags &= !RFLAGS_RF;
+        let set = self.vcpu.fd.set_regs(&registers);
+        set.map_err(|errno| KvmError::refused("KVM_SET_REGS", errno))
     }
 
     /// RIP and the bytes there, for a message.
