@@ -84,7 +84,9 @@ impl BranchCounter {
         Ok(count)
     }
 
-    /// Has the thread interrupted after so many more branches, or some more than that.
+    /// Has the thread interrupted after so many more branches, or some more than that. To be asked anew before
+    /// each entry behind an overflow: a new period starts a counter that the kernel has stopped for overflowing
+    /// too often, whose time enabled goes on being its time running.
     pub(crate) fn interrupt_after(&mut self, branches: Option<u64>) -> Result<(), KvmError> {
         let period = branches.unwrap_or(NEVER).clamp(SHORTEST_PERIOD, NEVER);
         if period == NEVER && self.period == NEVER {

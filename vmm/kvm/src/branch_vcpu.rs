@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvm_bindings::{KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP};
+use kvm_bindings::{KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP, kvm_regs};
 use reprise_branch_clock::guest_code::linear_of;
 use reprise_branch_clock::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
@@ -42,8 +42,12 @@ pub struct PmuVcpu {
     /// None only where something else is tried.
     counter: Option<BranchCounter>,
     window_wanted: bool,
-    /// RFLAGS.RF is set so that the instruction at RIP executes.
-    resuming: bool,
+    /// RFLAGS.RF was set so that the instruction at this RIP executes: ours while the guest stands there.
+    resuming: Option<u64>,
+    /// What was asked of the counter last.
+    overflow: Option<u64>,
+    /// A signal has ended an entry since then: the overflow may be spent.
+    overflow_spent: bool,
     /// Linear addresses of breakpoints.
     breakpoints: Vec<u64>,
     /// The guest's own are enabled, as far as is known.
@@ -73,7 +77,9 @@ impl PmuVcpu {
             engine: KvmEngine::untested(ram, KvmClock::Sync)?,
             counter: None,
             window_wanted: false,
-            resuming: false,
+            resuming: None,
+            overflow: None,
+            overflow_spent: false,
             breakpoints: Vec::with_capacity(MAX_BREAKPOINTS),
             guest_has_breakpoints: false,
             passing_on: false,
@@ -147,17 +153,54 @@ impl PmuVcpu {
         })
     }
 
-    /// Sets or clears RFLAGS.RF.
-    fn set_resume_flag(&mut self, resume: bool) -> Result<(), KvmError> {
-        let fd = &self.engine.vcpu.fd;
-        let mut regs = fd.get_regs().map_err(|errno| KvmError::refused("KVM_GET_REGS", errno))?;
-        let before = regs.rflags;
-        regs.rflags = if resume { before | RFLAGS_RF } else { before & !RFLAGS_RF };
-        if regs.rflags != before {
-            fd.set_regs(&regs).map_err(|errno| KvmError::refused("KVM_SET_REGS", errno))?;
+    /// Sets RFLAGS.RF.
+    fn set_resume_flag(&mut self) -> Result<(), KvmError> {
+        let regs = self.engine.registers()?;
+        if regs.rflags & RFLAGS_RF != 0 {
+            // Where it is not ours already, it is the guest's, and stays.
+            return Ok(());
         }
-        self.resuming = resume;
-        Ok(())
+        self.resuming = Some(regs.rip);
+        self.set_registers(kvm_regs { rflags: regs.rflags | RFLAGS_RF, ..regs })
+    }
+
+    /// Clears RFLAGS.RF if it is ours still.
+    fn clear_resume_flag(&mut self) -> Result<(), KvmError> {
+        if self.resuming.is_none() {
+            return Ok(());
+        }
+        let regs = self.engine.registers()?;
+        let ours = self.is_ours(regs.rip)?;
+        self.resuming = None;
+        match ours && regs.rflags & RFLAGS_RF != 0 {
+            true => self.set_registers(kvm_regs { rflags: regs.rflags & !RFLAGS_RF, ..regs }),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether RFLAGS.RF of a guest that stands at `rip` was set for it: once the instruction there has
+    /// retired, IRET may have loaded it; and KVM sets it itself for a fault that it is about to deliver.
+    fn is_ours(&self, rip: u64) -> Result<bool, KvmError> {
+        Ok(self.resuming == Some(rip)
+            && state::read_events(&self.engine.vcpu.fd)?.exception.injected == 0)
+    }
+
+    fn set_registers(&self, regs: kvm_regs) -> Result<(), KvmError> {
+        let set = self.engine.vcpu.fd.set_regs(&regs);
+        set.map_err(|errno| KvmError::refused("KVM_SET_REGS", errno))
+    }
+
+    /// Asks for the overflow again if a signal may have been it. The kernel may have stopped a counter
+    /// that overflowed too often, which the times that it was on the hardware do not show, and a new
+    /// period starts it: so each entry behind an overflow has one before it. Nothing retires while a
+    /// delivery is pending, so the distance is what it was.
+    fn ask_again(&mut self) -> Result<(), KvmError> {
+        match &mut self.counter {
+            Some(counter) if std::mem::take(&mut self.overflow_spent) => {
+                counter.interrupt_after(self.overflow)
+            }
+            _ => Ok(()),
+        }
     }
 
     fn run_once(&mut self) -> Result<VcpuExit, EngineError> {
@@ -174,12 +217,14 @@ impl PmuVcpu {
             }
             None => {
                 self.engine.vcpu.request_interrupt_window(self.window_wanted);
+                self.ask_again()?;
                 self.run_guest()?
             }
         };
         let exit = self.carry_out_writes(exit)?;
-        if self.resuming && exit != Some(RawExit::Interrupted) {
-            self.set_resume_flag(false)?;
+        match exit {
+            Some(RawExit::Interrupted) => self.overflow_spent = self.overflow.is_some(),
+            _ => self.clear_resume_flag()?,
         }
         if let Some(written) = self.watched_write() {
             self.engine.queued = exit;
@@ -233,6 +278,10 @@ impl Vcpu for PmuVcpu {
             if let VcpuExit::Interrupted { kicked } = exit {
                 kicked_before |= kicked;
                 if self.delivery_pending()? {
+                    if kicked_before {
+                        // It comes back soon after the delivery, to tell.
+                        (self.overflow, self.overflow_spent) = (Some(1), true);
+                    }
                     continue;
                 }
                 (self.engine.injected, self.passing_on) = (false, false);
@@ -268,14 +317,14 @@ impl Vcpu for PmuVcpu {
     }
 
     fn set_overflow(&mut self, branches: Option<u64>) -> Result<(), EngineError> {
-        Ok(self.counter()?.interrupt_after(branches)?)
+        self.counter()?.interrupt_after(branches)?;
+        (self.overflow, self.overflow_spent) = (branches, false);
+        Ok(())
     }
 
     fn set_breakpoints(&mut self, addresses: &[u64]) -> Result<(), EngineError> {
         assert!(addresses.len() <= MAX_BREAKPOINTS, "a CPU has four breakpoints");
-        if self.resuming {
-            self.set_resume_flag(false)?;
-        }
+        self.clear_resume_flag()?;
         if addresses == self.breakpoints {
             return Ok(());
         }
@@ -294,17 +343,18 @@ impl Vcpu for PmuVcpu {
             // What is delivered first would save RFLAGS.RF, and no breakpoint hits before it.
             return Ok(());
         }
-        Ok(self.set_resume_flag(true)?)
+        Ok(self.set_resume_flag()?)
     }
 
     fn state(&mut self) -> Result<CpuState, EngineError> {
         let state = self.engine.cpu_state()?;
-        let hidden = if self.resuming { RFLAGS_RF } else { 0 };
+        let ours = self.resuming.is_some() && self.is_ours(state.rip)?;
+        let hidden = if ours { RFLAGS_RF } else { 0 };
         Ok(CpuState { rflags: state.rflags & !hidden, ..state })
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
-        (self.resuming, self.passing_on) = (false, false);
+        (self.resuming, self.passing_on) = (None, false);
         self.guest_has_breakpoints = state.dr7 & DR7_ENABLED != 0;
         self.engine.set_cpu_state(state)
     }
@@ -335,7 +385,7 @@ impl Vcpu for PmuVcpu {
     }
 
     fn retire_instruction(&mut self, after: &CpuState) -> Result<(), EngineError> {
-        self.resuming = false;
+        self.resuming = None;
         Ok(self.engine.retire_instruction(after)?)
     }
 

@@ -99,6 +99,38 @@ fn an_overflow_is_asked_of_the_counter() {
     assert_eq!(vcpu.conditional_branches().expect("it reads"), 0);
 }
 
+/// The kernel may have stopped a counter that overflowed, and a new period starts it.
+#[test]
+fn an_entry_behind_a_signal_has_a_new_period_before_it() {
+    require_kvm!();
+    let host = FakePerfHost::new();
+    let mut vcpu = spinning(&host);
+    vcpu.set_overflow(Some(4_000)).expect("a period");
+    let signals = Signals::start();
+    for entries in 1..4 {
+        assert_eq!(vcpu.enter().expect("KVM runs"), VcpuExit::Interrupted { kicked: false });
+        let periods = host.asked.borrow().iter().filter(|it| **it == Asked::Period(4_000)).count();
+        assert_eq!(periods, entries);
+    }
+    drop(signals);
+}
+
+/// IRET may load RFLAGS.RF once the instruction that was stepped off has retired.
+#[test]
+fn the_resume_flag_is_the_guests_elsewhere_than_it_was_set_for() {
+    require_kvm!();
+    let mut vcpu = PmuVcpu::without_counter(ram_with(&[0x90, 0xf4])).expect("KVM");
+    vcpu.set_state(&long_mode()).expect("a state that KVM takes");
+    vcpu.step_off().expect("KVM takes it");
+    assert_eq!(vcpu.state().expect("a state").rflags & RFLAGS_RF, 0, "ours is not seen");
+    let regs = vcpu.engine.registers().expect("registers");
+    assert_ne!(regs.rflags & RFLAGS_RF, 0, "it is set");
+    vcpu.set_registers(kvm_regs { rip: CODE + 1, ..regs }).expect("KVM takes them");
+    assert_ne!(vcpu.state().expect("a state").rflags & RFLAGS_RF, 0, "the guest's is");
+    vcpu.set_breakpoints(&[]).expect("KVM takes it");
+    assert_ne!(vcpu.engine.registers().expect("registers").rflags & RFLAGS_RF, 0, "and stays");
+}
+
 /// Breakpoints at an address are no use to a guest that has its own, and it would not know.
 #[test]
 fn a_guest_with_breakpoints_of_its_own_is_refused_while_others_are_set() {
