@@ -207,10 +207,10 @@ fn soft_recordings_of_all_embedded_guests_replay_on_kvm_ten_of_ten() {
         replays_stepped(&["--image", "hello32"]);
         replays_stepped(&["--image", "ticks", "--cmdline", "hz=50000 count=3"]);
     }
-    for scenario in [
-        "rep", "straight", "itself", "memory", "shadow", "hlt", "fault", "window", "user", "code",
-        "ports",
-    ] {
+    // All but `fault`, in which the guest steps itself: the clock `step` refuses that.
+    for scenario in
+        ["rep", "straight", "itself", "memory", "shadow", "hlt", "window", "user", "code", "ports"]
+    {
         let cmdline = format!("do={scenario} hz=200000 count=8");
         eprintln!("{cmdline}");
         replays_stepped(&["--image", "positions", "--cmdline", &cmdline]);
