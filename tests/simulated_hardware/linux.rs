@@ -12,7 +12,6 @@ use std::time::Instant;
 
 use reprise::boot::GuestSource;
 use reprise_guest_images::{LinuxImage, WORKLOAD_SMALL, WORKLOAD_W};
-use reprise_machine::digest::AccessedBits;
 use reprise_replay::Start;
 use reprise_simulated_hardware::{Disturbance, Skid};
 use reprise_tests::linux_image::linux_image;
@@ -141,14 +140,9 @@ fn replays_with_time_stamps(nokaslr: bool, stops_ns: Option<u64>, expected: &str
 /// Recorded on the software CPU, whose virtual time Linux reads as its time-stamp counter, rewritten, and
 /// replayed by branches on hardware whose counter shows something else. Nothing is trapped: marks say where each
 /// RDTSC is.
-fn replays_of_software(
-    case: &Case<'_>,
-    hardware: impl IntoIterator<Item = Hardware>,
-    accessed_bits: AccessedBits,
-) -> Pair {
+fn replays_of_software(case: &Case<'_>, hardware: impl IntoIterator<Item = Hardware>) -> Pair {
     let started = Instant::now();
-    let mut pair = case.try_rewrite(1, KICK_EVERY).unwrap_or_else(|error| panic!("{error}"));
-    pair.accessed_bits = accessed_bits;
+    let pair = case.try_rewrite(1, KICK_EVERY).unwrap_or_else(|error| panic!("{error}"));
     pair.tell("Linux");
     eprintln!("rewritten after {:.1?}", started.elapsed());
     assert!(!pair.result.end_is_open);
@@ -168,21 +162,19 @@ fn linux_starts_on_the_software_cpu_and_replays_by_branches() {
     let Some(image) = image() else { return };
     // It calibrates its counter and applies its alternatives.
     let case = Case { stops_ns: Some(WINDOW_NS), ..case(&image) };
-    let pair = replays_of_software(&case, [intel(2), zen(3)], AccessedBits::Exact);
+    let pair = replays_of_software(&case, [intel(2), zen(3)]);
     let counts = pair.result.counts;
     assert!(counts.time_stamps > 5_000, "{counts:?}");
     assert!(pair.console.contains("PCI:"), "{}", pair.console);
 }
 
-/// The final digests leave accessed bits out, as those of all hardware do. Some of them are not those of the
-/// recording here, on the software CPU as well: which is not known yet.
 #[test]
 #[ignore = "takes minutes; REPRISE_LINUX_SEEDS=2..3 for fewer"]
 fn linux_works_on_the_software_cpu_and_replays_by_branches() {
     let Some(image) = image() else { return };
     let case = Case { typed: WORKLOAD_SMALL, ..case(&image) };
     let hardware = seeds_or(2..4).flat_map(|seed| [intel(seed), zen(seed)]);
-    let pair = replays_of_software(&case, hardware, AccessedBits::SetAside);
+    let pair = replays_of_software(&case, hardware);
     expect_lines(&pair.console, &["unpacked", "counted 2000", "forked 3"]);
 }
 
