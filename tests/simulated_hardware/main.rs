@@ -14,7 +14,6 @@ mod probe;
 mod rewritten;
 mod software;
 mod time_stamps;
-mod trap_probe;
 mod watched;
 mod world;
 mod zen;
