@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use crate::kvm::kvm_opens;
 use crate::program::{Workplace, assert_equal_runs, record, replay, run};
 
 fn engines(report: &Value) -> Vec<String> {
@@ -165,6 +166,22 @@ fn a_replay_that_would_end_before_it_begins_is_wrong_use() {
     }
     let refused = run(&["expand", &file, "--from", "300", "--to", "200"]);
     assert!(refused.expect_reason().contains("before it begins"));
+}
+
+#[test]
+fn a_clock_is_not_asked_of_a_recording_that_has_several() {
+    if !kvm_opens() {
+        return;
+    }
+    let workplace = Workplace::new();
+    let file = workplace.path("hello.rr");
+    let then = ["--engine", "soft", "--until", "100", "--then", "kvm:sync"];
+    record(&[&["--image", "hello"], &then[..]].concat(), &file, 0);
+    for clock in ["sync", "pmu"] {
+        let refused = run(&["replay", &file, "--clock", clock]).expect_code(2);
+        assert!(refused.stderr.contains("leave --clock out"), "{}", refused.stderr);
+    }
+    replay(&file, &[]);
 }
 
 #[test]

@@ -86,6 +86,13 @@ fn ticks_under_step() {
     assert!(report["interrupts"].as_u64() >= Some(3), "{report:#}");
 }
 
+/// Where each instruction is stepped nobody asks where the kernel reads the time-stamp counter: of a 32-bit file that
+/// is not known.
+#[test]
+fn a_kernel_whose_text_is_not_known_replays_under_step() {
+    ten_of_ten(&["--image", "hello32"], "step");
+}
+
 /// Interrupts in user code, and all of it recorded once, since each takes seconds.
 #[test]
 fn compute_under_step() {

@@ -9,11 +9,12 @@ use reprise::session::choice::{self, Choice, ClockArg, EngineArg, EngineKind, Ru
 use reprise::session::expand::locate;
 use reprise::session::guest::Guest;
 use reprise::session::hardware::BranchHardware;
-use reprise::session::pmu_trap::{KERNEL_MOVED, PmuTrap, note_of};
+use reprise::session::pmu_trap::PmuTrap;
 use reprise::session::record::{RecordTo, RunPlan, record_on, run_on};
 use reprise::session::replay::{At, ReplayOptions, open, open_replayable, replay_on};
 use reprise_expand::Control;
 use reprise_machine::engine::{Engine, Exit};
+use reprise_machine::inputs::{Planned, Then, When};
 use reprise_machine::ram::GuestRam;
 use reprise_simulated_hardware::Disturbance;
 use reprise_time_stamp_sites::{KernelText, Unpacking};
@@ -192,13 +193,39 @@ fn a_kernel_that_is_not_where_it_is_linked_to_is_told() {
     };
     let mut missed = engine(elsewhere.clone());
     assert!(matches!(missed.run(u64::MAX), Ok(Exit::TripleFault | Exit::Unsupported(_))));
-    assert_eq!(note_of(&missed), Some(KERNEL_MOVED));
+    let left: Vec<_> = missed.left_open().into_iter().map(|it| it.what).collect();
+    assert_eq!(left, [Precaution::KERNEL_TIME_STAMPS, Precaution::USER_TIME_STAMPS]);
     let entry_bytes = vec![0, 0];
     let there = KernelText { entry_bytes, unpacking: Unpacking::None, ..elsewhere };
     let mut found = engine(there);
     // Zeroed RAM has no exit but a fault without a handler.
     assert!(matches!(found.run(u64::MAX), Ok(Exit::TripleFault | Exit::Unsupported(_))));
-    assert_eq!(note_of(&found), None);
+    assert_eq!(found.left_open(), []);
     let report = run_on(&Simulated::intel(3), Session::new("hello", "").plan()).expect("it runs");
     assert_eq!(report.warning, None);
+}
+
+/// What the header promised before the run, and the run did not keep: here it ends in the boot stub.
+#[test]
+fn a_recording_says_what_its_run_left_open() {
+    let Some(image) = linux_image(Path::new(env!("CARGO_TARGET_TMPDIR"))) else { return };
+    let mut session = Session::new("compute", "");
+    session.guest.kernel.bytes = image.kernel.bytes.into();
+    session.guest.cmdline = image.command_line;
+    let to = RecordTo { path: session.path(), force: false, checkpoints: CheckpointArg::Never };
+    let plan = vec![Planned { at: When::Tick(1000), then: Then::Stop }];
+    let plan = RunPlan { memory_mib: 256, plan, ..session.plan() };
+    let recorded = record_on(&Simulated::intel(1), plan, &to).expect("it records");
+    let warning = recorded.warning.as_ref().expect("it warns");
+    assert!(warning.contains("may differ") && !warning.contains('\n'), "{warning}");
+    let replayable = open_replayable(&session.path()).expect("it was written");
+    let header = replayable.recording().header();
+    assert!(header.logs_time_stamps(), "the header cannot know");
+    for what in [Precaution::KERNEL_TIME_STAMPS, Precaution::USER_TIME_STAMPS] {
+        let now = replayable.course().precautions(header);
+        let about: Vec<_> = now.iter().filter(|it| it.what == what).collect();
+        assert!(matches!(about[..], [Precaution { treatment: Treatment::Open, .. }]), "{now:?}");
+    }
+    let replayed = replay(&session.path(), &Simulated::intel(2)).expect("it replays");
+    assert_equal(&recorded, &replayed.report, 2);
 }

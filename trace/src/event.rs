@@ -5,6 +5,7 @@ use std::fmt::{self, Display, Formatter};
 
 use serde::{Deserialize, Serialize};
 
+use crate::header::Precaution;
 use crate::logged::Logged;
 use crate::moment::{Moment, TickKind};
 
@@ -59,6 +60,8 @@ pub enum Event {
     HandOver(HandOver),
     /// No input: what engines refused and the software CPU executed in their place, in all of the run.
     Assists(Assists),
+    /// No input: what the run found open though the header could only say, before it, that it would be closed.
+    LeftOpen(Vec<Precaution>),
     /// The run's end.
     End {
         /// Why it ended.
@@ -129,6 +132,13 @@ impl Display for Ending {
     }
 }
 
+impl Event {
+    /// Whether it only tells of the run as a whole, and stands at no place of it.
+    pub fn is_told(&self) -> bool {
+        matches!(self, Self::Assists(_) | Self::LeftOpen(_))
+    }
+}
+
 impl Display for Event {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match self {
@@ -149,6 +159,10 @@ impl Display for Event {
             Self::HandOver(to) => write!(f, "hand-over to {} (clock {})", to.engine, to.clock),
             Self::Assists(assists) => {
                 write!(f, "{} instructions assisted", assists.values().sum::<u64>())
+            }
+            Self::LeftOpen(left) => {
+                let all: Vec<_> = left.iter().map(|precaution| &precaution.what[..]).collect();
+                write!(f, "left open: {}", all.join("; "))
             }
             Self::End { ending, effects, .. } => {
                 write!(f, "end after {} console bytes: {ending}", effects.console_bytes)
@@ -178,6 +192,8 @@ pub enum LoggedEvent {
     HandOver(HandOver),
     /// See [`Event::Assists`].
     Assists(Assists),
+    /// See [`Event::LeftOpen`].
+    LeftOpen(Vec<Precaution>),
     /// See [`Event::End`].
     End {
         /// Why it ended.
@@ -199,6 +215,7 @@ impl Logged<Record> {
             Event::Mark(effects) => LoggedEvent::Mark(effects),
             Event::HandOver(to) => LoggedEvent::HandOver(to),
             Event::Assists(assists) => LoggedEvent::Assists(assists),
+            Event::LeftOpen(left) => LoggedEvent::LeftOpen(left),
             Event::End { ending, effects, final_digest } => {
                 LoggedEvent::End { ending, effects, final_digest }
             }

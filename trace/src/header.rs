@@ -179,6 +179,8 @@ pub enum HeaderError {
 impl Precaution {
     /// [`Precaution::what`] of RDTSC in the guest's kernel.
     pub const KERNEL_TIME_STAMPS: &str = "RDTSC, kernel code";
+    /// [`Precaution::what`] of RDTSC in its programs.
+    pub const USER_TIME_STAMPS: &str = "RDTSC, user code";
     /// [`Precaution::what`] of a recording by conditional branches whose CPUID has a time-stamp counter.
     pub const SHOWN_TIME_STAMP_COUNTER: &str = "CPUID, time-stamp counter";
     /// [`Precaution::what`] of one that has a mark before each RDTSC of any code.

@@ -7,6 +7,7 @@ use std::io;
 
 use crate::event::{Assists, EffectDigest, Ending, Event, HandOver, MarkDigest, Record};
 use crate::frame::{Damage, FrameFault, MAX_FRAME_BYTES};
+use crate::header::{Precaution, Treatment};
 use crate::logged::Logged;
 use crate::moment::{Moment, TickKind};
 use crate::varint::{TakeError, Taker, put, put_difference};
@@ -124,6 +125,7 @@ const EVENT_MARK: u8 = 3;
 const EVENT_END: u8 = 4;
 const EVENT_HAND_OVER: u8 = 5;
 const EVENT_ASSISTS: u8 = 6;
+const EVENT_LEFT_OPEN: u8 = 7;
 const SAME_RIP: u8 = 0x08;
 const SAME_RCX: u8 = 0x10;
 
@@ -153,6 +155,7 @@ impl Previous {
             Event::End { .. } => EVENT_END,
             Event::HandOver(_) => EVENT_HAND_OVER,
             Event::Assists(_) => EVENT_ASSISTS,
+            Event::LeftOpen(_) => EVENT_LEFT_OPEN,
         };
         first |= if rip == self.rip { SAME_RIP } else { 0 };
         first |= if rcx == self.rcx { SAME_RCX } else { 0 };
@@ -187,6 +190,13 @@ impl Previous {
                 for (mnemonic, count) in assists {
                     put_bytes(out, mnemonic.as_bytes());
                     put(out, *count);
+                }
+            }
+            Event::LeftOpen(left) => {
+                put(out, left.len() as u64);
+                for Precaution { what, treatment: _, how } in left {
+                    put_bytes(out, what.as_bytes());
+                    put_bytes(out, how.as_bytes());
                 }
             }
             Event::End { ending, effects, final_digest } => {
@@ -235,6 +245,7 @@ impl Previous {
             }
             EVENT_HAND_OVER => Ok(Event::HandOver(decode_hand_over(taker)?)),
             EVENT_ASSISTS => Ok(Event::Assists(decode_assists(taker)?)),
+            EVENT_LEFT_OPEN => Ok(Event::LeftOpen(decode_left_open(taker)?)),
             EVENT_END => Ok(Event::End {
                 ending: decode_ending(taker)?,
                 effects: EffectDigest {
@@ -312,6 +323,15 @@ fn decode_assists(taker: &mut Taker<'_>) -> Result<Assists, Malformed> {
         assists.insert(mnemonic, count);
     }
     Ok(assists)
+}
+
+fn decode_left_open(taker: &mut Taker<'_>) -> Result<Vec<Precaution>, Malformed> {
+    let mut left = Vec::new();
+    for _ in 0..taker.varint()? {
+        let (what, how) = (take_text(taker)?, take_text(taker)?);
+        left.push(Precaution { what, treatment: Treatment::Open, how });
+    }
+    Ok(left)
 }
 
 fn encode_ending(out: &mut Vec<u8>, ending: &Ending) {

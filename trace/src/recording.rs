@@ -23,8 +23,8 @@ use crate::stretches::Course;
 use crate::varint::put;
 
 /// The format that this crate writes.
-pub const FORMAT_VERSION: u32 = 3;
-/// The oldest format that it reads. Version 2 has more kinds of records, and nothing else new.
+pub const FORMAT_VERSION: u32 = 4;
+/// The oldest format that it reads.
 pub const OLDEST_FORMAT_VERSION: u32 = 1;
 
 /// How every version of the format starts. The first byte is no ASCII, so no text starts so.

@@ -1,7 +1,7 @@
 //! A recording's stretches: which engine executed what part of it.
 
 use crate::event::{Assists, Event, HandOver};
-use crate::header::Header;
+use crate::header::{Header, Precaution};
 use crate::log::LogReader;
 use crate::moment::{Moment, TickKind};
 
@@ -23,6 +23,8 @@ pub struct Course {
     pub stretches: Vec<Stretch>,
     /// As the recording's end says.
     pub assists: Assists,
+    /// What the run found open, as the recording's end says.
+    pub left_open: Vec<Precaution>,
     /// What its final digest sets aside where hardware ran the guest.
     pub final_digest: FinalDigest,
 }
@@ -54,7 +56,12 @@ impl Course {
     pub fn of(format_version: u32, header: &Header, mut log: LogReader) -> Self {
         let first = Stretch { from: None, records_before: 0, on: header.first_stretch() };
         let final_digest = FinalDigest::of_version(format_version, header.tick_kind);
-        let mut course = Self { stretches: vec![first], assists: Assists::new(), final_digest };
+        let mut course = Self {
+            stretches: vec![first],
+            assists: Assists::new(),
+            left_open: Vec::new(),
+            final_digest,
+        };
         if format_version == 1 {
             return course;
         }
@@ -68,10 +75,24 @@ impl Course {
                     course.stretches.push(Stretch { from, records_before, on });
                 }
                 Event::Assists(assists) => course.assists = assists,
+                Event::LeftOpen(left) => course.left_open = left,
                 _ => {}
             }
         }
         course
+    }
+
+    /// How instructions were dealt with whose answers only a CPU knows: as the header says, but for what the
+    /// run found open.
+    pub fn precautions(&self, header: &Header) -> Vec<Precaution> {
+        let mut all = header.precautions.clone();
+        for left in &self.left_open {
+            match all.iter_mut().find(|precaution| precaution.what == left.what) {
+                Some(precaution) => precaution.clone_from(left),
+                None => all.push(left.clone()),
+            }
+        }
+        all
     }
 
     /// Whether ticks are the run's instructions where a machine has so many records behind it: in this stretch

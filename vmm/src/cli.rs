@@ -349,6 +349,7 @@ pub fn run() -> ExitCode {
             Some(
                 ChoiceError::SoftHasOneClock
                     | ChoiceError::OtherClock { .. }
+                    | ChoiceError::SeveralClocks
                     | ChoiceError::NothingRewritten
             )
         );

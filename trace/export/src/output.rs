@@ -48,21 +48,33 @@ impl PendingFile {
     ///
     /// # Errors
     /// If that fails; the file is removed then.
-    pub fn finish(mut self) -> io::Result<()> {
-        if let Some(file) = self.file.take() {
-            let closed = file.into_inner().map_err(io::IntoInnerError::into_error);
-            if self.is_special() {
-                return closed.map(|_| ());
-            }
-            let renamed = closed
-                .and_then(|file| file.sync_all())
-                .and_then(|()| fs::rename(&self.temporary, &self.path));
-            if let Err(error) = renamed {
-                let _ = fs::remove_file(&self.temporary);
-                return Err(error);
-            }
+    pub fn finish(self) -> io::Result<()> {
+        self.finish_by(|temporary, path| fs::rename(temporary, path))
+    }
+
+    /// The same, unless another file has that name meanwhile.
+    ///
+    /// # Errors
+    /// If one has, or that fails; the file is removed then.
+    pub fn finish_new(self) -> io::Result<()> {
+        self.finish_by(|temporary, path| {
+            fs::hard_link(temporary, path).and_then(|()| fs::remove_file(temporary))
+        })
+    }
+
+    fn finish_by(mut self, name: impl FnOnce(&Path, &Path) -> io::Result<()>) -> io::Result<()> {
+        let Some(file) = self.file.take() else { return Ok(()) };
+        let closed = file.into_inner().map_err(io::IntoInnerError::into_error);
+        if self.is_special() {
+            return closed.map(|_| ());
         }
-        Ok(())
+        let named = closed
+            .and_then(|file| file.sync_all())
+            .and_then(|()| name(&self.temporary, &self.path));
+        if named.is_err() {
+            let _ = fs::remove_file(&self.temporary);
+        }
+        named
     }
 
     /// Whether it is written to under its own name.

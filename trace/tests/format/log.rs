@@ -8,7 +8,7 @@ use reprise_trace::log::{
 };
 use reprise_trace::moment::{Moment, TickKind};
 
-use crate::sample::{random_bytes, random_records, read_log};
+use crate::sample::{left_open, random_bytes, random_records, read_log};
 
 /// Keeps frames apart, to decode them one by one.
 #[derive(Default)]
@@ -178,6 +178,7 @@ fn the_bytes_are_those_of_the_documented_example() {
         ),
         at(5000, 0xf_ffff, 3, Event::HandOver(to_kvm)),
         at(6000, 0xf_ffff, 3, Event::Assists([("fxsave".to_owned(), 300)].into())),
+        at(6000, 0xf_ffff, 3, Event::LeftOpen(vec![left_open("RDTSC", "moved")])),
         at(6000, 0xf_ffff, 3, Event::End { ending: Ending::DebugExit(9), effects, final_digest }),
     ];
     let digest = "8877665544332211";
@@ -188,6 +189,7 @@ fn the_bytes_are_those_of_the_documented_example() {
         &format!("1b 9f1f {digest} d804 cccccccccccccccc"),
         &format!("1d 00 {digest} 03 6b766d 04 73796e63 02 00"),
         &format!("1e e807 {digest} 01 06 667873617665 ac02"),
+        &format!("1f 00 {digest} 01 05 5244545343 05 6d6f766564"),
         &format!("1c 00 {digest} 0409 ac02 {} 01 {}", "cc".repeat(32), "ff".repeat(32)),
     ];
     let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();

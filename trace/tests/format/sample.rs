@@ -27,7 +27,7 @@ fn digest(random: &mut Random) -> [u8; 32] {
 }
 
 fn event(random: &mut Random) -> Event {
-    match random.below(10) {
+    match random.below(11) {
         0 => {
             let count = random.below(40) as usize;
             Event::Console(random_bytes(random, count))
@@ -44,6 +44,10 @@ fn event(random: &mut Random) -> Event {
             let count = random.below(4) as usize;
             Event::Assists(names.into_iter().take(count).map(|n| (n, any_size(random))).collect())
         }
+        9 => {
+            let count = random.below(3) as usize;
+            Event::LeftOpen(vec![left_open("RDTSC, user code", "nobody answered"); count])
+        }
         _ => Event::End {
             ending: ending(random),
             effects: EffectDigest {
@@ -53,6 +57,11 @@ fn event(random: &mut Random) -> Event {
             final_digest: (random.below(2) == 0).then(|| digest(random)),
         },
     }
+}
+
+/// What a run did not keep.
+pub(crate) fn left_open(what: &str, how: &str) -> Precaution {
+    Precaution { what: what.to_owned(), treatment: Treatment::Open, how: how.to_owned() }
 }
 
 fn hand_over(random: &mut Random) -> HandOver {

@@ -129,7 +129,8 @@ pub fn first_typed_difference(
 
 /// An event as far as the machine is given it.
 fn given(event: &Event) -> Option<&Event> {
-    (!matches!(event, Event::End { .. } | Event::Mark(_) | Event::Assists(_))).then_some(event)
+    let is_input = !matches!(event, Event::End { .. } | Event::Mark(_)) && !event.is_told();
+    is_input.then_some(event)
 }
 
 impl Display for InputDifference {
@@ -176,7 +177,7 @@ fn next(log: &mut LogReader, number: &mut u64) -> Result<Option<Numbered>, LogEr
             Err(error) => return Err(error),
         };
         *number += 1;
-        if !matches!(record.event, Event::Mark(_) | Event::Assists(_)) {
+        if !matches!(record.event, Event::Mark(_)) && !record.event.is_told() {
             return Ok(Some(Numbered { number: *number - 1, record }));
         }
     }

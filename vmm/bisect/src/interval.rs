@@ -17,7 +17,7 @@ use reprise_machine::inputs::Replaying;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, Outcome};
 use reprise_replay::{
-    RecordedClock, ReplayError, Replayable, Start, meet_checkpoint, verification,
+    Met, RecordedClock, ReplayError, Replayable, Start, meet_checkpoint, verification,
 };
 use reprise_trace::checkpoint::CheckpointInfo;
 use reprise_trace::event::Record;
@@ -28,13 +28,10 @@ use crate::examine::{Compared, Examiner};
 use crate::finding::Finding;
 use crate::place::{Elsewhere, Surveyed, survey};
 use crate::ran::{APPROXIMATE_RESULT, FlagWriter, PROCESSOR_ASKED, TIME_STAMP_READ};
-use crate::search::{BisectError, Watch};
+use crate::search::{BisectError, SLICE_TICKS, Watch};
 use crate::side::Side;
 use crate::state_rows::flag_names;
 use crate::{Cause, Question, ran};
-
-/// Ticks between two looks at whether to stop.
-const SLICE_TICKS: u64 = 50_000_000;
 
 /// Where a replay parts from its recording, as closely as that is known.
 #[derive(Clone, Debug, Serialize)]
@@ -77,6 +74,8 @@ pub struct Checked {
     pub tick: u64,
     /// In what the replay differs from it.
     pub differs_in: Option<String>,
+    /// What was not compared, because hardware may lawfully differ there.
+    pub set_aside: Vec<String>,
 }
 
 /// What the replay came to.
@@ -173,13 +172,16 @@ fn replay(replayable: &Replayable, watch: &mut dyn Watch) -> Result<Replayed, Bi
         if let Some(outcome) = advance(&mut machine, tick, last, watch)? {
             return Ok(Replayed { outcome, agreed: *agreed.borrow(), checkpoints });
         }
-        let differs_in = match meet_checkpoint(&mut machine, info, verification) {
+        let met = match meet_checkpoint(&mut machine, info, verification) {
             // Checkpoints are of machines that are awake.
-            Err(ReplayError::NotConsistent { .. }) => Some("position".to_owned()),
-            met => met?.difference,
+            Err(ReplayError::NotConsistent { .. }) => {
+                Met { difference: Some("position".to_owned()), ..Met::default() }
+            }
+            met => met?,
         };
-        let unlike = differs_in.is_some();
-        checkpoints.push(Checked { tick, differs_in });
+        let unlike = met.difference.is_some();
+        let set_aside = met.set_aside.iter().map(|aside| aside.what.to_string()).collect();
+        checkpoints.push(Checked { tick, differs_in: met.difference, set_aside });
         if unlike {
             break;
         }
@@ -187,7 +189,7 @@ fn replay(replayable: &Replayable, watch: &mut dyn Watch) -> Result<Replayed, Bi
     match advance(&mut machine, u64::MAX, last, watch)? {
         Some(outcome) => Ok(Replayed { outcome, agreed: *agreed.borrow(), checkpoints }),
         // Nothing runs that long.
-        None => Err(BisectError::Stopped { equal_until: machine.engine().tick() }),
+        None => unreachable!("no log reaches the last tick of all"),
     }
 }
 
@@ -215,7 +217,7 @@ pub(crate) fn advance(
             return Ok(over);
         }
         if watch.is_stopped() {
-            return Err(BisectError::Stopped { equal_until: here });
+            return Err(BisectError::StoppedAlone);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Display, Formatter, Write as _};
 
-use crate::interval::Interval;
+use crate::interval::{Checked, Interval};
 
 impl Display for Interval {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
@@ -61,6 +61,12 @@ impl Interval {
                 text,
                 "  all of the machine was as recorded at {alike} checkpoints, the last at tick {tick}"
             );
+        }
+        for Checked { tick, set_aside, .. } in &self.checkpoints {
+            if !set_aside.is_empty() {
+                let what = set_aside.join("; ");
+                let _ = writeln!(text, "  at the checkpoint at tick {tick} set aside: {what}");
+            }
         }
         for checked in &self.checkpoints {
             if let Some(parts) = &checked.differs_in {

@@ -25,8 +25,8 @@ use crate::interval::advance;
 use crate::listing::{Disassembler, Line};
 use crate::search::{BisectError, SLICE, Watch};
 
-/// Instructions looked at on either side: more than a counter's overflow is late, which is some hundred
-/// conditional branches (`branch_events.rs` of `vmm/kvm`).
+/// Instructions looked at on either side: more than an overflow of Intel's counters is late, which is some hundred
+/// conditional branches (`branch_events.rs` of `vmm/kvm`). Zen's has no bound, and may lie farther off.
 const NEAR: u64 = 50_000;
 /// The bits of RFLAGS that instructions leave undefined: CF, PF, AF, ZF, SF and OF.
 pub(crate) const ARITHMETIC_FLAGS: [u32; 6] = [0, 2, 4, 6, 7, 11];
@@ -204,7 +204,7 @@ fn find_before(
         }
         watch.progress(0, machine.engine().tick(), record.moment.tick);
         if watch.is_stopped() {
-            return Err(BisectError::Stopped { equal_until: 0 });
+            return Err(BisectError::StoppedAlone);
         }
     }
     let mut found = None;

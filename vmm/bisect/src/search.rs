@@ -21,7 +21,7 @@ use crate::side::Side;
 /// Instructions that a machine runs between two looks at whether to stop: a fraction of a second.
 pub(crate) const SLICE: u64 = 50_000_000;
 /// The same in ticks, which may be seldom.
-const SLICE_TICKS: u64 = 1 << 20;
+pub(crate) const SLICE_TICKS: u64 = 1 << 20;
 /// Comparisons in a gap that is searched again.
 const COMPARISONS: u64 = 16;
 /// What is in common is kept at each comparison that is so many instructions from the last one, and at every
@@ -53,6 +53,9 @@ pub enum BisectError {
         /// Instructions before the last place at which they were compared and alike.
         equal_until: u64,
     },
+    /// Somebody asked to stop before there was anything to compare.
+    #[error("stopped before it was known where the replay parts from the recording; run it again")]
+    StoppedAlone,
     /// The same machine did not do the same twice.
     #[error(
         "a difference between instructions {equal} and {differs} was not there when both replayed it \

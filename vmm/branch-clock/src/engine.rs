@@ -9,6 +9,7 @@ use reprise_machine::inputs::Stamp;
 use reprise_time_stamp_sites::KernelText;
 use reprise_trace::checkpoint::{EngineState, HiddenState};
 use reprise_trace::cpu_state::{CpuState, RCX};
+use reprise_trace::header::Precaution;
 use reprise_trace::moment::{Moment, TickKind};
 
 use crate::guest_code::refuses_time_stamps;
@@ -353,6 +354,10 @@ impl<V: Vcpu> Engine for BranchClock<V> {
         (self.stands, self.first_of_tick) = (true, true);
         (self.doubtful, self.widened, self.asking) = (None, None, None);
         Ok(())
+    }
+
+    fn left_open(&self) -> Vec<Precaution> {
+        self.vcpu.left_open()
     }
 
     fn kicker(&self) -> Arc<dyn Kick> {

@@ -29,6 +29,7 @@
 
 mod beginning;
 mod in_place;
+mod left_open;
 mod text_writes;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -41,6 +42,7 @@ use reprise_machine::paging::Paging;
 use reprise_machine::ram::GuestRam;
 use reprise_time_stamp_sites::{Instruction, KernelText};
 use reprise_trace::cpu_state::CpuState;
+use reprise_trace::header::Precaution;
 use reprise_trace::register_bits::CR4_TSD;
 
 use crate::boot_stub::StubTrap;
@@ -410,6 +412,10 @@ impl<V: Vcpu> Vcpu for TimeStampTrap<V> {
 
     fn traps_time_stamps(&self) -> bool {
         true
+    }
+
+    fn left_open(&self) -> Vec<Precaution> {
+        left_open::by_counts(self.counts())
     }
 
     /// What the kernel's tables did not foresee is not found again.

@@ -7,6 +7,7 @@ use iced_x86::Instruction;
 use reprise_machine::engine::{Access, EngineError, Kick};
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::CpuState;
+use reprise_trace::header::Precaution;
 
 use crate::guest_code::decode_at;
 
@@ -171,6 +172,13 @@ pub trait Vcpu {
     /// Whether RDTSC comes back by itself.
     fn traps_time_stamps(&self) -> bool {
         false
+    }
+
+    /// See [`Engine::left_open`].
+    ///
+    /// [`Engine::left_open`]: reprise_machine::engine::Engine::left_open
+    fn left_open(&self) -> Vec<Precaution> {
+        Vec::new()
     }
 
     /// Whether the CPU state and guest RAM are all that another vCPU has to know to go on from here.

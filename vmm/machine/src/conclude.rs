@@ -5,7 +5,7 @@ use reprise_trace::log::LogError;
 
 use crate::digest::StateDigest;
 use crate::engine::Engine;
-use crate::inputs::{EndState, Inputs, Stamp, Stop};
+use crate::inputs::{EndState, Inputs, Stamp, Stop, Told};
 use crate::machine::Machine;
 use crate::outcome::{Conclusion, MachineError, Outcome};
 
@@ -45,17 +45,18 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
 
     /// The run ended at this boundary, or, if not `exact`, somewhere behind this tick.
     fn end(&mut self, ending: &Ending, exact: bool) -> Result<(Stamp, Option<StateDigest>), Stop> {
-        let (effects, assists) = (self.effects.digest(), self.engine.assists());
+        let effects = self.effects.digest();
+        let told = Told { assists: self.engine.assists(), left_open: self.engine.left_open() };
         if !exact {
             let stamp = Stamp::of_tick(self.engine.tick());
-            self.inputs.end(stamp, effects, ending, None, assists)?;
+            self.inputs.end(stamp, effects, ending, None, told)?;
             return Ok((stamp, None));
         }
         let (state, cpu) = (self.state_digest()?, self.engine.cpu_state()?);
         let stamp = Stamp { moment: self.engine.moment()?, cpu_digest: state.cpu_short() };
         let undefined_flags = self.engine.undefined_flags();
         let end = EndState { digest: &state, cpu: &cpu, undefined_flags };
-        let state = self.inputs.end(stamp, effects, ending, Some(end), assists)?;
+        let state = self.inputs.end(stamp, effects, ending, Some(end), told)?;
         Ok((stamp, state))
     }
 
@@ -81,6 +82,7 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
             interrupts: self.interrupts,
             hand_overs: self.hand_overs.clone(),
             assists: self.engine.assists(),
+            left_open: self.engine.left_open(),
         }
     }
 }

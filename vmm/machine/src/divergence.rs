@@ -80,6 +80,7 @@ pub(crate) fn describe(event: &Event) -> String {
         Event::Mark(_) => "a mark".to_owned(),
         Event::HandOver(to) => format!("a hand-over to engine {} (clock {})", to.engine, to.clock),
         Event::Assists(_) => "what was assisted".to_owned(),
+        Event::LeftOpen(_) => "what was left open".to_owned(),
         Event::End { ending, .. } => format!("the end: {}", describe_ending(ending)),
     }
 }

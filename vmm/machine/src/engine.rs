@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use reprise_trace::checkpoint::EngineState;
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::event::{Assists, HandOver};
+use reprise_trace::header::Precaution;
 use reprise_trace::moment::{Moment, TickKind};
 
 use crate::clock::TimeBase;
@@ -297,6 +298,12 @@ pub trait Engine {
     /// Instructions that this engine refused and another executed in its place, so far.
     fn assists(&self) -> Assists {
         Assists::new()
+    }
+
+    /// What this engine was to keep to itself, and has found that it cannot: what the guest had of it is in no
+    /// log.
+    fn left_open(&self) -> Vec<Precaution> {
+        Vec::new()
     }
 
     /// Instructions that the guest has retired, by an engine that knows; its ticks, if they are that.

@@ -1,6 +1,7 @@
 //! What a run came to.
 
 use reprise_trace::event::{Assists, EffectDigest, Ending, HandOver};
+use reprise_trace::header::Precaution;
 use reprise_trace::log::LogError;
 use reprise_trace::moment::Moment;
 
@@ -58,6 +59,8 @@ pub struct Outcome {
     pub hand_overs: Vec<(u64, HandOver)>,
     /// Instructions that the engine refused and the software CPU executed.
     pub assists: Assists,
+    /// What the engine found open, and was to close.
+    pub left_open: Vec<Precaution>,
 }
 
 impl Outcome {

@@ -227,7 +227,9 @@ fn a_changed_payload_does_not_go_unnoticed() {
                 // A time a little off may make no difference to this guest.
                 Event::Time(ns) => *ns += 1 << 40,
                 Event::ClockRead(ns) => *ns += 1 << 40,
-                Event::HandOver(_) | Event::Assists(_) => unreachable!("one engine, unassisted"),
+                Event::HandOver(_) | Event::Assists(_) | Event::LeftOpen(_) => {
+                    unreachable!("one engine, unassisted, that closes nothing")
+                }
             }
             let outcome = replay(clock, &program, &records, Disturbance::none());
             let divergence = diverged(&outcome);

@@ -330,7 +330,12 @@ mod tests {
             },
         };
         let stretches = engines.iter().map(stretch).collect();
-        Course { stretches, assists: Assists::new(), final_digest: FinalDigest::SetsAsideAllTables }
+        Course {
+            stretches,
+            assists: Assists::new(),
+            left_open: Vec::new(),
+            final_digest: FinalDigest::SetsAsideAllTables,
+        }
     }
 
     #[test]

@@ -29,7 +29,8 @@ use serde::{Deserialize, Serialize};
 use crate::recorded_here;
 use crate::software::OnSoftware;
 
-/// The name of what [`RecordedClock`] keeps in a checkpoint, if a tick is no instruction.
+/// The name of what [`RecordedClock`] keeps in a checkpoint where ticks are not the run's instructions, or were
+/// not all along.
 const KEPT: &str = "soft, another clock";
 /// Raised by any change of what the bytes mean.
 const KEPT_VERSION: u32 = 1;

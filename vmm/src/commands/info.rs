@@ -112,21 +112,21 @@ impl ReplaysOn {
 
     /// What KVM has to have for stretches that count this.
     fn needs(kinds: impl Iterator<Item = TickKind>, header: &Header) -> String {
-        let (mut counts, mut steps) = (false, false);
+        let (mut counts, mut steps, mut exits) = (false, false, false);
         for kind in kinds {
             match kind {
-                TickKind::Exit => {}
+                TickKind::Exit => exits = true,
                 TickKind::ConditionalBranch => counts = true,
                 TickKind::Instruction => steps = true,
             }
         }
-        let traps = header.logs_time_stamps();
+        let traps = header.logs_time_stamps() && !header.marks_time_stamps();
         let parts = [
             (true, "KVM"),
             (counts, "a PMU"),
             (steps, "single-step (clock step)"),
             (traps && counts, "RDTSC trapped (see `reprise doctor`)"),
-            (traps && !counts, "breakpoints for RDTSC of kernel code, if there is any"),
+            (traps && exits, "breakpoints for RDTSC of kernel code, if there is any"),
         ];
         let needed: Vec<_> = parts.iter().filter(|(is, _)| *is).map(|(_, what)| *what).collect();
         match &needed[..] {
@@ -232,7 +232,7 @@ impl InfoReport {
             replays_on: ReplaysOn::of(header, course),
             host: header.host.clone(),
             recorded_here: recorded_here(header),
-            precautions: header.precautions.clone(),
+            precautions: course.precautions(header),
             complete: summary.complete,
             damage: summary.damage.as_ref().map(ToString::to_string),
             truncated_bytes: summary.truncated_bytes,

@@ -31,8 +31,9 @@ pub fn run(arguments: &ReplayArgs, output: Output) -> Result<u8> {
         (true, false) => Some(Box::new(io::stdout())),
         (true, true) => Some(Box::new(io::stderr())),
     };
-    let header = replayable.recording().header();
-    let rewrites = rewriting::is_asked_for(arguments.engine, arguments.clock, header)?;
+    let (header, stretches) =
+        (replayable.recording().header(), replayable.course().stretches.len());
+    let rewrites = rewriting::is_asked_for(arguments.engine, arguments.clock, (header, stretches))?;
     let options = ReplayOptions {
         engine: arguments.engine,
         clock: arguments.clock,

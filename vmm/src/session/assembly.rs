@@ -15,7 +15,7 @@ use reprise_trace::header::Header;
 
 use super::choice::{self, EngineKind};
 use super::hardware::BranchHardware;
-use super::pmu_trap::{PmuTrap, note_of, trapping_engine};
+use super::pmu_trap::{PmuTrap, trapping_engine};
 use super::profile_report::ProfileReport;
 use super::stretches;
 use crate::boot::{self, BootError, GuestSource};
@@ -87,7 +87,7 @@ impl LoadedGuest {
                 let mut engine = soft_engine(ram, soft)?;
                 engine.set_cpu_state(&state)?;
                 let (output, engine) = visitor.visit(engine, board);
-                Ok(Visited { profile: leave(engine), ..Visited::of(output) })
+                Ok(Visited { output, profile: leave(engine) })
             }
             EngineKind::Kvm(clock) => {
                 let mut engine = kvm_engine(ram, clock, &traps.sync)?;
@@ -98,8 +98,7 @@ impl LoadedGuest {
                 PmuTrap::On(kernel) => {
                     let mut engine = trapping_engine(hardware, ram, kernel)?;
                     engine.set_cpu_state(&state)?;
-                    let (output, engine) = visitor.visit(engine, board);
-                    Ok(Visited { note: note_of(&engine), ..Visited::of(output) })
+                    Ok(Visited::of(visitor.visit(engine, board).0))
                 }
                 PmuTrap::Off(_) => {
                     let mut engine = hardware.engine(ram)?;
@@ -139,13 +138,11 @@ pub struct Visited<T> {
     pub output: T,
     /// Where the software CPU's time went, if it was to count that.
     pub profile: Option<ProfileReport>,
-    /// What there is to say of the engine.
-    pub note: Option<&'static str>,
 }
 
 impl<T> Visited<T> {
     fn of(output: T) -> Self {
-        Self { output, profile: None, note: None }
+        Self { output, profile: None }
     }
 }
 

@@ -96,6 +96,11 @@ pub enum ChoiceError {
         /// The recording's.
         clock: String,
     },
+    /// A clock for a recording that has several.
+    #[error(
+        "this recording has stretches of several clocks, and each replays by its own: leave --clock out"
+    )]
+    SeveralClocks,
     /// A file for what is not made.
     #[error(
         "--rewritten keeps what --clock pmu makes of a recording that counts instructions, and nothing is \

@@ -5,7 +5,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use reprise_guest_images::{EMBEDDED, LinuxFile};
+use reprise_guest_images::{EMBEDDED, EmbeddedGuest, LinuxFile};
 use reprise_trace::header::{GuestInfo, ImageInfo, ImageRole, MAX_IMAGE_BYTES};
 
 use super::file_kind::NoFile;
@@ -143,12 +143,17 @@ impl Guest {
         })
     }
 
-    /// Whether its user code's RDTSC, if it has any, is refused by CR4.TSD and answered by its kernel. So do
-    /// the embedded guests, of which `compute` can be told otherwise.
-    pub fn answers_user_time_stamps(&self) -> bool {
+    /// Why its user code reads no time-stamp counter of the host, though nothing traps it; `None` where that is
+    /// not known. Only the embedded guests' code is, of which `compute` alone reads it, and can be told to let
+    /// its user code do so.
+    pub fn keeps_user_time_stamps(&self) -> Option<&'static str> {
+        let is_this = |guest: &&EmbeddedGuest| guest.image == self.kernel.bytes.as_slice();
+        if EMBEDDED.iter().find(is_this)?.name != "compute" {
+            return Some("this guest has none");
+        }
         let mut words = self.cmdline.split_ascii_whitespace();
         let is_left_out = words.any(|word| word.starts_with("tsd=") && word != "tsd=1");
-        !is_left_out && EMBEDDED.iter().any(|guest| guest.image == self.kernel.bytes.as_slice())
+        (!is_left_out).then_some("refused by the guest's own CR4.TSD, and answered by its kernel")
     }
 
     fn linux(progress: &mut dyn FnMut(&str)) -> Result<Self, GuestError> {

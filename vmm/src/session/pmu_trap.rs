@@ -1,8 +1,7 @@
 //! Whether RDTSC of a guest is trapped with the clock `pmu`.
 
 use reprise_branch_clock::engine::BranchClock;
-use reprise_branch_clock::time_stamp_trap::{TimeStampTrap, TrapCounts};
-use reprise_branch_clock::vcpu::Vcpu;
+use reprise_branch_clock::time_stamp_trap::TimeStampTrap;
 use reprise_kvm::Finding;
 use reprise_machine::engine::EngineError;
 use reprise_machine::ram::GuestRam;
@@ -90,17 +89,6 @@ pub fn not_trapped_here(reason: &str) -> EngineError {
     EngineError { what }
 }
 
-/// What is said of a run that ended before the kernel was found where its boot stub put it.
-pub const KERNEL_MOVED: &str = "RDTSC was not trapped: the kernel was not found behind its boot stub, so what it read is in no log \
-     and a replay may differ; add nokaslr to its command line, or use --engine soft";
-
-/// What is said of a run with places at which RDTSC was not trapped.
-pub const PLACES_LEFT: &str = "RDTSC was not trapped everywhere: places of the kernel's text do not hold what its file says, so what it \
-     read there is in no log and a replay may differ; use --engine soft";
-/// What is said of a run whose user code was refused RDTSC, and nobody answered.
-pub const USER_LEFT: &str = "RDTSC of user code was refused and not answered, since the kernel's handler of #GP was not found while \
-     programs ran: one that reads the counter got a fault; use --engine soft";
-
 /// The clock `pmu` that traps RDTSC.
 pub type TrappingClock<V> = BranchClock<TimeStampTrap<V>>;
 
@@ -114,36 +102,4 @@ pub fn trapping_engine<H: BranchHardware>(
     kernel: &KernelText,
 ) -> Result<TrappingClock<H::Vcpu>, EngineError> {
     hardware.engine(ram)?.trapping_time_stamps(kernel.clone())
-}
-
-/// What there is to say of a run on it that is over.
-pub fn note_of<V: Vcpu>(engine: &TrappingClock<V>) -> Option<&'static str> {
-    note_of_counts(engine.vcpu().counts())
-}
-
-/// The same, by what the trap did; `None` if it never saw the kernel.
-pub fn note_of_counts(counts: Option<TrapCounts>) -> Option<&'static str> {
-    match counts {
-        None => Some(KERNEL_MOVED),
-        Some(TrapCounts { refused: 1.., .. }) => Some(PLACES_LEFT),
-        Some(TrapCounts { unguarded: 1.., .. }) => Some(USER_LEFT),
-        Some(_) => None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_was_not_trapped_is_told() {
-        let all = TrapCounts { kernel: 5, user: 3, open: 2, unforeseen: 1, ..Default::default() };
-        assert_eq!(note_of_counts(None), Some(KERNEL_MOVED));
-        assert_eq!(note_of_counts(Some(all)), None);
-        assert_eq!(note_of_counts(Some(TrapCounts { refused: 1, ..all })), Some(PLACES_LEFT));
-        assert_eq!(note_of_counts(Some(TrapCounts { unguarded: 9, ..all })), Some(USER_LEFT));
-        for note in [PLACES_LEFT, USER_LEFT] {
-            assert!(!note.contains('\n') && note.contains("--engine soft"), "{note}");
-        }
-    }
 }

@@ -33,15 +33,15 @@ pub fn of_run(
         let is_named = |kind: &EngineKind| (kind.engine_name(), kind.clock_name()) == names;
         kinds.extend(EngineKind::ALL.into_iter().find(is_named));
     }
-    let answers = guest.answers_user_time_stamps();
+    let kept = guest.keeps_user_time_stamps();
     match kinds[..] {
-        [kind] => of(kind, traps, answers),
-        _ => of_relay(kinds, answers),
+        [kind] => of(kind, traps, kept),
+        _ => of_relay(kinds, kept),
     }
 }
 
 /// What one stretch leaves open is open; the log has no time stamps of any.
-fn of_relay(kinds: Vec<EngineKind>, answers: bool) -> Result<Vec<Precaution>, KvmError> {
+fn of_relay(kinds: Vec<EngineKind>, kept: Option<&str>) -> Result<Vec<Precaution>, KvmError> {
     let mut list: Vec<Precaution> = Vec::new();
     for kind in kinds {
         // Stepping answers RDTSC only while it is done.
@@ -49,7 +49,7 @@ fn of_relay(kinds: Vec<EngineKind>, answers: bool) -> Result<Vec<Precaution>, Kv
             EngineKind::Kvm(_) => EngineKind::Kvm(KvmClock::Sync),
             other => other,
         };
-        for precaution in of(kind, &Traps::of_relay(), answers)? {
+        for precaution in of(kind, &Traps::of_relay(), kept)? {
             if !list.contains(&precaution) {
                 list.push(precaution);
             }
@@ -58,8 +58,9 @@ fn of_relay(kinds: Vec<EngineKind>, answers: bool) -> Result<Vec<Precaution>, Kv
     Ok(list)
 }
 
-/// How they are dealt with by this engine; `answers` says whether the guest deals with its user code's RDTSC.
-fn of(kind: EngineKind, traps: &Traps, answers: bool) -> Result<Vec<Precaution>, KvmError> {
+/// How they are dealt with by this engine; `kept` says how the guest itself keeps its user code from RDTSC, if it
+/// does.
+fn of(kind: EngineKind, traps: &Traps, kept: Option<&str>) -> Result<Vec<Precaution>, KvmError> {
     let asked = || reprise_kvm::precautions();
     Ok(match kind {
         EngineKind::Soft => vec![
@@ -69,9 +70,9 @@ fn of(kind: EngineKind, traps: &Traps, answers: bool) -> Result<Vec<Precaution>,
         ],
         EngineKind::Kvm(clock) => {
             let time_stamps = [kernel_time_stamp(clock, &traps.sync)];
-            on_kvm(asked()?, time_stamps.into(), clock == KvmClock::Step, answers)
+            on_kvm(asked()?, time_stamps.into(), clock == KvmClock::Step, kept)
         }
-        EngineKind::Pmu => on_kvm(asked()?, by_trap(&traps.pmu), false, answers),
+        EngineKind::Pmu => on_kvm(asked()?, by_trap(&traps.pmu), false, kept),
     })
 }
 
@@ -94,7 +95,7 @@ fn on_kvm(
     asked: &[reprise_kvm::Precaution],
     time_stamps: Vec<Precaution>,
     stepped: bool,
-    answers: bool,
+    kept: Option<&str>,
 ) -> Vec<Precaution> {
     let mut list = time_stamps;
     for precaution in asked {
@@ -102,7 +103,7 @@ fn on_kvm(
             ["kernel", "user"].map(|who| format!("{}, {who} code", precaution.instruction));
         let of_both = match precaution.instruction {
             "RDTSC" if stepped => vec![closed(&user, STEPPED)],
-            "RDTSC" => vec![user_time_stamp(&user, &precaution.closed.user, answers)],
+            "RDTSC" => vec![user_time_stamp(&user, &precaution.closed.user, kept)],
             _ => vec![
                 of_finding(kernel, &precaution.closed.kernel),
                 of_finding(user, &precaution.closed.user),
@@ -117,16 +118,14 @@ fn on_kvm(
 
 /// RDTSC of user code that nothing traps: what the hardware refuses under CR4.TSD only a guest that sets it, and
 /// answers from its kernel, does not get from the host.
-fn user_time_stamp(what: &str, refused: &Finding, answers: bool) -> Precaution {
-    match (refused.available, answers) {
-        (false, _) => open(what, &refused.reason),
-        (true, true) => {
-            closed(what, "refused by the guest's own CR4.TSD, and answered by its kernel")
-        }
-        (true, false) => open(
+fn user_time_stamp(what: &str, refused: &Finding, kept: Option<&str>) -> Precaution {
+    match kept {
+        Some(how) if refused.available => closed(what, how),
+        None if refused.available => open(
             what,
             &format!("the guest decides, and is not known to refuse it: {}", refused.reason),
         ),
+        _ => open(what, &refused.reason),
     }
 }
 
@@ -147,7 +146,7 @@ fn by_trap(trap: &PmuTrap) -> Vec<Precaution> {
     );
     vec![
         closed(Precaution::KERNEL_TIME_STAMPS, &kernel),
-        closed("RDTSC, user code", "refused by CR4.TSD, and caught at the entry of #GP"),
+        closed(Precaution::USER_TIME_STAMPS, "refused by CR4.TSD, and caught at the entry of #GP"),
         open(NOT_COVERED.0, NOT_COVERED.1),
     ]
 }
@@ -179,7 +178,7 @@ mod tests {
     fn a_run_that_logs_no_time_stamps_does_not_say_that_it_does() {
         let sync = EngineKind::Kvm(KvmClock::Sync);
         for kinds in [[EngineKind::Kvm(KvmClock::Step), sync], [EngineKind::Soft, sync]] {
-            let Ok(list) = of_relay(kinds.to_vec(), false) else {
+            let Ok(list) = of_relay(kinds.to_vec(), None) else {
                 eprintln!("skipped: KVM cannot be asked");
                 return;
             };
@@ -190,7 +189,7 @@ mod tests {
             );
         }
         let off = PmuTrap::Off("a reason".to_owned());
-        let pmu = on_kvm(&[], by_trap(&off), false, false);
+        let pmu = on_kvm(&[], by_trap(&off), false, None);
         let about = pmu.iter().find(|it| it.what == Precaution::KERNEL_TIME_STAMPS);
         assert!(about.is_some_and(|it| it.treatment == Treatment::Open), "{pmu:?}");
     }
@@ -207,9 +206,11 @@ mod tests {
 
     #[test]
     fn user_code_that_the_guest_lets_read_the_hosts_counter_is_open() {
-        let treatment = |stepped, refused, answers| {
-            let list = on_kvm(&asked(refused), Vec::new(), stepped, answers);
-            let about: Vec<_> = list.iter().filter(|it| it.what == "RDTSC, user code").collect();
+        let treatment = |stepped, refused, kept: bool| {
+            let kept = kept.then_some("in some way");
+            let list = on_kvm(&asked(refused), Vec::new(), stepped, kept);
+            let about: Vec<_> =
+                list.iter().filter(|it| it.what == Precaution::USER_TIME_STAMPS).collect();
             assert_eq!(about.len(), 1, "{list:?}");
             about[0].treatment
         };
@@ -222,23 +223,23 @@ mod tests {
     #[test]
     fn the_embedded_guests_answer_user_code_unless_they_are_told_not_to() {
         let mut compute = Guest::embedded("compute").expect("it is listed");
-        assert!(compute.answers_user_time_stamps());
+        assert!(compute.keeps_user_time_stamps().is_some());
         for (words, answers) in
             [("scale=1 tsd=1", true), ("timing=1 tsd=0", false), ("tsd=00", false)]
         {
             words.clone_into(&mut compute.cmdline);
-            assert_eq!(compute.answers_user_time_stamps(), answers, "{words}");
+            assert_eq!(compute.keeps_user_time_stamps().is_some(), answers, "{words}");
         }
         compute.cmdline.clear();
         compute.kernel.bytes = b"of the same name".to_vec().into();
-        assert!(!compute.answers_user_time_stamps());
+        assert_eq!(compute.keeps_user_time_stamps(), None);
     }
 
     #[test]
     fn what_the_clock_pmu_traps_is_closed_once_for_each_kind_of_code() {
         let on = PmuTrap::On(Box::default());
-        let list = on_kvm(&asked(true), by_trap(&on), false, false);
-        for what in [Precaution::KERNEL_TIME_STAMPS, "RDTSC, user code"] {
+        let list = on_kvm(&asked(true), by_trap(&on), false, None);
+        for what in [Precaution::KERNEL_TIME_STAMPS, Precaution::USER_TIME_STAMPS] {
             let about: Vec<_> = list.iter().filter(|it| it.what == what).collect();
             assert!(
                 matches!(about[..], [Precaution { treatment: Treatment::Closed, .. }]),

@@ -202,7 +202,6 @@ struct Finished<S> {
     wall: Duration,
     console_failure: Option<String>,
     profile: Option<ProfileReport>,
-    note: Option<&'static str>,
     checkpoints: Option<CheckpointReport>,
 }
 
@@ -211,7 +210,6 @@ impl<S> Finished<S> {
     fn tell(self, report: &mut SessionReport) {
         report.console_failure = self.console_failure;
         report.profile = self.profile;
-        report.warning = self.note.map(ToOwned::to_owned);
         report.checkpoints = self.checkpoints;
     }
 }
@@ -259,9 +257,9 @@ fn execute<S: FrameSink>(
     if hands_over {
         return loaded.with_relay(hardware, header, soft, run)?;
     }
-    let Visited { output, profile, note } =
+    let Visited { output, profile } =
         loaded.with_engine(choice.kind, hardware, traps, soft, run)?;
-    Ok(Finished { profile, note, ..output? })
+    Ok(Finished { profile, ..output? })
 }
 
 /// Starts the machine once there is an engine: only then is a file created.
@@ -307,7 +305,6 @@ impl<S: FrameSink, F: FnOnce() -> Result<Sinks<S>>> EngineVisitor for Run<F> {
             wall,
             console_failure,
             profile: None,
-            note: None,
             checkpoints,
         });
         (finished.map_err(Into::into), engine)

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use reprise_cpu::latitude_sites::Sites;
+use reprise_kvm::KvmClock;
 use reprise_machine::checkpoint::Checkpointer;
 use reprise_machine::digest::AccessedBits;
 use reprise_machine::engine::{Engine, EngineError, Kick};
@@ -33,7 +34,7 @@ use super::choice::{ChoiceError, ClockArg, EngineArg, EngineKind};
 use super::file_kind::NoFile;
 use super::hardware::{BranchHardware, HostHardware};
 use super::makers::{self, MakerDependentReport};
-use super::pmu_trap::{PmuTrap, not_trapped_here, note_of, trapping_engine};
+use super::pmu_trap::{PmuTrap, not_trapped_here, trapping_engine};
 use super::profile_report::ProfileReport;
 use super::report::{SessionReport, SetAsideReport, damage_of};
 use super::rewriting::{self, ForBranches};
@@ -167,9 +168,10 @@ pub fn replay_on(
     {
         return Err(PlanError::ends_before(from, until).into());
     }
-    let header = replayable.recording().header();
+    let (header, stretches) =
+        (replayable.recording().header(), replayable.course().stretches.len());
     options.engine = options.engine.beside(options.clock);
-    if !rewriting::is_asked_for(options.engine, options.clock, header)? {
+    if !rewriting::is_asked_for(options.engine, options.clock, (header, stretches))? {
         if options.rewritten.is_some() {
             return Err(ChoiceError::NothingRewritten.into());
         }
@@ -209,7 +211,6 @@ fn replay_as_recorded(
         notes.push(format!("the counter was late: went back to a checkpoint {times} times"));
     }
     let outcome = ran.outcome?;
-    notes.extend(ran.note.filter(|_| matches!(outcome.conclusion, Conclusion::Ended(_))));
     let kind = followed.first();
     let mut report = SessionReport::new("replay", &header.guest.name, kind, &outcome, ran.wall);
     if from_tick > 0 {
@@ -224,6 +225,7 @@ fn replay_as_recorded(
     report.set_aside = set_aside(course, &outcome.set_aside, Some(&outcome));
     report.maker_dependent = MakerDependentReport::of(ran.sites.as_deref().unwrap_or_default());
     report.profile = ran.profile;
+    notes.extend(report.warning.clone());
     notes.extend(self::notes(header, &report, ran.sites.as_deref()));
     Ok(Replayed { report, notes, followed })
 }
@@ -259,15 +261,14 @@ impl<H: BranchHardware> Execution<'_, H> {
                 Ran { executed, sites, profile: assembly::leave(engine), ..ran }
             }
             EngineKind::Kvm(clock) => {
-                let sites = recorded_time_stamp_sites(recording)?;
+                let sites = recorded_time_stamp_sites(recording, clock)?;
                 let make = |_: &HandOver, ram| assembly::kvm_engine(ram, clock, &sites);
                 Ran::of(drive.run(beginning, make)?).0
             }
             EngineKind::Pmu => match recorded_trap(hardware, recording)? {
                 PmuTrap::On(kernel) => {
                     let make = |_: &HandOver, ram| trapping_engine(hardware, ram, &kernel);
-                    let (ran, engine) = Ran::of(drive.run(beginning, make)?);
-                    Ran { note: note_of(&engine).map(ToOwned::to_owned), ..ran }
+                    Ran::of(drive.run(beginning, make)?).0
                 }
                 PmuTrap::Off(_) => {
                     Ran::of(drive.run(beginning, |_: &HandOver, ram| hardware.engine(ram))?).0
@@ -288,22 +289,12 @@ struct Ran {
     /// Instructions whose results makers may have otherwise, where the engine notes them.
     sites: Option<Vec<Sites>>,
     profile: Option<ProfileReport>,
-    /// What there is to say of the engine, if it came to the recording's end.
-    note: Option<String>,
 }
 
 impl Ran {
     fn of<E>(driven: Driven<E>) -> (Self, E) {
         let Driven { outcome, wall, engine, times_back } = driven;
-        let ran = Self {
-            outcome,
-            wall,
-            times_back,
-            executed: None,
-            sites: None,
-            profile: None,
-            note: None,
-        };
+        let ran = Self { outcome, wall, times_back, executed: None, sites: None, profile: None };
         (ran, engine)
     }
 }
@@ -317,8 +308,11 @@ pub(super) fn is_there(hardware: &impl BranchHardware, kind: EngineKind) -> bool
     }
 }
 
-/// Where the recorded kernel reads the time-stamp counter.
-fn recorded_time_stamp_sites(recording: &Recording) -> Result<TimeStampSites> {
+/// Where the recorded kernel reads the time-stamp counter, if it has to be trapped there.
+fn recorded_time_stamp_sites(recording: &Recording, clock: KvmClock) -> Result<TimeStampSites> {
+    if clock == KvmClock::Step {
+        return Ok(TimeStampSites::Unknown("each is stepped".to_owned()));
+    }
     if !recording.header().logs_time_stamps() {
         return Ok(TimeStampSites::Unknown("its recording has no time stamps".to_owned()));
     }

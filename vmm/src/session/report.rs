@@ -6,6 +6,7 @@ use reprise_machine::divergence::Divergence;
 use reprise_machine::lawful::{Lawful, SetAside};
 use reprise_machine::outcome::{Conclusion, Outcome};
 use reprise_trace::event::{Assists, Ending};
+use reprise_trace::header::Precaution;
 use reprise_trace::log::LogError;
 use reprise_trace::moment::{Moment, TickKind};
 use serde::Serialize;
@@ -221,7 +222,7 @@ impl SessionReport {
             console_bytes: outcome.effects.console_bytes,
             console_digest: hex(&outcome.effects.console_digest),
             final_digest: outcome.final_digest().map(|digest| hex(&digest)),
-            warning: None,
+            warning: left_open_text(outcome),
             console_failure: None,
             verified: None,
             verified_until: None,
@@ -336,6 +337,17 @@ impl SessionReport {
             None => self.ending.to_owned(),
         }
     }
+}
+
+/// What a run that came to its end left open, if anything.
+fn left_open_text(outcome: &Outcome) -> Option<String> {
+    if outcome.left_open.is_empty() || !matches!(outcome.conclusion, Conclusion::Ended(_)) {
+        return None;
+    }
+    let each =
+        outcome.left_open.iter().map(|Precaution { what, how, .. }| format!("{what}: {how}"));
+    let all = each.collect::<Vec<_>>().join("; ");
+    Some(format!("what the guest read there is in no log, and a replay may differ: {all}"))
 }
 
 /// What was assisted, the most frequent first.

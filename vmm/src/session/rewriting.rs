@@ -28,8 +28,11 @@ use crate::output::grouped;
 pub fn is_asked_for(
     engine: EngineArg,
     clock: ClockArg,
-    header: &Header,
+    (header, stretches): (&Header, usize),
 ) -> Result<bool, ChoiceError> {
+    if clock != ClockArg::Auto && stretches > 1 {
+        return Err(ChoiceError::SeveralClocks);
+    }
     let own = match header.clock.as_str() {
         "pmu" => ClockArg::Pmu,
         "step" => ClockArg::Step,
@@ -76,8 +79,7 @@ impl Place {
                 Ok(Replayable::without_checkpoints(Recording::open(BufReader::new(file))?))
             }
             Self::Kept(file, path) => {
-                not_there(&path)?;
-                file.finish().map_err(|error| cannot_create(&path, &error))?;
+                file.finish_new().map_err(|error| cannot_create(&path, &error))?;
                 Ok(Replayable::open(&path)?)
             }
         }
@@ -104,7 +106,8 @@ impl Write for Place {
 fn not_there(path: &Path) -> Result<()> {
     match path.symlink_metadata() {
         Ok(_) => Err(cannot_create(path, &io::ErrorKind::AlreadyExists.into())),
-        Err(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(cannot_create(path, &error)),
     }
 }
 
@@ -239,7 +242,7 @@ mod tests {
         let step = recorded("kvm", "step", TickKind::Instruction);
         let sync = recorded("kvm", "sync", TickKind::Exit);
         let pmu = recorded("kvm", "pmu", TickKind::ConditionalBranch);
-        let asked = |clock, header| is_asked_for(EngineArg::Kvm, clock, header);
+        let asked = |clock, header| is_asked_for(EngineArg::Kvm, clock, (header, 1));
         for header in [&soft, &step] {
             assert_eq!(asked(Pmu, header), Ok(true));
             assert_eq!(asked(Step, header), Ok(false));
@@ -249,6 +252,6 @@ mod tests {
             assert_eq!((asked(own, header), asked(Auto, header)), (Ok(false), Ok(false)));
             assert!(asked(other, header).is_err() && asked(Step, header).is_err());
         }
-        assert!(is_asked_for(EngineArg::Soft, Pmu, &soft).is_err());
+        assert!(is_asked_for(EngineArg::Soft, Pmu, (&soft, 1)).is_err());
     }
 }

@@ -397,6 +397,7 @@ mod tests {
         let course = Course {
             stretches: stretches_of(&names),
             assists: reprise_trace::event::Assists::new(),
+            left_open: Vec::new(),
             final_digest: FinalDigest::SetsAsideAllTables,
         };
         let recorded = StretchReport::of_course(&course);

@@ -30,6 +30,16 @@ fn a_file_has_its_name_only_when_it_is_whole() {
     file.finish().expect("can be finished");
     assert_eq!(fs::read(&path).expect("is there"), b"whole");
     assert_eq!(count(), 1);
+    let mut file = PendingFile::create(&path).expect("can be made");
+    file.write_all(b"late").expect("can be written");
+    let refused = file.finish_new().expect_err("somebody else's file");
+    assert_eq!(refused.kind(), io::ErrorKind::AlreadyExists);
+    assert_eq!((count(), &fs::read(&path).expect("is there")[..]), (1, &b"whole"[..]));
+    fs::remove_file(&path).expect("can be removed");
+    let mut file = PendingFile::create(&path).expect("can be made");
+    file.write_all(b"new").expect("can be written");
+    file.finish_new().expect("nobody else's");
+    assert_eq!((count(), &fs::read(&path).expect("is there")[..]), (1, &b"new"[..]));
     assert!(PendingFile::create(directory.path()).is_err(), "a directory");
     assert!(PendingFile::create(&path.join("below")).is_err(), "below a file");
 }

@@ -14,6 +14,7 @@ use reprise_devices::time::VirtualTime;
 use reprise_trace::checkpoint::LastRecord;
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::event::{Assists, EffectDigest, Ending, HandOver};
+use reprise_trace::header::Precaution;
 use reprise_trace::log::LogError;
 use reprise_trace::logged::Logged;
 use reprise_trace::moment::Moment;
@@ -195,6 +196,15 @@ pub struct EndState<'a> {
     pub undefined_flags: u64,
 }
 
+/// What an engine tells of a run that is over.
+#[derive(Debug)]
+pub struct Told {
+    /// What [`Engine::assists`] gives there.
+    pub assists: Assists,
+    /// What [`Engine::left_open`] gives there.
+    pub left_open: Vec<Precaution>,
+}
+
 /// What enters a machine, in the order in which it enters, and what leaves it.
 ///
 /// Implemented by [`Recording`] and [`Replaying`], and by nothing else.
@@ -258,7 +268,7 @@ pub trait Inputs: sealed::Sealed {
         effects: EffectDigest,
         ending: &Ending,
         state: Option<EndState<'_>>,
-        assists: Assists,
+        told: Told,
     ) -> Result<Option<StateDigest>, Stop>;
 
     /// The engine failed, so that where the run ends cannot be said: closes the log behind its last

@@ -5,13 +5,13 @@ use std::collections::VecDeque;
 
 use reprise_devices::time::VirtualTime;
 use reprise_trace::checkpoint::LastRecord;
-use reprise_trace::event::{Assists, EffectDigest, Ending, Event, HandOver, LoggedEvent, Record};
+use reprise_trace::event::{EffectDigest, Ending, Event, HandOver, LoggedEvent, Record};
 use reprise_trace::log::{FrameSink, LogError, LogWriter};
 use reprise_trace::logged::Logged;
 use reprise_trace::moment::Moment;
 
 use super::typing::Typing;
-use super::{Arrival, Boundary, EndState, Idle, Inputs, MAX_UNLOGGED_JUMPS, Stamp, Stop};
+use super::{Arrival, Boundary, EndState, Idle, Inputs, MAX_UNLOGGED_JUMPS, Stamp, Stop, Told};
 use crate::clock::{MAX_VIRTUAL_NS, TimeBase, TimeSource};
 use crate::digest::StateDigest;
 use crate::engine::{Access, Engine};
@@ -477,10 +477,14 @@ impl<H: Host, S: FrameSink> Inputs for Recording<H, S> {
         effects: EffectDigest,
         ending: &Ending,
         state: Option<EndState<'_>>,
-        assists: Assists,
+        told: Told,
     ) -> Result<Option<StateDigest>, Stop> {
+        let Told { assists, left_open } = told;
         if !assists.is_empty() {
             self.append(stamp, Event::Assists(assists))?;
+        }
+        if !left_open.is_empty() {
+            self.append(stamp, Event::LeftOpen(left_open))?;
         }
         let final_digest = state.map(|state| state.digest.whole());
         self.append(stamp, Event::End { ending: ending.clone(), effects, final_digest })?;

@@ -5,12 +5,12 @@ use std::fmt;
 use reprise_devices::time::VirtualTime;
 use reprise_trace::checkpoint::LastRecord;
 use reprise_trace::cpu_state::CpuState;
-use reprise_trace::event::{Assists, EffectDigest, Ending, Event, LoggedEvent, Record};
+use reprise_trace::event::{EffectDigest, Ending, Event, LoggedEvent, Record};
 use reprise_trace::log::LogReader;
 use reprise_trace::logged::Logged;
 use reprise_trace::moment::{Moment, TickKind};
 
-use super::{Arrival, Boundary, EndState, Idle, Inputs, MAX_UNLOGGED_JUMPS, Stamp, Stop};
+use super::{Arrival, Boundary, EndState, Idle, Inputs, MAX_UNLOGGED_JUMPS, Stamp, Stop, Told};
 use crate::clock::{MAX_VIRTUAL_NS, TimeBase, TimeSource};
 use crate::digest::StateDigest;
 use crate::divergence::{Difference, Divergence, describe, describe_ending};
@@ -138,9 +138,9 @@ impl Replaying {
         self
     }
 
-    /// The next record. What was assisted is no place of the run, so it is passed over.
+    /// The next record that stands at a place of the run.
     fn peek(&mut self) -> Result<&Record, Stop> {
-        while let Ok(Some(Record { event: Event::Assists(_), .. })) = self.log.peek() {
+        while matches!(self.log.peek(), Ok(Some(record)) if record.event.is_told()) {
             self.passed_over += 1;
             let _ = self.log.next_record();
         }
@@ -209,7 +209,8 @@ impl Replaying {
             | Event::Console(_)
             | Event::Mark(_)
             | Event::HandOver(_)
-            | Event::Assists(_) => false,
+            | Event::Assists(_)
+            | Event::LeftOpen(_) => false,
         };
         Ok((!waits).then(|| record.clone()))
     }
@@ -356,7 +357,7 @@ impl Inputs for Replaying {
         let record = self.peek().ok()?;
         let known = match &record.event {
             Event::Console(_) | Event::Time(_) | Event::Mark(_) | Event::HandOver(_) => true,
-            Event::ClockRead(_) | Event::Assists(_) => false,
+            Event::ClockRead(_) | Event::Assists(_) | Event::LeftOpen(_) => false,
             Event::End { ending, final_digest, .. } => {
                 *ending == Ending::Stopped && final_digest.is_some()
             }
@@ -488,7 +489,7 @@ impl Inputs for Replaying {
         effects: EffectDigest,
         ending: &Ending,
         state: Option<EndState<'_>>,
-        _assists: Assists,
+        _told: Told,
     ) -> Result<Option<StateDigest>, Stop> {
         let record = self.peek()?.clone();
         let moment = record.moment;
