@@ -176,7 +176,8 @@ fn a_clock_is_not_asked_of_a_recording_that_has_several() {
     let workplace = Workplace::new();
     let file = workplace.path("hello.rr");
     let then = ["--engine", "soft", "--until", "100", "--then", "kvm:sync"];
-    record(&[&["--image", "hello"], &then[..]].concat(), &file, 0);
+    let told = run(&[&["record", "--image", "hello", "-o", &file], &then[..]].concat());
+    assert!(told.expect_code(0).stderr.contains("RDTSC is not trapped"));
     for clock in ["sync", "pmu"] {
         let refused = run(&["replay", &file, "--clock", clock]).expect_code(2);
         assert!(refused.stderr.contains("leave --clock out"), "{}", refused.stderr);

@@ -4,6 +4,9 @@ use vmm_sys_util::errno::Error as Errno;
 
 use crate::perf_host::HostFacts;
 
+/// What to do about Zen's counting of what it speculated on.
+pub(crate) const ZEN_WORKAROUND: &str = "run rr's zen_workaround.py as root after each boot and each sleep (it sets bit 54 of MSR 0xc0011020 on each CPU)";
+
 /// Why the guest's conditional branches cannot be counted. Each reason is one line, and so is what to
 /// do ([`CounterRefusal::remedy`]).
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -125,10 +128,7 @@ impl CounterRefusal {
             Self::UnknownCores => "use a CPU with one kind of core",
             Self::NoPerformanceCore(_) => "let it run there (`taskset`, cpusets)",
             Self::Other(_) => "run `reprise doctor` on another host to compare",
-            Self::SelfTest { speculates: true, .. } => {
-                "run rr's zen_workaround.py as root after each boot and each sleep (it sets bit 54 of MSR \
-                 0xc0011020 on each CPU)"
-            }
+            Self::SelfTest { speculates: true, .. } => ZEN_WORKAROUND,
             Self::SelfTest { .. } => "use a host whose counter is exact (bare metal mostly is)",
             Self::OtherThread => "report this as a defect of Reprise",
         }

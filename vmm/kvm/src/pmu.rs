@@ -131,8 +131,9 @@ fn self_test(host: &dyn PerfHost) -> Result<Result<String, KvmError>, EngineErro
 /// What is said for a counter that is right, with what is to be known of it.
 fn said_for(event: &BranchEvent, facts: &HostFacts) -> String {
     let (name, microarchitecture) = (event.event_name(), event.microarchitecture);
-    let mut text =
-        format!("{name} counts conditional branches exactly on this {microarchitecture}");
+    let mut text = format!(
+        "{name} has counted conditional branches exactly in its self-test on this {microarchitecture}"
+    );
     for caveat in event.caveats {
         if *caveat != Caveat::CountsInSmm || facts.counts_in_smm {
             text.push_str("; ");

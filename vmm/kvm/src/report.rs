@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use crate::branch_events::HostCpu;
-use crate::counter_refusal::CounterRefusal;
+use crate::branch_events::{Caveat, HostCpu};
+use crate::counter_refusal::{CounterRefusal, ZEN_WORKAROUND};
 use crate::counters::Counted;
 use crate::error::KvmError;
 use crate::host::KvmKind;
@@ -92,6 +92,8 @@ pub struct CounterOfCpu {
     pub skid: u64,
     /// What is to be known of it, a line each.
     pub caveats: Vec<&'static str>,
+    /// What its owner can do about them though the counter passes its self-test.
+    pub precaution: Option<&'static str>,
 }
 
 impl CounterOfCpu {
@@ -103,6 +105,10 @@ impl CounterOfCpu {
             event: event.config(),
             skid: event.skid,
             caveats: event.caveats.iter().map(|caveat| caveat.text()).collect(),
+            precaution: event
+                .caveats
+                .contains(&Caveat::SpeculatesPastLocks)
+                .then_some(ZEN_WORKAROUND),
         })
     }
 }

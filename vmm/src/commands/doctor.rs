@@ -52,7 +52,7 @@ struct EngineReport {
     /// The options that ask for it.
     options: String,
     /// What it gives.
-    gives: &'static str,
+    gives: String,
     available: bool,
     reason: String,
     remedy: Option<String>,
@@ -126,17 +126,25 @@ fn finding_of<'a>(kind: EngineKind, soft: &'a Finding, kvm: &'a KvmReport) -> &'
 }
 
 /// What an engine with a clock gives.
-fn gives(kind: EngineKind) -> &'static str {
+fn gives(kind: EngineKind) -> String {
     match kind {
-        EngineKind::Soft => "the software CPU: exact everywhere, hundreds of MIPS",
+        EngineKind::Soft => {
+            "the software CPU: exact whatever the guest does, hundreds of MIPS".to_owned()
+        }
         EngineKind::Pmu => {
-            "the speed of hardware, with interrupts at exact places; RDTSC is trapped where the kernel's text \
-             is known"
+            let trap = time_stamp_trap();
+            let traps = match trap.available {
+                true => "RDTSC is trapped where the kernel's text is known".to_owned(),
+                false => format!("RDTSC is not trapped here ({})", trap.reason),
+            };
+            format!("the speed of hardware, with interrupts at exact places; {traps}")
         }
         EngineKind::Kvm(KvmClock::Sync) => {
-            "the speed of KVM; interrupts arrive only when the guest exits"
+            "the speed of KVM; interrupts arrive only when the guest exits".to_owned()
         }
-        EngineKind::Kvm(KvmClock::Step) => "exact everywhere by stepping, about 0.1 MIPS",
+        EngineKind::Kvm(KvmClock::Step) => {
+            "interrupts at exact places by stepping, about 0.1 MIPS".to_owned()
+        }
     }
 }
 
@@ -229,8 +237,13 @@ fn findings(soft: &Finding, kvm: &KvmReport) -> Vec<FindingReport> {
     // Without KVM, or where it refuses, the rows above say so.
     let instructions = precautions().unwrap_or_default();
     for Precaution { instruction, closed: ByLevel { kernel, user } } in instructions {
-        rows.push(row(&format!("{instruction} closed, kernel code"), kernel));
-        rows.push(row(&format!("{instruction} closed, user code"), user));
+        let topics = match instruction {
+            // What becomes of a guest's own hangs on its kernel: a recording says it.
+            &"RDTSC" => ["RDTSC trapped with the clock sync", "RDTSC refused under CR4.TSD"]
+                .map(str::to_owned),
+            _ => ["kernel", "user"].map(|who| format!("{instruction} closed, {who} code")),
+        };
+        rows.extend(topics.iter().zip([kernel, user]).map(|(topic, finding)| row(topic, finding)));
     }
     rows
 }

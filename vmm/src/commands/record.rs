@@ -7,6 +7,10 @@ use crate::cli::RecordArgs;
 use crate::output::Output;
 use crate::session::record::{self, RecordTo};
 
+/// Said of a recording that has gone from one engine to another.
+const NOT_TRAPPED: &str = "where a run moves between engines RDTSC is not trapped: a guest that reads it on kvm may not replay; \
+     `reprise info` says what was open";
+
 /// Records a guest.
 ///
 /// # Errors
@@ -26,6 +30,10 @@ pub fn run(arguments: &RecordArgs, output: Output) -> Result<u8> {
     if report.ending != "engine-failed" {
         let shown = to.path.display();
         output.note(format_args!("recorded in {shown}; `reprise replay {shown}` runs it again"));
+    }
+    let stretches = &report.stretches;
+    if stretches.len() > 1 && stretches.iter().any(|stretch| stretch.engine != "soft") {
+        output.note(NOT_TRAPPED);
     }
     let checkpoints = report.checkpoints.as_ref();
     if let Some(failure) = checkpoints.and_then(|checkpoints| checkpoints.failure.as_ref()) {

@@ -349,7 +349,7 @@ fn automatically(
             Some(why) if engine == EngineArg::Auto => Choice::because(
                 EngineKind::Soft,
                 format!(
-                    "exact on every host; this one has the faster --clock pmu as well ({reason}), but \
+                    "exact whatever the guest does; this host has the faster --clock pmu as well ({reason}), but \
                      RDTSC of this guest would not be trapped: {why}"
                 ),
             ),
@@ -367,7 +367,7 @@ fn automatically(
         ),
         EngineArg::Auto | EngineArg::Soft => Choice::because(
             EngineKind::Soft,
-            format!("exact on every host; {without}; see `reprise doctor`"),
+            format!("exact whatever the guest does; {without}; see `reprise doctor`"),
         ),
     }
 }

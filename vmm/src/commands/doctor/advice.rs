@@ -16,10 +16,17 @@ pub(super) struct Advice {
 
 /// What would give the engines that cannot be had; what gives several is said once.
 pub(super) fn of(engines: &[EngineReport], kvm: &KvmReport) -> Vec<Advice> {
-    of_findings(engines, &kvm.conditional_branch_counter, kvm.kind)
+    let precaution = kvm.counter_of_cpu.as_ref().and_then(|counter| counter.precaution);
+    of_findings(engines, &kvm.conditional_branch_counter, precaution, kvm.kind)
 }
 
-fn of_findings(engines: &[EngineReport], counter: &Finding, kvm: KvmKind) -> Vec<Advice> {
+/// `precaution` is against what a counter may do though it is right now.
+fn of_findings(
+    engines: &[EngineReport],
+    counter: &Finding,
+    precaution: Option<&str>,
+    kvm: KvmKind,
+) -> Vec<Advice> {
     let mut all: Vec<Advice> = Vec::new();
     let lacking = engines.iter().filter(|engine| !engine.available);
     for (engine, remedy) in lacking.filter_map(|engine| Some((engine, engine.remedy.as_ref()?))) {
@@ -37,6 +44,10 @@ fn of_findings(engines: &[EngineReport], counter: &Finding, kvm: KvmKind) -> Vec
     {
         let gives = "a counter for --clock pmu".to_owned();
         all.push(Advice { gives, what: remedy.clone() });
+    }
+    if let Some(precaution) = precaution.filter(|_| counter.available) {
+        let gives = "a counter for --clock pmu that stays right when threads contend".to_owned();
+        all.push(Advice { gives, what: precaution.to_owned() });
     }
     if kvm == KvmKind::PagetableBased {
         all.push(Advice {
@@ -58,7 +69,7 @@ mod tests {
             engine: "kvm",
             clock: "sync",
             options: options.to_owned(),
-            gives: "",
+            gives: String::new(),
             available,
             reason: String::new(),
             remedy: remedy.map(str::to_owned),
@@ -81,7 +92,7 @@ mod tests {
         ];
         let expected = Advice { gives: "a, d".to_owned(), what: "load it".to_owned() };
         for counter in [counter(None), counter(Some("load it"))] {
-            let advice = of_findings(&engines, &counter, KvmKind::Vmx);
+            let advice = of_findings(&engines, &counter, None, KvmKind::Vmx);
             assert_eq!(advice, std::slice::from_ref(&expected));
         }
     }
@@ -89,14 +100,24 @@ mod tests {
     #[test]
     fn what_is_lacking_next_is_told_as_well() {
         let engines = [engine("a", false, Some("load it"))];
-        let advice = of_findings(&engines, &counter(Some("leave this VM")), KvmKind::Vmx);
+        let advice = of_findings(&engines, &counter(Some("leave this VM")), None, KvmKind::Vmx);
         let what: Vec<&str> = advice.iter().map(|advice| advice.what.as_str()).collect();
         assert_eq!(what, ["load it", "leave this VM"]);
     }
 
+    /// That its self-test passes is no proof on AMD's Zen.
+    #[test]
+    fn a_counter_that_may_go_wrong_later_is_told_of() {
+        let advised = |counter| of_findings(&[], &counter, Some("run it"), KvmKind::Svm);
+        let expected = ["run it".to_owned()];
+        let what = |all: Vec<Advice>| all.into_iter().map(|it| it.what).collect::<Vec<_>>();
+        assert_eq!(what(advised(counter(None))), expected);
+        assert_eq!(what(advised(counter(Some("leave this VM")))), ["leave this VM".to_owned()]);
+    }
+
     #[test]
     fn pagetable_based_kvm_is_told_from_hardware() {
-        let advice = of_findings(&[], &counter(None), KvmKind::PagetableBased);
+        let advice = of_findings(&[], &counter(None), None, KvmKind::PagetableBased);
         assert!(advice[0].what.contains("kvm_intel"), "{advice:?}");
     }
 }

@@ -28,7 +28,7 @@ pub(super) fn of(report: &DoctorReport) -> String {
     text.push_str(&format!("\nThis host\n{}\nEach finding\n", table(&of_host(report))));
     for finding in &report.findings {
         let word = if finding.available { "yes" } else { "no " };
-        text.push_str(&format!("{word}  {:32}  {}\n", finding.topic, finding.reason));
+        text.push_str(&format!("{word}  {:33}  {}\n", finding.topic, finding.reason));
     }
     text
 }
@@ -36,7 +36,7 @@ pub(super) fn of(report: &DoctorReport) -> String {
 fn of_engine(engine: &EngineReport) -> String {
     let word = if engine.available { "yes" } else { "no " };
     let mut text = format!("{word}  {}\n", engine.options);
-    text.push_str(&paragraph(engine.gives));
+    text.push_str(&paragraph(&engine.gives));
     let more = match &engine.trial {
         Some(trial) if trial.equal => format!(
             "tried: a guest with {} recorded and replayed equal, {:.2} s",
