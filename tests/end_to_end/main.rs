@@ -15,6 +15,7 @@ mod interruption;
 mod kvm;
 mod linux;
 mod misbehaviour;
+mod own_files;
 mod program;
 mod terminal;
 mod translation;

@@ -322,8 +322,9 @@ fn parse_every(text: &str) -> Result<CheckpointArg, String> {
 /// A tick count; digits may be grouped, and `tick 12 (...)`, as moments are printed, is understood.
 fn parse_tick(text: &str) -> Result<u64, String> {
     let text = text.trim().trim_start_matches("tick").trim_start();
-    let end = text.find(' ').unwrap_or(text.len());
-    let digits: String = text[..end].chars().filter(|c| !matches!(c, ',' | '_')).collect();
+    // As it is printed: `tick 12 (rip ...)`.
+    let (number, _) = text.split_once(" (").unwrap_or((text, ""));
+    let digits: String = number.chars().filter(|c| !matches!(c, ',' | '_')).collect();
     digits
         .parse()
         .map_err(|_| "give a number of ticks, such as 1000000, or seconds, such as 2.5s".to_owned())
@@ -434,6 +435,8 @@ mod tests {
         for text in ["1234", "1_234", "1,234", "tick 1234 (rip 0x1000, rcx 0x0)"] {
             assert_eq!(parse_tick(text), Ok(1234), "{text}");
         }
-        assert!(parse_tick("").is_err() && parse_tick("0x10").is_err());
+        for text in ["", "0x10", "1 s", "1 ms", "10 000", "5 garbage"] {
+            assert!(parse_tick(text).is_err(), "{text}");
+        }
     }
 }

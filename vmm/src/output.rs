@@ -5,6 +5,7 @@ use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
+use anyhow::{Result, anyhow};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressState, ProgressStyle};
 use serde::Serialize;
 
@@ -18,22 +19,29 @@ pub struct Output {
 impl Output {
     /// Tells a person something that is no result.
     pub fn note(&self, text: impl Display) {
-        write_ignoring_pipes(&mut io::stderr(), &format!("reprise: {text}\n"));
+        // There is nowhere else to say that this cannot be said.
+        let _ = written(&mut io::stderr(), &format!("reprise: {text}\n"));
     }
 
     /// The command's result: `report` as JSON where that was asked for, else `text`.
-    pub fn result(&self, report: &impl Serialize, text: impl Display) {
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn result(&self, report: &impl Serialize, text: impl Display) -> Result<()> {
         let printed = if self.json { to_json(report) } else { text.to_string() };
-        write_ignoring_pipes(&mut io::stdout(), &with_line_end(printed));
+        written(&mut io::stdout(), &with_line_end(printed))
     }
 
     /// The result of a command whose standard output belongs to the guest's console: JSON there
     /// where that was asked for, else `text` beside the notes.
-    pub fn result_beside_console(&self, report: &impl Serialize, text: impl Display) {
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn result_beside_console(&self, report: &impl Serialize, text: impl Display) -> Result<()> {
         if self.json {
-            self.result(report, "");
+            self.result(report, "")
         } else {
-            write_ignoring_pipes(&mut io::stderr(), &with_line_end(text.to_string()));
+            written(&mut io::stderr(), &with_line_end(text.to_string()))
         }
     }
 
@@ -42,7 +50,8 @@ impl Output {
         let line = one_line(reason);
         self.note(&line);
         if self.json {
-            self.result(&serde_json::json!({ "error": line }), "");
+            // The line above has said what is wrong.
+            let _ = self.result(&serde_json::json!({ "error": line }), "");
         }
     }
 
@@ -162,8 +171,13 @@ fn with_line_end(mut text: String) -> String {
 }
 
 /// A reader that has gone away (`| head`) is no failure.
-fn write_ignoring_pipes(stream: &mut impl Write, text: &str) {
-    let _ = stream.write_all(text.as_bytes()).and_then(|()| stream.flush());
+fn written(stream: &mut impl Write, text: &str) -> Result<()> {
+    match stream.write_all(text.as_bytes()).and_then(|()| stream.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(anyhow!("the report cannot be written: {error}; make room, or send it elsewhere"))
+        }
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]

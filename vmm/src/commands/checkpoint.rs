@@ -62,7 +62,7 @@ pub fn run(arguments: &CheckpointArgs, output: Output) -> Result<u8> {
         ("checkpoints", report.total.to_string()),
         ("replay", verdict(&report.replay)),
     ];
-    output.result(&report, table(&rows));
+    output.result(&report, table(&rows))?;
     if report.replay.verified == Some(false) {
         output.note(failure(&report.replay));
     }

@@ -71,7 +71,7 @@ pub fn run(output: Output) -> Result<u8> {
     }
     let verified = reports.iter().all(|scene| scene.replay.verified == Some(true));
     let report = DemoReport { without_linux, verified, scenes: reports };
-    output.result(&report, text(&report));
+    output.result(&report, text(&report))?;
     for scene in report.scenes.iter().filter(|scene| scene.replay.verified != Some(true)) {
         output.note(failure(&scene.replay));
     }

@@ -153,7 +153,7 @@ pub fn run(arguments: &DiffArgs, output: Output) -> Result<u8> {
         bisection,
         not_bisected: reason,
     };
-    output.result(&report, text(&report));
+    output.result(&report, text(&report))?;
     Ok(tell_damage(arguments, [&first, &second], output))
 }
 

@@ -100,7 +100,7 @@ pub fn run(output: Output) -> Result<u8> {
     engines.sort_by_key(|engine| !engine.available);
     let can_run = engines.iter().any(|engine| engine.available);
     let report = DoctorReport::of(engines, &soft, &kvm)?;
-    output.result(&report, text::of(&report));
+    output.result(&report, text::of(&report))?;
     Ok(u8::from(!can_run))
 }
 

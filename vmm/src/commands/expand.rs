@@ -10,6 +10,7 @@ use anyhow::{Result, bail};
 use reprise_expand::{Control, Window};
 use reprise_export::Format;
 use reprise_host::StopRequests;
+use reprise_replay::checkpoints_path;
 
 use reprise_trace::instructions::Contents;
 
@@ -65,7 +66,7 @@ pub fn run(arguments: &ExpandArgs, output: Output) -> Result<u8> {
     if arguments.output.as_deref() == Some(Path::new("-")) {
         output.note(report.to_table());
     } else {
-        output.result(&report, report.to_table());
+        output.result(&report, report.to_table())?;
     }
     Ok(u8::from(report.verified == Some(false)))
 }
@@ -144,7 +145,8 @@ fn target(arguments: &ExpandArgs) -> Result<Target> {
         }
         return Ok(Target::Discard);
     };
-    let to = place(path, arguments.force)?;
+    let recording = &arguments.file;
+    let to = place(path, arguments.force, &[recording, &checkpoints_path(recording)])?;
     let format = match arguments.format.as_deref() {
         None => Format::of(path),
         Some("reprise") => None,

@@ -39,13 +39,13 @@ struct BuiltReport {
 /// An image cannot be built.
 pub fn run(arguments: &ImagesArgs, output: Output) -> Result<u8> {
     match &arguments.action {
-        None => list(output),
+        None => list(output)?,
         Some(ImagesAction::Build { name }) => build(name, output)?,
     }
     Ok(0)
 }
 
-fn list(output: Output) {
+fn list(output: Output) -> Result<()> {
     let mut images: Vec<ImageRow> = EMBEDDED
         .iter()
         .map(|guest| ImageRow {
@@ -65,7 +65,7 @@ fn list(output: Output) {
     });
     let cache_directory = cache_directory().display().to_string();
     let report = ImagesReport { images, cache_directory };
-    output.result(&report, to_text(&report));
+    output.result(&report, to_text(&report))
 }
 
 fn to_text(report: &ImagesReport) -> String {
@@ -96,8 +96,7 @@ fn build(name: &str, output: Output) -> Result<()> {
         ("made from", format!("{} {}", report.kernel_package, report.kernel_version)),
         ("and", format!("busybox-static {}", report.busybox_version)),
     ];
-    output.result(&report, table(&rows));
-    Ok(())
+    output.result(&report, table(&rows))
 }
 
 fn built_report(image: &LinuxImage) -> BuiltReport {

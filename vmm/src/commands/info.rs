@@ -193,7 +193,7 @@ pub fn run(arguments: &InfoArgs, output: Output) -> Result<u8> {
     }
     let replayable = open_replayable(&arguments.file)?;
     let report = InfoReport::of(&replayable);
-    output.result(&report, report.to_table());
+    output.result(&report, report.to_table())?;
     replayable.notes().iter().for_each(|note| output.note(note));
     if let Some(damage) = &report.damage {
         let text = damage_text(damage, report.events);

@@ -1,10 +1,11 @@
 //! `reprise record`: the machine while it is recorded.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use super::run::{conclude, obtain, plan};
 use crate::cli::RecordArgs;
 use crate::output::Output;
+use crate::session::file_kind::are_one_file;
 use crate::session::record::{self, RecordTo};
 
 /// Said of a recording that has gone from one engine to another.
@@ -22,10 +23,17 @@ pub fn run(arguments: &RecordArgs, output: Output) -> Result<u8> {
         checkpoints: arguments.checkpoint_every,
     };
     to.check()?;
+    for (option, path) in
+        [("--console", &arguments.machine.console), ("--input", &arguments.machine.input)]
+    {
+        if path.as_ref().is_some_and(|path| are_one_file(path, &to.path)) {
+            bail!("{option} and -o are one file: give another name to one of them");
+        }
+    }
     let guest = obtain(&arguments.guest, output)?;
     let plan = plan(&guest, &arguments.machine, output)?;
     let report = record::record(plan, &to)?;
-    let status = conclude(&report, output);
+    let status = conclude(&report, output)?;
     // An engine's failure is the last word: its reason is one line.
     if report.ending != "engine-failed" {
         let shown = to.path.display();

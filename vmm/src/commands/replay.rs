@@ -73,7 +73,7 @@ pub fn run(arguments: &ReplayArgs, output: Output) -> Result<u8> {
     let narrowed = bisection.as_ref().map(|found| format!("\n\n{found}")).unwrap_or_default();
     let text = format!("{}{}{narrowed}", report.to_table(), verdict(&report));
     let report = BisectedReport { report, bisection };
-    output.result(&report, text);
+    output.result(&report, text)?;
     let BisectedReport { report, bisection } = report;
     if report.verified == Some(false) {
         let file = arguments.file.display().to_string();

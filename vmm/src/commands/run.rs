@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, IsTerminal};
 use std::path::Path;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use reprise_host::{ConsoleSink, HostOptions, InputSource, ProgressObserver, terminal_can_be_used};
 
 use crate::cli::{GuestArgs, MachineArgs, RunArgs};
@@ -14,6 +14,7 @@ use crate::session::guest::Guest;
 use crate::session::record::{self, RunPlan};
 use crate::session::report::SessionReport;
 use crate::session::stretches;
+use crate::session::trace_file::holds_work;
 
 /// Runs a guest.
 ///
@@ -23,7 +24,7 @@ pub fn run(arguments: &RunArgs, output: Output) -> Result<u8> {
     let guest = obtain(&arguments.guest, output)?;
     let plan = plan(&guest, &arguments.machine, output)?;
     let report = record::run(plan)?;
-    Ok(conclude(&report, output))
+    conclude(&report, output)
 }
 
 /// Reads or builds the guest; what takes time is told.
@@ -63,6 +64,9 @@ pub(super) fn plan<'a>(
 
 fn host_options(machine: &MachineArgs, output: Output) -> Result<HostOptions> {
     let console = match &machine.console {
+        Some(path) if holds_work(path) => {
+            bail!("{} is a recording or a trace: give another --console file", path.display());
+        }
         Some(path) => ConsoleSink::File(File::create(path).map_err(|error| {
             let shown = path.display();
             anyhow!("cannot write the console to {shown}: {error}; give another --console file")
@@ -95,10 +99,13 @@ fn progress_line(output: Output) -> ProgressObserver {
 }
 
 /// Reports, and gives the exit status.
-pub(super) fn conclude(report: &SessionReport, output: Output) -> u8 {
+///
+/// # Errors
+/// The report cannot be written.
+pub(super) fn conclude(report: &SessionReport, output: Output) -> Result<u8> {
     // The guest may have left the cursor in the middle of a line.
     let line_end = if io::stdout().is_terminal() { "\n" } else { "" };
-    output.result_beside_console(report, format_args!("{line_end}{}", report.to_table()));
+    output.result_beside_console(report, format_args!("{line_end}{}", report.to_table()))?;
     if report.ending == "engine-failed" {
         output.note(report.ending_detail.as_deref().unwrap_or("the engine failed"));
     }
@@ -108,5 +115,5 @@ pub(super) fn conclude(report: &SessionReport, output: Output) -> u8 {
     if let Some(failure) = &report.console_failure {
         output.note(format_args!("console output was lost: {failure}"));
     }
-    report.exit_code
+    Ok(report.exit_code)
 }

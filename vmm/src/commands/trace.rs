@@ -44,10 +44,10 @@ pub(super) fn symbols(files: &[SymbolFile]) -> Result<Symbols> {
 
 /// A report of a command whose standard output may be taken by the trace itself: then it stands beside
 /// the notes.
-fn report(to: &Path, output: Output, report: &impl Serialize, text: &str) {
+fn report(to: &Path, output: Output, report: &impl Serialize, text: &str) -> Result<()> {
     if to == Path::new("-") {
         output.note(text);
-    } else {
-        output.result(report, text);
+        return Ok(());
     }
+    output.result(report, text)
 }

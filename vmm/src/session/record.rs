@@ -1,6 +1,6 @@
 //! Runs a guest, with or without recording it.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -316,12 +316,23 @@ fn create(to: &RecordTo) -> Result<File> {
     let mut options = File::options();
     options.write(true);
     if to.force {
-        options.create(true).truncate(true);
+        // Emptied once it is known that nobody uses it.
+        options.create(true).truncate(false);
     } else {
         options.create_new(true);
     }
     match options.open(&to.path) {
         Ok(file) => {
+            // Where there are no locks nobody is kept out.
+            if matches!(file.try_lock(), Err(TryLockError::WouldBlock)) {
+                bail!(
+                    "{shown} is being recorded or replayed by another process: wait for its end, or give \
+                     another name"
+                );
+            }
+            if file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+                file.set_len(0).with_context(|| format!("cannot empty {shown}"))?;
+            }
             checkpoints::remove_left_over(&to.path)?;
             Ok(file)
         }

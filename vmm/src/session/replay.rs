@@ -135,6 +135,8 @@ pub fn open(path: &Path) -> Result<Recording> {
         bail!("{shown} is {kind}: give the file that `reprise record` wrote");
     }
     let file = File::open(path).map_err(unreadable)?;
+    // Held as long as it is read, against `record --force`. One that is still being recorded can be read too.
+    let _ = file.try_lock_shared();
     Recording::open(BufReader::new(file)).with_context(|| shown.to_string())
 }
 

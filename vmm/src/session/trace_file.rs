@@ -13,7 +13,7 @@ use reprise_trace::instructions::{
 use reprise_trace::recording::{Recording, RecordingError};
 
 use super::expand::Place;
-use super::file_kind::NoFile;
+use super::file_kind::{NoFile, are_one_file};
 use crate::output::Output;
 
 /// Bytes read at once.
@@ -98,11 +98,20 @@ fn is_recording(path: &Path) -> bool {
     opened.is_some_and(|opened| !matches!(opened, Err(RecordingError::Foreign)))
 }
 
-/// Refuses to write over a file without being told to.
+/// Whether there is a recording or a trace that somebody made.
+pub fn holds_work(path: &Path) -> bool {
+    let is_file = fs::metadata(path).is_ok_and(|metadata| metadata.is_file() && metadata.len() > 0);
+    is_file && (is_trace(path) || is_recording(path))
+}
+
+/// Refuses to write over a file without being told to, and over what the command reads in any case.
 ///
 /// # Errors
-/// If there is a file and `force` is not given.
-pub fn may_write(path: &Path, force: bool) -> Result<()> {
+/// If there is a file and `force` is not given, or it is one of `inputs`.
+pub fn may_write(path: &Path, force: bool, inputs: &[&Path]) -> Result<()> {
+    if inputs.iter().any(|input| are_one_file(path, input)) {
+        bail!("{} is what this command reads: give another name", path.display());
+    }
     if !force && fs::metadata(path).is_ok_and(|metadata| metadata.is_file()) {
         bail!("{} exists: give --force to overwrite it", path.display());
     }
@@ -113,11 +122,11 @@ pub fn may_write(path: &Path, force: bool) -> Result<()> {
 ///
 /// # Errors
 /// As [`may_write`].
-pub fn place(path: &Path, force: bool) -> Result<Place> {
+pub fn place(path: &Path, force: bool, inputs: &[&Path]) -> Result<Place> {
     if path == Path::new("-") {
         return Ok(Place::Pipe);
     }
-    may_write(path, force)?;
+    may_write(path, force, inputs)?;
     Ok(Place::Path(path.to_owned()))
 }
 

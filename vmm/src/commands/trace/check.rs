@@ -74,7 +74,7 @@ pub(super) fn run(arguments: &CheckArgs, output: Output) -> Result<u8> {
         findings,
         against,
     };
-    output.result(&report, text(&report));
+    output.result(&report, text(&report))?;
     let shown = arguments.file.display();
     for line in problems(&report) {
         output.note(format_args!("{shown}: {line}"));

@@ -1,5 +1,6 @@
 //! `reprise trace concat`: the shares of an expansion become the trace that one process would write.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -36,7 +37,8 @@ pub(super) fn run(arguments: &ConcatArgs, output: Output) -> Result<u8> {
     // All of them fit before any of them is copied.
     let header =
         joined_header(&headers).map_err(|(index, error)| anyhow!(error).context(shown(index)))?;
-    let to = place(&arguments.output, arguments.force)?;
+    let shares: Vec<_> = arguments.shares.iter().map(PathBuf::as_path).collect();
+    let to = place(&arguments.output, arguments.force, &shares)?;
     let stop = Arc::new(AtomicBool::new(false));
     let _stop = StopRequests::watch(stop.clone())?;
     let out_name = arguments.output.display();
@@ -67,6 +69,6 @@ pub(super) fn run(arguments: &ConcatArgs, output: Output) -> Result<u8> {
         counted(report.segments, "segment"),
         byte_size(trace_bytes)
     );
-    super::report(&arguments.output, output, &report, &text);
+    super::report(&arguments.output, output, &report, &text)?;
     Ok(0)
 }

@@ -1,6 +1,5 @@
 //! `reprise trace convert`: a stored trace in another format, or a part of it in its own.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -44,11 +43,7 @@ pub(super) fn run(arguments: &ConvertArgs, output: Output) -> Result<u8> {
     let selection = arguments.window.selection();
     trace.span(&selection)?;
     trace.go_to(&selection)?;
-    let same = |path: &Path| path.canonicalize().ok();
-    if same(&arguments.output).is_some_and(|out| Some(out) == same(&arguments.file)) {
-        bail!("{} is the trace itself: give another name to -o", arguments.output.display());
-    }
-    let to = place(&arguments.output, arguments.force)?;
+    let to = place(&arguments.output, arguments.force, &[&arguments.file])?;
     let mut job = Job { trace, selection, output };
     let (report, reached) = match format {
         Some(format) => job.export(format, &arguments.export.options(), &to)?,
@@ -57,7 +52,7 @@ pub(super) fn run(arguments: &ConvertArgs, output: Output) -> Result<u8> {
     let notes = report.notes.iter().map(|note| format!("\n{note}")).collect::<String>();
     let instructions = counted(report.instructions, "instruction");
     let text = format!("{}: {instructions}, {}{notes}", report.format, byte_size(report.bytes));
-    super::report(&arguments.output, output, &report, &text);
+    super::report(&arguments.output, output, &report, &text)?;
     Ok(job.trace.tell(&reached, output))
 }
 

@@ -47,7 +47,7 @@ struct TraceReport {
 pub(in crate::commands) fn show(path: &Path, output: Output) -> Result<u8> {
     let trace = TraceFile::open(path)?;
     let report = TraceReport::of(&trace);
-    output.result(&report, report.to_table());
+    output.result(&report, report.to_table())?;
     match &report.damage {
         Some(damage) => {
             output.note(format_args!("{}: {damage}", path.display()));

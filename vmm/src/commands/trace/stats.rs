@@ -40,7 +40,7 @@ struct StatsReport {
 /// written.
 pub(super) fn run(arguments: &StatsArgs, output: Output) -> Result<u8> {
     if let Some(path) = &arguments.html {
-        may_write(path, arguments.force)?;
+        may_write(path, arguments.force, &[&arguments.file])?;
     }
     let symbols = super::symbols(&arguments.symbols.files)?;
     let mut trace = TraceFile::open(&arguments.file)?;
@@ -67,7 +67,7 @@ pub(super) fn run(arguments: &StatsArgs, output: Output) -> Result<u8> {
         write_page(path, &trace, &report)?;
     }
     let notes = report.notes.iter().map(|note| format!("{note}\n")).collect::<String>();
-    output.result(&report, format_args!("{notes}{}", report.report));
+    output.result(&report, format_args!("{notes}{}", report.report))?;
     Ok(trace.tell(&reached, output))
 }
 
