@@ -245,6 +245,9 @@ fn check_flip(verdicts: &Verdicts, kind: char, place: &str) {
                 (&true.into(), &true.into())
             );
             assert_eq!(verdicts.info.json()["seek_index"], "damaged", "{place}");
+            for finished in verdicts.all() {
+                assert!(finished.stderr.contains("the seek index"), "{place}: {}", finished.stderr);
+            }
         }
         _ => {
             assert_eq!(verdicts.info.code(), 1, "{place}: {}", verdicts.info.stderr);

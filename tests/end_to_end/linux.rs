@@ -64,6 +64,22 @@ pub(crate) fn workload() -> Option<&'static Workload> {
         .as_ref()
 }
 
+/// The kernel and the initrd each need their room.
+#[test]
+fn too_little_memory_is_told_once() {
+    let Some(home) = cache_home() else { return };
+    let with = |memory: &str| {
+        let words =
+            ["run", "--engine", "soft", "--image", "linux", "--memory", memory, "--until", "1"];
+        reprise(&words).with_variable("XDG_CACHE_HOME", home).start().finish()
+    };
+    let refused = with("4").expect_code(1);
+    let (_, needed) = refused.stderr.trim_end().rsplit_once("--memory ").expect("it says how much");
+    with(needed).expect_code(0);
+    let less = needed.parse::<u64>().expect("a number") - 1;
+    with(&less.to_string()).expect_code(1);
+}
+
 #[test]
 fn the_workload_replays_with_its_console() {
     let Some(workload) = workload() else { return };

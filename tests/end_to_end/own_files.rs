@@ -71,8 +71,10 @@ fn no_command_writes_over_what_it_reads() {
 fn a_recording_that_is_being_made_is_nobody_elses_to_overwrite() {
     let workplace = Workplace::new();
     let file = workplace.path("busy.rr");
-    let words = ["record", "--engine", "soft", "--image", "echo", "-o", &file];
+    let words = ["record", "--engine", "soft", "--image", "echo", "--input", "-", "-o", &file];
     let mut first = reprise(&words).with_keyboard().start();
+    // Nobody types, and somebody could.
+    let _keyboard = first.keyboard();
     first.wait_until("its recording is there", || fs::metadata(&file).is_ok_and(|it| it.len() > 0));
     let second = run(&[HELLO, &["-o", &file, "--force"]].concat()).expect_code(1);
     assert!(second.stderr.contains("by another process"), "{}", second.stderr);

@@ -60,6 +60,14 @@ pub struct Summary {
 }
 
 impl Summary {
+    /// What a person should know of the file's end, where nothing of the run stands.
+    pub fn end_note(&self) -> Option<&'static str> {
+        (self.seek_index == SeekIndexState::Damaged).then_some(
+            "the seek index at the file's end is damaged or cut off: nothing of the run depends on it, and \
+             none is changed",
+        )
+    }
+
     /// Takes note of damage that only decoding showed.
     pub(crate) fn note_damage(&mut self, damage: Damage) {
         if self.damage.as_ref().is_none_or(|known| damage.offset < known.offset) {

@@ -13,6 +13,7 @@ mod log_file;
 mod real_host;
 mod stop_requests;
 mod terminal;
+mod terminal_queries;
 mod watcher;
 
 pub use checkpoint_file::{
@@ -25,6 +26,7 @@ pub use log_file::{ImagesEmbedded, LogFile, LogTotals, SharedImage};
 pub use real_host::{HostOptions, Progress, ProgressObserver, RealHost};
 pub use stop_requests::StopRequests;
 pub use terminal::{end_on_panic, terminal_can_be_used};
+pub use terminal_queries::WithoutQueries;
 
 /// Why the host side cannot do its part.
 #[derive(Debug, thiserror::Error)]

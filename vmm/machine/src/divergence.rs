@@ -93,7 +93,7 @@ pub(crate) fn describe_ending(ending: &Ending) -> String {
         Ending::PowerOff => "power-off (HLT with interrupts off)".to_owned(),
         Ending::IdleForever => "idle with nothing left to wake the guest".to_owned(),
         Ending::DebugExit(value) => format!("debug exit with value {value}"),
-        Ending::Stopped => "stopped from outside".to_owned(),
+        Ending::Stopped => "stopped as asked".to_owned(),
         Ending::EngineFailed(reason) => format!("engine failed ({reason})"),
     }
 }

@@ -209,6 +209,9 @@ fn tell_damage(arguments: &DiffArgs, both: [&Replayable; 2], output: Output) -> 
         } else if !summary.complete {
             output.note(format_args!("{shown} is cut short; compared as far as it goes"));
         }
+        if let Some(note) = summary.end_note() {
+            output.note(format_args!("{shown}: {note}"));
+        }
     }
     if !damage.is_empty() {
         output.note(damage.join("; "));

@@ -32,6 +32,7 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 pub fn run(arguments: &ExpandArgs, output: Output) -> Result<u8> {
     let replayable = replay::open_replayable(&arguments.file)?;
     let recording = replayable.recording();
+    recording.summary().end_note().into_iter().for_each(|note| output.note(note));
     for note in replayable.notes() {
         output.note(note);
     }

@@ -194,6 +194,7 @@ pub fn run(arguments: &InfoArgs, output: Output) -> Result<u8> {
     let replayable = open_replayable(&arguments.file)?;
     let report = InfoReport::of(&replayable);
     output.result(&report, report.to_table())?;
+    replayable.recording().summary().end_note().into_iter().for_each(|note| output.note(note));
     replayable.notes().iter().for_each(|note| output.note(note));
     if let Some(damage) = &report.damage {
         let text = damage_text(damage, report.events);
@@ -368,7 +369,10 @@ impl InfoReport {
             (false, ..) if self.events == 0 => {
                 "cut short before its first event: nothing of it replays; record again".to_owned()
             }
-            (false, ..) => format!(
+            (false, Some(ending), _) => {
+                format!("cut off behind the run's end, which replays; ended by {ending}")
+            }
+            (false, None, _) => format!(
                 "cut short; it replays up to its last event ({} bytes behind it are of no use)",
                 self.truncated_bytes
             ),

@@ -1,11 +1,12 @@
 //! `reprise replay`: runs a recording again and verifies it.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;
 
 use anyhow::Result;
 use reprise_bisect::interval::{self, Interval};
 use reprise_export::symbols::Symbols;
+use reprise_host::WithoutQueries;
 use reprise_replay::Replayable;
 use reprise_trace::recording::Recording;
 use serde::Serialize;
@@ -28,6 +29,9 @@ pub fn run(arguments: &ReplayArgs, output: Output) -> Result<u8> {
     let replayable = replay::open_replayable(&arguments.file)?;
     let console: Option<Box<dyn Write>> = match (arguments.show_console, output.json) {
         (false, _) => None,
+        (true, false) if io::stdout().is_terminal() => {
+            Some(Box::new(WithoutQueries::new(io::stdout())))
+        }
         (true, false) => Some(Box::new(io::stdout())),
         (true, true) => Some(Box::new(io::stderr())),
     };
@@ -71,7 +75,9 @@ pub fn run(arguments: &ReplayArgs, output: Output) -> Result<u8> {
         false => None,
     };
     let narrowed = bisection.as_ref().map(|found| format!("\n\n{found}")).unwrap_or_default();
-    let text = format!("{}{}{narrowed}", report.to_table(), verdict(&report));
+    // The guest may have left the cursor in the middle of a line.
+    let line_end = if arguments.show_console && io::stdout().is_terminal() { "\n" } else { "" };
+    let text = format!("{line_end}{}{}{narrowed}", report.to_table(), verdict(&report));
     let report = BisectedReport { report, bisection };
     output.result(&report, text)?;
     let BisectedReport { report, bisection } = report;
@@ -147,8 +153,14 @@ pub(super) fn verdict(report: &SessionReport) -> String {
         None => String::new(),
     };
     match (report.verified, report.complete, report.ending) {
+        (Some(false), ..) if report.events == 0 && report.divergence.is_none() => {
+            "NOT VERIFIED: nothing could be compared".to_owned()
+        }
         (Some(false), ..) if report.events == 0 => "NOT VERIFIED: no event agrees".to_owned(),
-        (Some(false), ..) => format!("NOT VERIFIED: {events} agree, up to {until}"),
+        (Some(false), ..) => {
+            let agree = if report.events == 1 { "agrees" } else { "agree" };
+            format!("NOT VERIFIED: {events} {agree}, up to {until}")
+        }
         (_, _, "target-reached") if report.events == 0 => {
             "at the moment asked for, which lies before the first event: nothing to compare yet"
                 .to_owned()
@@ -156,6 +168,10 @@ pub(super) fn verdict(report: &SessionReport) -> String {
         (_, _, "target-reached") => {
             format!("at the moment asked for; verified up to {until}, {events}{since}")
         }
+        (_, Some(false), ending) if ending != "cut-short" => format!(
+            "verified to the end, every event{since} ({}); the file is cut off behind it",
+            grouped(report.events)
+        ),
         (_, Some(false), _) => format!(
             "verified up to {until}, {events}{since}; the recording was cut short there, \
              so its end is not known"

@@ -62,7 +62,7 @@ impl LoadedGuest {
         rtc_start_s: u64,
     ) -> Result<Self, AssemblyError> {
         let ram = GuestRam::new(ram_mib)?;
-        let state = boot::load(source, &ram)?;
+        let state = boot::load(source, &ram).map_err(|error| needing_all(error, source))?;
         let board = BoardConfig { ram_bytes: ram.ram_bytes(), rtc_start_s };
         Ok(Self { ram, state, board })
     }
@@ -108,6 +108,18 @@ impl LoadedGuest {
             },
         }
     }
+}
+
+/// An error of RAM that is too small for one of the images says what would do for all of them.
+fn needing_all(error: BootError, source: &GuestSource<'_>) -> BootError {
+    let BootError::MemoryTooSmall { what, ram_mib, mut needed_mib } = error else { return error };
+    while let Ok(ram) = GuestRam::new(needed_mib)
+        && let Err(BootError::MemoryTooSmall { needed_mib: more, .. }) = boot::load(source, &ram)
+        && more > needed_mib
+    {
+        needed_mib = more;
+    }
+    BootError::MemoryTooSmall { what, ram_mib, needed_mib }
 }
 
 impl LoadedGuest {

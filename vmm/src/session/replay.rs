@@ -200,7 +200,7 @@ fn replay_as_recorded(
         let kind_of = |on: &HandOver| stretches::kind_of(hardware, whole, on, engine);
         Followed::of(course.ahead(records), kind_of)
     };
-    let mut notes = Vec::new();
+    let mut notes: Vec<_> = recording.summary().end_note().map(str::to_owned).into_iter().collect();
     let beginning = begin(replayable, options.from, follow, &mut notes)?;
     let (followed, from_tick) = (follow(beginning.records())?, beginning.tick());
     let header = &whole.of_stretch(beginning.stretch());

@@ -150,7 +150,8 @@ pub struct SessionReport {
     /// Replay: everything that was recorded, up to where the replay ended, happened again, and the
     /// recording's file is not damaged.
     pub verified: Option<bool>,
-    /// Replay: the last record that agreed.
+    /// Replay: the last record that agreed; null where the replay ended before the first one, and nothing was
+    /// there to compare.
     pub verified_until: Option<MomentReport>,
     /// Replay: `exact`, or `across-engines` where another engine recorded, or `across-cpus` where another
     /// CPU did: what hardware may lawfully keep otherwise is then in `set_aside`.
@@ -418,7 +419,7 @@ pub fn describe_ending(ending: &Ending) -> (&'static str, Option<String>) {
             ("idle-forever", Some("nothing could ever have woken the guest".to_owned()))
         }
         Ending::DebugExit(value) => ("debug-exit", Some(format!("value {value}"))),
-        Ending::Stopped => ("stopped", Some("from outside".to_owned())),
+        Ending::Stopped => ("stopped", Some("as asked".to_owned())),
         Ending::EngineFailed(reason) => ("engine-failed", Some(reason.clone())),
     }
 }
