@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use reprise_replay::{Replayable, checkpoints_path};
-use reprise_trace::checkpoint::{CheckpointWriter, Checkpoints};
+use reprise_trace::checkpoint::{CheckpointWriter, Checkpoints, MachineState};
 use reprise_trace::event::Record;
 use reprise_trace::log::LogWriter;
 use reprise_trace::recording::{Recording, RecordingWriter};
@@ -114,7 +114,18 @@ impl Workplace {
     }
 
     /// Rewrites a recording's checkpoints with bits of a byte set in the RAM of one of them.
-    pub(crate) fn alter_checkpoint(&self, recording: &Path, altered: usize, (at, bits): (u64, u8)) {
+    pub(crate) fn alter_checkpoint(&self, recording: &Path, altered: usize, byte: (u64, u8)) {
+        self.alter_checkpoint_and_state(recording, altered, byte, |_| {});
+    }
+
+    /// The same, and whatever else `change` does to it.
+    pub(crate) fn alter_checkpoint_and_state(
+        &self,
+        recording: &Path,
+        altered: usize,
+        (at, bits): (u64, u8),
+        change: fn(&mut MachineState),
+    ) {
         let path = checkpoints_path(recording);
         let identity = open(recording).recording().identity();
         let checkpoints =
@@ -128,7 +139,10 @@ impl Workplace {
                 pages.push((address, page.to_vec()));
                 true
             };
-            let loaded = checkpoints.load(index, &mut keep).expect("a sound checkpoint");
+            let mut loaded = checkpoints.load(index, &mut keep).expect("a sound checkpoint");
+            if index == altered {
+                change(&mut loaded.state);
+            }
             for (address, mut page) in pages {
                 if index == altered && (address..address + 4096).contains(&at) {
                     page[(at - address) as usize] |= bits;

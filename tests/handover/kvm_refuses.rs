@@ -183,6 +183,27 @@ fn a_refused_instruction_reaches_the_same_board() {
     }
 }
 
+/// Nothing enters between the accesses of one that the software CPU executes.
+#[test]
+fn a_refused_instruction_is_amid_its_accesses_until_the_last() {
+    if kvm_is_missing() {
+        return;
+    }
+    let mut state = bare::state();
+    state.gpr[RBX] = NO_RAM;
+    let code = INSTRUCTIONS[0].1;
+    let (_, accesses) = run(&mut assisted(&state, code));
+    assert!(accesses.len() > 1, "{accesses:x?}");
+    let mut kvm = assisted(&state, code);
+    for left in (0..accesses.len()).rev() {
+        let exit = kvm.run(u64::MAX).expect("it runs");
+        assert!(matches!(exit, Exit::Access(_)), "{exit:?}");
+        kvm.finish_access(0x1122_3344_5566_7788).expect("it takes the answer");
+        assert_eq!(kvm.amid_accesses().expect("it can be asked"), left != 0, "{left} left");
+    }
+    assert_eq!(kvm.run(u64::MAX).expect("it runs"), Exit::Halt);
+}
+
 #[test]
 fn a_loop_of_refused_instructions() {
     const ROUNDS: u64 = 2_000;

@@ -3,14 +3,18 @@
 use reprise_assist::Assisted;
 use reprise_cpu::engine::SoftEngine;
 use reprise_kvm::{KvmClock, KvmEngine};
-use reprise_machine::engine::{Engine, EngineError};
+use reprise_machine::engine::{Access, Engine, EngineError, Exit};
 use reprise_machine::inputs::{Planned, Then, When};
 use reprise_machine::ram::GuestRam;
 use reprise_machine::relay::{MakeEngine, Relay};
 use reprise_random::Random;
+use reprise_replay::RecordedClock;
+use reprise_trace::cpu_state::{RCX, RDX};
 use reprise_trace::event::HandOver;
+use reprise_trace::header::{CpuModelInfo, GuestInfo, Header, HostInfo, MachineInfo};
 use reprise_trace::moment::TickKind;
 
+use crate::bare;
 use crate::guest::{Guest, SOFT_TIME, assert_same_run, to_instructions};
 
 fn make_engines() -> MakeEngine {
@@ -95,4 +99,53 @@ fn from_soft_to_stepped_kvm_and_back_changes_nothing() {
     }
     changes_nothing(&HELLO, "kvm", 6, 500, 20);
     changes_nothing(&TICKS, "kvm", 4, 20_000, 10);
+}
+
+/// What a recording of exits says of itself.
+fn header_of_exits() -> Header {
+    Header {
+        machine: MachineInfo { ram_mib: 4, rtc_start_s: 0 },
+        cpu_model: CpuModelInfo { name: String::new(), version: 1 },
+        tick_kind: TickKind::Exit,
+        ns_per_tick: 0,
+        engine: "kvm".to_owned(),
+        clock: "sync".to_owned(),
+        host: HostInfo::default(),
+        guest: GuestInfo { name: String::new(), command_line: String::new(), images: Vec::new() },
+        created_unix_s: 0,
+        reprise_version: String::new(),
+        precautions: Vec::new(),
+    }
+}
+
+/// Where each access is a tick, nothing may enter amid an instruction: whoever has the engine within must say so.
+#[test]
+fn between_the_accesses_of_an_instruction_nothing_enters_by_a_relay() {
+    /// rep outsb
+    const CODE: &[u8] = &[0xf3, 0x6e];
+    const ACCESSES: u64 = 3;
+    let header = header_of_exits();
+    let to =
+        HandOver { clock: "sync".to_owned(), tick_kind: TickKind::Exit, ..to_instructions("kvm") };
+    let in_place: MakeEngine =
+        Box::new(move |_, ram| Ok(Box::new(RecordedClock::new(ram, &header)?)));
+    let mut all = vec![("the software CPU in its place", in_place)];
+    if !kvm_is_missing(KvmClock::Sync) {
+        all.push(("KVM, assisted", make_engines()));
+    }
+    for (name, make) in all {
+        let mut relay = Relay::new(bare::ram(CODE), &to, make).expect("it counts exits");
+        let mut state = bare::state();
+        (state.gpr[RDX], state.gpr[RCX]) = (0x3f8, ACCESSES);
+        relay.set_cpu_state(&state).expect("it takes any");
+        for left in (0..ACCESSES).rev() {
+            let exit = relay.run(u64::MAX).expect("it runs");
+            assert!(matches!(exit, Exit::Access(Access::PortWrite { .. })), "{name}: {exit:?}");
+            relay.finish_access(0).expect("it is answered");
+            let amid = relay.amid_accesses().expect("it can be asked");
+            assert_eq!(amid, left != 0, "{name}, {left} left");
+        }
+        assert_eq!(relay.tick(), ACCESSES, "{name}");
+        assert_eq!(relay.run(u64::MAX).expect("it runs"), Exit::Halt, "{name}");
+    }
 }

@@ -3,6 +3,7 @@
 //! place of KVM and a counter. What a real machine adds is the vCPU's system calls; where this one has a
 //! counter, the command line's own tests are run on it.
 
+mod altered;
 mod hand_over;
 mod rewritten;
 mod time_stamps;

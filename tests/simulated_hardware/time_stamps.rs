@@ -13,6 +13,7 @@ use reprise_simulated_hardware::{Disturbance, SimulatedVcpu};
 use reprise_time_stamp_sites::{Evidence, Instruction, KernelText, Site, Text};
 use reprise_trace::cpu_state::{CS, CpuState, Segment};
 use reprise_trace::header::{Header, Precaution, Treatment};
+use reprise_trace::register_bits::CR4_TSD;
 
 use crate::case::{Case, Clocked, Hardware, Recorded, assert_equal};
 use crate::guest;
@@ -217,4 +218,81 @@ fn a_time_stamp_that_nobody_foresaw_ends_checkpoints() {
         assert_eq!(shown, [0x0f, 0x31]);
         assert_eq!(engine.save().expect("it can be asked").is_some(), foreseen);
     }
+}
+
+/// Code of a kernel that has CR4.TSD set and cleared, writes back what it has read of its text, and writes
+/// something else over an RDTSC. What is trapped stands at these offsets.
+const REWRITING: [u8; 0x45] = {
+    let code = [
+        0x0f, 0x20, 0xe0, // 0x00: mov eax, cr4
+        0x83, 0xc8, 0x04, // or eax, TSD
+        0x0f, 0x22, 0xe0, // 0x06: mov cr4, eax
+        0x0f, 0x20, 0xe3, // 0x09: mov ebx, cr4
+        0x24, 0xfb, // and al, not TSD
+        0x0f, 0x22, 0xe0, // 0x0e: mov cr4, eax
+        0x0f, 0x20, 0xe1, // 0x11: mov ecx, cr4
+        0x66, 0xa1, 0x40, 0x00, 0x01, 0x00, // mov ax, [0x10040]
+        0x66, 0xa3, 0x40, 0x00, 0x01, 0x00, // mov [0x10040], ax
+        0x66, 0xc7, 0x05, 0x42, 0x00, 0x01, 0x00, 0x90, 0x90, // mov word [0x10042], NOP NOP
+        0xeb, 0x15, // 0x29: jmp 0x40
+    ];
+    let mut all = [0x90; 0x45];
+    let mut at = 0;
+    while at < code.len() {
+        all[at] = code[at];
+        at += 1;
+    }
+    // 0x40: rdtsc; 0x42: rdtsc; hlt
+    let end = [0x0f, 0x31, 0x0f, 0x31, 0xf4];
+    let mut at = 0;
+    while at < end.len() {
+        all[0x40 + at] = end[at];
+        at += 1;
+    }
+    all
+};
+
+/// The guest has its own CR4.TSD; a breakpoint that it has written back as it read it stays, and one that it has
+/// written over is gone.
+#[test]
+fn a_kernel_sees_its_own_control_register_and_text() {
+    use Instruction::{ReadControl4, ReadTimeStamp, WriteControl4};
+    let sites = [
+        (0x00, ReadControl4, 3),
+        (0x06, WriteControl4, 3),
+        (0x09, ReadControl4, 3),
+        (0x0e, WriteControl4, 3),
+        (0x11, ReadControl4, 3),
+        (0x40, ReadTimeStamp, 2),
+        (0x42, ReadTimeStamp, 2),
+    ];
+    let site = |(offset, instruction, bytes)| {
+        let (address, evidence) = (CODE + offset, Evidence::UnwindTable);
+        Site { address, instruction, bytes, evidence }
+    };
+    let (kernel, state, _) = writing_kernel();
+    let entry_bytes = REWRITING[..8].to_vec();
+    let kernel = KernelText { sites: sites.map(site).to_vec(), entry_bytes, ..kernel };
+    let mut ram = GuestRam::new(4).expect("4 MiB");
+    let mut page = vec![0; 0x1000];
+    page[..REWRITING.len()].copy_from_slice(&REWRITING);
+    assert!(ram.place(CODE, &page));
+    let hardware = Disturbance { time_stamp_runs: true, ..Disturbance::none() };
+    let vcpu = SimulatedVcpu::new(ram, hardware).expect("the host has memory");
+    let vcpu = TimeStampTrap::new(vcpu, kernel).expect("it traps");
+    let mut engine = BranchClock::new(vcpu, Parameters::with_skid(1)).expect("it counts");
+    engine.set_cpu_state(&state).expect("a first state");
+    assert_eq!(engine.run(u64::MAX).expect("it runs"), Exit::Access(Access::TimeStamp));
+    engine.finish_access(0x7_0000_0005).expect("it is answered");
+    assert_eq!(engine.run(u64::MAX).expect("it runs"), Exit::Halt);
+    let after = engine.cpu_state().expect("it can be asked");
+    assert_eq!((after.rip, after.gpr[0], after.gpr[2]), (CODE + 0x45, 5, 7));
+    assert_eq!((after.cr4, after.gpr[3], after.gpr[1]), (0, CR4_TSD, 0));
+    let traps = engine.vcpu().counts().expect("the kernel was found");
+    assert_eq!((traps.kernel, traps.control, traps.writes, traps.refused), (1, 5, 2, 0));
+    let mut shown = [0; REWRITING.len()];
+    engine.read_ram(CODE, &mut shown);
+    let mut expected = REWRITING;
+    expected[0x42..0x44].fill(0x90);
+    assert_eq!(shown, expected);
 }

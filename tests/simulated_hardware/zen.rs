@@ -48,6 +48,20 @@ fn a_replay_that_is_too_late_goes_back_to_a_checkpoint() {
     assert!(times_back > 4, "it was late {times_back} times only");
 }
 
+/// Ten times as late as is believed: what comes there is the margin, wider at each attempt.
+#[test]
+fn each_attempt_keeps_a_wider_margin() {
+    let kept = case().record_to_file(&Hardware::zen(1), 500_000);
+    for seed in 2..4 {
+        let mut hardware = Hardware { skid: 300, ..undisturbed(seed, 1) };
+        hardware.disturbance.skid = Skid::UpTo(3_000);
+        let replay = kept.replay(Start::Run, &hardware);
+        let replay = replay.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        assert_equal(&kept.recorded.outcome, &replay.outcome, seed);
+        assert!(replay.times_back > 6, "seed {seed}: back {} times only", replay.times_back);
+    }
+}
+
 #[test]
 fn a_counter_that_is_always_too_late_is_an_error() {
     let kept = case().record_to_file(&Hardware::zen(1), 500_000);

@@ -12,6 +12,7 @@ use reprise_machine::paging::write_ram;
 use reprise_machine::ram::GuestRam;
 use reprise_simulated_hardware::{Disturbance, SimulatedVcpu};
 use reprise_trace::cpu_state::{CS, CpuState, DescriptorTable, RCX, RSP, Segment};
+use reprise_trace::moment::Moment;
 use reprise_trace::register_bits::RFLAGS_RF;
 
 const PML4: u64 = 0x1000;
@@ -247,18 +248,34 @@ fn a_fault_for_which_there_is_no_breakpoint_is_caught_soon() {
 
 #[test]
 fn a_fault_is_not_taken_for_what_follows_in_silence() {
-    // Its handler, of a hundred branches, goes back behind it: the breakpoint there hits, too late.
+    // btr dword [rsp + 16], 16: RF, with which the breakpoint behind the fault does not hit.
+    const CLEAR_RESUME_FLAG: &[u8] = &[0x0f, 0xba, 0x74, 0x24, 0x10, 0x10];
+    // Its handler, of twenty branches, goes back behind it: if the breakpoint there hits, it is too late.
     let between = [0x48, 0xbd, 0, 0, 0, 0, 0, 0, 0, 0x40, 0x48, 0x8b, 0x45, 0];
-    // push rcx; 20 rounds; pop rcx; add rsp, 8; add qword [rsp], 4; iretq
-    let mut handler = [&[0x51][..], &looping(20), &[0x59, 0x48, 0x83, 0xc4, 8]].concat();
-    handler.extend([0x48, 0x83, 0x04, 0x24, 4, IRETQ[0], IRETQ[1]]);
-    let mut clock = kicked_before(&between, &[(STACK_FAULT, STACK_FAULT_HANDLER, &handler)]);
+    for clears in [&[], CLEAR_RESUME_FLAG] {
+        // push rcx; 20 rounds; pop rcx; add rsp, 8; add qword [rsp], 4; iretq
+        let mut handler = [&[0x51][..], &looping(20), &[0x59, 0x48, 0x83, 0xc4, 8]].concat();
+        handler.extend([0x48, 0x83, 0x04, 0x24, 4]);
+        handler.extend([clears, &IRETQ].concat());
+        let mut clock = kicked_before(&between, &[(STACK_FAULT, STACK_FAULT_HANDLER, &handler)]);
+        let moment = clock.moment().expect("a moment");
+        let first = clock.save().expect("a state").is_some();
+        // Right behind a branch of the last loop it is, and nowhere else.
+        let in_loop = 1_000_000 - moment.rcx;
+        assert_eq!(moment.tick, 150 + 20 + in_loop, "{moment:x?}");
+        assert_eq!(first, in_loop > 0, "{moment:x?}");
+    }
+}
+
+#[test]
+fn behind_a_rep_that_a_branch_led_to_the_guest_stands() {
+    // mov ecx, 3; jnz to the next; rep stosb; nop
+    let between = [0xb9, 3, 0, 0, 0, 0x75, 0, 0xf3, 0xaa, NOP];
+    let mut clock = kicked_before(&between, &[]);
     let moment = clock.moment().expect("a moment");
-    let first = clock.save().expect("a state").is_some();
-    // Right behind a branch of the last loop it is, and nowhere else.
-    let in_loop = 1_000_000 - moment.rcx;
-    assert_eq!(moment.tick, 150 + 20 + in_loop, "{moment:x?}");
-    assert_eq!(first, in_loop > 0, "{moment:x?}");
+    let behind = looping(0).len() + between.len() - 1;
+    assert_eq!(moment, Moment { tick: 151, rip: HIGH + CODE + behind as u64, rcx: 0 });
+    assert!(clock.save().expect("it can be asked").is_none(), "the REP was the tick's first place");
 }
 
 #[test]

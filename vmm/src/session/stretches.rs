@@ -329,7 +329,14 @@ mod tests {
         assert!(plan(&[one, two], &[soft]).is_ok() && plan(&[one, two], &[soft, soft]).is_ok());
         assert!(matches!(plan(&[one], &[soft, soft]), Err(PlanError::Pairs { .. })));
         assert!(matches!(plan(&[one, two], &[]), Err(PlanError::Pairs { .. })));
-        assert!(matches!(plan(&[two, one], &[soft]), Err(PlanError::Order { .. })));
+        let [early, late] = [At::Time(1), At::Time(2)];
+        for backward in [[two, one], [one, one], [late, early], [early, early]] {
+            assert!(
+                matches!(plan(&backward, &[soft]), Err(PlanError::Order { .. })),
+                "{backward:?}"
+            );
+        }
+        assert!(plan(&[early, late], &[soft]).is_ok() && plan(&[two, early], &[soft]).is_ok());
         let stop = plan(&[one], &[]).map(|mut plan| plan.remove(0).then);
         assert_eq!(stop, Ok(Then::Stop));
     }
