@@ -1,12 +1,10 @@
 //! Steps of the branch clock that lead where no breakpoint is: a guest of a few instructions is kicked
 //! once, nothing else strikes, and it is to be caught soon all the same.
 
-use std::ops::Range;
-use std::sync::Arc;
-
+use reprise_branch_clock::ask_vcpu_within;
 use reprise_branch_clock::engine::{BranchClock, Parameters};
 use reprise_branch_clock::vcpu::{Vcpu, VcpuExit};
-use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
+use reprise_machine::engine::{Engine, EngineError, Exit};
 use reprise_machine::inputs::Stamp;
 use reprise_machine::paging::write_ram;
 use reprise_machine::ram::GuestRam;
@@ -110,6 +108,12 @@ struct KickedOnce {
 }
 
 impl Vcpu for KickedOnce {
+    ask_vcpu_within! {
+        vcpu: finish_access, conditional_branches, set_overflow, step_off, state, set_state,
+        interruptible, set_window_request, inject, catch_breakpoint_instructions,
+        pass_breakpoint_instruction, watch_writes, retire_instruction, write_ram, ram, kicker
+    }
+
     fn enter(&mut self) -> Result<VcpuExit, EngineError> {
         let kick_after = self.kick_after.take();
         if let Some(branches) = kick_after {
@@ -128,70 +132,6 @@ impl Vcpu for KickedOnce {
     fn set_breakpoints(&mut self, addresses: &[u64]) -> Result<(), EngineError> {
         self.steps = !addresses.is_empty();
         self.vcpu.set_breakpoints(addresses)
-    }
-
-    fn finish_access(&mut self, value: u128) -> Result<bool, EngineError> {
-        self.vcpu.finish_access(value)
-    }
-
-    fn conditional_branches(&mut self) -> Result<u64, EngineError> {
-        self.vcpu.conditional_branches()
-    }
-
-    fn set_overflow(&mut self, branches: Option<u64>) -> Result<(), EngineError> {
-        self.vcpu.set_overflow(branches)
-    }
-
-    fn step_off(&mut self) -> Result<(), EngineError> {
-        self.vcpu.step_off()
-    }
-
-    fn state(&mut self) -> Result<CpuState, EngineError> {
-        self.vcpu.state()
-    }
-
-    fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
-        self.vcpu.set_state(state)
-    }
-
-    fn interruptible(&mut self) -> Result<bool, EngineError> {
-        self.vcpu.interruptible()
-    }
-
-    fn set_window_request(&mut self, wanted: bool) {
-        self.vcpu.set_window_request(wanted);
-    }
-
-    fn inject(&mut self, vector: u8) -> Result<(), EngineError> {
-        self.vcpu.inject(vector)
-    }
-
-    fn catch_breakpoint_instructions(&mut self, catch: bool) -> Result<(), EngineError> {
-        self.vcpu.catch_breakpoint_instructions(catch)
-    }
-
-    fn pass_breakpoint_instruction(&mut self) -> Result<(), EngineError> {
-        self.vcpu.pass_breakpoint_instruction()
-    }
-
-    fn watch_writes(&mut self, physical: Range<u64>, watch: bool) -> Result<(), EngineError> {
-        self.vcpu.watch_writes(physical, watch)
-    }
-
-    fn retire_instruction(&mut self, after: &CpuState) -> Result<(), EngineError> {
-        self.vcpu.retire_instruction(after)
-    }
-
-    fn write_ram(&mut self, address: u64, bytes: &[u8]) {
-        self.vcpu.write_ram(address, bytes);
-    }
-
-    fn ram(&self) -> &GuestRam {
-        self.vcpu.ram()
-    }
-
-    fn kicker(&self) -> Arc<dyn Kick> {
-        self.vcpu.kicker()
     }
 }
 
