@@ -1,15 +1,14 @@
 //! A vCPU that notes what its guest was about to do when it was kicked and when an interrupt came, so that
 //! a test can say which positions it has met.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use iced_x86::Instruction;
+use reprise_branch_clock::ask_vcpu_within;
 use reprise_branch_clock::engine::{BranchClock, Parameters};
 use reprise_branch_clock::guest_code::linear_of;
 use reprise_branch_clock::vcpu::{Vcpu, VcpuExit};
-use reprise_machine::engine::{EngineError, Kick};
+use reprise_machine::engine::EngineError;
 use reprise_machine::paging::Paging;
 use reprise_machine::ram::GuestRam;
 use reprise_simulated_hardware::SimulatedVcpu;
@@ -134,6 +133,13 @@ impl Case<'_> {
 }
 
 impl<V: Vcpu> Vcpu for Watched<V> {
+    ask_vcpu_within! {
+        vcpu: finish_access, conditional_branches, set_overflow, set_breakpoints, step_off, state,
+        set_state, interruptible, set_window_request, catch_breakpoint_instructions,
+        pass_breakpoint_instruction, watch_writes, retire_instruction, write_ram, instruction_at,
+        ram, kicker
+    }
+
     fn enter(&mut self) -> Result<VcpuExit, EngineError> {
         let exit = self.vcpu.enter()?;
         let at_window = std::mem::replace(&mut self.at_window, exit == VcpuExit::InterruptWindow);
@@ -148,73 +154,5 @@ impl<V: Vcpu> Vcpu for Watched<V> {
     fn inject(&mut self, vector: u8) -> Result<(), EngineError> {
         self.note(What::Interrupt { vector, at_window: self.at_window })?;
         self.vcpu.inject(vector)
-    }
-
-    fn finish_access(&mut self, value: u128) -> Result<bool, EngineError> {
-        self.vcpu.finish_access(value)
-    }
-
-    fn conditional_branches(&mut self) -> Result<u64, EngineError> {
-        self.vcpu.conditional_branches()
-    }
-
-    fn set_overflow(&mut self, branches: Option<u64>) -> Result<(), EngineError> {
-        self.vcpu.set_overflow(branches)
-    }
-
-    fn set_breakpoints(&mut self, addresses: &[u64]) -> Result<(), EngineError> {
-        self.vcpu.set_breakpoints(addresses)
-    }
-
-    fn step_off(&mut self) -> Result<(), EngineError> {
-        self.vcpu.step_off()
-    }
-
-    fn state(&mut self) -> Result<CpuState, EngineError> {
-        self.vcpu.state()
-    }
-
-    fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
-        self.vcpu.set_state(state)
-    }
-
-    fn interruptible(&mut self) -> Result<bool, EngineError> {
-        self.vcpu.interruptible()
-    }
-
-    fn set_window_request(&mut self, wanted: bool) {
-        self.vcpu.set_window_request(wanted);
-    }
-
-    fn catch_breakpoint_instructions(&mut self, catch: bool) -> Result<(), EngineError> {
-        self.vcpu.catch_breakpoint_instructions(catch)
-    }
-
-    fn pass_breakpoint_instruction(&mut self) -> Result<(), EngineError> {
-        self.vcpu.pass_breakpoint_instruction()
-    }
-
-    fn watch_writes(&mut self, physical: Range<u64>, watch: bool) -> Result<(), EngineError> {
-        self.vcpu.watch_writes(physical, watch)
-    }
-
-    fn retire_instruction(&mut self, after: &CpuState) -> Result<(), EngineError> {
-        self.vcpu.retire_instruction(after)
-    }
-
-    fn write_ram(&mut self, address: u64, bytes: &[u8]) {
-        self.vcpu.write_ram(address, bytes);
-    }
-
-    fn instruction_at(&self, state: &CpuState) -> Option<Instruction> {
-        self.vcpu.instruction_at(state)
-    }
-
-    fn ram(&self) -> &GuestRam {
-        self.vcpu.ram()
-    }
-
-    fn kicker(&self) -> Arc<dyn Kick> {
-        self.vcpu.kicker()
     }
 }

@@ -31,3 +31,4 @@ pub mod settle;
 pub mod time_stamp_trap;
 pub mod trap_probe;
 pub mod vcpu;
+pub mod vcpu_within;

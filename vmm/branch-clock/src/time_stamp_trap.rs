@@ -34,17 +34,16 @@ mod text_writes;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
-use std::sync::Arc;
 
 use iced_x86::{Decoder, DecoderOptions, Instruction as Decoded};
-use reprise_machine::engine::{EngineError, Kick};
+use reprise_machine::engine::EngineError;
 use reprise_machine::paging::Paging;
-use reprise_machine::ram::GuestRam;
 use reprise_time_stamp_sites::{Instruction, KernelText};
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::header::Precaution;
 use reprise_trace::register_bits::CR4_TSD;
 
+use crate::ask_vcpu_within;
 use crate::boot_stub::StubTrap;
 use crate::candidates::Candidate;
 use crate::guest_code::{bitness, linear_of};
@@ -284,6 +283,12 @@ fn fails(reason: &str) -> VcpuExit {
 }
 
 impl<V: Vcpu> Vcpu for TimeStampTrap<V> {
+    ask_vcpu_within! {
+        vcpu: conditional_branches, set_overflow, step_off, interruptible, set_window_request,
+        inject, catch_breakpoint_instructions, pass_breakpoint_instruction, watch_writes,
+        retire_instruction, write_ram, ram, kicker
+    }
+
     fn enter(&mut self) -> Result<VcpuExit, EngineError> {
         if !self.begun {
             self.begin()?;
@@ -349,10 +354,6 @@ impl<V: Vcpu> Vcpu for TimeStampTrap<V> {
         planted.or_else(|| self.vcpu.instruction_at(state))
     }
 
-    fn write_ram(&mut self, address: u64, bytes: &[u8]) {
-        self.vcpu.write_ram(address, bytes);
-    }
-
     fn read_ram(&self, address: u64, bytes: &mut [u8]) {
         self.vcpu.read_ram(address, bytes);
         self.hide(address, bytes);
@@ -370,46 +371,6 @@ impl<V: Vcpu> Vcpu for TimeStampTrap<V> {
         });
     }
 
-    fn conditional_branches(&mut self) -> Result<u64, EngineError> {
-        self.vcpu.conditional_branches()
-    }
-
-    fn set_overflow(&mut self, branches: Option<u64>) -> Result<(), EngineError> {
-        self.vcpu.set_overflow(branches)
-    }
-
-    fn step_off(&mut self) -> Result<(), EngineError> {
-        self.vcpu.step_off()
-    }
-
-    fn interruptible(&mut self) -> Result<bool, EngineError> {
-        self.vcpu.interruptible()
-    }
-
-    fn set_window_request(&mut self, wanted: bool) {
-        self.vcpu.set_window_request(wanted);
-    }
-
-    fn inject(&mut self, vector: u8) -> Result<(), EngineError> {
-        self.vcpu.inject(vector)
-    }
-
-    fn catch_breakpoint_instructions(&mut self, catch: bool) -> Result<(), EngineError> {
-        self.vcpu.catch_breakpoint_instructions(catch)
-    }
-
-    fn pass_breakpoint_instruction(&mut self) -> Result<(), EngineError> {
-        self.vcpu.pass_breakpoint_instruction()
-    }
-
-    fn watch_writes(&mut self, physical: Range<u64>, watch: bool) -> Result<(), EngineError> {
-        self.vcpu.watch_writes(physical, watch)
-    }
-
-    fn retire_instruction(&mut self, after: &CpuState) -> Result<(), EngineError> {
-        self.vcpu.retire_instruction(after)
-    }
-
     fn traps_time_stamps(&self) -> bool {
         true
     }
@@ -425,13 +386,5 @@ impl<V: Vcpu> Vcpu for TimeStampTrap<V> {
 
     fn resume(&mut self) -> Result<(), EngineError> {
         self.begin_at_checkpoint()
-    }
-
-    fn ram(&self) -> &GuestRam {
-        self.vcpu.ram()
-    }
-
-    fn kicker(&self) -> Arc<dyn Kick> {
-        self.vcpu.kicker()
     }
 }

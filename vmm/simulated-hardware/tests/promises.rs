@@ -1,11 +1,11 @@
 //! A vCPU that breaks one promise which the trap of RDTSC rests on is told from one that keeps all.
 
 use std::ops::Range;
-use std::sync::Arc;
 
+use reprise_branch_clock::ask_vcpu_within;
 use reprise_branch_clock::trap_probe::what_is_wrong;
 use reprise_branch_clock::vcpu::{Vcpu, VcpuExit};
-use reprise_machine::engine::{EngineError, Kick};
+use reprise_machine::engine::EngineError;
 use reprise_machine::ram::GuestRam;
 use reprise_simulated_hardware::{Disturbance, SimulatedVcpu};
 use reprise_trace::cpu_state::{CpuState, RSP};
@@ -69,6 +69,11 @@ impl Promising {
 }
 
 impl Vcpu for Promising {
+    ask_vcpu_within! {
+        vcpu: finish_access, conditional_branches, set_overflow, set_breakpoints, step_off, state,
+        interruptible, set_window_request, inject, write_ram, ram, kicker
+    }
+
     fn enter(&mut self) -> Result<VcpuExit, EngineError> {
         if let Some(exit) = self.again.take() {
             return Ok(exit);
@@ -133,54 +138,6 @@ impl Vcpu for Promising {
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
         let hidden = if self.broken == Broken::RefusesToUser { CR4_TSD } else { 0 };
         self.vcpu.set_state(&CpuState { cr4: state.cr4 & !hidden, ..state.clone() })
-    }
-
-    fn finish_access(&mut self, value: u128) -> Result<bool, EngineError> {
-        self.vcpu.finish_access(value)
-    }
-
-    fn conditional_branches(&mut self) -> Result<u64, EngineError> {
-        self.vcpu.conditional_branches()
-    }
-
-    fn set_overflow(&mut self, branches: Option<u64>) -> Result<(), EngineError> {
-        self.vcpu.set_overflow(branches)
-    }
-
-    fn set_breakpoints(&mut self, addresses: &[u64]) -> Result<(), EngineError> {
-        self.vcpu.set_breakpoints(addresses)
-    }
-
-    fn step_off(&mut self) -> Result<(), EngineError> {
-        self.vcpu.step_off()
-    }
-
-    fn state(&mut self) -> Result<CpuState, EngineError> {
-        self.vcpu.state()
-    }
-
-    fn interruptible(&mut self) -> Result<bool, EngineError> {
-        self.vcpu.interruptible()
-    }
-
-    fn set_window_request(&mut self, wanted: bool) {
-        self.vcpu.set_window_request(wanted);
-    }
-
-    fn inject(&mut self, vector: u8) -> Result<(), EngineError> {
-        self.vcpu.inject(vector)
-    }
-
-    fn write_ram(&mut self, address: u64, bytes: &[u8]) {
-        self.vcpu.write_ram(address, bytes);
-    }
-
-    fn ram(&self) -> &GuestRam {
-        self.vcpu.ram()
-    }
-
-    fn kicker(&self) -> Arc<dyn Kick> {
-        self.vcpu.kicker()
     }
 }
 

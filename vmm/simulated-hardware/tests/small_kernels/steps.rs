@@ -1,46 +1,33 @@
 //! Steps of the branch clock that lead where no breakpoint is: a guest of a few instructions is kicked
 //! once, nothing else strikes, and it is to be caught soon all the same.
 
-use std::ops::Range;
-use std::sync::Arc;
-
+use reprise_branch_clock::ask_vcpu_within;
 use reprise_branch_clock::engine::{BranchClock, Parameters};
 use reprise_branch_clock::vcpu::{Vcpu, VcpuExit};
-use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
+use reprise_machine::engine::{Engine, EngineError, Exit};
 use reprise_machine::inputs::Stamp;
 use reprise_machine::paging::write_ram;
 use reprise_machine::ram::GuestRam;
 use reprise_simulated_hardware::{Disturbance, SimulatedVcpu};
-use reprise_trace::cpu_state::{CS, CpuState, DescriptorTable, RCX, RSP, Segment};
+use reprise_trace::cpu_state::{CpuState, RCX, RSP};
 use reprise_trace::moment::Moment;
 use reprise_trace::register_bits::RFLAGS_RF;
 
-const PML4: u64 = 0x1000;
-const PDPT: u64 = 0x2000;
-const PAGE_DIRECTORY: u64 = 0x3000;
-const GDT: u64 = 0x4000;
-const IDT: u64 = 0x5000;
-const TSS: u64 = 0x6000;
-/// Guest-physical; the kernel executes it at [`HIGH`] more.
-const CODE: u64 = 0x1_0000;
+use crate::kernel::{
+    CODE, HIGH, HLT, IRETQ, NOP, USER_CODE, USER_CODE_32_BIT, USER_GATE, kernel, put_gate,
+};
+
 const UNDEFINED_HANDLER: u64 = CODE + 0x400;
 const STACK_FAULT_HANDLER: u64 = CODE + 0x500;
 const CALL_HANDLER: u64 = CODE + 0x600;
 const INTERRUPT_HANDLER: u64 = CODE + 0x700;
-const STACK_TOP: u64 = 0x2_0000;
-/// In user mode, 32-bit code.
-const USER_CODE: u64 = 0x4_0000;
-const HIGH: u64 = 0xffff_ffff_8000_0000;
 
 const UNDEFINED: u64 = 6;
 const STACK_FAULT: u64 = 12;
 const INTERRUPT: u8 = 0x40;
 const CALL: u64 = 0x80;
 
-const HLT: u8 = 0xf4;
-const NOP: u8 = 0x90;
 const UD2: [u8; 2] = [0x0f, 0x0b];
-const IRETQ: [u8; 2] = [0x48, 0xcf];
 /// Branches that an entry with breakpoints may let pass, the counter being exact.
 const SOON: u64 = 256;
 
@@ -52,54 +39,15 @@ fn looping(rounds: u32) -> Vec<u8> {
     code
 }
 
-/// A kernel in high memory that begins with `code`; what its handlers do.
+/// A kernel in high memory that begins with `code`; what its handlers do. User code is 32-bit code.
 fn guest(code: &[u8], handlers: &[(u64, u64, &[u8])]) -> (GuestRam, CpuState) {
-    let ram = GuestRam::new(4).expect("4 MiB");
-    let put = |address, words: &[u64]| {
-        for (at, word) in (address..).step_by(8).zip(words) {
-            write_ram(&ram, at, &word.to_le_bytes());
-        }
-    };
-    put(PML4, &[PDPT | 7]);
-    put(PML4 + 8 * 511, &[PDPT | 7]);
-    put(PDPT, &[PAGE_DIRECTORY | 7]);
-    put(PDPT + 8 * 510, &[PAGE_DIRECTORY | 7]);
-    put(PAGE_DIRECTORY, &[0x87, 0x20_0087]);
-    let entries: [u64; 7] = [
-        0,
-        0x00af_9b00_0000_ffff,
-        0x00cf_9300_0000_ffff,
-        0x00cf_f300_0000_ffff,
-        0x00cf_fb00_0000_ffff,
-        0x0000_8b00_6000_0067,
-        0,
-    ];
-    put(GDT, &entries);
-    put(TSS + 4, &[STACK_TOP]);
+    let (ram, state) = kernel(USER_CODE_32_BIT);
     for (vector, handler, instructions) in handlers {
-        let offset = HIGH + handler;
-        let low = offset & 0xffff | 8 << 16 | 0xee00 << 32 | (offset >> 16 & 0xffff) << 48;
-        put(IDT + 16 * vector, &[low, offset >> 32]);
+        put_gate(&ram, *vector, HIGH + handler, USER_GATE);
         write_ram(&ram, *handler, instructions);
     }
     write_ram(&ram, CODE, code);
-    let segment = |selector, attributes| Segment { selector, attributes, limit: u32::MAX, base: 0 };
-    let mut state = CpuState {
-        rip: HIGH + CODE,
-        segments: [segment(0x10, 0xc093); 6],
-        tr: Segment { selector: 0x28, attributes: 0x8b, limit: 0x67, base: TSS },
-        ldtr: Segment { selector: 0, attributes: 0x82, limit: 0, base: 0 },
-        gdtr: DescriptorTable { base: GDT, limit: 8 * entries.len() as u16 - 1 },
-        idtr: DescriptorTable { base: IDT, limit: 0xfff },
-        cr0: 0x8001_0033,
-        cr3: PML4,
-        cr4: 0x620,
-        efer: 0xd01,
-        ..CpuState::default()
-    };
-    state.segments[CS] = segment(8, 0xa09b);
-    state.gpr[RSP] = STACK_TOP;
-    (ram, state)
+    (ram, CpuState { rip: HIGH + CODE, ..state })
 }
 
 /// Kicked once, and no step of it may run on.
@@ -111,6 +59,12 @@ struct KickedOnce {
 }
 
 impl Vcpu for KickedOnce {
+    ask_vcpu_within! {
+        vcpu: finish_access, conditional_branches, set_overflow, step_off, state, set_state,
+        interruptible, set_window_request, inject, catch_breakpoint_instructions,
+        pass_breakpoint_instruction, watch_writes, retire_instruction, write_ram, ram, kicker
+    }
+
     fn enter(&mut self) -> Result<VcpuExit, EngineError> {
         let kick_after = self.kick_after.take();
         if let Some(branches) = kick_after {
@@ -129,70 +83,6 @@ impl Vcpu for KickedOnce {
     fn set_breakpoints(&mut self, addresses: &[u64]) -> Result<(), EngineError> {
         self.steps = !addresses.is_empty();
         self.vcpu.set_breakpoints(addresses)
-    }
-
-    fn finish_access(&mut self, value: u128) -> Result<bool, EngineError> {
-        self.vcpu.finish_access(value)
-    }
-
-    fn conditional_branches(&mut self) -> Result<u64, EngineError> {
-        self.vcpu.conditional_branches()
-    }
-
-    fn set_overflow(&mut self, branches: Option<u64>) -> Result<(), EngineError> {
-        self.vcpu.set_overflow(branches)
-    }
-
-    fn step_off(&mut self) -> Result<(), EngineError> {
-        self.vcpu.step_off()
-    }
-
-    fn state(&mut self) -> Result<CpuState, EngineError> {
-        self.vcpu.state()
-    }
-
-    fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
-        self.vcpu.set_state(state)
-    }
-
-    fn interruptible(&mut self) -> Result<bool, EngineError> {
-        self.vcpu.interruptible()
-    }
-
-    fn set_window_request(&mut self, wanted: bool) {
-        self.vcpu.set_window_request(wanted);
-    }
-
-    fn inject(&mut self, vector: u8) -> Result<(), EngineError> {
-        self.vcpu.inject(vector)
-    }
-
-    fn catch_breakpoint_instructions(&mut self, catch: bool) -> Result<(), EngineError> {
-        self.vcpu.catch_breakpoint_instructions(catch)
-    }
-
-    fn pass_breakpoint_instruction(&mut self) -> Result<(), EngineError> {
-        self.vcpu.pass_breakpoint_instruction()
-    }
-
-    fn watch_writes(&mut self, physical: Range<u64>, watch: bool) -> Result<(), EngineError> {
-        self.vcpu.watch_writes(physical, watch)
-    }
-
-    fn retire_instruction(&mut self, after: &CpuState) -> Result<(), EngineError> {
-        self.vcpu.retire_instruction(after)
-    }
-
-    fn write_ram(&mut self, address: u64, bytes: &[u8]) {
-        self.vcpu.write_ram(address, bytes);
-    }
-
-    fn ram(&self) -> &GuestRam {
-        self.vcpu.ram()
-    }
-
-    fn kicker(&self) -> Arc<dyn Kick> {
-        self.vcpu.kicker()
     }
 }
 

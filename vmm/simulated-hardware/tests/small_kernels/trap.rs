@@ -5,22 +5,20 @@ use reprise_branch_clock::engine::{BranchClock, Parameters};
 use reprise_branch_clock::time_stamp_trap::{TimeStampTrap, TrapCounts};
 use reprise_branch_clock::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
 use reprise_machine::engine::{Access, Engine, Exit};
+use reprise_machine::paging::write_ram;
 use reprise_machine::ram::GuestRam;
 use reprise_simulated_hardware::{Disturbance, SimulatedVcpu};
 use reprise_time_stamp_sites::{
     Evidence, Instruction, KernelText, Replaced, Site, Text, Unpacking,
 };
-use reprise_trace::cpu_state::{CS, CpuState, DescriptorTable, RAX, RCX, RSP, Segment};
+use reprise_trace::cpu_state::{CS, CpuState, RAX, RCX, RSP, Segment};
 use reprise_trace::register_bits::{CR4_TSD, RFLAGS_RF};
 
-const PML4: u64 = 0x1000;
-const PDPT: u64 = 0x2000;
-const PAGE_DIRECTORY: u64 = 0x3000;
-const GDT: u64 = 0x4000;
-const IDT: u64 = 0x5000;
-const TSS: u64 = 0x6000;
+use crate::kernel::{
+    CODE, HLT, IRETQ, KERNEL_GATE, NOP, USER_CODE, USER_CODE_64_BIT, kernel, put_gate, put_words,
+};
+
 const LDT: u64 = 0x7000;
-const CODE: u64 = 0x1_0000;
 const TEXT_BYTES: u64 = 0x4000;
 const DEBUG_HANDLER: u64 = CODE + 0x600;
 const BREAKPOINT_HANDLER: u64 = CODE + 0x700;
@@ -28,30 +26,13 @@ const FAULT_HANDLER: u64 = CODE + 0x800;
 const UNDEFINED_HANDLER: u64 = CODE + 0x900;
 /// A function of the kernel.
 const FUNCTION: u64 = CODE + 0xa00;
-const STACK_TOP: u64 = 0x2_0000;
 const ELSEWHERE: u64 = 0x3_0000;
-const USER_CODE: u64 = 0x4_0000;
 
-const KERNEL_SEGMENT: u64 = 0x00af_9b00_0000_ffff;
-const USER_DATA_SEGMENT: u64 = 0x00cf_f300_0000_ffff;
-const USER_CODE_SEGMENT: u64 = 0x00af_fb00_0000_ffff;
-const GDT_ENTRIES: [u64; 7] = [
-    0,
-    KERNEL_SEGMENT,
-    0x00cf_9300_0000_ffff,
-    USER_DATA_SEGMENT,
-    USER_CODE_SEGMENT,
-    0x0000_8b00_6000_0067,
-    0,
-];
 const USER_SELECTOR: u8 = 0x23;
 /// The first entry of the LDT.
 const LDT_SELECTOR: u8 = 0x07;
 
-const HLT: u8 = 0xf4;
-const NOP: u8 = 0x90;
 const RDTSC: [u8; 2] = [0x0f, 0x31];
-const IRETQ: [u8; 2] = [0x48, 0xcf];
 /// mov cr4, rcx
 const WRITE_CR4: [u8; 3] = [0x0f, 0x22, 0xe1];
 /// mov rcx, cr4
@@ -67,36 +48,15 @@ struct Guest {
 impl Guest {
     /// A kernel that begins with this code; whatever it is led to by an exception halts.
     fn new(code: &[u8]) -> Self {
-        let ram = GuestRam::new(4).expect("4 MiB");
+        let (ram, mut state) = kernel(USER_CODE_64_BIT);
+        state.ldtr = Segment { selector: 0x30, attributes: 0x82, limit: 7, base: LDT };
+        put_words(&ram, LDT, &[USER_CODE_64_BIT]);
         let linear = CODE..CODE + TEXT_BYTES;
         let text = Text { name: ".text".to_owned(), linear, physical: CODE, initial: None };
-        let segment =
-            |selector, attributes| Segment { selector, attributes, limit: u32::MAX, base: 0 };
-        let mut state = CpuState {
-            rip: CODE,
-            segments: [segment(0x10, 0xc093); 6],
-            tr: Segment { selector: 0x28, attributes: 0x8b, limit: 0x67, base: TSS },
-            ldtr: Segment { selector: 0x30, attributes: 0x82, limit: 7, base: LDT },
-            gdtr: DescriptorTable { base: GDT, limit: 8 * GDT_ENTRIES.len() as u16 - 1 },
-            idtr: DescriptorTable { base: IDT, limit: 0xfff },
-            cr0: 0x8001_0033,
-            cr3: PML4,
-            cr4: 0x620,
-            efer: 0xd01,
-            ..CpuState::default()
-        };
-        state.segments[CS] = segment(8, 0xa09b);
-        state.gpr[RSP] = STACK_TOP;
         let entry_bytes = code[..code.len().min(4)].to_vec();
         let text =
             KernelText { entry: CODE, entry_bytes, text: vec![text], ..KernelText::default() };
         let mut guest = Self { ram, state, text };
-        guest.put_words(PML4, &[PDPT | 7]);
-        guest.put_words(PDPT, &[PAGE_DIRECTORY | 7]);
-        guest.put_words(PAGE_DIRECTORY, &[0x87, 0x20_0087]);
-        guest.put_words(GDT, &GDT_ENTRIES);
-        guest.put_words(LDT, &[USER_CODE_SEGMENT]);
-        guest.put_words(TSS + 4, &[STACK_TOP]);
         guest.put(CODE, &[NOP; TEXT_BYTES as usize]);
         for (vector, handler) in [
             (1, DEBUG_HANDLER),
@@ -104,8 +64,7 @@ impl Guest {
             (6, UNDEFINED_HANDLER),
             (13, FAULT_HANDLER),
         ] {
-            let low = handler & 0xffff | 8 << 16 | 0x8e00 << 32 | (handler >> 16 & 0xffff) << 48;
-            guest.put_words(IDT + 16 * vector, &[low, 0]);
+            put_gate(&guest.ram, vector, handler, KERNEL_GATE);
             guest.put(handler, &[HLT]);
         }
         guest.put(CODE, code);
@@ -120,14 +79,8 @@ impl Guest {
     }
 
     fn put(&mut self, address: u64, bytes: &[u8]) -> &mut Self {
-        reprise_machine::paging::write_ram(&self.ram, address, bytes);
+        write_ram(&self.ram, address, bytes);
         self
-    }
-
-    fn put_words(&mut self, address: u64, words: &[u64]) {
-        for (at, word) in (address..).step_by(8).zip(words) {
-            self.put(at, &word.to_le_bytes());
-        }
     }
 
     /// The kernel's file says that this is at `address`, where it is put.
