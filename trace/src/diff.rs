@@ -185,7 +185,7 @@ mod tests {
     use super::*;
     use crate::event::{EffectDigest, Ending};
     use crate::header::Treatment;
-    use crate::moment::Moment;
+    use crate::moment::{Moment, TickKind};
 
     fn record(tick: u64, event: Event) -> Record {
         Record { moment: Moment { tick, rip: 0x1000, rcx: 0 }, cpu_digest: 7, event }
@@ -247,23 +247,8 @@ mod tests {
             treatment: Treatment::Closed,
             how: how.to_owned(),
         };
-        let header = |precautions| Header {
-            machine: MachineInfo { ram_mib: 4, rtc_start_s: 0 },
-            cpu_model: CpuModelInfo { name: String::new(), version: 1 },
-            tick_kind: crate::moment::TickKind::Exit,
-            ns_per_tick: 0,
-            engine: "kvm".to_owned(),
-            clock: "sync".to_owned(),
-            host: HostInfo::default(),
-            guest: GuestInfo {
-                name: String::new(),
-                command_line: String::new(),
-                images: Vec::new(),
-            },
-            created_unix_s: 0,
-            reprise_version: String::new(),
-            precautions,
-        };
+        let bare = Header::bare("kvm", "sync", TickKind::Exit);
+        let header = |precautions| Header { precautions, ..bare.clone() };
         let one = header(vec![closed("trapped at 2 places")]);
         assert_eq!(header_differences(&one, &one), []);
         for other in [Vec::new(), vec![closed("none in the kernel's text")]] {

@@ -188,6 +188,25 @@ impl Precaution {
 }
 
 impl Header {
+    /// A header that tells of the ticks and leaves host, guest and precautions open: for a recording that a
+    /// test makes, on 4 MiB of guest RAM.
+    pub fn bare(engine: &str, clock: &str, tick_kind: TickKind) -> Self {
+        let none = String::new;
+        Self {
+            machine: MachineInfo { ram_mib: 4, rtc_start_s: 0 },
+            cpu_model: CpuModelInfo { name: none(), version: 1 },
+            tick_kind,
+            ns_per_tick: u64::from(tick_kind == TickKind::Instruction),
+            engine: engine.to_owned(),
+            clock: clock.to_owned(),
+            host: HostInfo::default(),
+            guest: GuestInfo { name: none(), command_line: none(), images: Vec::new() },
+            created_unix_s: 0,
+            reprise_version: none(),
+            precautions: Vec::new(),
+        }
+    }
+
     /// Whether RDTSC was trapped in the guest's kernel and answered from the log, or from what follows from
     /// it.
     pub fn logs_time_stamps(&self) -> bool {

@@ -171,9 +171,7 @@ fn sync(file: &File) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use reprise_trace::event::{Event, MarkDigest, Record};
-    use reprise_trace::header::{
-        CpuModelInfo, GuestInfo, Header, HostInfo, ImageInfo, ImageRole, MachineInfo,
-    };
+    use reprise_trace::header::{Header, ImageInfo, ImageRole};
     use reprise_trace::log::LogWriter;
     use reprise_trace::moment::{Moment, TickKind};
     use reprise_trace::recording::Recording;
@@ -192,26 +190,10 @@ mod tests {
     }
 
     fn header() -> Header {
-        Header {
-            machine: MachineInfo { ram_mib: 4, rtc_start_s: 0 },
-            cpu_model: CpuModelInfo { name: "test".to_owned(), version: 1 },
-            tick_kind: TickKind::Instruction,
-            ns_per_tick: 1,
-            engine: "soft".to_owned(),
-            clock: "instructions".to_owned(),
-            host: HostInfo::default(),
-            guest: GuestInfo {
-                name: "test".to_owned(),
-                command_line: String::new(),
-                images: images()
-                    .iter()
-                    .map(|bytes| ImageInfo::of(ImageRole::Kernel, "image", bytes))
-                    .collect(),
-            },
-            created_unix_s: 0,
-            reprise_version: "0".to_owned(),
-            precautions: Vec::new(),
-        }
+        let image = |bytes: &SharedImage| ImageInfo::of(ImageRole::Kernel, "image", bytes);
+        let mut header = Header::bare("soft", "instructions", TickKind::Instruction);
+        header.guest.images = images().iter().map(image).collect();
+        header
     }
 
     fn record(tick: u64) -> Record {

@@ -291,30 +291,13 @@ fn digest<E: Engine>(machine: &mut Machine<E, Replaying>) -> Result<CheckpointDi
 #[cfg(test)]
 mod tests {
     use reprise_trace::event::Assists;
-    use reprise_trace::header::{CpuModelInfo, GuestInfo, MachineInfo};
     use reprise_trace::moment::{Moment, TickKind};
     use reprise_trace::stretches::Stretch;
 
     use super::*;
 
     fn header(host: HostInfo) -> Header {
-        Header {
-            machine: MachineInfo { ram_mib: 4, rtc_start_s: 0 },
-            cpu_model: CpuModelInfo { name: String::new(), version: 1 },
-            tick_kind: TickKind::Instruction,
-            ns_per_tick: 1,
-            engine: "soft".to_owned(),
-            clock: "instructions".to_owned(),
-            host,
-            guest: GuestInfo {
-                name: String::new(),
-                command_line: String::new(),
-                images: Vec::new(),
-            },
-            created_unix_s: 0,
-            reprise_version: String::new(),
-            precautions: Vec::new(),
-        }
+        Header { host, ..Header::bare("soft", "instructions", TickKind::Instruction) }
     }
 
     /// A course over engines, each from so many records on.

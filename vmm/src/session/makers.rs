@@ -83,7 +83,6 @@ pub fn note(header: &Header, sites: Option<&[Sites]>) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use reprise_trace::header::{CpuModelInfo, GuestInfo, HostInfo, MachineInfo};
     use reprise_trace::moment::TickKind;
 
     use super::*;
@@ -93,30 +92,10 @@ mod tests {
         Sites { latitude, mnemonic: mnemonic.to_owned(), addresses, first: (0x2000, 77_000) }
     }
 
-    fn header_of(host: HostInfo) -> Header {
-        Header {
-            machine: MachineInfo { ram_mib: 8, rtc_start_s: 0 },
-            cpu_model: CpuModelInfo { name: String::new(), version: 0 },
-            tick_kind: TickKind::Instruction,
-            ns_per_tick: 1,
-            engine: "soft".to_owned(),
-            clock: "instructions".to_owned(),
-            host,
-            guest: GuestInfo {
-                name: String::new(),
-                command_line: String::new(),
-                images: Vec::new(),
-            },
-            created_unix_s: 0,
-            reprise_version: String::new(),
-            precautions: Vec::new(),
-        }
-    }
-
     #[test]
     fn only_another_cpu_is_worth_a_note_which_names_what_ran() {
-        let here = host_info();
-        let mut header = header_of(here);
+        let bare = Header::bare("soft", "instructions", TickKind::Instruction);
+        let mut header = Header { host: host_info(), ..bare };
         assert_eq!(note(&header, Some(&[])), None);
         header.host.cpu_vendor = "OtherMaker".to_owned();
         let none = note(&header, Some(&[])).expect("another maker");

@@ -192,29 +192,7 @@ fn notes(result: &Rewritten, rewritten: &Replayable) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use reprise_trace::header::{CpuModelInfo, GuestInfo, HostInfo, MachineInfo};
-
     use super::*;
-
-    fn recorded(engine: &str, clock: &str, tick_kind: TickKind) -> Header {
-        Header {
-            machine: MachineInfo { ram_mib: 4, rtc_start_s: 0 },
-            cpu_model: CpuModelInfo { name: String::new(), version: 1 },
-            tick_kind,
-            ns_per_tick: 0,
-            engine: engine.to_owned(),
-            clock: clock.to_owned(),
-            host: HostInfo::default(),
-            guest: GuestInfo {
-                name: String::new(),
-                command_line: String::new(),
-                images: Vec::new(),
-            },
-            created_unix_s: 0,
-            reprise_version: String::new(),
-            precautions: Vec::new(),
-        }
-    }
 
     #[test]
     fn what_is_not_kept_has_no_name_and_what_is_kept_gets_it_at_the_end() {
@@ -238,10 +216,10 @@ mod tests {
     #[test]
     fn only_instruction_counts_are_rewritten() {
         use ClockArg::{Auto, Pmu, Step, Sync};
-        let soft = recorded("soft", "instructions", TickKind::Instruction);
-        let step = recorded("kvm", "step", TickKind::Instruction);
-        let sync = recorded("kvm", "sync", TickKind::Exit);
-        let pmu = recorded("kvm", "pmu", TickKind::ConditionalBranch);
+        let soft = Header::bare("soft", "instructions", TickKind::Instruction);
+        let step = Header::bare("kvm", "step", TickKind::Instruction);
+        let sync = Header::bare("kvm", "sync", TickKind::Exit);
+        let pmu = Header::bare("kvm", "pmu", TickKind::ConditionalBranch);
         let asked = |clock, header| is_asked_for(EngineArg::Kvm, clock, (header, 1));
         for header in [&soft, &step] {
             assert_eq!(asked(Pmu, header), Ok(true));
