@@ -5,14 +5,12 @@
 
 use std::collections::HashMap;
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
-use zstd::bulk::{Compressor, Decompressor};
 
 use super::frame::{self, Found, FrameKind, FramePlace};
+use super::page_frame::{self, PageFrame, PendingPages};
 use super::page_table::{self, Entry};
 use super::state::{CheckpointDigest, MachineState, RamDigest, StateFault, page_digest};
 use super::{CheckpointError, PAGE_BYTES};
@@ -26,18 +24,12 @@ pub(super) const FORMAT_VERSION: u32 = 1;
 const MAGIC: [u8; 8] = *b"\xf2rrcheck";
 /// Magic, format version, CRC32C of both.
 const PREAMBLE_BYTES: usize = 16;
-/// Pages of one frame, at most: all of them are decompressed for any of them.
-const FRAME_PAGES: usize = 64;
-/// zstd's level for pages: they come in gigabytes.
-const PAGE_LEVEL: i32 = -3;
 /// zstd's level for states.
 const STATE_LEVEL: i32 = 3;
 /// What a checkpoint's frame starts with: six numbers and a digest of five parts.
 const INFO_BYTES: usize = 6 * 8 + 5 * 32;
 /// The most bytes of a state and its page table.
 const MAX_BODY_BYTES: u64 = frame::MAX_PAYLOAD_BYTES;
-/// Frames decompressed ahead of the one that is put in its place.
-const FRAMES_AHEAD: usize = 8;
 
 /// A checkpoint, without its state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,14 +77,13 @@ struct Page {
 /// Writes checkpoints. Pages are kept from one to the next: what is not given again is as before.
 pub struct CheckpointWriter<W: Write> {
     out: W,
-    compressor: Compressor<'static>,
     /// Every page in the file by the first half of its digest.
     known: HashMap<[u8; 16], u32>,
     page_count: u64,
     /// Guest RAM, by page number; pages of zeros are `None`.
     ram: Vec<Option<Page>>,
     /// Pages of the next frame.
-    pending: Vec<u8>,
+    pending: PendingPages,
     bytes: u64,
     /// A write is under way or has failed.
     closed: bool,
@@ -129,7 +120,7 @@ impl<W: Write> CheckpointWriter<W> {
         let mut writer = Self::new(out, written.sound_bytes)?;
         for frame in &written.page_frames {
             // A damaged frame's pages are written again when they come.
-            if let Ok(pages) = written.read_pages(frame) {
+            if let Ok(pages) = frame.read(&written.input) {
                 for (id, digest) in (frame.first_id..).zip(&pages.digests) {
                     writer.known.insert(key(digest), id as u32);
                 }
@@ -140,14 +131,13 @@ impl<W: Write> CheckpointWriter<W> {
     }
 
     fn new(out: W, bytes: u64) -> Result<Self, CheckpointError> {
-        let compressor = Compressor::new(PAGE_LEVEL).map_err(CheckpointError::Write)?;
+        let pending = PendingPages::new().map_err(CheckpointError::Write)?;
         Ok(Self {
             out,
-            compressor,
             known: HashMap::new(),
             page_count: 0,
             ram: Vec::new(),
-            pending: Vec::with_capacity(FRAME_PAGES * PAGE_BYTES),
+            pending,
             bytes,
             closed: false,
         })
@@ -172,8 +162,8 @@ impl<W: Write> CheckpointWriter<W> {
                 let id = u32::try_from(self.page_count).map_err(|_| full())?;
                 self.page_count += 1;
                 self.known.insert(key(&digest), id);
-                self.pending.extend_from_slice(page);
-                if self.pending.len() == FRAME_PAGES * PAGE_BYTES {
+                self.pending.add(page);
+                if self.pending.is_full() {
                     self.write_pages()?;
                 }
                 id
@@ -230,11 +220,7 @@ impl<W: Write> CheckpointWriter<W> {
         if self.pending.is_empty() {
             return Ok(());
         }
-        let mut payload = vec![(self.pending.len() / PAGE_BYTES) as u8];
-        let compressed = self.compressor.compress(&self.pending).map_err(CheckpointError::Write)?;
-        let stored =
-            if compressed.len() < self.pending.len() { &compressed } else { &self.pending };
-        payload.extend_from_slice(stored);
+        let payload = self.pending.payload().map_err(CheckpointError::Write)?;
         self.write_frame(FrameKind::Pages, &payload)?;
         self.pending.clear();
         Ok(())
@@ -266,14 +252,6 @@ fn preamble(version: u32) -> [u8; PREAMBLE_BYTES] {
     let checksum = crc32c::crc32c(&bytes[..12]);
     bytes[12..].copy_from_slice(&checksum.to_le_bytes());
     bytes
-}
-
-/// A frame of pages.
-#[derive(Clone, Copy, Debug)]
-struct PageFrame {
-    place: FramePlace,
-    first_id: u64,
-    count: usize,
 }
 
 /// A file of checkpoints opened for reading. Only the heads of frames and the checkpoints' short
@@ -358,14 +336,11 @@ impl Checkpoints {
         while let Found::Frame(place) = frame::find(input, self.sound_bytes, self.file_bytes)? {
             match place.kind {
                 FrameKind::Pages => {
-                    let mut count = [0];
-                    input.read_exact(&mut count)?;
-                    let count = usize::from(count[0]);
-                    if place.payload_bytes < 2 || !(1..=FRAME_PAGES).contains(&count) {
+                    let Some(frame) = PageFrame::find(input, place, self.page_count)? else {
                         return Ok(());
-                    }
-                    self.page_frames.push(PageFrame { place, first_id: self.page_count, count });
-                    self.page_count += count as u64;
+                    };
+                    self.page_frames.push(frame);
+                    self.page_count += frame.count as u64;
                 }
                 FrameKind::Checkpoint => {
                     let payload = place.payload(input)?.unwrap_or_default();
@@ -421,7 +396,7 @@ impl Checkpoints {
         let (state, entries) = self.read_state(index)?;
         let info = &self.infos[index];
         let tick = info.moment.tick;
-        let ram = self.load_ram(tick, &entries, place)?;
+        let ram = page_frame::load_ram(&self.input, &self.page_frames, tick, &entries, place)?;
         let digest = state.digest(ram);
         let described = (state.moment, state.virtual_ns, state.records, entries.len() as u64);
         let digest_is_right = digest == info.digest
@@ -468,100 +443,6 @@ impl Checkpoints {
             .ok_or_else(|| damaged("its page table does not decode"))?;
         Ok((state, entries))
     }
-
-    /// Reads the pages of a table on several threads, places them on this one, and gives the digest of
-    /// the RAM that they make.
-    fn load_ram(
-        &self,
-        tick: u64,
-        entries: &[Entry],
-        place: &mut dyn FnMut(u64, &[u8]) -> bool,
-    ) -> Result<[u8; 32], CheckpointError> {
-        let mut by_id: Vec<usize> = (0..entries.len()).collect();
-        by_id.sort_by_key(|&at| entries[at].id);
-        let frame_of = |at: usize| {
-            let id = u64::from(entries[at].id);
-            self.page_frames.partition_point(|frame| frame.first_id <= id) - 1
-        };
-        let jobs: Vec<&[usize]> =
-            by_id.chunk_by(|&one, &next| frame_of(one) == frame_of(next)).collect();
-        let mut digests = vec![[0; 32]; entries.len()];
-        let workers = std::thread::available_parallelism().map_or(1, usize::from).min(jobs.len());
-        let next_job = AtomicUsize::new(0);
-        std::thread::scope(|scope| {
-            let (done, results) = sync_channel(FRAMES_AHEAD);
-            for _ in 0..workers {
-                let (done, next_job, jobs) = (done.clone(), &next_job, &jobs);
-                scope.spawn(move || {
-                    while let Some(&job) = jobs.get(next_job.fetch_add(1, Ordering::Relaxed)) {
-                        let frame = self.page_frames[frame_of(job[0])];
-                        let read = self.read_pages(&frame);
-                        // Nobody listens any more once something has failed.
-                        if done.send((job, frame, read)).is_err() {
-                            return;
-                        }
-                    }
-                });
-            }
-            drop(done);
-            for (job, frame, read) in results {
-                let pages = read.map_err(|fault| fault.at(tick))?;
-                for &at in job {
-                    let number = (u64::from(entries[at].id) - frame.first_id) as usize;
-                    let page = &pages.bytes[number * PAGE_BYTES..][..PAGE_BYTES];
-                    if !place(entries[at].address(), page) {
-                        return Err(CheckpointError::Digest { tick });
-                    }
-                    digests[at] = pages.digests[number];
-                }
-            }
-            Ok(())
-        })?;
-        let mut ram = RamDigest::default();
-        for (entry, digest) in entries.iter().zip(&digests) {
-            ram.page(entry.address(), digest);
-        }
-        Ok(ram.finish())
-    }
-
-    /// Reads and decompresses a frame of pages.
-    fn read_pages(&self, frame: &PageFrame) -> Result<Pages, PageFault> {
-        let offset = frame.place.offset;
-        let damaged = |what| PageFault::Damaged { what, offset };
-        let payload = frame.place.payload(&mut *lock(&self.input)).map_err(PageFault::Read)?;
-        let payload = payload.ok_or_else(|| damaged("a checksum of pages does not match"))?;
-        let (stored, raw_bytes) = (&payload[1..], frame.count * PAGE_BYTES);
-        let bytes = match stored.len() == raw_bytes {
-            true => stored.to_vec(),
-            false => decompress(stored, raw_bytes)
-                .ok_or_else(|| damaged("its pages do not decompress"))?,
-        };
-        let digests: Option<Vec<_>> = bytes.chunks(PAGE_BYTES).map(page_digest).collect();
-        let digests = digests.ok_or_else(|| damaged("a page of zeros has no place in it"))?;
-        Ok(Pages { bytes, digests })
-    }
-}
-
-/// The pages of a frame.
-struct Pages {
-    bytes: Vec<u8>,
-    digests: Vec<[u8; 32]>,
-}
-
-/// Why a frame of pages cannot be used.
-enum PageFault {
-    Read(std::io::Error),
-    Damaged { what: &'static str, offset: u64 },
-}
-
-impl PageFault {
-    /// As the error of the checkpoint that needs the pages.
-    fn at(self, tick: u64) -> CheckpointError {
-        match self {
-            Self::Read(error) => CheckpointError::Read(error),
-            Self::Damaged { what, offset } => CheckpointError::Damaged { tick, what, offset },
-        }
-    }
 }
 
 /// A checkpoint's state and page table, from its frame's payload.
@@ -569,13 +450,7 @@ fn body(payload: &[u8]) -> Option<Vec<u8>> {
     let mut taker = Taker::new(payload.get(INFO_BYTES..)?);
     let raw_bytes = taker.varint().ok().filter(|bytes| *bytes <= MAX_BODY_BYTES)?;
     let stored = taker.bytes(taker.remaining() as u64).ok()?;
-    decompress(stored, raw_bytes as usize)
-}
-
-/// Decompresses to exactly so many bytes.
-fn decompress(stored: &[u8], raw_bytes: usize) -> Option<Vec<u8>> {
-    let raw = Decompressor::new().and_then(|mut it| it.decompress(stored, raw_bytes)).ok()?;
-    (raw.len() == raw_bytes).then_some(raw)
+    frame::decompress(stored, raw_bytes as usize)
 }
 
 /// Checks how the file starts.

@@ -2,6 +2,8 @@
 
 use std::io::{self, Read, Seek, SeekFrom, Write};
 
+use zstd::bulk::Decompressor;
+
 /// Kind, payload length, CRC32C of the payload, CRC32C of those.
 pub(super) const HEAD_BYTES: usize = 16;
 /// The most bytes of a payload: the page table of the largest machine, and what an engine keeps.
@@ -101,4 +103,10 @@ pub(super) fn write(out: &mut impl Write, kind: FrameKind, payload: &[u8]) -> io
     frame.extend(payload);
     out.write_all(&frame)?;
     Ok(frame.len() as u64)
+}
+
+/// Decompresses to exactly so many bytes.
+pub(super) fn decompress(stored: &[u8], raw_bytes: usize) -> Option<Vec<u8>> {
+    let raw = Decompressor::new().and_then(|mut it| it.decompress(stored, raw_bytes)).ok()?;
+    (raw.len() == raw_bytes).then_some(raw)
 }

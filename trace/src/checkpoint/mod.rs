@@ -1,11 +1,13 @@
 //! Checkpoints: a machine's whole state at a moment of its recording, beside the recording's file.
 //!
-//! `file.rs` has the file's reader and writer, `page_table.rs` says which page of guest RAM is which
-//! page of the file. Nothing of a recording depends on its checkpoints.
+//! `file.rs` has the file's reader and writer, `page_frame.rs` those of the pages in it, and
+//! `page_table.rs` says which page of guest RAM is which page of the file. Nothing of a recording
+//! depends on its checkpoints.
 
 mod error;
 mod file;
 mod frame;
+mod page_frame;
 mod page_table;
 mod state;
 
