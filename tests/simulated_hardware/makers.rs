@@ -7,18 +7,21 @@ use std::collections::BTreeSet;
 use reprise::session::replay::{self, ReplayOptions};
 use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::flag_laws::FlagLaws;
+use reprise_devices::board::Board;
 use reprise_host::host_info;
 use reprise_machine::checkpoint;
 use reprise_machine::clock::TimeSource;
 use reprise_machine::divergence::{Difference, Divergence};
 use reprise_machine::engine::{Engine, Exit};
-use reprise_machine::inputs::{Recording, Replaying, Stamp, Verification};
-use reprise_machine::lawful::Lawful;
+use reprise_machine::inputs::{Planned, Recording, Replaying, Stamp, Then, Verification, When};
+use reprise_machine::lawful::{Lawful, Permitted};
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, Outcome};
+use reprise_machine::ram::GuestRam;
 use reprise_replay::{OnSoftware, RecordedClock, meet_checkpoint, verification};
 use reprise_trace::checkpoint::CheckpointInfo;
-use reprise_trace::cpu_state::CpuState;
+use reprise_trace::cpu_state::{CpuState, DescriptorTable};
+use reprise_trace::event::HandOver;
 use reprise_trace::header::{Header, HostInfo};
 use reprise_trace::log::{LogWriter, MemorySink};
 use reprise_trace::moment::TickKind;
@@ -180,8 +183,11 @@ fn recorded_on_software(case: &Case<'_>, seed: u64) -> Recorded {
     let mut engine = SoftEngine::new(ram).expect("the host has memory");
     engine.invert_undefined_flags(u64::MAX);
     engine.set_cpu_state(&state).expect("a first state");
-    let world = SeededWorld::new(seed, case.typed, Default::default());
-    let inputs = Recording::new(world, LogWriter::new(MemorySink::default()));
+    record_on(engine, board, SeededWorld::new(seed, case.typed, Default::default()), Vec::new())
+}
+
+fn record_on(engine: SoftEngine, board: Board, world: SeededWorld, plan: Vec<Planned>) -> Recorded {
+    let inputs = Recording::new(world, LogWriter::new(MemorySink::default())).with_plan(plan);
     let time = TimeSource::Ticks { ns_per_tick: 1 };
     let mut machine = Machine::new(engine, board, inputs, time);
     let outcome = machine.run().expect("the machine runs");
@@ -340,4 +346,85 @@ fn a_place_that_is_exactly_the_recorded_one_comes_before_one_that_may_be() {
     let mut engine = engine();
     assert_eq!(engine.run_to(&like).expect("it runs"), Exit::TickReached);
     assert_eq!(engine.instructions(), Some(VISITS[0]));
+    // Whoever went ahead to see has written nothing, whichever mode the code is in.
+    for engine in [&at_first, &engine] {
+        let mut written = [0; 0x400];
+        engine.read_ram(state.rip & !0xfff, &mut written);
+        assert_eq!((&written[..CODE.len()], &written[0x100..]), (CODE, &[0; 0x300][..]));
+        engine.read_ram(0x100, &mut written[..4]);
+        assert_ne!(written[..4], [3, 0, 0, 0x80]);
+    }
+}
+
+/// What another engine may have otherwise another CPU may not, and the other way.
+#[test]
+fn what_is_permitted_follows_from_who_recorded() {
+    const UNDEFINED: u64 = 0x8d5;
+    for (other_engine, other_cpu, on_hardware, x87_last_instruction, undefined_flags) in [
+        (false, false, false, false, 0),
+        (false, false, true, false, 0),
+        (true, false, false, true, 0),
+        (false, true, false, false, UNDEFINED),
+        (false, true, true, true, UNDEFINED),
+        (true, true, false, true, UNDEFINED),
+    ] {
+        let verification = Verification { other_engine, other_cpu, on_hardware };
+        let permitted = Permitted { x87_last_instruction, undefined_flags };
+        assert_eq!(verification.permits(|| UNDEFINED), permitted, "{verification:?}");
+    }
+}
+
+/// What the guest makes of undefined flags behind a record is what it made of them there.
+#[test]
+fn flags_are_taken_over_at_a_record() {
+    const CODE: &[u8] = &[
+        0xbb, 0x01, 0x00, 0x00, 0x00, // mov ebx, 1
+        0xb8, 0x03, 0x00, 0x00, 0x80, // mov eax, 0x80000003
+        0xf7, 0xe3, // mul ebx
+        0x90, // nop
+        0x9f, // lahf
+        0x0f, 0x0b, // ud2, of which there is no handler
+    ];
+    const BEFORE_LAHF: u64 = 4;
+    let case = guest("ticks", "", "");
+    let header = header_of_software(&case);
+    let start = |ram: &mut GuestRam, state: CpuState| {
+        let mut bytes = [0; 4096];
+        bytes[..CODE.len()].copy_from_slice(CODE);
+        let rip = state.rip & !0xfff;
+        assert!(ram.place(rip, &bytes), "it is mapped to itself");
+        CpuState { rip, idtr: DescriptorTable::default(), ..state }
+    };
+    let record = |plan| {
+        let (mut ram, state, board) = case.load();
+        let state = start(&mut ram, state);
+        let mut engine = SoftEngine::new(ram).expect("the host has memory");
+        engine.invert_undefined_flags(u64::MAX);
+        engine.set_cpu_state(&state).expect("a first state");
+        record_on(engine, board, SeededWorld::new(1, "", Default::default()), plan)
+    };
+    let replay = |recorded: &Recorded| {
+        let (mut ram, state, board) = case.load();
+        let state = start(&mut ram, state);
+        let mut engine = RecordedClock::new(ram, &header).expect("the host has memory");
+        engine.set_cpu_state(&state).expect("a first state");
+        let verification = Verification { other_cpu: true, ..Verification::default() };
+        let inputs = Replaying::new(log_of(&recorded.records)).verifying(verification);
+        let time = TimeSource::of(header.ns_per_tick);
+        Machine::new(engine, board, inputs, time).run().expect("the machine runs")
+    };
+    let to = HandOver {
+        engine: header.engine.clone(),
+        clock: header.clock.clone(),
+        tick_kind: header.tick_kind,
+        ns_per_tick: header.ns_per_tick,
+    };
+    let at = When::Tick(BEFORE_LAHF);
+    let recorded = record(vec![Planned { at, then: Then::HandOver(to) }]);
+    let outcome = replay(&recorded);
+    assert_equal(&recorded.outcome, &outcome, 1);
+    assert_eq!(lawful(&outcome), [Lawful::UndefinedFlags]);
+    // Without a record there nobody knows them.
+    let outcome = replay(&record(Vec::new()));
+    assert_eq!(divergence(&outcome).difference, Difference::CpuState);
 }
