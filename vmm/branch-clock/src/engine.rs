@@ -13,7 +13,7 @@ use reprise_trace::header::Precaution;
 use reprise_trace::moment::{Moment, TickKind};
 
 use crate::guest_code::refuses_time_stamps;
-use crate::retired::time_stamp_retired;
+use crate::retired::Asking;
 use crate::settle::{Settled, Stand};
 use crate::time_stamp_trap::TimeStampTrap;
 use crate::vcpu::{Vcpu, VcpuExit};
@@ -67,8 +67,7 @@ pub struct BranchClock<V> {
     pub(crate) amid: bool,
     /// The vector of the interrupt that is queued in the vCPU.
     pub(crate) injected: Option<u8>,
-    /// The state before an RDTSC that waits for its answer.
-    asking: Option<Box<CpuState>>,
+    asking: Option<Box<Asking>>,
     /// The guest stands where another run finds it again.
     pub(crate) stands: bool,
     /// The guest stands at the first place of its tick.
@@ -259,13 +258,13 @@ impl<V: Vcpu> Engine for BranchClock<V> {
         if self.vcpu.traps_time_stamps() || self.halted || self.amid || self.injected.is_some() {
             return Ok(false);
         }
-        let state = self.vcpu.state()?;
-        let instruction = self.vcpu.instruction_at(&state);
-        let reads = instruction.is_some_and(|it| it.mnemonic() == Mnemonic::Rdtsc);
-        if !reads || refuses_time_stamps(&state) {
+        let before = self.vcpu.state()?;
+        let instruction = self.vcpu.instruction_at(&before);
+        let reads = instruction.filter(|it| it.mnemonic() == Mnemonic::Rdtsc);
+        let Some(instruction) = reads.filter(|_| !refuses_time_stamps(&before)) else {
             return Ok(false);
-        }
-        self.asking = Some(Box::new(state));
+        };
+        self.asking = Some(Box::new(Asking { before, bytes: instruction.len() }));
         self.amid = true;
         Ok(true)
     }
@@ -273,8 +272,8 @@ impl<V: Vcpu> Engine for BranchClock<V> {
     fn finish_access(&mut self, value: u128) -> Result<(), EngineError> {
         self.amid = match self.asking.take() {
             None => !self.vcpu.finish_access(value)?,
-            Some(before) => {
-                self.vcpu.retire_instruction(&time_stamp_retired(&before, value as u64))?;
+            Some(asking) => {
+                self.vcpu.retire_instruction(&asking.answered(value as u64))?;
                 self.counts.time_stamps += 1;
                 false
             }

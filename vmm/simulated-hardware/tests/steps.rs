@@ -11,7 +11,7 @@ use reprise_machine::inputs::Stamp;
 use reprise_machine::paging::write_ram;
 use reprise_machine::ram::GuestRam;
 use reprise_simulated_hardware::{Disturbance, SimulatedVcpu};
-use reprise_trace::cpu_state::{CS, CpuState, DescriptorTable, RCX, RSP, Segment};
+use reprise_trace::cpu_state::{CS, CpuState, DescriptorTable, RAX, RCX, RSP, Segment};
 use reprise_trace::register_bits::RFLAGS_RF;
 
 const PML4: u64 = 0x1000;
@@ -311,4 +311,15 @@ fn a_32_bit_process_is_stepped_into_the_kernel() {
     assert_eq!(run(&mut clock, 221), Exit::TickReached);
     let state = clock.cpu_state().expect("a state");
     assert_eq!((clock.tick(), state.gpr[RCX]), (221, 979));
+}
+
+#[test]
+fn a_time_stamp_that_is_answered_in_place_is_as_long_as_it_is() {
+    // rex.w rdtsc; hlt
+    let mut clock = clock(guest(&[0x48, 0x0f, 0x31, HLT], &[]), 100, None);
+    assert!(clock.ask_for_time_stamp().expect("it runs"));
+    clock.finish_access(5).expect("it is answered");
+    assert_eq!(run(&mut clock, u64::MAX), Exit::Halt);
+    let state = clock.cpu_state().expect("a state");
+    assert_eq!((state.rip, state.gpr[RAX]), (HIGH + CODE + 4, 5));
 }

@@ -6,11 +6,11 @@ use reprise_time_stamp_sites::Instruction;
 use reprise_trace::cpu_state::{CpuState, SS};
 use reprise_trace::register_bits::{CR4_BITS, CR4_PAE, CR4_TSD, EFER_LMA, RFLAGS_TF};
 
-use super::{Asking, GENERAL_PROTECTION, Kind, TimeStampTrap, WENT_ON, fails};
+use super::{GENERAL_PROTECTION, Kind, TimeStampTrap, WENT_ON, fails};
 use crate::candidates::is;
 use crate::guest_code::{bitness, decode_at, handler_of, linear_of};
 use crate::planted::Place;
-use crate::retired::{before_fault, retired};
+use crate::retired::{Asking, before_fault, retired};
 use crate::settle::Places;
 use crate::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
 use iced_x86::{Decoder, DecoderOptions, Instruction as Decoded, Mnemonic};
