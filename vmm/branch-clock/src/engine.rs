@@ -11,6 +11,7 @@ use reprise_trace::checkpoint::{EngineState, HiddenState};
 use reprise_trace::cpu_state::{CpuState, RCX};
 use reprise_trace::header::Precaution;
 use reprise_trace::moment::{Moment, TickKind};
+use reprise_trace::register_bits::RFLAGS_TF;
 
 use crate::guest_code::refuses_time_stamps;
 use crate::retired::Asking;
@@ -264,6 +265,15 @@ impl<V: Vcpu> Engine for BranchClock<V> {
         let Some(instruction) = reads.filter(|_| !refuses_time_stamps(&before)) else {
             return Ok(false);
         };
+        if before.rflags & RFLAGS_TF != 0 {
+            // #DB behind it would have to be raised as well.
+            let what = format!(
+                "a debugger in the guest single-steps (TF) the RDTSC at rip {:#x}, which is answered in its \
+                 place: use --engine soft",
+                before.rip
+            );
+            return Err(EngineError { what });
+        }
         self.asking = Some(Box::new(Asking { before, bytes: instruction.len() }));
         self.amid = true;
         Ok(true)

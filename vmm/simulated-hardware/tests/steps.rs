@@ -12,7 +12,7 @@ use reprise_machine::paging::write_ram;
 use reprise_machine::ram::GuestRam;
 use reprise_simulated_hardware::{Disturbance, SimulatedVcpu};
 use reprise_trace::cpu_state::{CS, CpuState, DescriptorTable, RAX, RCX, RSP, Segment};
-use reprise_trace::register_bits::RFLAGS_RF;
+use reprise_trace::register_bits::{RFLAGS_RF, RFLAGS_TF};
 
 const PML4: u64 = 0x1000;
 const PDPT: u64 = 0x2000;
@@ -322,4 +322,14 @@ fn a_time_stamp_that_is_answered_in_place_is_as_long_as_it_is() {
     assert_eq!(run(&mut clock, u64::MAX), Exit::Halt);
     let state = clock.cpu_state().expect("a state");
     assert_eq!((state.rip, state.gpr[RAX]), (HIGH + CODE + 4, 5));
+}
+
+#[test]
+fn a_time_stamp_that_a_debugger_steps_is_not_answered_in_place() {
+    let (ram, state) = guest(&[0x0f, 0x31, HLT], &[]);
+    let state = CpuState { rflags: state.rflags | RFLAGS_TF, ..state };
+    let mut clock = clock((ram, state), 100, None);
+    let error = clock.ask_for_time_stamp().expect_err("#DB would be lost").to_string();
+    let told = error.contains("single-steps (TF)") && error.contains("--engine soft");
+    assert!(told && error.contains("0xffffffff80010000"), "{error}");
 }
