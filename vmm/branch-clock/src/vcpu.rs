@@ -125,7 +125,7 @@ pub trait Vcpu {
     fn catch_breakpoint_instructions(&mut self, catch: bool) -> Result<(), EngineError>;
 
     /// Has the INT3 that just came back reach the guest after all. The guest is entered next: until then it
-    /// stands nowhere.
+    /// stands nowhere, and that entry does not come back before the delivery.
     ///
     /// # Errors
     /// If the host refuses.

@@ -52,8 +52,8 @@ pub struct PmuVcpu {
     breakpoints: Vec<u64>,
     /// The guest's own are enabled, as far as is known.
     guest_has_breakpoints: bool,
-    /// INT3 that came back is on its way to the guest after all.
-    pub(crate) passing_on: bool,
+    /// INT3 that came back is on its way to the guest after all: RIP and RSP before its delivery.
+    pub(crate) passing_on: Option<(u64, u64)>,
     watchdog: Option<Watchdog>,
     /// INT3 comes back.
     pub(crate) catches_breakpoints: bool,
@@ -82,7 +82,7 @@ impl PmuVcpu {
             overflow_spent: false,
             breakpoints: Vec::with_capacity(MAX_BREAKPOINTS),
             guest_has_breakpoints: false,
-            passing_on: false,
+            passing_on: None,
             watchdog: None,
             catches_breakpoints: false,
             caught_by: CaughtBy::Hardware,
@@ -128,12 +128,13 @@ impl PmuVcpu {
 
     /// Whether an interrupt that was queued, or INT3 that is passed on, is still not delivered.
     fn delivery_pending(&mut self) -> Result<bool, KvmError> {
-        if !self.engine.injected && !self.passing_on {
-            return Ok(false);
+        if let Some(before) = self.passing_on {
+            // KVM takes #BP among a vCPU's events and never shows it there.
+            let regs = self.engine.registers()?;
+            return Ok((regs.rip, regs.rsp) == before);
         }
-        let events = state::read_events(&self.engine.vcpu.fd)?;
-        let interrupt = self.engine.injected && events.interrupt.injected != 0;
-        Ok(interrupt || self.passing_on && events.exception.injected != 0)
+        let injected = self.engine.injected;
+        Ok(injected && state::read_events(&self.engine.vcpu.fd)?.interrupt.injected != 0)
     }
 
     fn set_debug_registers(&mut self) -> Result<(), KvmError> {
@@ -284,10 +285,10 @@ impl Vcpu for PmuVcpu {
                     }
                     continue;
                 }
-                (self.engine.injected, self.passing_on) = (false, false);
+                (self.engine.injected, self.passing_on) = (false, None);
                 return Ok(VcpuExit::Interrupted { kicked: kicked_before });
             }
-            (self.engine.injected, self.passing_on) = (false, false);
+            (self.engine.injected, self.passing_on) = (false, None);
             if kicked_before {
                 // Not lost: the next entry tells.
                 self.engine.kick.kick();
@@ -339,7 +340,7 @@ impl Vcpu for PmuVcpu {
     }
 
     fn step_off(&mut self) -> Result<(), EngineError> {
-        if self.engine.injected || self.passing_on {
+        if self.engine.injected || self.passing_on.is_some() {
             // What is delivered first would save RFLAGS.RF, and no breakpoint hits before it.
             return Ok(());
         }
@@ -354,7 +355,7 @@ impl Vcpu for PmuVcpu {
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
-        (self.resuming, self.passing_on) = (None, false);
+        (self.resuming, self.passing_on) = (None, None);
         self.guest_has_breakpoints = state.dr7 & DR7_ENABLED != 0;
         self.engine.set_cpu_state(state)
     }
