@@ -50,7 +50,7 @@ pub struct PmuVcpu {
     overflow_spent: bool,
     /// Linear addresses of breakpoints.
     breakpoints: Vec<u64>,
-    /// The guest's own are enabled, as far as is known.
+    /// The guest's own are enabled. Looked at before and behind each entry with breakpoints.
     guest_has_breakpoints: bool,
     /// INT3 that came back is on its way to the guest after all: RIP and RSP before its delivery.
     pub(crate) passing_on: Option<(u64, u64)>,
@@ -144,6 +144,13 @@ impl PmuVcpu {
         self.engine.vcpu.set_debug(hardware | software, registers)
     }
 
+    fn look_for_guest_breakpoints(&mut self) -> Result<(), KvmError> {
+        let debug = self.engine.vcpu.fd.get_debug_regs();
+        let debug = debug.map_err(|errno| KvmError::refused("KVM_GET_DEBUGREGS", errno))?;
+        self.guest_has_breakpoints = debug.dr7 & DR7_ENABLED != 0;
+        Ok(())
+    }
+
     /// What #DB that came back is: a breakpoint that was set, or the guest's own affair.
     fn debug_exit(&mut self, dr6: u64) -> Result<VcpuExit, EngineError> {
         let state = self.engine.cpu_state()?;
@@ -219,7 +226,15 @@ impl PmuVcpu {
             None => {
                 self.engine.vcpu.request_interrupt_window(self.window_wanted);
                 self.ask_again()?;
-                self.run_guest()?
+                let exit = self.run_guest()?;
+                if !self.breakpoints.is_empty() {
+                    // Those that it has set since do nothing: what they should have raised is lost.
+                    self.look_for_guest_breakpoints()?;
+                    if self.guest_has_breakpoints {
+                        return Ok(VcpuExit::Unsupported(OWN_BREAKPOINTS.to_owned()));
+                    }
+                }
+                exit
             }
         };
         let exit = self.carry_out_writes(exit)?;
@@ -330,9 +345,7 @@ impl Vcpu for PmuVcpu {
             return Ok(());
         }
         if self.breakpoints.is_empty() {
-            let debug = self.engine.vcpu.fd.get_debug_regs();
-            let debug = debug.map_err(|errno| KvmError::refused("KVM_GET_DEBUGREGS", errno))?;
-            self.guest_has_breakpoints = debug.dr7 & DR7_ENABLED != 0;
+            self.look_for_guest_breakpoints()?;
         }
         self.breakpoints.clear();
         self.breakpoints.extend_from_slice(addresses);

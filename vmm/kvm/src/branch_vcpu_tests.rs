@@ -148,6 +148,25 @@ fn a_guest_with_breakpoints_of_its_own_is_refused_while_others_are_set() {
 }
 
 #[test]
+fn a_guest_that_sets_breakpoints_while_others_are_set_is_refused() {
+    require_kvm!();
+    // mov eax, 0x401; mov dr7, rax; hlt
+    let code = [0xb8, 1, 4, 0, 0, 0x0f, 0x23, 0xf8, 0xf4];
+    for refused in [true, false] {
+        let mut vcpu = PmuVcpu::without_counter(ram_with(&code)).expect("KVM");
+        vcpu.set_state(&long_mode()).expect("a state that KVM takes");
+        let breakpoints: &[u64] = if refused { &[CODE + 0x100] } else { &[] };
+        for _ in 0..2 {
+            vcpu.set_breakpoints(breakpoints).expect("KVM takes it");
+        }
+        match vcpu.enter().expect("KVM runs") {
+            VcpuExit::Unsupported(reason) if refused => assert!(reason.contains("DR7"), "{reason}"),
+            exit => assert_eq!((exit, refused), (VcpuExit::Halt, false)),
+        }
+    }
+}
+
+#[test]
 fn a_debug_exception_that_no_breakpoint_raised_is_the_guests() {
     const FIXED: u64 = 0xffff_0ff0;
     for (dr6, at_breakpoint, hit) in [
