@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use kvm_bindings::{KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP, kvm_regs};
 use reprise_branch_clock::guest_code::linear_of;
-use reprise_branch_clock::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
+use reprise_branch_clock::vcpu::{MAX_BREAKPOINTS, OwnDebugging, Vcpu, VcpuExit};
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
 use reprise_machine::paging::write_ram;
 use reprise_machine::ram::GuestRam;
@@ -25,16 +25,10 @@ use crate::vcpu::{RawExit, breakpoint_registers};
 use crate::watchdog::Watchdog;
 use crate::{KvmClock, KvmEngine, state};
 
-/// DR7: the guest has breakpoints.
-const DR7_ENABLED: u64 = 0xff;
 /// DR6: which breakpoints hit.
 const DR6_HITS: u64 = 0xf;
 /// DR6: a single step.
 const DR6_SINGLE_STEP: u64 = 1 << 14;
-const OWN_BREAKPOINTS: &str = "the guest has breakpoints of its own (DR7), in whose place are those of \
-                               the clock pmu: use --engine soft";
-const OWN_DEBUG_EXCEPTION: &str = "the guest raises #DB itself (TF or INT1) while the clock pmu has \
-                                   breakpoints: use --engine soft";
 
 /// KVM's vCPU with a counter.
 pub struct PmuVcpu {
@@ -147,8 +141,12 @@ impl PmuVcpu {
     fn look_for_guest_breakpoints(&mut self) -> Result<(), KvmError> {
         let debug = self.engine.vcpu.fd.get_debug_regs();
         let debug = debug.map_err(|errno| KvmError::refused("KVM_GET_DEBUGREGS", errno))?;
-        self.guest_has_breakpoints = debug.dr7 & DR7_ENABLED != 0;
+        self.guest_has_breakpoints = OwnDebugging::has_breakpoints(debug.dr7);
         Ok(())
+    }
+
+    fn refuse(&self, how: OwnDebugging) -> Result<VcpuExit, EngineError> {
+        Ok(VcpuExit::Unsupported(how.refusal(self.engine.registers()?.rip)))
     }
 
     /// What #DB that came back is: a breakpoint that was set, or the guest's own affair.
@@ -157,7 +155,7 @@ impl PmuVcpu {
         let at_breakpoint = self.breakpoints.contains(&linear_of(&state, state.rip));
         Ok(match is_hit(dr6, at_breakpoint) {
             true => VcpuExit::Breakpoint,
-            false => VcpuExit::Unsupported(OWN_DEBUG_EXCEPTION.to_owned()),
+            false => self.refuse(OwnDebugging::Exception)?,
         })
     }
 
@@ -221,7 +219,7 @@ impl PmuVcpu {
         let exit = match self.engine.queued.take() {
             Some(exit) => exit,
             None if self.guest_has_breakpoints && !self.breakpoints.is_empty() => {
-                return Ok(VcpuExit::Unsupported(OWN_BREAKPOINTS.to_owned()));
+                return self.refuse(OwnDebugging::Breakpoints);
             }
             None => {
                 self.engine.vcpu.request_interrupt_window(self.window_wanted);
@@ -231,7 +229,7 @@ impl PmuVcpu {
                     // Those that it has set since do nothing: what they should have raised is lost.
                     self.look_for_guest_breakpoints()?;
                     if self.guest_has_breakpoints {
-                        return Ok(VcpuExit::Unsupported(OWN_BREAKPOINTS.to_owned()));
+                        return self.refuse(OwnDebugging::Breakpoints);
                     }
                 }
                 exit
@@ -369,7 +367,7 @@ impl Vcpu for PmuVcpu {
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
         (self.resuming, self.passing_on) = (None, None);
-        self.guest_has_breakpoints = state.dr7 & DR7_ENABLED != 0;
+        self.guest_has_breakpoints = OwnDebugging::has_breakpoints(state.dr7);
         self.engine.set_cpu_state(state)
     }
 

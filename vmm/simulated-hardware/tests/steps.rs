@@ -26,11 +26,13 @@ const UNDEFINED_HANDLER: u64 = CODE + 0x400;
 const STACK_FAULT_HANDLER: u64 = CODE + 0x500;
 const CALL_HANDLER: u64 = CODE + 0x600;
 const INTERRUPT_HANDLER: u64 = CODE + 0x700;
+const DEBUG_HANDLER: u64 = CODE + 0x800;
 const STACK_TOP: u64 = 0x2_0000;
 /// In user mode, 32-bit code.
 const USER_CODE: u64 = 0x4_0000;
 const HIGH: u64 = 0xffff_ffff_8000_0000;
 
+const DEBUG: u64 = 1;
 const UNDEFINED: u64 = 6;
 const STACK_FAULT: u64 = 12;
 const INTERRUPT: u8 = 0x40;
@@ -332,4 +334,35 @@ fn a_time_stamp_that_a_debugger_steps_is_not_answered_in_place() {
     let error = clock.ask_for_time_stamp().expect_err("#DB would be lost").to_string();
     let told = error.contains("single-steps (TF)") && error.contains("--engine soft");
     assert!(told && error.contains("0xffffffff80010000"), "{error}");
+}
+
+/// pushfq; or byte [rsp + 1], 1; popfq
+const SET_TRAP_FLAG: [u8; 7] = [0x9c, 0x80, 0x4c, 0x24, 1, 1, 0x9d];
+/// mov eax, 0x401; mov dr7, rax
+const SET_BREAKPOINTS: [u8; 8] = [0xb8, 1, 4, 0, 0, 0x0f, 0x23, 0xf8];
+/// What a kernel with a debugger begins with, and what a refusal says of it.
+const DEBUGGERS: [(&[u8], &str); 3] = [
+    (&SET_TRAP_FLAG, "single-steps (TF) or executes INT1"),
+    (&[0xf1], "single-steps (TF) or executes INT1"),
+    (&SET_BREAKPOINTS, "breakpoints in debug registers (DR7)"),
+];
+
+/// A guest that begins so, and has a loop of this many rounds behind it.
+fn debugged(begins: &[u8], rounds: u32) -> (GuestRam, CpuState) {
+    let code = [begins, &looping(rounds), &[HLT]].concat();
+    guest(&code, &[(DEBUG, DEBUG_HANDLER, &IRETQ)])
+}
+
+#[test]
+fn a_guest_that_debugs_itself_is_refused_while_there_are_breakpoints() {
+    for (begins, expected) in DEBUGGERS {
+        let mut free = clock(debugged(begins, 50), 100, None);
+        assert_eq!(run(&mut free, u64::MAX), Exit::Halt, "{begins:x?}");
+        let mut stepped = clock(debugged(begins, 50), 100, None);
+        let Exit::Unsupported(reason) = run(&mut stepped, 5) else {
+            panic!("{begins:x?} is not refused");
+        };
+        assert!(reason.contains(expected) && reason.contains("rip 0xffffffff8001"), "{reason}");
+        assert!(reason.contains("--engine soft") && !reason.contains('\n'), "{reason}");
+    }
 }
