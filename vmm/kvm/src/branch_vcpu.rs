@@ -151,12 +151,14 @@ impl PmuVcpu {
 
     /// What #DB that came back is: a breakpoint that was set, or the guest's own affair.
     fn debug_exit(&mut self, dr6: u64) -> Result<VcpuExit, EngineError> {
-        let state = self.engine.cpu_state()?;
-        let at_breakpoint = self.breakpoints.contains(&linear_of(&state, state.rip));
-        Ok(match is_hit(dr6, at_breakpoint) {
-            true => VcpuExit::Breakpoint,
-            false => self.refuse(OwnDebugging::Exception)?,
-        })
+        let hit = match hit_of(dr6) {
+            Some(hit) => hit,
+            None => {
+                let state = state::read(&self.engine.vcpu.fd)?;
+                self.breakpoints.contains(&linear_of(&state, state.rip))
+            }
+        };
+        if hit { Ok(VcpuExit::Breakpoint) } else { self.refuse(OwnDebugging::Exception) }
     }
 
     /// Sets RFLAGS.RF.
@@ -269,12 +271,9 @@ impl PmuVcpu {
 }
 
 /// Whether #DB with this DR6 is for a breakpoint, and nothing else. Where KVM gives no DR6 (AMD before Linux
-/// 5.7), the place tells.
-fn is_hit(dr6: u64, at_breakpoint: bool) -> bool {
-    match dr6 & (DR6_SINGLE_STEP | DR6_HITS) {
-        0 => at_breakpoint,
-        causes => causes & DR6_SINGLE_STEP == 0,
-    }
+/// 5.7), the place has to tell; one without a cause is INT1's.
+fn hit_of(dr6: u64) -> Option<bool> {
+    (dr6 != 0).then_some(dr6 & DR6_HITS != 0 && dr6 & DR6_SINGLE_STEP == 0)
 }
 
 fn access_of(exit: Exit) -> VcpuExit {

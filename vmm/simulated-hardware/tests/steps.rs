@@ -366,3 +366,13 @@ fn a_guest_that_debugs_itself_is_refused_while_there_are_breakpoints() {
         assert!(reason.contains("--engine soft") && !reason.contains('\n'), "{reason}");
     }
 }
+
+#[test]
+fn a_moment_is_not_sought_for_ever_where_the_guest_rests() {
+    // here: jmp here, with another RAX than the moment's.
+    let mut clock = clock(guest(&[0xeb, 0xfe], &[]), 100, None);
+    let moment = clock.moment().expect("a moment");
+    let stamp = Stamp { moment, cpu_digest: 0 };
+    let error = clock.run_to(&stamp).expect_err("it does not come there").to_string();
+    assert!(error.contains("does not come out of rip 0xffffffff80010000"), "{error}");
+}
