@@ -38,10 +38,14 @@ pub struct PmuVcpu {
     window_wanted: bool,
     /// RFLAGS.RF was set so that the instruction at this RIP executes: ours while the guest stands there.
     resuming: Option<u64>,
-    /// What was asked of the counter last.
+    /// What was asked of the counter last...
     overflow: Option<u64>,
-    /// A signal has ended an entry since then: the overflow may be spent.
+    /// ...when it was at this, or further on...
+    overflow_from: u64,
+    /// ...and whether the guest has run since then: the overflow may be spent.
     overflow_spent: bool,
+    /// What the counter showed last.
+    counted: u64,
     /// Linear addresses of breakpoints.
     breakpoints: Vec<u64>,
     /// The guest's own are enabled. Looked at before and behind each entry with breakpoints.
@@ -73,7 +77,9 @@ impl PmuVcpu {
             window_wanted: false,
             resuming: None,
             overflow: None,
+            overflow_from: 0,
             overflow_spent: false,
+            counted: 0,
             breakpoints: Vec::with_capacity(MAX_BREAKPOINTS),
             guest_has_breakpoints: false,
             passing_on: None,
@@ -198,17 +204,19 @@ impl PmuVcpu {
         set.map_err(|errno| KvmError::refused("KVM_SET_REGS", errno))
     }
 
-    /// Asks for the overflow again if a signal may have been it. The kernel may have stopped a counter
-    /// that overflowed too often, which the times that it was on the hardware do not show, and a new
-    /// period starts it: so each entry behind an overflow has one before it. Nothing retires while a
-    /// delivery is pending, so the distance is what it was.
+    /// Asks for the overflow again if the guest has run since it was asked for. The kernel may have stopped a
+    /// counter that overflowed too often, which the times that it was on the hardware do not show, and a new
+    /// period starts it: so each entry behind an overflow has one before it. Its signal need not have ended an
+    /// entry: it may have come with another exit.
     fn ask_again(&mut self) -> Result<(), KvmError> {
-        match &mut self.counter {
-            Some(counter) if std::mem::take(&mut self.overflow_spent) => {
-                counter.interrupt_after(self.overflow)
-            }
-            _ => Ok(()),
+        let Some(counter) = &mut self.counter else { return Ok(()) };
+        if !std::mem::take(&mut self.overflow_spent) {
+            return Ok(());
         }
+        self.counted = counter.read()?;
+        let retired = self.counted.saturating_sub(self.overflow_from);
+        let left = self.overflow.map(|branches| branches.saturating_sub(retired).max(1));
+        counter.interrupt_after(left)
     }
 
     fn run_once(&mut self) -> Result<VcpuExit, EngineError> {
@@ -227,6 +235,7 @@ impl PmuVcpu {
                 self.engine.vcpu.request_interrupt_window(self.window_wanted);
                 self.ask_again()?;
                 let exit = self.run_guest()?;
+                self.overflow_spent = self.overflow.is_some();
                 if !self.breakpoints.is_empty() {
                     // Those that it has set since do nothing: what they should have raised is lost.
                     self.look_for_guest_breakpoints()?;
@@ -238,9 +247,8 @@ impl PmuVcpu {
             }
         };
         let exit = self.carry_out_writes(exit)?;
-        match exit {
-            Some(RawExit::Interrupted) => self.overflow_spent = self.overflow.is_some(),
-            _ => self.clear_resume_flag()?,
+        if exit != Some(RawExit::Interrupted) {
+            self.clear_resume_flag()?;
         }
         if let Some(written) = self.watched_write() {
             self.engine.queued = exit;
@@ -293,7 +301,8 @@ impl Vcpu for PmuVcpu {
                 if self.delivery_pending()? {
                     if kicked_before {
                         // It comes back soon after the delivery, to tell.
-                        (self.overflow, self.overflow_spent) = (Some(1), true);
+                        (self.overflow, self.overflow_from) = (Some(1), self.counted);
+                        self.overflow_spent = true;
                     }
                     continue;
                 }
@@ -326,12 +335,14 @@ impl Vcpu for PmuVcpu {
     }
 
     fn conditional_branches(&mut self) -> Result<u64, EngineError> {
-        Ok(self.counter()?.read()?)
+        self.counted = self.counter()?.read()?;
+        Ok(self.counted)
     }
 
     fn set_overflow(&mut self, branches: Option<u64>) -> Result<(), EngineError> {
         self.counter()?.interrupt_after(branches)?;
         (self.overflow, self.overflow_spent) = (branches, false);
+        self.overflow_from = self.counted;
         Ok(())
     }
 

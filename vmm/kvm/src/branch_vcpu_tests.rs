@@ -1,11 +1,14 @@
 //! The vCPU's way with signals, on this host's KVM and with a counter that stands still.
 
+use std::cell::Cell;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use super::*;
-use crate::fake_perf_host::{Asked, FakePerfHost};
+use crate::branch_counter::SHORTEST_PERIOD;
+use crate::fake_perf_host::{Asked, FakePerfHost, counted};
 use crate::kick;
 use crate::testing::{CODE, long_mode, ram_with, require_kvm};
 
@@ -113,6 +116,28 @@ fn an_entry_behind_a_signal_has_a_new_period_before_it() {
         assert_eq!(periods, entries);
     }
     drop(signals);
+}
+
+/// Its signal may have come as KVM came back for something else, and whoever enters again need not ask.
+#[test]
+fn an_entry_behind_any_other_has_what_is_left_of_the_period_before_it() {
+    require_kvm!();
+    let branches = Rc::new(Cell::new(100));
+    let shown = branches.clone();
+    let host = FakePerfHost::reading(move || Some(counted(shown.get())));
+    // out 0x80, al; jmp back
+    let mut vcpu = PmuVcpu::new(ram_with(&[0xe6, 0x80, 0xeb, 0xfc]), &host).expect("KVM");
+    vcpu.set_state(&long_mode()).expect("a state that KVM takes");
+    vcpu.conditional_branches().expect("it reads");
+    vcpu.set_overflow(Some(4_000)).expect("a period");
+    for (shows, left) in [(100, None), (1_100, Some(3_000)), (9_000, Some(SHORTEST_PERIOD))] {
+        branches.set(shows);
+        host.asked.borrow_mut().clear();
+        assert!(matches!(vcpu.enter().expect("KVM runs"), VcpuExit::Access(_)));
+        vcpu.finish_access(0).expect("it is answered");
+        let periods: Vec<Asked> = left.map(Asked::Period).into_iter().collect();
+        assert_eq!(*host.asked.borrow(), periods, "at {shows}");
+    }
 }
 
 /// IRET may load RFLAGS.RF once the instruction that was stepped off has retired.
