@@ -49,6 +49,8 @@ pub enum OwnDebugging {
     Exception,
     /// It has breakpoints of its own: DR7.
     Breakpoints,
+    /// It steps (RFLAGS.TF) through a REP that accesses the board.
+    Repetition,
 }
 
 impl OwnDebugging {
@@ -62,13 +64,17 @@ impl OwnDebugging {
 
     /// Why the run ends at `rip`, for [`VcpuExit::Unsupported`].
     pub fn refusal(self, rip: u64) -> String {
-        let what = match self {
-            Self::Exception => "single-steps (TF) or executes INT1",
-            Self::Breakpoints => "has breakpoints in debug registers (DR7)",
+        const WHILE: &str = "while the clock pmu has breakpoints";
+        let (does, when) = match self {
+            Self::Exception => ("single-steps (TF) or executes INT1", WHILE),
+            Self::Breakpoints => ("has breakpoints in debug registers (DR7)", WHILE),
+            Self::Repetition => {
+                ("single-steps (TF) a REP INS or OUTS", "which the clock pmu cannot follow")
+            }
         };
         format!(
-            "a debugger in the guest {what} at rip {rip:#x}, where the clock pmu needs breakpoints itself: use \
-             --engine soft; what was recorded until here is kept"
+            "a debugger in the guest {does} at rip {rip:#x}, {when}: use --engine soft; what was recorded until \
+             here is kept"
         )
     }
 }

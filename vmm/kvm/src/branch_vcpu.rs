@@ -14,7 +14,7 @@ use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
 use reprise_machine::paging::write_ram;
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::CpuState;
-use reprise_trace::register_bits::RFLAGS_RF;
+use reprise_trace::register_bits::{RFLAGS_RF, RFLAGS_TF};
 
 use crate::access::PendingExit;
 use crate::branch_counter::BranchCounter;
@@ -50,6 +50,8 @@ pub struct PmuVcpu {
     breakpoints: Vec<u64>,
     /// The guest's own are enabled. Looked at before and behind each entry with breakpoints.
     guest_has_breakpoints: bool,
+    /// Why the guest cannot go on.
+    refusal: Option<String>,
     /// INT3 that came back is on its way to the guest after all: RIP and RSP before its delivery.
     pub(crate) passing_on: Option<(u64, u64)>,
     watchdog: Option<Watchdog>,
@@ -82,6 +84,7 @@ impl PmuVcpu {
             counted: 0,
             breakpoints: Vec::with_capacity(MAX_BREAKPOINTS),
             guest_has_breakpoints: false,
+            refusal: None,
             passing_on: None,
             watchdog: None,
             catches_breakpoints: false,
@@ -220,6 +223,9 @@ impl PmuVcpu {
     }
 
     fn run_once(&mut self) -> Result<VcpuExit, EngineError> {
+        if let Some(reason) = &self.refusal {
+            return Ok(VcpuExit::Unsupported(reason.clone()));
+        }
         if let Some(pending) = self.engine.pending {
             return Ok(access_of(self.engine.present(pending)));
         }
@@ -331,7 +337,14 @@ impl Vcpu for PmuVcpu {
         if self.engine.queued.is_some() {
             return Ok(false);
         }
-        Ok(!self.engine.stands_amid_instruction()?)
+        let amid = self.engine.stands_amid_instruction()?;
+        if amid {
+            let regs = self.engine.registers()?;
+            // KVM and CPUs do not agree on when #DB comes, nor would the clock see that the instruction retires.
+            let steps = regs.rflags & RFLAGS_TF != 0;
+            self.refusal = steps.then(|| OwnDebugging::Repetition.refusal(regs.rip));
+        }
+        Ok(!amid)
     }
 
     fn conditional_branches(&mut self) -> Result<u64, EngineError> {
@@ -376,7 +389,7 @@ impl Vcpu for PmuVcpu {
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
-        (self.resuming, self.passing_on) = (None, None);
+        (self.resuming, self.passing_on, self.refusal) = (None, None, None);
         self.guest_has_breakpoints = OwnDebugging::has_breakpoints(state.dr7);
         self.engine.set_cpu_state(state)
     }

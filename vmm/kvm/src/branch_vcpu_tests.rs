@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
+use reprise_trace::cpu_state::{RCX, RSI};
+
 use super::*;
 use crate::branch_counter::SHORTEST_PERIOD;
 use crate::fake_perf_host::{Asked, FakePerfHost, counted};
@@ -187,6 +189,24 @@ fn a_guest_that_sets_breakpoints_while_others_are_set_is_refused() {
         match vcpu.enter().expect("KVM runs") {
             VcpuExit::Unsupported(reason) if refused => assert!(reason.contains("DR7"), "{reason}"),
             exit => assert_eq!((exit, refused), (VcpuExit::Halt, false)),
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_steps_through_a_repeated_access_is_refused() {
+    require_kvm!();
+    // rep outsb; hlt
+    for elements in [1, 2] {
+        let mut vcpu = PmuVcpu::without_counter(ram_with(&[0xf3, 0x6e, 0xf4])).expect("KVM");
+        let mut state = CpuState { rflags: 2 | RFLAGS_TF, ..long_mode() };
+        (state.gpr[RCX], state.gpr[RSI]) = (elements, CODE);
+        vcpu.set_state(&state).expect("a state that KVM takes");
+        assert!(matches!(vcpu.enter().expect("KVM runs"), VcpuExit::Access(_)));
+        assert!(!vcpu.finish_access(0).expect("it is answered"), "it has not retired");
+        match vcpu.enter().expect("KVM runs") {
+            VcpuExit::Unsupported(reason) => assert!(reason.contains("REP INS or OUTS"), "{reason}"),
+            exit => panic!("{elements} elements: {exit:?}"),
         }
     }
 }
