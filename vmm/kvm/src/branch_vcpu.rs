@@ -195,6 +195,16 @@ impl PmuVcpu {
         }
     }
 
+    /// Clears RFLAGS.RF if it was set for the HLT that has retired, which cannot load it: AMD's CPUs may save it as
+    /// it was, and KVM skips the instruction by moving RIP alone.
+    fn clear_resume_flag_behind_halt(&mut self) -> Result<(), KvmError> {
+        if self.resuming.take().is_none() {
+            return Ok(());
+        }
+        let regs = self.engine.registers()?;
+        self.set_registers(kvm_regs { rflags: regs.rflags & !RFLAGS_RF, ..regs })
+    }
+
     /// Whether RFLAGS.RF of a guest that stands at `rip` was set for it: once the instruction there has
     /// retired, IRET may have loaded it; and KVM sets it itself for a fault that it is about to deliver.
     fn is_ours(&self, rip: u64) -> Result<bool, KvmError> {
@@ -253,8 +263,10 @@ impl PmuVcpu {
             }
         };
         let exit = self.carry_out_writes(exit)?;
-        if exit != Some(RawExit::Interrupted) {
-            self.clear_resume_flag()?;
+        match exit {
+            Some(RawExit::Interrupted) => {}
+            Some(RawExit::Halt) => self.clear_resume_flag_behind_halt()?,
+            _ => self.clear_resume_flag()?,
         }
         if let Some(written) = self.watched_write() {
             self.engine.queued = exit;

@@ -158,6 +158,20 @@ fn the_resume_flag_is_the_guests_elsewhere_than_it_was_set_for() {
     assert_ne!(vcpu.engine.registers().expect("registers").rflags & RFLAGS_RF, 0, "and stays");
 }
 
+/// As AMD's CPUs may leave it.
+#[test]
+fn the_resume_flag_does_not_outlive_hlt() {
+    require_kvm!();
+    let mut vcpu = PmuVcpu::without_counter(ram_with(&[0xf4])).expect("KVM");
+    vcpu.set_state(&long_mode()).expect("a state that KVM takes");
+    vcpu.step_off().expect("KVM takes it");
+    let regs = vcpu.engine.registers().expect("registers");
+    vcpu.set_registers(kvm_regs { rip: CODE + 1, ..regs }).expect("KVM takes them");
+    vcpu.engine.queued = Some(RawExit::Halt);
+    assert_eq!(vcpu.enter().expect("KVM runs"), VcpuExit::Halt);
+    assert_eq!(vcpu.state().expect("a state").rflags & RFLAGS_RF, 0);
+}
+
 /// Breakpoints at an address are no use to a guest that has its own, and it would not know.
 #[test]
 fn a_guest_with_breakpoints_of_its_own_is_refused_while_others_are_set() {

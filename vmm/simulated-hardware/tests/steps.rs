@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use reprise_branch_clock::engine::{BranchClock, Parameters};
+use reprise_branch_clock::guest_code::linear_of;
 use reprise_branch_clock::vcpu::{Vcpu, VcpuExit};
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
 use reprise_machine::inputs::Stamp;
@@ -108,7 +109,7 @@ struct KickedOnce {
     vcpu: SimulatedVcpu,
     /// Branches to the kick.
     kick_after: Option<u64>,
-    steps: bool,
+    breakpoints: Vec<u64>,
 }
 
 impl Vcpu for KickedOnce {
@@ -120,7 +121,7 @@ impl Vcpu for KickedOnce {
         let before = self.vcpu.conditional_branches()?;
         let exit = self.vcpu.enter()?;
         let passed = self.vcpu.conditional_branches()? - before;
-        assert!(!self.steps || passed <= SOON, "a step passed {passed} branches: {exit:?}");
+        assert!(self.breakpoints.is_empty() || passed <= SOON, "a step passed {passed} branches: {exit:?}");
         Ok(match exit {
             VcpuExit::Interrupted { .. } => VcpuExit::Interrupted { kicked: kick_after.is_some() },
             exit => exit,
@@ -128,7 +129,7 @@ impl Vcpu for KickedOnce {
     }
 
     fn set_breakpoints(&mut self, addresses: &[u64]) -> Result<(), EngineError> {
-        self.steps = !addresses.is_empty();
+        self.breakpoints = addresses.to_vec();
         self.vcpu.set_breakpoints(addresses)
     }
 
@@ -145,6 +146,9 @@ impl Vcpu for KickedOnce {
     }
 
     fn step_off(&mut self) -> Result<(), EngineError> {
+        let state = self.vcpu.state()?;
+        let here = linear_of(&state, state.rip);
+        assert!(self.breakpoints.contains(&here), "no breakpoint is at {here:#x}");
         self.vcpu.step_off()
     }
 
@@ -204,7 +208,7 @@ fn clock(
 ) -> BranchClock<KickedOnce> {
     let (ram, state) = guest;
     let vcpu = SimulatedVcpu::new(ram, Disturbance::none()).expect("the host has memory");
-    let vcpu = KickedOnce { vcpu, kick_after, steps: false };
+    let vcpu = KickedOnce { vcpu, kick_after, breakpoints: Vec::new() };
     let mut clock = BranchClock::new(vcpu, Parameters::with_skid(skid)).expect("it counts");
     clock.set_cpu_state(&state).expect("a first state");
     clock
