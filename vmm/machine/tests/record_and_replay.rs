@@ -412,6 +412,22 @@ fn an_engine_that_gives_up_in_a_replay_is_no_divergence() {
     }
 }
 
+/// As AMD's KVM does before it tells of a triple fault.
+#[test]
+fn a_triple_fault_behind_which_the_cpu_was_reset_is_no_exact_moment() {
+    for clock in CLOCKS {
+        let program = Program::random(3, Finish::TripleFault);
+        let host = |resets| Disturbance { resets, ..Disturbance::none() };
+        for resets in [true, false] {
+            let recorded = record(clock, &program, &World::empty(), host(resets));
+            assert_eq!(recorded.outcome().state.is_none(), resets);
+            let replayed = replay(clock, &program, &recorded.records, host(!resets));
+            let conclusion = replayed.conclusion;
+            assert!(matches!(conclusion, Conclusion::Ended(Ending::TripleFault)), "{conclusion:?}");
+        }
+    }
+}
+
 #[test]
 fn every_ending_is_recorded_as_what_it_is() {
     for clock in CLOCKS {
