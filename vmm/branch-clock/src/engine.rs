@@ -19,6 +19,10 @@ use crate::settle::{Settled, Stand};
 use crate::time_stamp_trap::TimeStampTrap;
 use crate::vcpu::{Vcpu, VcpuExit};
 
+/// A recording whose guest is led nowhere is kicked again some milliseconds later: after so many kicks, seconds, a
+/// guest that debugs itself all the time will not be led anywhere.
+const MAX_DEBUGGED_KICKS: u32 = 1_000;
+
 /// How the clock is to go about it.
 #[derive(Clone, Copy, Debug)]
 pub struct Parameters {
@@ -78,6 +82,8 @@ pub struct BranchClock<V> {
     pub(crate) doubtful: Option<u64>,
     /// Moments up to this tick are approached with this margin, which is wider than the usual one.
     pub(crate) widened: Option<(u64, u64)>,
+    /// In a row, kicks of a recording after which a guest that debugs itself was led nowhere.
+    debugged_kicks: u32,
     /// A kick came, and an exit before the guest stood anywhere.
     kick_owed: bool,
     pub(crate) counts: Counts,
@@ -103,6 +109,7 @@ impl<V: Vcpu> BranchClock<V> {
             first_of_tick: true,
             doubtful: None,
             widened: None,
+            debugged_kicks: 0,
             kick_owed: false,
             counts: Counts::default(),
         })
@@ -183,6 +190,7 @@ impl<V: Vcpu> BranchClock<V> {
                     VcpuExit::Interrupted { kicked } => kicked || owed,
                     exit => {
                         self.kick_owed = owed;
+                        self.debugged_kicks = 0;
                         return Ok(self.hand_over(exit));
                     }
                 }
@@ -193,13 +201,20 @@ impl<V: Vcpu> BranchClock<V> {
             match self.settle()? {
                 Settled::Stands { first_of_tick } => {
                     self.counts.settled += 1;
+                    self.debugged_kicks = 0;
                     (self.stands, self.first_of_tick) = (true, first_of_tick);
                     return Ok(Exit::Kicked);
                 }
-                Settled::Nowhere => {
+                Settled::Nowhere { debugging } => {
                     self.counts.unsettled += 1;
                     self.stands = false;
-                    return Ok(Exit::Kicked);
+                    self.debugged_kicks = debugging.map_or(0, |_| self.debugged_kicks + 1);
+                    return Ok(match debugging {
+                        Some(how) if self.debugged_kicks == MAX_DEBUGGED_KICKS => {
+                            Exit::Unsupported(how.refusal(self.vcpu.state()?.rip))
+                        }
+                        _ => Exit::Kicked,
+                    });
                 }
                 Settled::Exits(exit) => {
                     self.kick_owed = true;

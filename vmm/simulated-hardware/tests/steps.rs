@@ -1,6 +1,7 @@
 //! Steps of the branch clock that lead where no breakpoint is: a guest of a few instructions is kicked
 //! once, nothing else strikes, and it is to be caught soon all the same.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -108,7 +109,7 @@ fn guest(code: &[u8], handlers: &[(u64, u64, &[u8])]) -> (GuestRam, CpuState) {
 struct KickedOnce {
     vcpu: SimulatedVcpu,
     /// Branches to the kick.
-    kick_after: Option<u64>,
+    kick_after: Cell<Option<u64>>,
     breakpoints: Vec<u64>,
 }
 
@@ -208,7 +209,7 @@ fn clock(
 ) -> BranchClock<KickedOnce> {
     let (ram, state) = guest;
     let vcpu = SimulatedVcpu::new(ram, Disturbance::none()).expect("the host has memory");
-    let vcpu = KickedOnce { vcpu, kick_after, breakpoints: Vec::new() };
+    let vcpu = KickedOnce { vcpu, kick_after: kick_after.into(), breakpoints: Vec::new() };
     let mut clock = BranchClock::new(vcpu, Parameters::with_skid(skid)).expect("it counts");
     clock.set_cpu_state(&state).expect("a first state");
     clock
@@ -344,6 +345,9 @@ fn a_time_stamp_that_a_debugger_steps_is_not_answered_in_place() {
 const SET_TRAP_FLAG: [u8; 7] = [0x9c, 0x80, 0x4c, 0x24, 1, 1, 0x9d];
 /// mov eax, 0x401; mov dr7, rax
 const SET_BREAKPOINTS: [u8; 8] = [0xb8, 1, 4, 0, 0, 0x0f, 0x23, 0xf8];
+/// mov eax, 0x400; mov dr7, rax; pushfq; and byte [rsp + 1], 0xfe; popfq
+const END_DEBUGGING: [u8; 15] =
+    [0xb8, 0, 4, 0, 0, 0x0f, 0x23, 0xf8, 0x9c, 0x80, 0x64, 0x24, 1, 0xfe, 0x9d];
 /// What a kernel with a debugger begins with, and what a refusal says of it.
 const DEBUGGERS: [(&[u8], &str); 3] = [
     (&SET_TRAP_FLAG, "single-steps (TF) or executes INT1"),
@@ -353,7 +357,7 @@ const DEBUGGERS: [(&[u8], &str); 3] = [
 
 /// A guest that begins so, and has a loop of this many rounds behind it.
 fn debugged(begins: &[u8], rounds: u32) -> (GuestRam, CpuState) {
-    let code = [begins, &looping(rounds), &[HLT]].concat();
+    let code = [begins, &looping(rounds), &END_DEBUGGING, &[HLT]].concat();
     guest(&code, &[(DEBUG, DEBUG_HANDLER, &IRETQ)])
 }
 
@@ -368,6 +372,42 @@ fn a_guest_that_debugs_itself_is_refused_while_there_are_breakpoints() {
         };
         assert!(reason.contains(expected) && reason.contains("rip 0xffffffff8001"), "{reason}");
         assert!(reason.contains("--engine soft") && !reason.contains('\n'), "{reason}");
+    }
+}
+
+/// Where a debugger is at work nothing enters: behind it something does.
+#[test]
+fn a_recording_of_a_guest_that_debugs_itself_goes_on() {
+    for (begins, _) in DEBUGGERS {
+        for kick in 1..40 {
+            let code =
+                [&looping(10), begins, &looping(10), &END_DEBUGGING, &looping(1_000), &[HLT]];
+            let ram = guest(&code.concat(), &[(DEBUG, DEBUG_HANDLER, &IRETQ)]);
+            let mut clock = clock(ram, 100, Some(kick));
+            assert_eq!(run(&mut clock, u64::MAX), Exit::Kicked, "{begins:x?}, kick {kick}");
+            assert!(clock.stands_exactly(), "{begins:x?}, kick {kick}");
+            assert_eq!(run(&mut clock, u64::MAX), Exit::Halt, "{begins:x?}, kick {kick}");
+        }
+    }
+}
+
+#[test]
+fn a_recording_of_a_guest_that_always_debugs_itself_ends() {
+    for (begins, expected) in [DEBUGGERS[0], DEBUGGERS[2]] {
+        let code = [begins, &[0x48, 0xff, 0xc0, 0x75, 0xfb]].concat();
+        let mut clock = clock(guest(&code, &[(DEBUG, DEBUG_HANDLER, &IRETQ)]), 100, Some(50));
+        let mut kicks = 0;
+        let reason = loop {
+            match run(&mut clock, u64::MAX) {
+                Exit::Kicked => kicks += 1,
+                Exit::Unsupported(reason) => break reason,
+                exit => panic!("{exit:?}"),
+            }
+            assert!(!clock.stands_exactly());
+            clock.vcpu().kick_after.set(Some(50));
+        };
+        assert!(reason.contains(expected), "{reason}");
+        assert_eq!(kicks, 999);
     }
 }
 
