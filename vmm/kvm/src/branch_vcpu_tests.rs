@@ -219,7 +219,9 @@ fn a_guest_that_steps_through_a_repeated_access_is_refused() {
         assert!(matches!(vcpu.enter().expect("KVM runs"), VcpuExit::Access(_)));
         assert!(!vcpu.finish_access(0).expect("it is answered"), "it has not retired");
         match vcpu.enter().expect("KVM runs") {
-            VcpuExit::Unsupported(reason) => assert!(reason.contains("REP INS or OUTS"), "{reason}"),
+            VcpuExit::Unsupported(reason) => {
+                assert!(reason.contains("REP INS or OUTS"), "{reason}")
+            }
             exit => panic!("{elements} elements: {exit:?}"),
         }
     }

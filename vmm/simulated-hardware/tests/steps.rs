@@ -122,7 +122,10 @@ impl Vcpu for KickedOnce {
         let before = self.vcpu.conditional_branches()?;
         let exit = self.vcpu.enter()?;
         let passed = self.vcpu.conditional_branches()? - before;
-        assert!(self.breakpoints.is_empty() || passed <= SOON, "a step passed {passed} branches: {exit:?}");
+        assert!(
+            self.breakpoints.is_empty() || passed <= SOON,
+            "a step passed {passed} branches: {exit:?}"
+        );
         Ok(match exit {
             VcpuExit::Interrupted { .. } => VcpuExit::Interrupted { kicked: kick_after.is_some() },
             exit => exit,
