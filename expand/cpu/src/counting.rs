@@ -59,6 +59,11 @@ impl SoftEngine {
         self.cpu().registers.gpr[usize::from(BRANCHES)]
     }
 
+    /// #DB that the guest has taken: single steps, breakpoints of its own, INT1.
+    pub fn debug_exceptions(&self) -> u64 {
+        self.cpu().debug_exceptions
+    }
+
     /// Leaves the time-stamp counter out of what CPUID says, as a hypervisor does that cannot trap RDTSC.
     pub fn hide_time_stamp_counter(&mut self) {
         self.cpu_mut().hides_time_stamp = true;

@@ -188,6 +188,8 @@ pub struct Cpu {
     pub(crate) budget_end: u64,
     pub(crate) debug: DebugState,
     pub(crate) exceptions: ExceptionRun,
+    /// #DB delivered, INT 1 aside (`counting.rs`).
+    pub(crate) debug_exceptions: u64,
     /// Conditional branches are counted (`counting.rs`).
     pub(crate) counts_branches: bool,
     /// CPUID does not tell of the time-stamp counter.
@@ -253,6 +255,7 @@ impl Cpu {
             budget_end: 0,
             debug: DebugState::default(),
             exceptions: ExceptionRun::NONE,
+            debug_exceptions: 0,
             counts_branches: false,
             hides_time_stamp: false,
             stops_between_elements: false,

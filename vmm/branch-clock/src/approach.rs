@@ -15,6 +15,10 @@ use crate::guest_code::linear_of;
 use crate::settle::Stepped;
 use crate::vcpu::{Vcpu, VcpuExit};
 
+/// A guest that was stepped off a breakpoint so often in a row, and is at it again in the same state, would be
+/// for ever.
+const MAX_AT_REST: u32 = 3;
+
 impl<V: Vcpu> BranchClock<V> {
     /// A kick of a replay only shows how far it is.
     fn kicked_on_the_way(&mut self) -> Exit {
@@ -131,6 +135,7 @@ impl<V: Vcpu> BranchClock<V> {
     /// Runs from breakpoint to breakpoint at the moment's RIP.
     fn close_in(&mut self, stamp: &Stamp) -> Result<Exit, EngineError> {
         let target = stamp.moment;
+        let mut at_rest = 0;
         loop {
             let tick = self.tick();
             if tick > target.tick {
@@ -151,7 +156,8 @@ impl<V: Vcpu> BranchClock<V> {
             let wanted = [linear_of(&state, target.rip), target.rip];
             let distinct = if wanted[0] == wanted[1] { &wanted[..1] } else { &wanted };
             self.vcpu.set_breakpoints(distinct)?;
-            if settled && wanted.contains(&linear_of(&state, state.rip)) {
+            let steps_off = settled && wanted.contains(&linear_of(&state, state.rip));
+            if steps_off {
                 self.counts.passed_over += 1;
                 self.vcpu.step_off()?;
             }
@@ -159,10 +165,25 @@ impl<V: Vcpu> BranchClock<V> {
             let beyond = (target.tick - tick).saturating_add(self.parameters.skid + 1);
             self.vcpu.set_overflow(Some(beyond))?;
             match self.enter()? {
+                VcpuExit::Breakpoint if steps_off && self.tick() == tick => {
+                    at_rest = if self.vcpu.state()? == state { at_rest + 1 } else { 0 };
+                    if at_rest == MAX_AT_REST {
+                        return Err(does_not_move(&state, tick));
+                    }
+                }
                 VcpuExit::Breakpoint | VcpuExit::Interrupted { kicked: false } => {}
                 VcpuExit::Interrupted { kicked: true } => return Ok(self.kicked_on_the_way()),
                 exit => return Ok(self.hand_over(exit)),
             }
         }
     }
+}
+
+fn does_not_move(state: &CpuState, tick: u64) -> EngineError {
+    let what = format!(
+        "the guest does not come out of rip {:#x} at tick {tick}, where a moment of the recording is sought: use \
+         --engine soft",
+        state.rip
+    );
+    EngineError { what }
 }

@@ -11,12 +11,17 @@ use reprise_trace::checkpoint::{EngineState, HiddenState};
 use reprise_trace::cpu_state::{CpuState, RCX};
 use reprise_trace::header::Precaution;
 use reprise_trace::moment::{Moment, TickKind};
+use reprise_trace::register_bits::RFLAGS_TF;
 
 use crate::guest_code::refuses_time_stamps;
-use crate::retired::time_stamp_retired;
+use crate::retired::Asking;
 use crate::settle::{Settled, Stand};
 use crate::time_stamp_trap::TimeStampTrap;
 use crate::vcpu::{Vcpu, VcpuExit};
+
+/// A recording whose guest is led nowhere is kicked again some milliseconds later: after so many kicks, seconds, a
+/// guest that debugs itself all the time will not be led anywhere.
+const MAX_DEBUGGED_KICKS: u32 = 1_000;
 
 /// How the clock is to go about it.
 #[derive(Clone, Copy, Debug)]
@@ -67,8 +72,7 @@ pub struct BranchClock<V> {
     pub(crate) amid: bool,
     /// The vector of the interrupt that is queued in the vCPU.
     pub(crate) injected: Option<u8>,
-    /// The state before an RDTSC that waits for its answer.
-    asking: Option<Box<CpuState>>,
+    asking: Option<Box<Asking>>,
     /// The guest stands where another run finds it again.
     pub(crate) stands: bool,
     /// The guest stands at the first place of its tick.
@@ -78,6 +82,8 @@ pub struct BranchClock<V> {
     pub(crate) doubtful: Option<u64>,
     /// Moments up to this tick are approached with this margin, which is wider than the usual one.
     pub(crate) widened: Option<(u64, u64)>,
+    /// In a row, kicks of a recording after which a guest that debugs itself was led nowhere.
+    debugged_kicks: u32,
     /// A kick came, and an exit before the guest stood anywhere.
     kick_owed: bool,
     pub(crate) counts: Counts,
@@ -103,6 +109,7 @@ impl<V: Vcpu> BranchClock<V> {
             first_of_tick: true,
             doubtful: None,
             widened: None,
+            debugged_kicks: 0,
             kick_owed: false,
             counts: Counts::default(),
         })
@@ -183,6 +190,7 @@ impl<V: Vcpu> BranchClock<V> {
                     VcpuExit::Interrupted { kicked } => kicked || owed,
                     exit => {
                         self.kick_owed = owed;
+                        self.debugged_kicks = 0;
                         return Ok(self.hand_over(exit));
                     }
                 }
@@ -193,13 +201,20 @@ impl<V: Vcpu> BranchClock<V> {
             match self.settle()? {
                 Settled::Stands { first_of_tick } => {
                     self.counts.settled += 1;
+                    self.debugged_kicks = 0;
                     (self.stands, self.first_of_tick) = (true, first_of_tick);
                     return Ok(Exit::Kicked);
                 }
-                Settled::Nowhere => {
+                Settled::Nowhere { debugging } => {
                     self.counts.unsettled += 1;
                     self.stands = false;
-                    return Ok(Exit::Kicked);
+                    self.debugged_kicks = debugging.map_or(0, |_| self.debugged_kicks + 1);
+                    return Ok(match debugging {
+                        Some(how) if self.debugged_kicks == MAX_DEBUGGED_KICKS => {
+                            Exit::Unsupported(how.refusal(self.vcpu.state()?.rip))
+                        }
+                        _ => Exit::Kicked,
+                    });
                 }
                 Settled::Exits(exit) => {
                     self.kick_owed = true;
@@ -259,13 +274,22 @@ impl<V: Vcpu> Engine for BranchClock<V> {
         if self.vcpu.traps_time_stamps() || self.halted || self.amid || self.injected.is_some() {
             return Ok(false);
         }
-        let state = self.vcpu.state()?;
-        let instruction = self.vcpu.instruction_at(&state);
-        let reads = instruction.is_some_and(|it| it.mnemonic() == Mnemonic::Rdtsc);
-        if !reads || refuses_time_stamps(&state) {
+        let before = self.vcpu.state()?;
+        let instruction = self.vcpu.instruction_at(&before);
+        let reads = instruction.filter(|it| it.mnemonic() == Mnemonic::Rdtsc);
+        let Some(instruction) = reads.filter(|_| !refuses_time_stamps(&before)) else {
             return Ok(false);
+        };
+        if before.rflags & RFLAGS_TF != 0 {
+            // #DB behind it would have to be raised as well.
+            let what = format!(
+                "a debugger in the guest single-steps (TF) the RDTSC at rip {:#x}, which is answered in its \
+                 place: use --engine soft",
+                before.rip
+            );
+            return Err(EngineError { what });
         }
-        self.asking = Some(Box::new(state));
+        self.asking = Some(Box::new(Asking { before, bytes: instruction.len() }));
         self.amid = true;
         Ok(true)
     }
@@ -273,8 +297,8 @@ impl<V: Vcpu> Engine for BranchClock<V> {
     fn finish_access(&mut self, value: u128) -> Result<(), EngineError> {
         self.amid = match self.asking.take() {
             None => !self.vcpu.finish_access(value)?,
-            Some(before) => {
-                self.vcpu.retire_instruction(&time_stamp_retired(&before, value as u64))?;
+            Some(asking) => {
+                self.vcpu.retire_instruction(&asking.answered(value as u64))?;
                 self.counts.time_stamps += 1;
                 false
             }

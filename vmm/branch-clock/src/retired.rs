@@ -18,14 +18,29 @@ pub(crate) fn retired(state: &CpuState, bytes: usize) -> CpuState {
     }
 }
 
-/// `state` once the RDTSC at its RIP has retired, virtual time being `ns`.
-pub fn time_stamp_retired(state: &CpuState, ns: u64) -> CpuState {
-    const BYTES: usize = 2;
+/// `state` once the RDTSC at its RIP, of so many bytes with its prefixes, has retired, virtual time being `ns`.
+pub fn time_stamp_retired(state: &CpuState, bytes: usize, ns: u64) -> CpuState {
     let value = ns.wrapping_add(state.tsc_offset);
-    let mut after = retired(state, BYTES);
+    let mut after = retired(state, bytes);
     after.gpr[RAX] = value & 0xffff_ffff;
     after.gpr[RDX] = value >> 32;
     after
+}
+
+/// An RDTSC that waits for its answer.
+#[derive(Debug)]
+pub(crate) struct Asking {
+    /// The state before it.
+    pub(crate) before: CpuState,
+    /// Its length.
+    pub(crate) bytes: usize,
+}
+
+impl Asking {
+    /// The state once it has retired, virtual time being `ns`.
+    pub(crate) fn answered(&self, ns: u64) -> CpuState {
+        time_stamp_retired(&self.before, self.bytes, ns)
+    }
 }
 
 /// The user code's state before the fault whose handler the guest has just entered in 64-bit mode; `None` if
@@ -171,6 +186,9 @@ mod tests {
             CpuState { rip: 0x102, rflags: 2, interrupt_shadow: false, ..state.clone() };
         assert_eq!(retired(&state, 2), expected);
         (expected.gpr[RAX], expected.gpr[RDX]) = (0x9000_0005, 0x17);
-        assert_eq!(time_stamp_retired(&state, 0x7_9000_0005), expected);
+        assert_eq!(time_stamp_retired(&state, 2, 0x7_9000_0005), expected);
+        // Behind a prefix.
+        expected.rip = 0x103;
+        assert_eq!(time_stamp_retired(&state, 3, 0x7_9000_0005), expected);
     }
 }

@@ -24,8 +24,8 @@ use reprise_trace::cpu_state::{CpuState, RCX};
 use crate::engine::BranchClock;
 use crate::guest_code::{Successors, decode_at, handler_address, linear_of, repeats, successors};
 use crate::retired::interrupt_returned;
-use crate::vcpu::{Vcpu, VcpuExit};
-use reprise_trace::register_bits::RFLAGS_RF;
+use crate::vcpu::{OwnDebugging, Vcpu, VcpuExit};
+use reprise_trace::register_bits::{RFLAGS_RF, RFLAGS_TF};
 
 /// Where a kicked guest is led to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,7 +68,10 @@ pub(crate) enum Settled {
     /// It exits before that.
     Exits(Exit),
     /// There is no such place near.
-    Nowhere,
+    Nowhere {
+        /// It debugs itself there, which goes on only without breakpoints.
+        debugging: Option<OwnDebugging>,
+    },
 }
 
 /// What one step came to.
@@ -85,9 +88,10 @@ pub(crate) enum Stepped {
 impl<V: Vcpu> BranchClock<V> {
     /// Leads a guest that was just interrupted on to a place that can be found again.
     pub(crate) fn settle(&mut self) -> Result<Settled, EngineError> {
+        let mut met = None;
         for _ in 0..ATTEMPTS {
             match self.settle_near()? {
-                Settled::Nowhere => {}
+                Settled::Nowhere { debugging } => met = debugging.or(met),
                 settled => return Ok(settled),
             }
             self.vcpu.set_breakpoints(&[])?;
@@ -97,7 +101,7 @@ impl<V: Vcpu> BranchClock<V> {
                 exit => return Ok(Settled::Exits(self.hand_over(exit))),
             }
         }
-        Ok(Settled::Nowhere)
+        Ok(Settled::Nowhere { debugging: met })
     }
 
     fn settle_near(&mut self) -> Result<Settled, EngineError> {
@@ -108,6 +112,9 @@ impl<V: Vcpu> BranchClock<V> {
         for step in 0..=MAX_STEPS {
             let state = self.vcpu.state()?;
             let instruction = self.vcpu.instruction_at(&state);
+            if let Some(how) = debugs_itself(&state, instruction.as_ref()) {
+                return Ok(Settled::Nowhere { debugging: Some(how) });
+            }
             let retired = places.successors().contains(&linear_of(&state, state.rip));
             if retired && is_found_by_breakpoint(&state, instruction.as_ref()) {
                 let fresh = self.branches != start || self.parameters.stand == Stand::AtOnce;
@@ -117,7 +124,7 @@ impl<V: Vcpu> BranchClock<V> {
                     return Ok(Settled::Stands { first_of_tick });
                 }
                 match round.closes_at(&state) {
-                    Some(true) => return Ok(Settled::Nowhere),
+                    Some(true) => return Ok(Settled::Nowhere { debugging: None }),
                     Some(false) => return Ok(Settled::Stands { first_of_tick }),
                     None => {}
                 }
@@ -134,7 +141,7 @@ impl<V: Vcpu> BranchClock<V> {
                 Stepped::Lost => break,
             }
         }
-        Ok(Settled::Nowhere)
+        Ok(Settled::Nowhere { debugging: None })
     }
 
     /// Executes the next instruction, or delivers the interrupt that is queued.
@@ -173,12 +180,14 @@ impl<V: Vcpu> BranchClock<V> {
             return Ok(Stepped::Lost);
         }
         self.vcpu.set_breakpoints(&places.all)?;
-        // What is delivered first would save RFLAGS.RF.
-        let executes = self.injected.is_none();
+        // What is delivered first would save RFLAGS.RF. And where no breakpoint is, none is stepped off: KVM may
+        // leave the flag to the next instruction, whose breakpoint would not hit.
+        let at_breakpoint = places.all.contains(&linear_of(before, before.rip));
+        let steps_off = self.injected.is_none() && at_breakpoint;
         let branches = self.branches;
         let mut here = before.rip;
         for _ in 0..MAX_INTERRUPTIONS {
-            if executes && here == before.rip {
+            if steps_off && here == before.rip {
                 self.vcpu.step_off()?;
             }
             self.vcpu.set_overflow(Some(STEP_BRANCHES))?;
@@ -239,6 +248,17 @@ fn is_found_by_breakpoint(state: &CpuState, instruction: Option<&Instruction>) -
     // The REP may have begun already, and its first element is where the breakpoint hits.
     let amid = state.gpr[RCX] != 0 && instruction.is_some_and(repeats);
     !state.interrupt_shadow && state.rflags & RFLAGS_RF == 0 && !amid
+}
+
+/// How the guest debugs itself, so that the next step would end the run; or where a replay that comes by with
+/// breakpoints would.
+fn debugs_itself(state: &CpuState, instruction: Option<&Instruction>) -> Option<OwnDebugging> {
+    let sets = |it: &Instruction| it.op0_register().is_dr();
+    if OwnDebugging::has_breakpoints(state.dr7) || instruction.is_some_and(sets) {
+        return Some(OwnDebugging::Breakpoints);
+    }
+    let raises = instruction.is_some_and(|it| it.code() == Code::Int1);
+    (raises || state.rflags & RFLAGS_TF != 0).then_some(OwnDebugging::Exception)
 }
 
 /// Whether an instruction may write memory.

@@ -49,7 +49,7 @@ use crate::candidates::Candidate;
 use crate::guest_code::{bitness, linear_of};
 use crate::placed_kernel::{PlacedKernel, kernel_at};
 use crate::planted::Planted;
-use crate::retired::time_stamp_retired;
+use crate::retired::Asking;
 use crate::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
 
 /// #GP.
@@ -66,15 +66,6 @@ enum Kind {
     Site(Instruction),
     /// The guest's handler of #GP.
     FaultHandler,
-}
-
-/// An RDTSC that is to be answered.
-#[derive(Debug)]
-struct Asking {
-    /// The state before it.
-    before: CpuState,
-    /// Its length.
-    bytes: usize,
 }
 
 /// What the trap did, for whoever wants to know.
@@ -316,10 +307,7 @@ impl<V: Vcpu> Vcpu for TimeStampTrap<V> {
 
     fn finish_access(&mut self, value: u128) -> Result<bool, EngineError> {
         let Some(asking) = self.asking.take() else { return self.vcpu.finish_access(value) };
-        let Asking { before, bytes } = *asking;
-        let after = time_stamp_retired(&before, value as u64);
-        let rip = before.rip.wrapping_add(bytes as u64);
-        self.vcpu.retire_instruction(&CpuState { rip, ..after })?;
+        self.vcpu.retire_instruction(&asking.answered(value as u64))?;
         Ok(true)
     }
 

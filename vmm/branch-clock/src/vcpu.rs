@@ -42,6 +42,43 @@ pub enum VcpuExit {
     Unsupported(String),
 }
 
+/// How a guest debugs itself, for which it needs what breakpoints take from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OwnDebugging {
+    /// It raised #DB: by RFLAGS.TF, or by INT1.
+    Exception,
+    /// It has breakpoints of its own: DR7.
+    Breakpoints,
+    /// It steps (RFLAGS.TF) through a REP that accesses the board.
+    Repetition,
+}
+
+impl OwnDebugging {
+    /// DR7: any breakpoint is enabled.
+    const ENABLED: u64 = 0xff;
+
+    /// Whether a guest with this DR7 has breakpoints.
+    pub fn has_breakpoints(dr7: u64) -> bool {
+        dr7 & Self::ENABLED != 0
+    }
+
+    /// Why the run ends at `rip`, for [`VcpuExit::Unsupported`].
+    pub fn refusal(self, rip: u64) -> String {
+        const WHILE: &str = "while the clock pmu has breakpoints";
+        let (does, when) = match self {
+            Self::Exception => ("single-steps (TF) or executes INT1", WHILE),
+            Self::Breakpoints => ("has breakpoints in debug registers (DR7)", WHILE),
+            Self::Repetition => {
+                ("single-steps (TF) a REP INS or OUTS", "which the clock pmu cannot follow")
+            }
+        };
+        format!(
+            "a debugger in the guest {does} at rip {rip:#x}, {when}: use --engine soft; what was recorded until \
+             here is kept"
+        )
+    }
+}
+
 /// One vCPU with a counter of conditional branches.
 pub trait Vcpu {
     /// Runs the guest until it exits. A queued interrupt is delivered first, and has been when this
@@ -77,7 +114,8 @@ pub trait Vcpu {
         MAX_BREAKPOINTS
     }
 
-    /// Sets breakpoints at these linear addresses and no others, [`Vcpu::breakpoints`] at most.
+    /// Sets breakpoints at these linear addresses and no others, [`Vcpu::breakpoints`] at most. While there are
+    /// some, a guest that debugs itself ([`OwnDebugging`]) ends the run: nobody else would tell it.
     ///
     /// # Errors
     /// If the host refuses.
@@ -125,7 +163,7 @@ pub trait Vcpu {
     fn catch_breakpoint_instructions(&mut self, catch: bool) -> Result<(), EngineError>;
 
     /// Has the INT3 that just came back reach the guest after all. The guest is entered next: until then it
-    /// stands nowhere.
+    /// stands nowhere, and that entry does not come back before the delivery.
     ///
     /// # Errors
     /// If the host refuses.

@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use kvm_bindings::{KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP, kvm_regs};
 use reprise_branch_clock::guest_code::linear_of;
-use reprise_branch_clock::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
+use reprise_branch_clock::vcpu::{MAX_BREAKPOINTS, OwnDebugging, Vcpu, VcpuExit};
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
 use reprise_machine::paging::write_ram;
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::CpuState;
-use reprise_trace::register_bits::RFLAGS_RF;
+use reprise_trace::register_bits::{RFLAGS_RF, RFLAGS_TF};
 
 use crate::access::PendingExit;
 use crate::branch_counter::BranchCounter;
@@ -25,16 +25,10 @@ use crate::vcpu::{RawExit, breakpoint_registers};
 use crate::watchdog::Watchdog;
 use crate::{KvmClock, KvmEngine, state};
 
-/// DR7: the guest has breakpoints.
-const DR7_ENABLED: u64 = 0xff;
 /// DR6: which breakpoints hit.
 const DR6_HITS: u64 = 0xf;
 /// DR6: a single step.
 const DR6_SINGLE_STEP: u64 = 1 << 14;
-const OWN_BREAKPOINTS: &str = "the guest has breakpoints of its own (DR7), in whose place are those of \
-                               the clock pmu: use --engine soft";
-const OWN_DEBUG_EXCEPTION: &str = "the guest raises #DB itself (TF or INT1) while the clock pmu has \
-                                   breakpoints: use --engine soft";
 
 /// KVM's vCPU with a counter.
 pub struct PmuVcpu {
@@ -44,16 +38,22 @@ pub struct PmuVcpu {
     window_wanted: bool,
     /// RFLAGS.RF was set so that the instruction at this RIP executes: ours while the guest stands there.
     resuming: Option<u64>,
-    /// What was asked of the counter last.
+    /// What was asked of the counter last...
     overflow: Option<u64>,
-    /// A signal has ended an entry since then: the overflow may be spent.
+    /// ...when it was at this, or further on...
+    overflow_from: u64,
+    /// ...and whether the guest has run since then: the overflow may be spent.
     overflow_spent: bool,
+    /// What the counter showed last.
+    counted: u64,
     /// Linear addresses of breakpoints.
     breakpoints: Vec<u64>,
-    /// The guest's own are enabled, as far as is known.
+    /// The guest's own are enabled. Looked at before and behind each entry with breakpoints.
     guest_has_breakpoints: bool,
-    /// INT3 that came back is on its way to the guest after all.
-    pub(crate) passing_on: bool,
+    /// Why the guest cannot go on.
+    refusal: Option<String>,
+    /// INT3 that came back is on its way to the guest after all: RIP and RSP before its delivery.
+    pub(crate) passing_on: Option<(u64, u64)>,
     watchdog: Option<Watchdog>,
     /// INT3 comes back.
     pub(crate) catches_breakpoints: bool,
@@ -79,10 +79,13 @@ impl PmuVcpu {
             window_wanted: false,
             resuming: None,
             overflow: None,
+            overflow_from: 0,
             overflow_spent: false,
+            counted: 0,
             breakpoints: Vec::with_capacity(MAX_BREAKPOINTS),
             guest_has_breakpoints: false,
-            passing_on: false,
+            refusal: None,
+            passing_on: None,
             watchdog: None,
             catches_breakpoints: false,
             caught_by: CaughtBy::Hardware,
@@ -128,12 +131,13 @@ impl PmuVcpu {
 
     /// Whether an interrupt that was queued, or INT3 that is passed on, is still not delivered.
     fn delivery_pending(&mut self) -> Result<bool, KvmError> {
-        if !self.engine.injected && !self.passing_on {
-            return Ok(false);
+        if let Some(before) = self.passing_on {
+            // KVM takes #BP among a vCPU's events and never shows it there.
+            let regs = self.engine.registers()?;
+            return Ok((regs.rip, regs.rsp) == before);
         }
-        let events = state::read_events(&self.engine.vcpu.fd)?;
-        let interrupt = self.engine.injected && events.interrupt.injected != 0;
-        Ok(interrupt || self.passing_on && events.exception.injected != 0)
+        let injected = self.engine.injected;
+        Ok(injected && state::read_events(&self.engine.vcpu.fd)?.interrupt.injected != 0)
     }
 
     fn set_debug_registers(&mut self) -> Result<(), KvmError> {
@@ -143,14 +147,27 @@ impl PmuVcpu {
         self.engine.vcpu.set_debug(hardware | software, registers)
     }
 
+    fn look_for_guest_breakpoints(&mut self) -> Result<(), KvmError> {
+        let debug = self.engine.vcpu.fd.get_debug_regs();
+        let debug = debug.map_err(|errno| KvmError::refused("KVM_GET_DEBUGREGS", errno))?;
+        self.guest_has_breakpoints = OwnDebugging::has_breakpoints(debug.dr7);
+        Ok(())
+    }
+
+    fn refuse(&self, how: OwnDebugging) -> Result<VcpuExit, EngineError> {
+        Ok(VcpuExit::Unsupported(how.refusal(self.engine.registers()?.rip)))
+    }
+
     /// What #DB that came back is: a breakpoint that was set, or the guest's own affair.
     fn debug_exit(&mut self, dr6: u64) -> Result<VcpuExit, EngineError> {
-        let state = self.engine.cpu_state()?;
-        let at_breakpoint = self.breakpoints.contains(&linear_of(&state, state.rip));
-        Ok(match is_hit(dr6, at_breakpoint) {
-            true => VcpuExit::Breakpoint,
-            false => VcpuExit::Unsupported(OWN_DEBUG_EXCEPTION.to_owned()),
-        })
+        let hit = match hit_of(dr6) {
+            Some(hit) => hit,
+            None => {
+                let state = state::read(&self.engine.vcpu.fd)?;
+                self.breakpoints.contains(&linear_of(&state, state.rip))
+            }
+        };
+        if hit { Ok(VcpuExit::Breakpoint) } else { self.refuse(OwnDebugging::Exception) }
     }
 
     /// Sets RFLAGS.RF.
@@ -178,6 +195,16 @@ impl PmuVcpu {
         }
     }
 
+    /// Clears RFLAGS.RF if it was set for the HLT that has retired, which cannot load it: AMD's CPUs may save it as
+    /// it was, and KVM skips the instruction by moving RIP alone.
+    fn clear_resume_flag_behind_halt(&mut self) -> Result<(), KvmError> {
+        if self.resuming.take().is_none() {
+            return Ok(());
+        }
+        let regs = self.engine.registers()?;
+        self.set_registers(kvm_regs { rflags: regs.rflags & !RFLAGS_RF, ..regs })
+    }
+
     /// Whether RFLAGS.RF of a guest that stands at `rip` was set for it: once the instruction there has
     /// retired, IRET may have loaded it; and KVM sets it itself for a fault that it is about to deliver.
     fn is_ours(&self, rip: u64) -> Result<bool, KvmError> {
@@ -190,20 +217,25 @@ impl PmuVcpu {
         set.map_err(|errno| KvmError::refused("KVM_SET_REGS", errno))
     }
 
-    /// Asks for the overflow again if a signal may have been it. The kernel may have stopped a counter
-    /// that overflowed too often, which the times that it was on the hardware do not show, and a new
-    /// period starts it: so each entry behind an overflow has one before it. Nothing retires while a
-    /// delivery is pending, so the distance is what it was.
+    /// Asks for the overflow again if the guest has run since it was asked for. The kernel may have stopped a
+    /// counter that overflowed too often, which the times that it was on the hardware do not show, and a new
+    /// period starts it: so each entry behind an overflow has one before it. Its signal need not have ended an
+    /// entry: it may have come with another exit.
     fn ask_again(&mut self) -> Result<(), KvmError> {
-        match &mut self.counter {
-            Some(counter) if std::mem::take(&mut self.overflow_spent) => {
-                counter.interrupt_after(self.overflow)
-            }
-            _ => Ok(()),
+        let Some(counter) = &mut self.counter else { return Ok(()) };
+        if !std::mem::take(&mut self.overflow_spent) {
+            return Ok(());
         }
+        self.counted = counter.read()?;
+        let retired = self.counted.saturating_sub(self.overflow_from);
+        let left = self.overflow.map(|branches| branches.saturating_sub(retired).max(1));
+        counter.interrupt_after(left)
     }
 
     fn run_once(&mut self) -> Result<VcpuExit, EngineError> {
+        if let Some(reason) = &self.refusal {
+            return Ok(VcpuExit::Unsupported(reason.clone()));
+        }
         if let Some(pending) = self.engine.pending {
             return Ok(access_of(self.engine.present(pending)));
         }
@@ -213,17 +245,27 @@ impl PmuVcpu {
         let exit = match self.engine.queued.take() {
             Some(exit) => exit,
             None if self.guest_has_breakpoints && !self.breakpoints.is_empty() => {
-                return Ok(VcpuExit::Unsupported(OWN_BREAKPOINTS.to_owned()));
+                return self.refuse(OwnDebugging::Breakpoints);
             }
             None => {
                 self.engine.vcpu.request_interrupt_window(self.window_wanted);
                 self.ask_again()?;
-                self.run_guest()?
+                let exit = self.run_guest()?;
+                self.overflow_spent = self.overflow.is_some();
+                if !self.breakpoints.is_empty() {
+                    // Those that it has set since do nothing: what they should have raised is lost.
+                    self.look_for_guest_breakpoints()?;
+                    if self.guest_has_breakpoints {
+                        return self.refuse(OwnDebugging::Breakpoints);
+                    }
+                }
+                exit
             }
         };
         let exit = self.carry_out_writes(exit)?;
         match exit {
-            Some(RawExit::Interrupted) => self.overflow_spent = self.overflow.is_some(),
+            Some(RawExit::Interrupted) => {}
+            Some(RawExit::Halt) => self.clear_resume_flag_behind_halt()?,
             _ => self.clear_resume_flag()?,
         }
         if let Some(written) = self.watched_write() {
@@ -255,12 +297,9 @@ impl PmuVcpu {
 }
 
 /// Whether #DB with this DR6 is for a breakpoint, and nothing else. Where KVM gives no DR6 (AMD before Linux
-/// 5.7), the place tells.
-fn is_hit(dr6: u64, at_breakpoint: bool) -> bool {
-    match dr6 & (DR6_SINGLE_STEP | DR6_HITS) {
-        0 => at_breakpoint,
-        causes => causes & DR6_SINGLE_STEP == 0,
-    }
+/// 5.7), the place has to tell; one without a cause is INT1's.
+fn hit_of(dr6: u64) -> Option<bool> {
+    (dr6 != 0).then_some(dr6 & DR6_HITS != 0 && dr6 & DR6_SINGLE_STEP == 0)
 }
 
 fn access_of(exit: Exit) -> VcpuExit {
@@ -280,14 +319,15 @@ impl Vcpu for PmuVcpu {
                 if self.delivery_pending()? {
                     if kicked_before {
                         // It comes back soon after the delivery, to tell.
-                        (self.overflow, self.overflow_spent) = (Some(1), true);
+                        (self.overflow, self.overflow_from) = (Some(1), self.counted);
+                        self.overflow_spent = true;
                     }
                     continue;
                 }
-                (self.engine.injected, self.passing_on) = (false, false);
+                (self.engine.injected, self.passing_on) = (false, None);
                 return Ok(VcpuExit::Interrupted { kicked: kicked_before });
             }
-            (self.engine.injected, self.passing_on) = (false, false);
+            (self.engine.injected, self.passing_on) = (false, None);
             if kicked_before {
                 // Not lost: the next entry tells.
                 self.engine.kick.kick();
@@ -309,16 +349,25 @@ impl Vcpu for PmuVcpu {
         if self.engine.queued.is_some() {
             return Ok(false);
         }
-        Ok(!self.engine.stands_amid_instruction()?)
+        let amid = self.engine.stands_amid_instruction()?;
+        if amid {
+            let regs = self.engine.registers()?;
+            // KVM and CPUs do not agree on when #DB comes, nor would the clock see that the instruction retires.
+            let steps = regs.rflags & RFLAGS_TF != 0;
+            self.refusal = steps.then(|| OwnDebugging::Repetition.refusal(regs.rip));
+        }
+        Ok(!amid)
     }
 
     fn conditional_branches(&mut self) -> Result<u64, EngineError> {
-        Ok(self.counter()?.read()?)
+        self.counted = self.counter()?.read()?;
+        Ok(self.counted)
     }
 
     fn set_overflow(&mut self, branches: Option<u64>) -> Result<(), EngineError> {
         self.counter()?.interrupt_after(branches)?;
         (self.overflow, self.overflow_spent) = (branches, false);
+        self.overflow_from = self.counted;
         Ok(())
     }
 
@@ -329,9 +378,7 @@ impl Vcpu for PmuVcpu {
             return Ok(());
         }
         if self.breakpoints.is_empty() {
-            let debug = self.engine.vcpu.fd.get_debug_regs();
-            let debug = debug.map_err(|errno| KvmError::refused("KVM_GET_DEBUGREGS", errno))?;
-            self.guest_has_breakpoints = debug.dr7 & DR7_ENABLED != 0;
+            self.look_for_guest_breakpoints()?;
         }
         self.breakpoints.clear();
         self.breakpoints.extend_from_slice(addresses);
@@ -339,7 +386,7 @@ impl Vcpu for PmuVcpu {
     }
 
     fn step_off(&mut self) -> Result<(), EngineError> {
-        if self.engine.injected || self.passing_on {
+        if self.engine.injected || self.passing_on.is_some() {
             // What is delivered first would save RFLAGS.RF, and no breakpoint hits before it.
             return Ok(());
         }
@@ -354,8 +401,8 @@ impl Vcpu for PmuVcpu {
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
-        (self.resuming, self.passing_on) = (None, false);
-        self.guest_has_breakpoints = state.dr7 & DR7_ENABLED != 0;
+        (self.resuming, self.passing_on, self.refusal) = (None, None, None);
+        self.guest_has_breakpoints = OwnDebugging::has_breakpoints(state.dr7);
         self.engine.set_cpu_state(state)
     }
 

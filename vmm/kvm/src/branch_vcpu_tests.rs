@@ -1,11 +1,16 @@
 //! The vCPU's way with signals, on this host's KVM and with a counter that stands still.
 
+use std::cell::Cell;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
+use reprise_trace::cpu_state::{RCX, RSI};
+
 use super::*;
-use crate::fake_perf_host::{Asked, FakePerfHost};
+use crate::branch_counter::SHORTEST_PERIOD;
+use crate::fake_perf_host::{Asked, FakePerfHost, counted};
 use crate::kick;
 use crate::testing::{CODE, long_mode, ram_with, require_kvm};
 
@@ -115,6 +120,28 @@ fn an_entry_behind_a_signal_has_a_new_period_before_it() {
     drop(signals);
 }
 
+/// Its signal may have come as KVM came back for something else, and whoever enters again need not ask.
+#[test]
+fn an_entry_behind_any_other_has_what_is_left_of_the_period_before_it() {
+    require_kvm!();
+    let branches = Rc::new(Cell::new(100));
+    let shown = branches.clone();
+    let host = FakePerfHost::reading(move || Some(counted(shown.get())));
+    // out 0x80, al; jmp back
+    let mut vcpu = PmuVcpu::new(ram_with(&[0xe6, 0x80, 0xeb, 0xfc]), &host).expect("KVM");
+    vcpu.set_state(&long_mode()).expect("a state that KVM takes");
+    vcpu.conditional_branches().expect("it reads");
+    vcpu.set_overflow(Some(4_000)).expect("a period");
+    for (shows, left) in [(100, None), (1_100, Some(3_000)), (9_000, Some(SHORTEST_PERIOD))] {
+        branches.set(shows);
+        host.asked.borrow_mut().clear();
+        assert!(matches!(vcpu.enter().expect("KVM runs"), VcpuExit::Access(_)));
+        vcpu.finish_access(0).expect("it is answered");
+        let periods: Vec<Asked> = left.map(Asked::Period).into_iter().collect();
+        assert_eq!(*host.asked.borrow(), periods, "at {shows}");
+    }
+}
+
 /// IRET may load RFLAGS.RF once the instruction that was stepped off has retired.
 #[test]
 fn the_resume_flag_is_the_guests_elsewhere_than_it_was_set_for() {
@@ -129,6 +156,20 @@ fn the_resume_flag_is_the_guests_elsewhere_than_it_was_set_for() {
     assert_ne!(vcpu.state().expect("a state").rflags & RFLAGS_RF, 0, "the guest's is");
     vcpu.set_breakpoints(&[]).expect("KVM takes it");
     assert_ne!(vcpu.engine.registers().expect("registers").rflags & RFLAGS_RF, 0, "and stays");
+}
+
+/// As AMD's CPUs may leave it.
+#[test]
+fn the_resume_flag_does_not_outlive_hlt() {
+    require_kvm!();
+    let mut vcpu = PmuVcpu::without_counter(ram_with(&[0xf4])).expect("KVM");
+    vcpu.set_state(&long_mode()).expect("a state that KVM takes");
+    vcpu.step_off().expect("KVM takes it");
+    let regs = vcpu.engine.registers().expect("registers");
+    vcpu.set_registers(kvm_regs { rip: CODE + 1, ..regs }).expect("KVM takes them");
+    vcpu.engine.queued = Some(RawExit::Halt);
+    assert_eq!(vcpu.enter().expect("KVM runs"), VcpuExit::Halt);
+    assert_eq!(vcpu.state().expect("a state").rflags & RFLAGS_RF, 0);
 }
 
 /// Breakpoints at an address are no use to a guest that has its own, and it would not know.
@@ -148,17 +189,57 @@ fn a_guest_with_breakpoints_of_its_own_is_refused_while_others_are_set() {
 }
 
 #[test]
+fn a_guest_that_sets_breakpoints_while_others_are_set_is_refused() {
+    require_kvm!();
+    // mov eax, 0x401; mov dr7, rax; hlt
+    let code = [0xb8, 1, 4, 0, 0, 0x0f, 0x23, 0xf8, 0xf4];
+    for refused in [true, false] {
+        let mut vcpu = PmuVcpu::without_counter(ram_with(&code)).expect("KVM");
+        vcpu.set_state(&long_mode()).expect("a state that KVM takes");
+        let breakpoints: &[u64] = if refused { &[CODE + 0x100] } else { &[] };
+        for _ in 0..2 {
+            vcpu.set_breakpoints(breakpoints).expect("KVM takes it");
+        }
+        match vcpu.enter().expect("KVM runs") {
+            VcpuExit::Unsupported(reason) if refused => assert!(reason.contains("DR7"), "{reason}"),
+            exit => assert_eq!((exit, refused), (VcpuExit::Halt, false)),
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_steps_through_a_repeated_access_is_refused() {
+    require_kvm!();
+    // rep outsb; hlt
+    for elements in [1, 2] {
+        let mut vcpu = PmuVcpu::without_counter(ram_with(&[0xf3, 0x6e, 0xf4])).expect("KVM");
+        let mut state = CpuState { rflags: 2 | RFLAGS_TF, ..long_mode() };
+        (state.gpr[RCX], state.gpr[RSI]) = (elements, CODE);
+        vcpu.set_state(&state).expect("a state that KVM takes");
+        assert!(matches!(vcpu.enter().expect("KVM runs"), VcpuExit::Access(_)));
+        assert!(!vcpu.finish_access(0).expect("it is answered"), "it has not retired");
+        match vcpu.enter().expect("KVM runs") {
+            VcpuExit::Unsupported(reason) => {
+                assert!(reason.contains("REP INS or OUTS"), "{reason}");
+            }
+            exit => panic!("{elements} elements: {exit:?}"),
+        }
+    }
+}
+
+#[test]
 fn a_debug_exception_that_no_breakpoint_raised_is_the_guests() {
     const FIXED: u64 = 0xffff_0ff0;
-    for (dr6, at_breakpoint, hit) in [
-        (FIXED | 1, true, true),
-        (FIXED | 8, false, true),
-        (FIXED | 1 << 14, true, false),
-        (FIXED | 1 << 14 | 1, true, false),
-        // INT1, or a host that does not say.
-        (FIXED, false, false),
-        (0, true, true),
+    for (dr6, hit) in [
+        (FIXED | 1, Some(true)),
+        (FIXED | 8, Some(true)),
+        (FIXED | 1 << 14, Some(false)),
+        (FIXED | 1 << 14 | 1, Some(false)),
+        // INT1, wherever it stands.
+        (FIXED, Some(false)),
+        // A host that does not say.
+        (0, None),
     ] {
-        assert_eq!(is_hit(dr6, at_breakpoint), hit, "{dr6:#x}, {at_breakpoint}");
+        assert_eq!(hit_of(dr6), hit, "{dr6:#x}");
     }
 }

@@ -55,14 +55,13 @@ impl PmuVcpu {
 
     /// Has the INT3 that came back reach the guest.
     pub(crate) fn pass_on_breakpoint_instruction(&mut self) -> Result<(), KvmError> {
+        let mut regs = self.engine.registers()?;
         if self.caught_by == CaughtBy::Emulator {
-            let fd = &self.engine.vcpu.fd;
-            let mut regs =
-                fd.get_regs().map_err(|errno| KvmError::refused("KVM_GET_REGS", errno))?;
             regs.rip = regs.rip.wrapping_add(BYTES);
-            fd.set_regs(&regs).map_err(|errno| KvmError::refused("KVM_SET_REGS", errno))?;
+            let set = self.engine.vcpu.fd.set_regs(&regs);
+            set.map_err(|errno| KvmError::refused("KVM_SET_REGS", errno))?;
         }
-        self.passing_on = true;
+        self.passing_on = Some((regs.rip, regs.rsp));
         self.set_exception(Some(BREAKPOINT))
     }
 

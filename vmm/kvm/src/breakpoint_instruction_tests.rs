@@ -96,6 +96,20 @@ fn the_frame_of_one_that_is_passed_on_has_the_guests_flags() {
     assert_eq!(u64::from_le_bytes(flags), long_mode().rflags);
 }
 
+/// A kick keeps KVM from entering the guest, and KVM does not tell that it has #BP still.
+#[test]
+fn a_kick_does_not_come_between_one_that_is_passed_on_and_its_delivery() {
+    require_kvm!();
+    let mut vcpu = vcpu(&[HLT]);
+    comes_back(&mut vcpu);
+    vcpu.pass_breakpoint_instruction().expect("KVM takes it");
+    vcpu.kicker().kick();
+    assert_eq!(vcpu.enter().expect("KVM runs"), VcpuExit::Halt);
+    let state = vcpu.state().expect("a state");
+    assert_eq!((state.rip, state.gpr[RSP]), (HANDLER + 1, STACK_TOP - 40));
+    assert_eq!(vcpu.enter().expect("KVM runs"), VcpuExit::Interrupted { kicked: true });
+}
+
 #[test]
 fn breakpoints_stay_when_it_is_caught_or_no_longer() {
     require_kvm!();

@@ -60,6 +60,19 @@ fn a_finished_access_shows_in_the_state() {
 }
 
 #[test]
+fn a_trapped_time_stamp_behind_a_prefix_is_as_long_as_it_is() {
+    require_kvm!();
+    // rex.w rdtsc; hlt
+    let mut engine = engine(Sync, &long_mode(), &[0x48, 0x0f, 0x31, HLT]);
+    engine.trap_time_stamps(&[CODE]).unwrap();
+    assert_eq!(run(&mut engine), Exit::Access(Access::TimeStamp));
+    engine.finish_access(0x7_0000_0009).unwrap();
+    let state = engine.cpu_state().unwrap();
+    assert_eq!((state.rip, state.gpr[RAX], state.gpr[RDX]), (CODE + 3, 9, 7));
+    assert_eq!(run(&mut engine), Exit::Halt);
+}
+
+#[test]
 fn until_is_compared_at_exits() {
     require_kvm!();
     let mut state = long_mode();

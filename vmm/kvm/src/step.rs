@@ -257,7 +257,8 @@ impl KvmEngine {
             }
             Code::Rdtsc => {
                 let ns = self.time_base.at(self.tick).ns;
-                Some(time_stamp_retired(&CpuState { tsc_offset: self.tsc[0], ..started() }, ns))
+                let state = CpuState { tsc_offset: self.tsc[0], ..started() };
+                Some(time_stamp_retired(&state, instruction.len(), ns))
             }
             Code::Iretq if self.loads_trap_flag(instruction) => {
                 return Ok(Some(self.cannot_step(SELF_STEPPING)?));

@@ -64,6 +64,14 @@ fn a_jump_to_a_repeated_instruction_and_indirect_branches_are_one_tick_each() {
 }
 
 #[test]
+fn a_time_stamp_behind_a_prefix_is_as_long_as_it_is() {
+    require_kvm!(Step);
+    // rex.w rdtsc; rep rdtsc; hlt
+    let code = [0x48, 0x0f, 0x31, 0xf3, 0x0f, 0x31, HLT];
+    assert_eq!(offsets(&mut engine(Step, &long_mode(), &code), 3), [3, 6, 7]);
+}
+
+#[test]
 fn a_handler_that_begins_with_hlt_halts() {
     require_kvm!(Step);
     const INVALID_OPCODE: u8 = 6;

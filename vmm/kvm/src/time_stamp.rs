@@ -7,6 +7,7 @@
 //! code on the host's own CR4, so the host's kernel has to be asked to set TSD for this thread while the
 //! guest runs (`PR_SET_TSC`). In between it must not: this thread's own clock reads use RDTSC.
 
+use iced_x86::{Instruction, Mnemonic};
 use kvm_bindings::{KVM_GUESTDBG_USE_HW_BP, KVM_VCPUEVENT_VALID_SHADOW};
 use reprise_branch_clock::guest_code::decode_at;
 use reprise_branch_clock::retired::time_stamp_retired;
@@ -17,6 +18,9 @@ use crate::error::KvmError;
 use crate::host::KvmKind;
 use crate::vcpu::{Vcpu, breakpoint_registers};
 use crate::{KvmEngine, state};
+
+/// RDTSC's length without prefixes.
+const BARE_BYTES: usize = 2;
 
 /// Whether user code's RDTSC faults under the guest's CR4.TSD only if the host's thread has it refused too.
 pub(crate) fn needs_host_refusal() -> bool {
@@ -53,16 +57,20 @@ impl KvmEngine {
     /// Whether the guest stands at an RDTSC that is to be answered: its bytes are verified.
     pub(crate) fn stands_at_time_stamp(&mut self) -> Result<bool, KvmError> {
         let state = state::read(&self.vcpu.fd)?;
-        let rdtsc = decode_at(&self.ram, &state, state.rip)
-            .is_some_and(|found| found.mnemonic() == iced_x86::Mnemonic::Rdtsc);
-        Ok(rdtsc && self.time_stamp_sites.contains(&state.rip))
+        let reads = self.time_stamp_at(&state).is_some();
+        Ok(reads && self.time_stamp_sites.contains(&state.rip))
+    }
+
+    fn time_stamp_at(&self, state: &CpuState) -> Option<Instruction> {
+        decode_at(&self.ram, state, state.rip).filter(|it| it.mnemonic() == Mnemonic::Rdtsc)
     }
 
     /// Has RDTSC retire with this value of virtual time.
     pub(crate) fn retire_time_stamp(&mut self, ns: u64) -> Result<(), KvmError> {
         let state = state::read(&self.vcpu.fd)?;
+        let bytes = self.time_stamp_at(&state).map_or(BARE_BYTES, |it| it.len());
         let state = CpuState { tsc_offset: self.tsc[0], ..state };
-        self.retire_instruction(&time_stamp_retired(&state, ns))
+        self.retire_instruction(&time_stamp_retired(&state, bytes, ns))
     }
 
     /// Has an instruction that was done here retire.

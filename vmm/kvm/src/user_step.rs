@@ -148,7 +148,7 @@ impl KvmEngine {
             Code::Rdtsc => {
                 let ns = self.time_base.at(self.tick).ns;
                 let state = CpuState { tsc_offset: self.tsc[0], ..view.clone() };
-                Some(Done::Retired(time_stamp_retired(&state, ns)))
+                Some(Done::Retired(time_stamp_retired(&state, instruction.len(), ns)))
             }
             Code::Cpuid => Some(Done::Retired(identified(view, next))),
             _ => return Ok(None),

@@ -242,6 +242,9 @@ fn time_and_identity_are_the_machines() {
     trace(&mut engine, 2);
     let gpr = engine.cpu_state().unwrap().gpr;
     assert_eq!([RAX, RBX, RCX, RDX].map(|index| gpr[index] as u32), cpuid(0, 7000));
+    // Behind prefixes: rep rdtsc; rex.w rdtsc.
+    let mut prefixed = user(&[0xf3, 0x0f, 0x31, 0x48, 0x0f, 0x31]);
+    assert_eq!(trace(&mut prefixed, 2), [3, 6].map(at));
     // With TSD it faults.
     let mut engine = user_with(&code, |_, state| state.cr4 |= 4);
     assert_eq!(engine.run(u64::MAX).unwrap(), Exit::Halt);

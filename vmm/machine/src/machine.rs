@@ -8,6 +8,7 @@
 
 use reprise_devices::board::{Board, PowerEvent};
 use reprise_devices::time::VirtualTime;
+use reprise_trace::cpu_state::{CS, CpuState};
 use reprise_trace::event::{Ending, HandOver};
 use reprise_trace::moment::TickKind;
 
@@ -22,6 +23,11 @@ use crate::watch::Watch;
 
 /// RFLAGS.IF.
 const INTERRUPT_FLAG: u64 = 1 << 9;
+
+/// Whether a CPU stands where a reset puts it (Intel SDM volume 3A, table 11-1).
+fn was_reset(state: &CpuState) -> bool {
+    (state.rip, state.segments[CS].base) == (0xfff0, 0xffff_0000)
+}
 
 /// An engine and a board, with everything from outside coming through `I`.
 pub struct Machine<E: Engine, I: Inputs> {
@@ -456,7 +462,11 @@ impl<E: Engine, I: Inputs> Machine<E, I> {
                 Ok(stands)
             }
             Exit::Overshot(overshoot) => Err(Stop::Overshot(overshoot)),
-            Exit::TripleFault => Err(Stop::Ended { ending: Ending::TripleFault, exact: true }),
+            Exit::TripleFault => {
+                // AMD's KVM has reset the CPU by then, and what it was is lost.
+                let exact = !was_reset(&self.engine.cpu_state()?);
+                Err(Stop::Ended { ending: Ending::TripleFault, exact })
+            }
             // The failed attempt may have left traces, so that this is no exact moment.
             Exit::Unsupported(reason) => {
                 Err(Stop::Ended { ending: Ending::EngineFailed(reason), exact: false })

@@ -394,11 +394,38 @@ fn what_the_engine_cannot_execute_is_an_ending_with_its_reason() {
     let recorded = record(CLOCKS[0], &program, &World::empty(), Disturbance::none());
     let expected = Ending::EngineFailed("no such toy".to_owned());
     assert!(matches!(&recorded.outcome().conclusion, Conclusion::Ended(e) if *e == expected));
-    // An engine that fails where the recording went on is a divergence.
-    let program_on = Program::random(1, Finish::DebugExit);
-    let recorded = record(CLOCKS[0], &program_on, &World::empty(), Disturbance::none());
+    // Replayed by an engine that cannot do it either, it is the recorded ending.
     let outcome = replay(CLOCKS[0], &program, &recorded.records, Disturbance::none());
-    diverged(&outcome);
+    assert!(matches!(&outcome.conclusion, Conclusion::Ended(e) if *e == expected));
+}
+
+/// What an engine cannot execute says nothing about a recording that went on there.
+#[test]
+fn an_engine_that_gives_up_in_a_replay_is_no_divergence() {
+    let [gives_up, goes_on] =
+        [Finish::Unsupported, Finish::DebugExit].map(|finish| Program::random(1, finish));
+    let recorded = record(CLOCKS[0], &goes_on, &World::empty(), Disturbance::none());
+    let mut machine = replaying(CLOCKS[0], &gives_up, &recorded.records, Disturbance::none());
+    match machine.run() {
+        Err(MachineError::Engine(error)) => assert_eq!(error.what, "no such toy"),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// As AMD's KVM does before it tells of a triple fault.
+#[test]
+fn a_triple_fault_behind_which_the_cpu_was_reset_is_no_exact_moment() {
+    for clock in CLOCKS {
+        let program = Program::random(3, Finish::TripleFault);
+        let host = |resets| Disturbance { resets, ..Disturbance::none() };
+        for resets in [true, false] {
+            let recorded = record(clock, &program, &World::empty(), host(resets));
+            assert_eq!(recorded.outcome().state.is_none(), resets);
+            let replayed = replay(clock, &program, &recorded.records, host(!resets));
+            let conclusion = replayed.conclusion;
+            assert!(matches!(conclusion, Conclusion::Ended(Ending::TripleFault)), "{conclusion:?}");
+        }
+    }
 }
 
 #[test]

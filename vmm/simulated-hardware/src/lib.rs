@@ -2,7 +2,8 @@
 //! machine with performance counters, made of the software CPU.
 //!
 //! It exits for port I/O, MMIO, HLT, interrupt windows, breakpoints and kicks; if asked, for INT3 and for writes
-//! to watched RAM; and for nothing else that a guest does in good health. Its
+//! to watched RAM; and while there are breakpoints, for #DB of the guest's own and its setting of DR7, which end
+//! the run. Its
 //! counter of conditional branches is exact, but interrupts late; kicks strike anywhere, amid a REP and
 //! before a handler's first instruction too; accessed bits are set before they must be, and
 //! translations are forgotten at any time; RDTSC reads a clock that nobody logs. How many instructions

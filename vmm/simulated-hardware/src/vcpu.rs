@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use reprise_branch_clock::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
+use reprise_branch_clock::vcpu::{MAX_BREAKPOINTS, OwnDebugging, Vcpu, VcpuExit};
 use reprise_cpu::cpu::TimeStamps;
 use reprise_cpu::engine::SoftEngine;
 use reprise_machine::clock::TimeBase;
@@ -341,8 +341,19 @@ fn of_engine(exit: Exit) -> VcpuExit {
     }
 }
 
-impl Vcpu for SimulatedVcpu {
-    fn enter(&mut self) -> Result<VcpuExit, EngineError> {
+impl SimulatedVcpu {
+    /// What the guest does that KVM would not let it while there are breakpoints, as far as DR7 says.
+    fn sets_breakpoints_itself(&mut self) -> Result<Option<VcpuExit>, EngineError> {
+        if self.breakpoints.is_empty() {
+            return Ok(None);
+        }
+        let state = self.engine.cpu_state()?;
+        let sets = OwnDebugging::has_breakpoints(state.dr7);
+        let refusal = || VcpuExit::Unsupported(OwnDebugging::Breakpoints.refusal(state.rip));
+        Ok(sets.then(refusal))
+    }
+
+    fn enter_guest(&mut self) -> Result<VcpuExit, EngineError> {
         if std::mem::take(&mut self.passing) {
             // An exception that is queued is delivered before anything else, and no breakpoint hits.
             self.engine.pass_breakpoint_instruction();
@@ -377,6 +388,22 @@ impl Vcpu for SimulatedVcpu {
             }
         }
         Ok(exit)
+    }
+}
+
+impl Vcpu for SimulatedVcpu {
+    fn enter(&mut self) -> Result<VcpuExit, EngineError> {
+        if let Some(refusal) = self.sets_breakpoints_itself()? {
+            return Ok(refusal);
+        }
+        let debug_exceptions = self.engine.debug_exceptions();
+        let exit = self.enter_guest()?;
+        if !self.breakpoints.is_empty() && self.engine.debug_exceptions() != debug_exceptions {
+            // KVM's guest would not have had it.
+            let rip = self.engine.cpu_state()?.rip;
+            return Ok(VcpuExit::Unsupported(OwnDebugging::Exception.refusal(rip)));
+        }
+        Ok(self.sets_breakpoints_itself()?.unwrap_or(exit))
     }
 
     fn finish_access(&mut self, value: u128) -> Result<bool, EngineError> {

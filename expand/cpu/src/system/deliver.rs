@@ -214,6 +214,8 @@ impl Cpu {
             self.deliver_real_mode(event)
         };
         if delivered.is_ok() {
+            let debug = event.vector == vector::DB && event.source == Source::Exception;
+            self.debug_exceptions += u64::from(debug);
             self.trace_delivery(event.kind(), (event.vector, event.error_code), returns_to);
         }
         if delivered == Err(Stop::Fault) && event.source != Source::Software {

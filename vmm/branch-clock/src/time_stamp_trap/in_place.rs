@@ -6,11 +6,11 @@ use reprise_time_stamp_sites::Instruction;
 use reprise_trace::cpu_state::{CpuState, SS};
 use reprise_trace::register_bits::{CR4_BITS, CR4_PAE, CR4_TSD, EFER_LMA, RFLAGS_TF};
 
-use super::{Asking, GENERAL_PROTECTION, Kind, TimeStampTrap, WENT_ON, fails};
+use super::{GENERAL_PROTECTION, Kind, TimeStampTrap, WENT_ON, fails};
 use crate::candidates::is;
 use crate::guest_code::{bitness, decode_at, handler_of, linear_of};
 use crate::planted::Place;
-use crate::retired::{before_fault, retired};
+use crate::retired::{Asking, before_fault, retired};
 use crate::settle::Places;
 use crate::vcpu::{MAX_BREAKPOINTS, Vcpu, VcpuExit};
 use iced_x86::{Decoder, DecoderOptions, Instruction as Decoded, Mnemonic};
@@ -20,7 +20,12 @@ use crate::guest_code::MAX_BYTES;
 
 /// Why an instruction that is done for the guest ends the run where the guest steps itself: #DB behind it
 /// would have to be raised as well.
-const STEPS_ITSELF: &str = "the guest single-steps (TF) an instruction that is done in its place";
+fn steps_itself(rip: u64) -> VcpuExit {
+    fails(&format!(
+        "a debugger in the guest single-steps (TF) an instruction at rip {rip:#x} that is done in its place"
+    ))
+}
+
 /// Interruptions of one instruction before it counts as one that leads nowhere known.
 const MAX_INTERRUPTIONS: u32 = 10_000;
 
@@ -35,7 +40,7 @@ impl<V: Vcpu> TimeStampTrap<V> {
             && let Some((before, bytes)) = self.user_time_stamp(&state)
         {
             if before.rflags & RFLAGS_TF != 0 {
-                return Ok(fails(STEPS_ITSELF));
+                return Ok(steps_itself(before.rip));
             }
             self.counts.user += 1;
             self.vcpu.set_state(&before)?;
@@ -75,7 +80,7 @@ impl<V: Vcpu> TimeStampTrap<V> {
             return Ok(fails("user code executes the kernel's text"));
         }
         if state.rflags & RFLAGS_TF != 0 {
-            return Ok(fails(STEPS_ITSELF));
+            return Ok(steps_itself(state.rip));
         }
         match instruction {
             Instruction::ReadTimeStamp => {

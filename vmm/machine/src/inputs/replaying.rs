@@ -14,7 +14,7 @@ use super::{Arrival, Boundary, EndState, Idle, Inputs, MAX_UNLOGGED_JUMPS, Stamp
 use crate::clock::{MAX_VIRTUAL_NS, TimeBase, TimeSource};
 use crate::digest::StateDigest;
 use crate::divergence::{Difference, Divergence, describe, describe_ending};
-use crate::engine::{Access, Engine};
+use crate::engine::{Access, Engine, EngineError};
 use crate::lawful::{Explained, Lawful, Permitted, SetAside, explained};
 
 /// How much of the machine a replay compares.
@@ -300,6 +300,16 @@ impl Replaying {
     }
 }
 
+/// Whether the recording's engine failed for this reason, or at this tick.
+fn failed_so(record: &Record, reason: &str, tick: u64) -> bool {
+    match &record.event {
+        Event::End { ending: Ending::EngineFailed(recorded), .. } => {
+            recorded == reason || record.moment.tick == tick
+        }
+        _ => false,
+    }
+}
+
 fn stamp_of(record: &Record) -> Stamp {
     Stamp { moment: record.moment, cpu_digest: record.cpu_digest }
 }
@@ -493,6 +503,12 @@ impl Inputs for Replaying {
     ) -> Result<Option<StateDigest>, Stop> {
         let record = self.peek()?.clone();
         let moment = record.moment;
+        if let Ending::EngineFailed(reason) = ending
+            && !failed_so(&record, reason, stamp.moment.tick)
+        {
+            // This engine's limits, which are nothing that the recording has otherwise.
+            return Err(EngineError { what: reason.clone() }.into());
+        }
         let Event::End { ending: recorded, effects: recorded_effects, final_digest } =
             &record.event
         else {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Access, Engine, EngineError, Exit, FlagKick, Kick};
 use reprise_trace::checkpoint::EngineState;
-use reprise_trace::cpu_state::{CpuState, RCX};
+use reprise_trace::cpu_state::{CS, CpuState, RCX};
 use reprise_trace::moment::{Moment, TickKind};
 
 use super::program::{Op, Program, STACK};
@@ -27,6 +27,8 @@ pub(crate) struct Disturbance {
     pub(crate) flip_at: Option<u64>,
     /// At this instruction the engine itself fails.
     pub(crate) fail_at: Option<u64>,
+    /// A triple fault resets the CPU before anybody hears of it.
+    pub(crate) resets: bool,
 }
 
 impl Disturbance {
@@ -34,12 +36,12 @@ impl Disturbance {
     pub(crate) fn kicks(seed: u64) -> Self {
         let mut random = Random::new(seed);
         let kick_every = [None, Some(2), Some(50), Some(700)][random.below(4) as usize];
-        Self { seed: random.next(), kick_every, flip_at: None, fail_at: None }
+        Self { seed: random.next(), kick_every, flip_at: None, fail_at: None, resets: false }
     }
 
     /// None at all.
     pub(crate) fn none() -> Self {
-        Self { seed: 0, kick_every: None, flip_at: None, fail_at: None }
+        Self { seed: 0, kick_every: None, flip_at: None, fail_at: None, resets: false }
     }
 }
 
@@ -183,7 +185,13 @@ impl ToyEngine {
                 self.state.gpr[STACK] = stack + 16;
             }
             Op::Hlt => return Some(self.halt()),
-            Op::TripleFault => return Some(Exit::TripleFault),
+            Op::TripleFault => {
+                if self.disturbance.resets {
+                    self.state = CpuState { rip: 0xfff0, ..CpuState::default() };
+                    self.state.segments[CS].base = 0xffff_0000;
+                }
+                return Some(Exit::TripleFault);
+            }
             Op::Unsupported => return Some(Exit::Unsupported("no such toy".to_owned())),
             Op::In(..) | Op::Out(..) | Op::OutValue(..) | Op::OutTwice(..) => {
                 return Some(self.access());

@@ -316,12 +316,11 @@ impl Rewriting {
         self.counts.time_stamps += 1;
         self.counts.user_time_stamps += u64::from(self.software.is_in_user_code());
         let here = self.boundary()?;
-        if !here.can_be_stopped_at() {
+        if let Some(obstacle) = here.obstacle_to_doing() {
             return Err(EngineError {
                 what: format!(
-                    "the guest reads the time-stamp counter at instruction {}, right behind STI, MOV SS, an \
-                     interrupt or a fault, where no breakpoint stops it: hardware cannot replay this \
-                     recording, use --engine soft",
+                    "the guest reads the time-stamp counter at instruction {}, {obstacle}: hardware cannot \
+                     replay this recording, use --engine soft",
                     here.instructions
                 ),
             });

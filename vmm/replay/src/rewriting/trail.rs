@@ -5,7 +5,7 @@ use reprise_branch_clock::settle::writes_memory;
 use reprise_machine::inputs::Stamp;
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::CpuState;
-use reprise_trace::register_bits::RFLAGS_RF;
+use reprise_trace::register_bits::{RFLAGS_RF, RFLAGS_TF};
 
 /// So many instructions before a place the guest is watched one by one: some ten lie between two
 /// conditional branches.
@@ -28,9 +28,23 @@ pub(super) struct Boundary {
 
 impl Boundary {
     /// Whether a breakpoint stops hardware here at all, and an instruction count the software CPU.
-    pub(super) fn can_be_stopped_at(&self) -> bool {
+    fn can_be_stopped_at(&self) -> bool {
         let resumes = self.state.rflags & RFLAGS_RF != 0;
         !self.delivered && !self.state.interrupt_shadow && !resumes
+    }
+
+    /// Why the instruction here cannot be done in the guest's place, if so.
+    pub(super) fn obstacle_to_doing(&self) -> Option<&'static str> {
+        match self.can_be_stopped_at() {
+            false => Some(
+                "right behind STI, MOV SS, an interrupt or a fault, where no breakpoint stops it",
+            ),
+            // #DB behind it would have to be raised as well.
+            true if self.state.rflags & RFLAGS_TF != 0 => {
+                Some("where a debugger in the guest single-steps it (TF)")
+            }
+            true => None,
+        }
     }
 }
 
@@ -196,5 +210,23 @@ mod tests {
         last.delivered = true;
         assert_place(&trail([boundary(3), last.clone()]), &QUIET, None);
         assert_place(&trail([boundary(4), boundary(4), last]), &QUIET, Some(4));
+    }
+
+    #[test]
+    fn what_cannot_be_done_in_the_guests_place_has_its_reason() {
+        let at = |rflags, delivered| {
+            let here = boundary(0);
+            let state = CpuState { rflags, ..here.state };
+            Boundary { state, delivered, ..here }.obstacle_to_doing()
+        };
+        assert_eq!(at(0x202, false), None);
+        for (rflags, delivered, reason) in [
+            (0x202, true, "no breakpoint stops it"),
+            (0x202 | RFLAGS_RF, false, "no breakpoint stops it"),
+            (0x202 | RFLAGS_TF, false, "single-steps it (TF)"),
+        ] {
+            let told = at(rflags, delivered).expect("it cannot");
+            assert!(told.contains(reason), "{told}");
+        }
     }
 }

@@ -1,17 +1,20 @@
 //! Steps of the branch clock that lead where no breakpoint is: a guest of a few instructions is kicked
 //! once, nothing else strikes, and it is to be caught soon all the same.
 
+use std::cell::Cell;
+
 use reprise_branch_clock::ask_vcpu_within;
 use reprise_branch_clock::engine::{BranchClock, Parameters};
+use reprise_branch_clock::guest_code::linear_of;
 use reprise_branch_clock::vcpu::{Vcpu, VcpuExit};
 use reprise_machine::engine::{Engine, EngineError, Exit};
 use reprise_machine::inputs::Stamp;
 use reprise_machine::paging::write_ram;
 use reprise_machine::ram::GuestRam;
 use reprise_simulated_hardware::{Disturbance, SimulatedVcpu};
-use reprise_trace::cpu_state::{CpuState, RCX, RSP};
+use reprise_trace::cpu_state::{CpuState, RAX, RCX, RSP};
 use reprise_trace::moment::Moment;
-use reprise_trace::register_bits::RFLAGS_RF;
+use reprise_trace::register_bits::{RFLAGS_RF, RFLAGS_TF};
 
 use crate::kernel::{
     CODE, HIGH, HLT, IRETQ, NOP, USER_CODE, USER_CODE_32_BIT, USER_GATE, kernel, put_gate,
@@ -21,7 +24,9 @@ const UNDEFINED_HANDLER: u64 = CODE + 0x400;
 const STACK_FAULT_HANDLER: u64 = CODE + 0x500;
 const CALL_HANDLER: u64 = CODE + 0x600;
 const INTERRUPT_HANDLER: u64 = CODE + 0x700;
+const DEBUG_HANDLER: u64 = CODE + 0x800;
 
+const DEBUG: u64 = 1;
 const UNDEFINED: u64 = 6;
 const STACK_FAULT: u64 = 12;
 const INTERRUPT: u8 = 0x40;
@@ -54,13 +59,13 @@ fn guest(code: &[u8], handlers: &[(u64, u64, &[u8])]) -> (GuestRam, CpuState) {
 struct KickedOnce {
     vcpu: SimulatedVcpu,
     /// Branches to the kick.
-    kick_after: Option<u64>,
-    steps: bool,
+    kick_after: Cell<Option<u64>>,
+    breakpoints: Vec<u64>,
 }
 
 impl Vcpu for KickedOnce {
     ask_vcpu_within! {
-        vcpu: finish_access, conditional_branches, set_overflow, step_off, state, set_state,
+        vcpu: finish_access, conditional_branches, set_overflow, state, set_state,
         interruptible, set_window_request, inject, catch_breakpoint_instructions,
         pass_breakpoint_instruction, watch_writes, retire_instruction, write_ram, ram, kicker
     }
@@ -73,7 +78,10 @@ impl Vcpu for KickedOnce {
         let before = self.vcpu.conditional_branches()?;
         let exit = self.vcpu.enter()?;
         let passed = self.vcpu.conditional_branches()? - before;
-        assert!(!self.steps || passed <= SOON, "a step passed {passed} branches: {exit:?}");
+        assert!(
+            self.breakpoints.is_empty() || passed <= SOON,
+            "a step passed {passed} branches: {exit:?}"
+        );
         Ok(match exit {
             VcpuExit::Interrupted { .. } => VcpuExit::Interrupted { kicked: kick_after.is_some() },
             exit => exit,
@@ -81,8 +89,15 @@ impl Vcpu for KickedOnce {
     }
 
     fn set_breakpoints(&mut self, addresses: &[u64]) -> Result<(), EngineError> {
-        self.steps = !addresses.is_empty();
+        self.breakpoints = addresses.to_vec();
         self.vcpu.set_breakpoints(addresses)
+    }
+
+    fn step_off(&mut self) -> Result<(), EngineError> {
+        let state = self.vcpu.state()?;
+        let here = linear_of(&state, state.rip);
+        assert!(self.breakpoints.contains(&here), "no breakpoint is at {here:#x}");
+        self.vcpu.step_off()
     }
 }
 
@@ -93,7 +108,7 @@ fn clock(
 ) -> BranchClock<KickedOnce> {
     let (ram, state) = guest;
     let vcpu = SimulatedVcpu::new(ram, Disturbance::none()).expect("the host has memory");
-    let vcpu = KickedOnce { vcpu, kick_after, steps: false };
+    let vcpu = KickedOnce { vcpu, kick_after: kick_after.into(), breakpoints: Vec::new() };
     let mut clock = BranchClock::new(vcpu, Parameters::with_skid(skid)).expect("it counts");
     clock.set_cpu_state(&state).expect("a first state");
     clock
@@ -218,4 +233,105 @@ fn a_32_bit_process_is_stepped_into_the_kernel() {
     assert_eq!(run(&mut clock, 221), Exit::TickReached);
     let state = clock.cpu_state().expect("a state");
     assert_eq!((clock.tick(), state.gpr[RCX]), (221, 979));
+}
+
+#[test]
+fn a_time_stamp_that_is_answered_in_place_is_as_long_as_it_is() {
+    // rex.w rdtsc; hlt
+    let mut clock = clock(guest(&[0x48, 0x0f, 0x31, HLT], &[]), 100, None);
+    assert!(clock.ask_for_time_stamp().expect("it runs"));
+    clock.finish_access(5).expect("it is answered");
+    assert_eq!(run(&mut clock, u64::MAX), Exit::Halt);
+    let state = clock.cpu_state().expect("a state");
+    assert_eq!((state.rip, state.gpr[RAX]), (HIGH + CODE + 4, 5));
+}
+
+#[test]
+fn a_time_stamp_that_a_debugger_steps_is_not_answered_in_place() {
+    let (ram, state) = guest(&[0x0f, 0x31, HLT], &[]);
+    let state = CpuState { rflags: state.rflags | RFLAGS_TF, ..state };
+    let mut clock = clock((ram, state), 100, None);
+    let error = clock.ask_for_time_stamp().expect_err("#DB would be lost").to_string();
+    let told = error.contains("single-steps (TF)") && error.contains("--engine soft");
+    assert!(told && error.contains("0xffffffff80010000"), "{error}");
+}
+
+/// pushfq; or byte [rsp + 1], 1; popfq
+const SET_TRAP_FLAG: [u8; 7] = [0x9c, 0x80, 0x4c, 0x24, 1, 1, 0x9d];
+/// mov eax, 0x401; mov dr7, rax
+const SET_BREAKPOINTS: [u8; 8] = [0xb8, 1, 4, 0, 0, 0x0f, 0x23, 0xf8];
+/// mov eax, 0x400; mov dr7, rax; pushfq; and byte [rsp + 1], 0xfe; popfq
+const END_DEBUGGING: [u8; 15] =
+    [0xb8, 0, 4, 0, 0, 0x0f, 0x23, 0xf8, 0x9c, 0x80, 0x64, 0x24, 1, 0xfe, 0x9d];
+/// What a kernel with a debugger begins with, and what a refusal says of it.
+const DEBUGGERS: [(&[u8], &str); 3] = [
+    (&SET_TRAP_FLAG, "single-steps (TF) or executes INT1"),
+    (&[0xf1], "single-steps (TF) or executes INT1"),
+    (&SET_BREAKPOINTS, "breakpoints in debug registers (DR7)"),
+];
+
+/// A guest that begins so, and has a loop of this many rounds behind it.
+fn debugged(begins: &[u8], rounds: u32) -> (GuestRam, CpuState) {
+    let code = [begins, &looping(rounds), &END_DEBUGGING, &[HLT]].concat();
+    guest(&code, &[(DEBUG, DEBUG_HANDLER, &IRETQ)])
+}
+
+#[test]
+fn a_guest_that_debugs_itself_is_refused_while_there_are_breakpoints() {
+    for (begins, expected) in DEBUGGERS {
+        let mut free = clock(debugged(begins, 50), 100, None);
+        assert_eq!(run(&mut free, u64::MAX), Exit::Halt, "{begins:x?}");
+        let mut stepped = clock(debugged(begins, 50), 100, None);
+        let Exit::Unsupported(reason) = run(&mut stepped, 5) else {
+            panic!("{begins:x?} is not refused");
+        };
+        assert!(reason.contains(expected) && reason.contains("rip 0xffffffff8001"), "{reason}");
+        assert!(reason.contains("--engine soft") && !reason.contains('\n'), "{reason}");
+    }
+}
+
+/// Where a debugger is at work nothing enters: behind it something does.
+#[test]
+fn a_recording_of_a_guest_that_debugs_itself_goes_on() {
+    for (begins, _) in DEBUGGERS {
+        for kick in 1..40 {
+            let code =
+                [&looping(10), begins, &looping(10), &END_DEBUGGING, &looping(1_000), &[HLT]];
+            let ram = guest(&code.concat(), &[(DEBUG, DEBUG_HANDLER, &IRETQ)]);
+            let mut clock = clock(ram, 100, Some(kick));
+            assert_eq!(run(&mut clock, u64::MAX), Exit::Kicked, "{begins:x?}, kick {kick}");
+            assert!(clock.stands_exactly(), "{begins:x?}, kick {kick}");
+            assert_eq!(run(&mut clock, u64::MAX), Exit::Halt, "{begins:x?}, kick {kick}");
+        }
+    }
+}
+
+#[test]
+fn a_recording_of_a_guest_that_always_debugs_itself_ends() {
+    for (begins, expected) in [DEBUGGERS[0], DEBUGGERS[2]] {
+        let code = [begins, &[0x48, 0xff, 0xc0, 0x75, 0xfb]].concat();
+        let mut clock = clock(guest(&code, &[(DEBUG, DEBUG_HANDLER, &IRETQ)]), 100, Some(50));
+        let mut kicks = 0;
+        let reason = loop {
+            match run(&mut clock, u64::MAX) {
+                Exit::Kicked => kicks += 1,
+                Exit::Unsupported(reason) => break reason,
+                exit => panic!("{exit:?}"),
+            }
+            assert!(!clock.stands_exactly());
+            clock.vcpu().kick_after.set(Some(50));
+        };
+        assert!(reason.contains(expected), "{reason}");
+        assert_eq!(kicks, 999);
+    }
+}
+
+#[test]
+fn a_moment_is_not_sought_for_ever_where_the_guest_rests() {
+    // here: jmp here, with another RAX than the moment's.
+    let mut clock = clock(guest(&[0xeb, 0xfe], &[]), 100, None);
+    let moment = clock.moment().expect("a moment");
+    let stamp = Stamp { moment, cpu_digest: 0 };
+    let error = clock.run_to(&stamp).expect_err("it does not come there").to_string();
+    assert!(error.contains("does not come out of rip 0xffffffff80010000"), "{error}");
 }

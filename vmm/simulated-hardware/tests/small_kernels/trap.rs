@@ -270,9 +270,9 @@ fn a_guest_that_steps_what_is_trapped_is_refused() {
     // push 0x102; popfq
     let mut kernel = Guest::new(&[0x68, 2, 1, 0, 0, 0x9d]);
     kernel.site(CODE + 6, Instruction::ReadTimeStamp, &RDTSC);
-    kernel.run().ended_with("TF");
+    kernel.run().ended_with("a debugger in the guest single-steps (TF) an instruction at rip 0x1");
     let user = Guest::with_user(&[0x68, 2, 1, 0, 0, 0x9d, 0x0f, 0x31], USER_SELECTOR);
-    user.run().ended_with("TF");
+    user.run().ended_with("a debugger in the guest single-steps (TF) an instruction at rip 0x4");
 }
 
 #[test]
