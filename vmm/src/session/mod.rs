@@ -6,6 +6,7 @@ pub mod automatic;
 pub mod bisection;
 pub mod checkpoints;
 pub mod choice;
+mod drive;
 pub mod expand;
 pub mod expand_report;
 pub mod file_kind;

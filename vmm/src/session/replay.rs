@@ -1,28 +1,19 @@
 //! Replays a recording, from the images that it embeds, and verifies it.
 
-use std::cell::{Cell, RefCell};
 use std::fs::{self, File};
 use std::io::{BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use reprise_cpu::latitude_sites::Sites;
 use reprise_kvm::KvmClock;
 use reprise_machine::checkpoint::Checkpointer;
 use reprise_machine::digest::AccessedBits;
-use reprise_machine::engine::{Engine, EngineError, Kick};
-use reprise_machine::inputs::{Replaying, Verification};
+use reprise_machine::inputs::Verification;
 use reprise_machine::lawful::SetAside;
-use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, MachineError, Outcome};
-use reprise_machine::ram::GuestRam;
-use reprise_replay::{
-    Arrived, Beginning, ConsoleOnce, OnSoftware, ReplayError, Replayable, Start, accessed_bits,
-};
+use reprise_replay::{Beginning, OnSoftware, ReplayError, Replayable, Start, accessed_bits};
 use reprise_trace::event::HandOver;
 use reprise_trace::header::{Header, ImageRole};
 use reprise_trace::moment::TickKind;
@@ -31,6 +22,7 @@ use reprise_trace::stretches::Course;
 
 use super::assembly::{self, SoftOptions, TimeStampSites};
 use super::choice::{ChoiceError, ClockArg, EngineArg, EngineKind};
+use super::drive::{Drive, Driven};
 use super::file_kind::NoFile;
 use super::hardware::{BranchHardware, HostHardware};
 use super::makers::{self, MakerDependentReport};
@@ -42,8 +34,6 @@ use super::stretches::{self, Followed, PlanError, StretchReport};
 
 /// What [`SessionReport::verification`] says where another engine recorded.
 const ACROSS_ENGINES: &str = "across-engines";
-/// How often a replay that is watched says how far it is.
-const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Told the tick that a replay has reached.
 pub type TickObserver = Box<dyn FnMut(u64)>;
@@ -370,143 +360,6 @@ fn begin(
     }
     notes.push("there is no checkpoint before that moment: replayed from the start".to_owned());
     Ok(replayable.begin(Start::Run)?)
-}
-
-/// What drives a replaying machine, whatever its engine.
-struct Drive<'a> {
-    replayable: &'a Replayable,
-    verification: Verification,
-    by_relay: bool,
-    options: ReplayOptions,
-}
-
-/// What a replay came to.
-struct Driven<E> {
-    outcome: Result<Outcome, MachineError>,
-    wall: Duration,
-    engine: E,
-    /// How often it went back to a checkpoint, because the engine stopped late.
-    times_back: u32,
-}
-
-impl Drive<'_> {
-    /// Makes the machine and runs it.
-    fn run<E: Engine>(
-        self,
-        beginning: Beginning,
-        make_engine: impl Fn(&HandOver, GuestRam) -> Result<E, EngineError>,
-    ) -> Result<Driven<E>> {
-        let Self { replayable, verification, by_relay, options } = self;
-        // Only from the place asked for on.
-        let shown = Rc::new(Cell::new(options.from.is_none()));
-        let once = ConsoleOnce::default();
-        let console = options.console.map(|console| Rc::new(RefCell::new(console)));
-        let progress = options.progress.map(|progress| Rc::new(RefCell::new(progress)));
-        let mut checkpointer = options.checkpointer;
-        let make = |beginning: Beginning| {
-            once.begin(beginning.console_bytes());
-            let beginning = if by_relay { beginning.for_relay() } else { beginning };
-            let on = beginning.stretch().clone();
-            let make_engine = |ram| make_engine(&on, ram);
-            let mut machine = beginning.into_machine(make_engine, |inputs| {
-                let mut inputs = inputs.verifying(verification);
-                if let Some(console) = console.clone() {
-                    let (shown, once) = (shown.clone(), once.clone());
-                    inputs = inputs.on_console(move |bytes| {
-                        let fresh = once.fresh(bytes);
-                        // Whoever reads it may go away; the replay is worth going on with.
-                        if shown.get() {
-                            let _ = console.borrow_mut().write_all(fresh);
-                        }
-                    });
-                }
-                if let Some(progress) = progress.clone() {
-                    inputs = inputs.on_progress(move |tick, _| (*progress.borrow_mut())(tick));
-                }
-                inputs
-            })?;
-            if let Some(checkpointer) = checkpointer.take() {
-                machine.set_checkpointer(checkpointer);
-            }
-            Ok(machine)
-        };
-        // Which of two moments comes first, a tick and a time, only the run tells.
-        let ends_before = Cell::new(false);
-        let go = |machine: &mut Machine<E, Replaying>| {
-            let kicker = progress.is_some().then(|| machine.engine().kicker());
-            let _kicks = kicker.map(RegularKicks::start);
-            if let Some(from) = options.from.filter(|_| !shown.get()) {
-                let outcome = run_to(machine, Some(from))?;
-                if !matches!(outcome.conclusion, Conclusion::TargetReached) {
-                    return Ok(outcome);
-                }
-                shown.set(true);
-                let passes = |until: At| until.is_passed(outcome.ticks, outcome.virtual_ns);
-                if options.until.is_some_and(passes) {
-                    ends_before.set(true);
-                    return Ok(outcome);
-                }
-            }
-            run_to(machine, options.until)
-        };
-        let mut wall = Duration::ZERO;
-        let run = |machine: &mut Machine<E, Replaying>| {
-            let started = Instant::now();
-            let outcome = go(machine);
-            wall += started.elapsed();
-            outcome
-        };
-        let Arrived { machine, outcome, times_back } =
-            replayable.run_going_back(beginning, make, run)?;
-        if let (Some(from), Some(until), true) = (options.from, options.until, ends_before.get()) {
-            return Err(PlanError::ends_before(from, until).into());
-        }
-        let (engine, _, _) = machine.into_parts();
-        Ok(Driven { outcome, wall, engine, times_back })
-    }
-}
-
-fn run_to<E: Engine>(
-    machine: &mut Machine<E, Replaying>,
-    to: Option<At>,
-) -> Result<Outcome, MachineError> {
-    match to {
-        None => machine.run(),
-        Some(At::Tick(tick)) => machine.run_until(tick),
-        Some(At::Time(ns)) => machine.run_until_time(ns),
-    }
-}
-
-/// Kicks an engine at regular intervals, so that the machine tells how far it is.
-pub(super) struct RegularKicks {
-    stop: Option<Sender<()>>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-impl RegularKicks {
-    pub(super) fn start(kick: Arc<dyn Kick>) -> Self {
-        let (stop, stopped) = channel::<()>();
-        // Without the thread there is no progress, which is no reason not to replay.
-        let thread = std::thread::Builder::new()
-            .name("progress".to_owned())
-            .spawn(move || {
-                use std::sync::mpsc::RecvTimeoutError::Timeout;
-                while stopped.recv_timeout(PROGRESS_INTERVAL) == Err(Timeout) {
-                    kick.kick();
-                }
-            })
-            .ok();
-        Self { stop: Some(stop), thread }
-    }
-}
-
-impl Drop for RegularKicks {
-    fn drop(&mut self) {
-        self.stop = None;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
 }
 
 /// A report with the recording's file, and with what the comparison with it came to.

@@ -17,8 +17,9 @@ use reprise_trace::moment::TickKind;
 use reprise_trace::recording::Recording;
 
 use super::choice::{ChoiceError, ClockArg, EngineArg};
+use super::drive::RegularKicks;
 use super::hardware::BranchHardware;
-use super::replay::{At, RegularKicks, ReplayOptions, TickObserver};
+use super::replay::{At, ReplayOptions, TickObserver};
 use crate::output::grouped;
 
 /// Whether a replay that is asked for so needs its recording rewritten.
