@@ -30,8 +30,8 @@ use reprise_trace::moment::{Moment, TickKind};
 use crate::recorded_here;
 use crate::software::OnSoftware;
 
-pub(crate) use kept::instructions_before;
 pub use kept::kept_by_software;
+pub(crate) use kept::{check_of_file, instructions_before};
 
 /// Instructions of one tick that are looked at for a place like the recorded one: whoever recorded has stood behind
 /// an exit or a branch, or watched the guest for some hundred instructions.

@@ -2,8 +2,9 @@
 //! takes up again: how many ticks and instructions lie before it.
 
 use reprise_machine::engine::{Engine, EngineError};
-use reprise_trace::checkpoint::{EngineState, HiddenState};
+use reprise_trace::checkpoint::{CheckpointError, EngineState, HiddenState};
 use reprise_trace::moment::TickKind;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::RecordedClock;
@@ -11,8 +12,9 @@ use super::RecordedClock;
 /// The name of what [`RecordedClock`] keeps in a checkpoint where ticks are not the run's instructions, or were
 /// not all along.
 const KEPT: &str = "soft, another clock";
-/// Raised by any change of what the bytes mean.
-const KEPT_VERSION: u32 = 1;
+/// Raised by any change of what the bytes mean. In version 1 `instructions` were ticks plus the instructions
+/// since, behind a hand-over from a clock that counts something else.
+const KEPT_VERSION: u32 = 2;
 /// The name of what it keeps amid a tick. No file holds that: only whoever moves it by instructions can bring
 /// it there again.
 const KEPT_AMID: &str = "soft, amid a tick of another clock";
@@ -37,20 +39,38 @@ struct KeptAmid {
     first_of_tick: bool,
 }
 
+/// What a state of this name and of this build's version holds.
+fn decoded<T: DeserializeOwned>(hidden: &HiddenState, name: &str) -> Option<T> {
+    let known = hidden.engine == name && hidden.version == KEPT_VERSION;
+    match known.then(|| postcard::take_from_bytes(&hidden.bytes)) {
+        Some(Ok((kept, []))) => Some(kept),
+        _ => None,
+    }
+}
+
 /// The instructions of the run before a state that [`RecordedClock`] saved where ticks do not tell them.
 pub(crate) fn instructions_before(hidden: &HiddenState) -> Option<u64> {
-    let kept = (hidden.engine == KEPT).then(|| postcard::from_bytes::<Kept>(&hidden.bytes).ok());
-    kept.flatten().map(|kept| kept.instructions)
+    decoded(hidden, KEPT).map(|kept: Kept| kept.instructions)
 }
 
 /// What the software CPU itself keeps, of what [`RecordedClock`] keeps in a state; anything else as it is.
 pub fn kept_by_software(hidden: HiddenState) -> HiddenState {
-    let kept = match hidden.engine.as_str() {
-        KEPT => postcard::from_bytes::<Kept>(&hidden.bytes).ok(),
-        KEPT_AMID => postcard::from_bytes::<KeptAmid>(&hidden.bytes).ok().map(|amid| amid.kept),
-        _ => None,
-    };
-    kept.map_or(hidden, |kept| kept.software)
+    let of_amid = || decoded(&hidden, KEPT_AMID).map(|amid: KeptAmid| amid.kept);
+    let kept = decoded(&hidden, KEPT).or_else(of_amid);
+    kept.map_or(hidden, |kept: Kept| kept.software)
+}
+
+/// Whether a file's checkpoint can be taken up, as far as [`RecordedClock`] made it.
+///
+/// # Errors
+/// Another Reprise made it.
+pub(crate) fn check_of_file(state: &EngineState) -> Result<(), CheckpointError> {
+    let HiddenState { engine, version, .. } = &state.hidden;
+    if engine == KEPT && *version != KEPT_VERSION {
+        let found = u16::try_from(*version).unwrap_or(u16::MAX);
+        return Err(CheckpointError::StateVersion { tick: state.tick, found });
+    }
+    Ok(())
 }
 
 impl RecordedClock {
@@ -96,19 +116,17 @@ impl RecordedClock {
             return self.restore_of_hardware(state);
         }
         self.counts_from_checkpoint = false;
-        let HiddenState { engine, version, bytes } = &state.hidden;
+        let HiddenState { engine, version, .. } = &state.hidden;
         if engine == KEPT_AMID {
             return self.restore_amid(state);
         }
         if engine != KEPT || *version != KEPT_VERSION {
             return refused(
-                "this checkpoint was not made by the software CPU, which cannot say how many \
+                "this checkpoint was not made by this software CPU, which cannot say how many \
                  instructions lie before it: `reprise checkpoint` makes others",
             );
         }
-        let Ok((kept, [])) = postcard::take_from_bytes::<Kept>(bytes) else {
-            return refused(IMPOSSIBLE);
-        };
+        let Some(kept) = decoded::<Kept>(&state.hidden, KEPT) else { return refused(IMPOSSIBLE) };
         let Kept { instructions, events, software: hidden } = kept;
         let branches = match self.kind {
             TickKind::ConditionalBranch => state.tick.checked_sub(events),
@@ -155,5 +173,39 @@ impl RecordedClock {
         self.software.restore(&state)?;
         self.software.set_conditional_branches(branches);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kept(version: u32, kept: &Kept) -> HiddenState {
+        let bytes = postcard::to_allocvec(kept).expect("it encodes");
+        HiddenState { engine: KEPT.to_owned(), version, bytes }
+    }
+
+    fn at(instructions: u64, events: u64) -> Kept {
+        Kept { instructions, events, software: HiddenState::default() }
+    }
+
+    #[test]
+    fn what_the_bytes_mean_changes_with_the_version() {
+        let now = kept(KEPT_VERSION, &at(7, 5));
+        // Two numbers; a text, a number and bytes, all of them empty.
+        assert_eq!((KEPT_VERSION, &now.bytes[..]), (2, &[7, 5, 0, 0, 0][..]), "raise KEPT_VERSION");
+        assert_eq!(instructions_before(&now), Some(7));
+        assert_eq!(kept_by_software(now.clone()), HiddenState::default());
+        let earlier = kept(1, &at(7, 5));
+        assert_eq!(instructions_before(&earlier), None, "it counted something else");
+        let state =
+            |hidden: &HiddenState| EngineState { hidden: hidden.clone(), ..EngineState::default() };
+        assert!(check_of_file(&state(&now)).is_ok());
+        assert!(check_of_file(&state(&HiddenState::of_kvm())).is_ok());
+        let refused = check_of_file(&state(&earlier));
+        assert!(
+            matches!(refused, Err(CheckpointError::StateVersion { found: 1, .. })),
+            "{refused:?}"
+        );
     }
 }
