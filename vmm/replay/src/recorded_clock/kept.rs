@@ -76,13 +76,17 @@ pub(crate) fn check_of_file(state: &EngineState) -> Result<(), CheckpointError> 
 impl RecordedClock {
     /// As [`Engine::save`].
     pub(super) fn kept_state(&mut self) -> Result<Option<EngineState>, EngineError> {
+        // It does not know how many instructions of the run lie before.
+        if self.counts_from_checkpoint {
+            return Ok(None);
+        }
         let Some(state) = self.software.save()? else { return Ok(None) };
         let counts_instructions = self.kind == TickKind::Instruction;
         if counts_instructions && self.events == 0 {
             return Ok(Some(state));
         }
         // Only the first place of a tick is found again by the tick alone.
-        let found_again = self.first_of_tick && !self.counts_from_checkpoint || self.is_paused();
+        let found_again = self.first_of_tick || self.is_paused();
         if !counts_instructions && (self.amid || self.delivered || !found_again) {
             return Ok(None);
         }
@@ -105,6 +109,7 @@ impl RecordedClock {
     pub(super) fn take_up(&mut self, state: &EngineState) -> Result<(), EngineError> {
         self.halted = state.cpu.halted;
         (self.amid, self.delivered, self.first_of_tick) = (false, false, true);
+        self.counts_from_checkpoint = false;
         if self.kind == TickKind::Instruction && state.hidden.engine != KEPT {
             (self.began_at, self.events) = (state.tick, 0);
             return self.software.restore(state);
@@ -115,7 +120,6 @@ impl RecordedClock {
         {
             return self.restore_of_hardware(state);
         }
-        self.counts_from_checkpoint = false;
         let HiddenState { engine, version, .. } = &state.hidden;
         if engine == KEPT_AMID {
             return self.restore_amid(state);
@@ -178,6 +182,11 @@ impl RecordedClock {
 
 #[cfg(test)]
 mod tests {
+    use reprise_machine::ram::GuestRam;
+    use reprise_trace::cpu_state::CpuState;
+    use reprise_trace::event::HandOver;
+    use reprise_trace::header::{CpuModelInfo, GuestInfo, Header, HostInfo, MachineInfo};
+
     use super::*;
 
     fn kept(version: u32, kept: &Kept) -> HiddenState {
@@ -187,6 +196,51 @@ mod tests {
 
     fn at(instructions: u64, events: u64) -> Kept {
         Kept { instructions, events, software: HiddenState::default() }
+    }
+
+    /// Under this clock, with code that goes on without end.
+    fn clock(kind: TickKind) -> RecordedClock {
+        let header = Header {
+            machine: MachineInfo { ram_mib: 4, rtc_start_s: 0 },
+            cpu_model: CpuModelInfo { name: String::new(), version: 1 },
+            tick_kind: kind,
+            ns_per_tick: 1,
+            engine: String::new(),
+            clock: String::new(),
+            host: HostInfo::default(),
+            guest: GuestInfo {
+                name: String::new(),
+                command_line: String::new(),
+                images: Vec::new(),
+            },
+            created_unix_s: 0,
+            reprise_version: String::new(),
+            precautions: Vec::new(),
+        };
+        let ram = GuestRam::new(4).expect("the host has memory");
+        RecordedClock::new(ram, &header).expect("the host has memory")
+    }
+
+    #[test]
+    fn what_began_at_a_checkpoint_of_hardware_is_not_saved_behind_a_hand_over_either() {
+        let mut clock = clock(TickKind::ConditionalBranch);
+        let hidden = HiddenState::of_branch_clock();
+        clock
+            .restore(&EngineState { tick: 100, cpu: CpuState::default(), hidden })
+            .expect("it begins");
+        assert_eq!(clock.save().expect("it may be asked"), None);
+        let to = HandOver {
+            engine: "soft".to_owned(),
+            clock: "instructions".to_owned(),
+            tick_kind: TickKind::Instruction,
+            ns_per_tick: 1,
+        };
+        assert!(clock.become_engine(&to).expect("it goes on"));
+        assert_eq!((clock.tick(), clock.instructions()), (100, None));
+        assert_eq!(clock.save().expect("it may be asked"), None, "it knows no instructions");
+        clock.restore(&EngineState { tick: 30, ..EngineState::default() }).expect("it begins");
+        assert_eq!(clock.instructions(), Some(30));
+        assert!(clock.save().expect("it may be asked").is_some());
     }
 
     #[test]
