@@ -3,11 +3,12 @@
 
 use reprise_machine::engine::{Engine, EngineError};
 use reprise_trace::checkpoint::{CheckpointError, EngineState, HiddenState};
-use reprise_trace::moment::TickKind;
+use reprise_trace::moment::{MOST_TICKS, TickKind};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::RecordedClock;
+use crate::error::ReplayError;
 
 /// The name of what [`RecordedClock`] keeps in a checkpoint where ticks are not the run's instructions, or were
 /// not all along.
@@ -20,8 +21,6 @@ const KEPT_VERSION: u32 = 2;
 const KEPT_AMID: &str = "soft, amid a tick of another clock";
 /// Why what was kept is refused.
 const IMPOSSIBLE: &str = "the saved clock is in a state that it never reaches: take another copy";
-/// No run is longer, in ticks of any kind: what was kept says otherwise only if it is forged.
-const MOST_TICKS: u64 = 1 << 62;
 
 /// What a checkpoint keeps of it.
 #[derive(Serialize, Deserialize)]
@@ -63,14 +62,21 @@ pub fn kept_by_software(hidden: HiddenState) -> HiddenState {
 /// Whether a file's checkpoint can be taken up, as far as [`RecordedClock`] made it.
 ///
 /// # Errors
-/// Another Reprise made it.
-pub(crate) fn check_of_file(state: &EngineState) -> Result<(), CheckpointError> {
+/// Another Reprise made it, or it is forged.
+pub(crate) fn check_of_file(state: &EngineState) -> Result<(), ReplayError> {
     let HiddenState { engine, version, .. } = &state.hidden;
     if engine == KEPT && *version != KEPT_VERSION {
         let found = u16::try_from(*version).unwrap_or(u16::MAX);
-        return Err(CheckpointError::StateVersion { tick: state.tick, found });
+        return Err(CheckpointError::StateVersion { tick: state.tick, found }.into());
+    }
+    if engine == KEPT_AMID {
+        return Err(impossible().into());
     }
     Ok(())
+}
+
+fn impossible() -> EngineError {
+    EngineError { what: IMPOSSIBLE.to_owned() }
 }
 
 impl RecordedClock {
@@ -107,6 +113,10 @@ impl RecordedClock {
 
     /// As [`Engine::restore`].
     pub(super) fn take_up(&mut self, state: &EngineState) -> Result<(), EngineError> {
+        // Instructions are no more either, which the software CPU looks at.
+        if state.tick >= MOST_TICKS {
+            return Err(impossible());
+        }
         self.halted = state.cpu.halted;
         (self.amid, self.delivered, self.first_of_tick) = (false, false, true);
         self.counts_from_checkpoint = false;
@@ -114,7 +124,6 @@ impl RecordedClock {
             (self.began_at, self.events) = (state.tick, 0);
             return self.software.restore(state);
         }
-        let refused = |what: &str| Err(EngineError { what: what.to_owned() });
         if self.kind == TickKind::ConditionalBranch
             && state.hidden == HiddenState::of_branch_clock()
         {
@@ -125,21 +134,18 @@ impl RecordedClock {
             return self.restore_amid(state);
         }
         if engine != KEPT || *version != KEPT_VERSION {
-            return refused(
-                "this checkpoint was not made by this software CPU, which cannot say how many \
-                 instructions lie before it: `reprise checkpoint` makes others",
-            );
+            let what = "this checkpoint was not made by this software CPU, which cannot say how many \
+                        instructions lie before it: `reprise checkpoint` makes others";
+            return Err(EngineError { what: what.to_owned() });
         }
-        let Some(kept) = decoded::<Kept>(&state.hidden, KEPT) else { return refused(IMPOSSIBLE) };
+        let kept: Kept = decoded(&state.hidden, KEPT).ok_or_else(impossible)?;
         let Kept { instructions, events, software: hidden } = kept;
         let branches = match self.kind {
             TickKind::ConditionalBranch => state.tick.checked_sub(events),
             TickKind::Exit => (state.tick == events).then_some(0),
             TickKind::Instruction => (state.tick == instructions.wrapping_add(events)).then_some(0),
         };
-        let Some(branches) = branches.filter(|_| instructions < MOST_TICKS) else {
-            return refused(IMPOSSIBLE);
-        };
+        let branches = branches.ok_or_else(impossible)?;
         (self.began_at, self.events) = (instructions, events);
         let state = EngineState { tick: instructions, cpu: state.cpu.clone(), hidden };
         self.software.restore(&state)?;
@@ -158,11 +164,8 @@ impl RecordedClock {
 
     /// Takes up what was kept amid a tick.
     fn restore_amid(&mut self, state: &EngineState) -> Result<(), EngineError> {
-        let impossible = || EngineError { what: IMPOSSIBLE.to_owned() };
-        let kept = postcard::take_from_bytes(&state.hidden.bytes).ok();
-        let (KeptAmid { kept, branches, first_of_tick }, []) = kept.ok_or_else(impossible)? else {
-            return Err(impossible());
-        };
+        let amid: KeptAmid = decoded(&state.hidden, KEPT_AMID).ok_or_else(impossible)?;
+        let KeptAmid { kept, branches, first_of_tick } = amid;
         let Kept { instructions, events, software: hidden } = kept;
         let counted = match self.kind {
             TickKind::ConditionalBranch => branches,
@@ -244,6 +247,44 @@ mod tests {
     }
 
     #[test]
+    fn what_no_run_reaches_is_refused() {
+        let software = HiddenState::default();
+        let of = |instructions, events| Kept { instructions, events, software: software.clone() };
+        let amid = |instructions, events, branches| {
+            let kept = KeptAmid { kept: of(instructions, events), branches, first_of_tick: true };
+            let bytes = postcard::to_allocvec(&kept).expect("it encodes");
+            HiddenState { engine: KEPT_AMID.to_owned(), version: KEPT_VERSION, bytes }
+        };
+        let now = |instructions, events| kept(KEPT_VERSION, &of(instructions, events));
+        let (instruction, exit) = (TickKind::Instruction, TickKind::Exit);
+        let branch = TickKind::ConditionalBranch;
+        let most = u64::MAX;
+        for (kind, tick, hidden) in [
+            (instruction, most, software.clone()),
+            (instruction, most, now(5, most - 5)),
+            (instruction, 4, now(most, 5)),
+            (exit, most, now(5, most)),
+            (exit, 5, now(most, 5)),
+            (exit, 5, amid(most, 5, 0)),
+            (exit, most, amid(5, most, 0)),
+            (branch, most, HiddenState::of_branch_clock()),
+            (branch, most, now(5, 5)),
+            (branch, 5, now(most, 5)),
+            (branch, 5, amid(most, 5, 0)),
+            (branch, 5, HiddenState { version: 1, ..amid(5, 5, 0) }),
+        ] {
+            let state = EngineState { tick, cpu: CpuState::default(), hidden };
+            assert!(clock(kind).restore(&state).is_err(), "{kind:?}: {state:?}");
+        }
+        for (kind, hidden) in [(exit, now(9, 5)), (branch, now(9, 5)), (branch, amid(9, 5, 0))] {
+            let state = EngineState { tick: 5, cpu: CpuState::default(), hidden };
+            clock(kind).restore(&state).expect("it may be");
+        }
+        let state = EngineState { hidden: amid(9, 5, 0), ..EngineState::default() };
+        assert!(check_of_file(&state).is_err(), "no file holds it");
+    }
+
+    #[test]
     fn what_the_bytes_mean_changes_with_the_version() {
         let now = kept(KEPT_VERSION, &at(7, 5));
         // Two numbers; a text, a number and bytes, all of them empty.
@@ -256,10 +297,7 @@ mod tests {
             |hidden: &HiddenState| EngineState { hidden: hidden.clone(), ..EngineState::default() };
         assert!(check_of_file(&state(&now)).is_ok());
         assert!(check_of_file(&state(&HiddenState::of_kvm())).is_ok());
-        let refused = check_of_file(&state(&earlier));
-        assert!(
-            matches!(refused, Err(CheckpointError::StateVersion { found: 1, .. })),
-            "{refused:?}"
-        );
+        let refused = check_of_file(&state(&earlier)).expect_err("of another Reprise").to_string();
+        assert!(refused.contains("state version 1"), "{refused}");
     }
 }
