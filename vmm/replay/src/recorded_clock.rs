@@ -16,6 +16,7 @@ use std::sync::Arc;
 use reprise_cpu::cpu::TimeStamps;
 use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::flag_laws::FlagLaws;
+use reprise_cpu::scout::Scout;
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Access, Engine, EngineError, Exit, Kick};
 use reprise_machine::inputs::Stamp;
@@ -43,6 +44,8 @@ const LARGEST_MMIO_EXIT_BYTES: u8 = 8;
 #[derive(Debug)]
 pub struct RecordedClock {
     software: SoftEngine,
+    /// Who went ahead of it last.
+    scout: Option<Scout>,
     /// What the recording says of itself.
     header: Header,
     /// Made on another CPU than this host's.
@@ -76,6 +79,7 @@ impl RecordedClock {
     pub fn new(ram: GuestRam, header: &Header) -> Result<Self, EngineError> {
         let mut clock = Self {
             software: SoftEngine::new(ram)?,
+            scout: None,
             header: header.clone(),
             of_other_cpu: !recorded_here(header),
             kind: header.tick_kind,
@@ -200,23 +204,29 @@ impl RecordedClock {
     /// Whether the guest comes to exactly the state of `stamp` later in this tick. A copy of the CPU goes ahead
     /// to see, and takes back what it writes.
     fn comes_exactly(&mut self, stamp: &Stamp) -> Result<bool, EngineError> {
-        let Some(mut scout) = self.software.scout()? else { return Ok(false) };
-        let branches = scout.conditional_branches();
-        let mut found = false;
-        for _ in 0..MAX_SCOUTED {
-            if !scout.step()? || scout.conditional_branches() != branches {
-                break;
-            }
-            let moment = scout.moment()?;
-            let is_there = (moment.rip, moment.rcx) == (stamp.moment.rip, stamp.moment.rcx);
-            if is_there && scout.cpu_state()?.short_digest() == stamp.cpu_digest {
-                found = true;
-                break;
-            }
-        }
+        let Some(mut scout) = self.software.scout(self.scout.take())? else { return Ok(false) };
+        // On an error it goes, and takes back as well.
+        let found = passes(&mut scout, stamp)?;
         scout.take_back();
+        self.scout = Some(scout);
         Ok(found)
     }
+}
+
+/// Whether a scout comes to exactly the state of `stamp` in the tick in which it stands.
+fn passes(scout: &mut Scout, stamp: &Stamp) -> Result<bool, EngineError> {
+    let branches = scout.conditional_branches();
+    for _ in 0..MAX_SCOUTED {
+        if !scout.step()? || scout.conditional_branches() != branches {
+            break;
+        }
+        let moment = scout.moment()?;
+        let is_there = (moment.rip, moment.rcx) == (stamp.moment.rip, stamp.moment.rcx);
+        if is_there && scout.cpu_state()?.short_digest() == stamp.cpu_digest {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// How a place is like a recorded one.
