@@ -3,6 +3,7 @@
 //! what was recorded.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 
 use reprise::session::replay::{self, ReplayOptions};
 use reprise_cpu::engine::SoftEngine;
@@ -18,7 +19,10 @@ use reprise_machine::lawful::{Lawful, Permitted};
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, Outcome};
 use reprise_machine::ram::GuestRam;
-use reprise_replay::{OnSoftware, RecordedClock, meet_checkpoint, verification};
+use reprise_replay::{
+    OnSoftware, RecordedClock, Replayable, RewriteError, Rewritten, Start, meet_checkpoint,
+    verification,
+};
 use reprise_trace::checkpoint::CheckpointInfo;
 use reprise_trace::cpu_state::{CpuState, DescriptorTable};
 use reprise_trace::event::HandOver;
@@ -27,6 +31,7 @@ use reprise_trace::log::{LogWriter, MemorySink};
 use reprise_trace::moment::TickKind;
 use reprise_trace::recording::FORMAT_VERSION;
 use reprise_trace::stretches::Course;
+use tempfile::TempDir;
 
 use crate::case::{Case, Hardware, Recorded, assert_equal, log_of};
 use crate::guest;
@@ -261,11 +266,55 @@ fn so_it_is_where_ticks_are_instructions() {
     }
 }
 
+/// Rewrites what another maker's software CPU recorded under a seed.
+fn rewritten_here(case: &Case<'_>, seed: u64) -> Result<(Replayable, Rewritten), RewriteError> {
+    let directory = TempDir::with_prefix("reprise-test-").expect("a directory");
+    let paths = ["other.rr", "here.rr"].map(|name| directory.path().join(name));
+    let recorded = recorded_on_software(case, seed);
+    case.write_as(&recorded, &paths[0], &header_of_software(case));
+    let other = Replayable::open(&paths[0]).expect("it is a recording");
+    let out = File::create(&paths[1]).expect("the host has room");
+    let (_, rewritten) = other.rewrite(out, |inputs| inputs, Machine::run)?;
+    assert_eq!(rewritten.outcome.effects, recorded.outcome.effects, "seed {seed}");
+    Ok((Replayable::open(&paths[1]).expect("it is a recording"), rewritten))
+}
+
+#[test]
+fn what_another_maker_recorded_is_rewritten_as_this_cpus_own() {
+    let case = guest("echo", "", "first line\rsecond line\rquit\r");
+    let mut set_aside = 0;
+    for seed in 1..9 {
+        let (here, rewritten) = match rewritten_here(&case, seed) {
+            Ok(both) => both,
+            // An interrupt's frame, which nobody has overwritten, keeps some.
+            Err(RewriteError::OtherCpu(_)) => continue,
+            Err(error) => panic!("seed {seed}: {error}"),
+        };
+        set_aside += lawful(&rewritten.outcome).len();
+        // Every record is of this CPU, as the header says: nothing has to be set aside.
+        assert_eq!(here.recording().header().host, host_info());
+        let mut machine = here.soft_machine(Start::Run).expect("it begins");
+        let outcome = machine.run().expect("it runs");
+        assert!(matches!(outcome.conclusion, Conclusion::Ended(_)), "seed {seed}: {outcome:?}");
+        assert_eq!(lawful(&outcome), [], "seed {seed}");
+        assert_eq!(outcome.effects, rewritten.outcome.effects, "seed {seed}");
+    }
+    assert!(set_aside > 0, "some have such flags");
+}
+
+#[test]
+fn what_another_maker_left_in_memory_is_not_rewritten() {
+    let refused =
+        rewritten_here(&guest("compute", "scale=1", ""), 1).expect_err("its RAM differs");
+    assert!(matches!(refused, RewriteError::OtherCpu(_)), "{refused}");
+    assert!(refused.to_string().contains("--engine soft"), "{refused}");
+}
+
 #[test]
 fn a_file_says_what_was_set_aside_and_what_the_code_holds() {
     let case = guest("ticks", "hz=18000 count=60 poll=40", "");
     let recorded = case.record(&other_maker(3));
-    let directory = tempfile::TempDir::with_prefix("reprise-test-").expect("a directory");
+    let directory = TempDir::with_prefix("reprise-test-").expect("a directory");
     let file = directory.path().join("other.rr");
     case.write_as(&recorded, &file, &header(&case, OTHER));
     let replayable = replay::open_replayable(&file).expect("it opens");

@@ -14,6 +14,9 @@ pub enum TickKind {
     Exit,
 }
 
+/// No run is longer, in ticks of any kind: a file that says otherwise is forged.
+pub const MOST_TICKS: u64 = 1 << 62;
+
 /// A point in guest execution, totally ordered within one recording.
 ///
 /// The tick count orders moments; RIP and RCX tell apart moments of one tick where a tick is

@@ -102,13 +102,6 @@ impl Course {
         before.all(|stretch| stretch.on.tick_kind == TickKind::Instruction)
     }
 
-    /// Whether instructions are counted there, and something else was before: of how many ran, ticks say
-    /// nothing.
-    pub fn counts_anew(&self, records: u64) -> bool {
-        self.at(records).on.tick_kind == TickKind::Instruction
-            && !self.ticks_are_instructions(records)
-    }
-
     /// The stretch that a machine is in that has so many records behind it.
     pub fn at(&self, records: u64) -> &Stretch {
         &self.ahead(records)[0]

@@ -88,7 +88,8 @@ fn traces(directory: &TempDir) -> Vec<Entry> {
     for number in 1..=4 {
         let batch = machine.advance(INSTRUCTIONS / 4);
         let (first_tick, end_tick) = (position.instruction, machine.instructions);
-        let share = Some(Share { number, count: 4, first_tick, end_tick });
+        let end_instruction = Some(end_tick);
+        let share = Some(Share { number, count: 4, first_tick, end_tick, end_instruction });
         let mut share = TraceWriter::create(Vec::new(), &header(share), options).expect("begins");
         share.begin(&position).expect("begins");
         feed.push(&batch, &mut (&mut share, &mut whole)).expect("keeps the contract");

@@ -88,12 +88,15 @@ pub fn approximates(mnemonic: Mnemonic) -> bool {
 type Beyond = (&'static [Mnemonic], u64, fn(&Instruction) -> bool);
 
 /// Where the manuals' pages leave more open than the decoder's table.
-const BEYOND: [Beyond; 3] = [
+const BEYOND: [Beyond; 4] = [
     // Undefined for AMD, and for Intel until its later editions left it alone.
     (&[Mnemonic::Bt, Mnemonic::Btc, Mnemonic::Btr, Mnemonic::Bts], ZF, |_| true),
     // Of a byte or a word, all bits may have been shifted out and more.
     (&[Mnemonic::Shl, Mnemonic::Sal, Mnemonic::Shr], CF, shifts_all_out),
     (&[Mnemonic::Shld, Mnemonic::Shrd], ARITHMETIC, shifts_too_far),
+    // The decoder's table has what is left of a count of a byte's or a word's rounds; the manuals' pages have OF by
+    // the count itself.
+    (&[Mnemonic::Rcl, Mnemonic::Rcr], OF, rotates_on),
 ];
 
 /// Bits of RFLAGS that the instruction leaves undefined, for at least some counts where those are in CL.
@@ -122,24 +125,17 @@ pub fn undefined_flags_for(instruction: &Instruction, cl: u8) -> u64 {
     }
 }
 
-/// Bits of RFLAGS to which the instruction gives a value that is the same everywhere, whatever they were.
-/// What it restores from memory counts as such, though it may have been undefined when it was saved.
-pub fn defined_flags(instruction: &Instruction) -> u64 {
-    // With a count of zero these change nothing.
-    if counts_in_cl(instruction) {
-        return 0;
-    }
-    defined_flags_for(instruction, 0)
-}
-
-/// As [`defined_flags`], where the count in CL, if there is one, is known.
+/// Bits of RFLAGS to which the instruction, with this count in CL if it has one there, gives a value that is
+/// the same everywhere, whatever they were. What it restores from memory counts as such, though it may have
+/// been undefined when it was saved.
 pub fn defined_flags_for(instruction: &Instruction, cl: u8) -> u64 {
     let changes_nothing = counts_in_cl(instruction) && count(instruction, cl) == 0;
     if changes_nothing || instruction.has_rep_prefix() || instruction.has_repne_prefix() {
         return 0;
     }
+    let kept = if comes_round(instruction, cl) { CF } else { 0 };
     let all = instruction.rflags_modified();
-    rflags_of(all) & !undefined_flags_for(instruction, cl)
+    rflags_of(all) & !undefined_flags_for(instruction, cl) & !kept
 }
 
 /// What the instruction leaves undefined of `flags`, as its name and theirs.
@@ -215,6 +211,17 @@ pub(crate) fn operand_bits(instruction: &Instruction) -> usize {
     }
 }
 
+/// A rotation through CF by whole rounds, which leaves operand and CF as they were.
+fn comes_round(instruction: &Instruction, cl: u8) -> bool {
+    matches!(instruction.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr)
+        && count(instruction, cl).is_multiple_of(operand_bits(instruction) + 1)
+}
+
+/// A rotation by more than one place, for at least some counts.
+fn rotates_on(instruction: &Instruction) -> bool {
+    most_shifted(instruction, operand_bits(instruction)) > 1
+}
+
 fn shifts_all_out(instruction: &Instruction) -> bool {
     let bits = operand_bits(instruction);
     most_shifted(instruction, bits) >= bits
@@ -244,8 +251,8 @@ mod tests {
         decoded(bytes, CodeWidth::Bits64)
     }
 
-    /// Instructions, the flags that they leave undefined, and those that they define.
-    const FLAGS: [(&[u8], u64, u64); 24] = [
+    /// Instructions, the flags that they leave undefined, and those that they define, with zero in CL.
+    const FLAGS: [(&[u8], u64, u64); 27] = [
         (&[0x48, 0xf7, 0xe3], SF | ZF | AF | PF, CF | OF), // mul rbx
         (&[0x0f, 0xaf, 0xc3], SF | ZF | AF | PF, CF | OF), // imul eax, ebx
         (&[0xf7, 0xf3], ARITHMETIC, 0),                    // div ebx
@@ -262,6 +269,9 @@ mod tests {
         (&[0xd2, 0xe0], OF | AF | CF, 0),                  // shl al, cl
         (&[0xc1, 0xc0, 0x05], OF, CF),                     // rol eax, 5
         (&[0xd1, 0xd0], 0, OF | CF),                       // rcl eax, 1
+        (&[0xc0, 0xd0, 0x09], OF, 0),                      // rcl al, 9
+        (&[0xc0, 0xd8, 0x0a], OF, CF),                     // rcr al, 10
+        (&[0x66, 0xc1, 0xd0, 0x11], OF, 0),                // rcl ax, 17
         (&[0x0f, 0xa4, 0xd8, 0x05], OF | AF, SF | ZF | PF | CF), // shld eax, ebx, 5
         (&[0x66, 0x0f, 0xa4, 0xd8, 0x11], ARITHMETIC, 0),  // shld ax, bx, 17
         (&[0x66, 0x0f, 0xa5, 0xd8], ARITHMETIC, 0),        // shld ax, bx, cl
@@ -277,7 +287,7 @@ mod tests {
         for (bytes, undefined, defined) in FLAGS {
             let instruction = of(bytes);
             assert_eq!(names(undefined_flags(&instruction)), names(undefined), "{instruction}");
-            assert_eq!(names(defined_flags(&instruction)), names(defined), "{instruction}");
+            assert_eq!(names(defined_flags_for(&instruction, 0)), names(defined), "{instruction}");
         }
     }
 

@@ -1,6 +1,7 @@
 //! What a checkpoint holds of this CPU beside its architectural state and RAM.
 
 use reprise_trace::checkpoint::{EngineState, HiddenState};
+use reprise_trace::moment::MOST_TICKS;
 use serde::{Deserialize, Serialize};
 
 use crate::cpu::Cpu;
@@ -42,6 +43,9 @@ impl Cpu {
     /// Says in one line why the state cannot be taken up.
     pub(crate) fn restore(&mut self, state: &EngineState) -> Result<(), String> {
         let HiddenState { engine, version, bytes } = &state.hidden;
+        if state.tick >= MOST_TICKS {
+            return Err(impossible());
+        }
         self.set_state(&state.cpu);
         self.tick = state.tick;
         self.answered.clear();

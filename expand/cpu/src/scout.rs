@@ -9,27 +9,38 @@ use crate::engine::SoftEngine;
 use crate::other_maker::OtherMaker;
 use crate::translate::Translation;
 
-/// The copy. RAM is the original's, which must not run before [`Scout::take_back`].
+/// The copy. RAM is the original's, which must not run before [`Scout::take_back`]; whoever drops a scout takes
+/// back as well.
 #[derive(Debug)]
-#[must_use = "what it writes has to be taken back"]
 pub struct Scout(SoftEngine);
 
 impl SoftEngine {
-    /// A copy that stands where the guest does; `None` amid an instruction, or if the guest sleeps.
+    /// A copy that stands where the guest does; `None` amid an instruction, or if the guest sleeps. One that was
+    /// sent `before` is sent again: to make one costs far more than its way.
     ///
     /// # Errors
     /// If the host refuses the memory for it.
-    pub fn scout(&mut self) -> Result<Option<Scout>, EngineError> {
+    pub fn scout(&mut self, before: Option<Scout>) -> Result<Option<Scout>, EngineError> {
         let Some(state) = self.save()?.filter(|state| !state.cpu.halted) else { return Ok(None) };
-        let mut scout = Self::new(self.ram().share())?;
-        scout.set_translation(Translation::Never);
-        scout.time_stands_still = self.time_stands_still;
-        scout.cpu_mut().become_like(self.cpu());
-        scout.restore(&state)?;
-        scout.set_conditional_branches(self.conditional_branches());
-        scout.set_interrupt_request(self.interrupt_is_requested());
-        scout.cpu_mut().memory.physical.keep_all();
-        Ok(Some(Scout(scout)))
+        let mut scout = match before {
+            Some(scout) => scout,
+            None => {
+                let mut engine = Self::new(self.ram().share())?;
+                engine.set_translation(Translation::Never);
+                Scout(engine)
+            }
+        };
+        scout.take_back();
+        let copy = &mut scout.0;
+        // The original has written RAM since.
+        copy.start_over(state.tick, &state.cpu)?;
+        copy.time_stands_still = self.time_stands_still;
+        copy.cpu_mut().become_like(self.cpu());
+        copy.restore(&state)?;
+        copy.set_conditional_branches(self.conditional_branches());
+        copy.set_interrupt_request(self.interrupt_is_requested());
+        copy.cpu_mut().memory.physical.keep_all();
+        Ok(Some(scout))
     }
 }
 
@@ -76,7 +87,13 @@ impl Scout {
     }
 
     /// RAM becomes what it was.
-    pub fn take_back(mut self) {
+    pub fn take_back(&mut self) {
         self.0.cpu_mut().memory.physical.take_back_writes();
+    }
+}
+
+impl Drop for Scout {
+    fn drop(&mut self) {
+        self.take_back();
     }
 }

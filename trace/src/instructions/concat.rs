@@ -11,7 +11,6 @@ use super::frames::{Share, TraceHeader};
 use super::head::SegmentOptions;
 use super::reader::{Ending, TraceReader, check_kinship};
 use super::writer::TraceWriter;
-use crate::moment::TickKind;
 
 /// Checks that these are the headers of all shares of one expansion, in order, and gives the header of
 /// the whole.
@@ -90,15 +89,13 @@ impl<W: Write> Concat<W> {
             return Err(TraceError::Mismatch(format!("it is cut short: {again}")));
         };
         let end = self.writer.next_instruction();
-        let counts_instructions = self.header.tick == TickKind::Instruction;
         // An expansion that was stopped is a sound trace, but less than its share.
-        if let Some(Share { first_tick, end_tick, .. }) = share.header().share
-            && counts_instructions
+        if let Some(Share { first_tick, end_tick, end_instruction: Some(due), .. }) =
+            share.header().share
             && first_tick < end_tick
-            && end != end_tick
+            && end != due
         {
-            let what =
-                format!("it ends at instruction {end}, and its share at {end_tick}: {again}");
+            let what = format!("it ends at instruction {end}, and its share at {due}: {again}");
             return Err(TraceError::Mismatch(what));
         }
         for note in notes {

@@ -31,7 +31,7 @@ pub(super) const MAX_FRAME_BYTES: u64 = super::columns::MAX_COLUMN_BYTES + (1 <<
 const MAX_TEXT_BYTES: usize = 1 << 16;
 /// What the header's bytes start with: the schema's name, then its version, little-endian.
 const SCHEMA_ID: [u8; 4] = *b"rtHD";
-const SCHEMA_VERSION: u16 = 3;
+const SCHEMA_VERSION: u16 = 4;
 /// Where the header has whether there are page walks, which schema 2 lacks: behind three other contents, a
 /// byte each.
 const PAGE_WALKS_AT: usize = 3;
@@ -61,6 +61,9 @@ pub struct Share {
     pub first_tick: u64,
     /// The tick at which the next share begins, or the expansion ends.
     pub end_tick: u64,
+    /// Instructions of the run before that, where it was known beforehand: ticks are instructions up to there, or
+    /// a checkpoint says it. Schema 3 lacks it.
+    pub end_instruction: Option<u64>,
 }
 
 /// What was traced, and how.
@@ -91,22 +94,28 @@ impl TraceHeader {
 
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
         let (version, rest) = bytes.strip_prefix(&SCHEMA_ID)?.split_first_chunk()?;
-        let mut fields = rest.to_vec();
-        match u16::from_le_bytes(*version) {
-            SCHEMA_VERSION => {}
-            version @ (1 | 2) if fields.len() > PAGE_WALKS_AT => {
-                fields.insert(PAGE_WALKS_AT, 0);
-                if version == 1 {
-                    // It ends where an absent share stands.
-                    fields.push(0);
-                }
-            }
-            _ => return None,
+        let (version, mut fields) = (u16::from_le_bytes(*version), rest.to_vec());
+        let known = (1..=SCHEMA_VERSION).contains(&version) && fields.len() > PAGE_WALKS_AT;
+        if !known || bytes.len() > MAX_TEXT_BYTES {
+            return None;
         }
-        match postcard::take_from_bytes(&fields) {
-            Ok((header, [])) if bytes.len() <= MAX_TEXT_BYTES => Some(header),
+        if version < 3 {
+            fields.insert(PAGE_WALKS_AT, 0);
+        }
+        if version == 1 {
+            // It ends where an absent share stands.
+            fields.push(0);
+        }
+        let whole = |fields: &[u8]| match postcard::take_from_bytes(fields) {
+            Ok((header, [])) => Some(header),
             _ => None,
-        }
+        };
+        whole(&fields).or_else(|| {
+            // A share that does not say its last instruction ends where an absent one stands.
+            let lacks_it = (2..4).contains(&version);
+            let read = lacks_it.then(|| fields.push(0)).and_then(|()| whole(&fields));
+            read.filter(|header: &Self| header.share.is_some())
+        })
     }
 }
 
@@ -327,4 +336,52 @@ fn read_up_to(input: &mut impl Read, count: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     input.take(count).read_to_end(&mut bytes)?;
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As earlier schemas have it, each of which lacks a field.
+    fn of_schema(version: u16, header: &TraceHeader) -> Vec<u8> {
+        let mut bytes = header.encode().expect("it is short");
+        bytes[4..6].copy_from_slice(&version.to_le_bytes());
+        if version < 4 && (version > 1 && header.share.is_some() || version == 1) {
+            assert_eq!(bytes.pop(), Some(0), "what it lacks is absent");
+        }
+        if version < 3 {
+            assert_eq!(bytes.remove(6 + PAGE_WALKS_AT), 0, "there are no page walks");
+        }
+        bytes
+    }
+
+    #[test]
+    fn headers_of_all_schemas_are_read() {
+        let header = |share| TraceHeader {
+            contents: Contents::default(),
+            tick: TickKind::Exit,
+            cpu_model: CpuModelInfo { name: "one".to_owned(), version: 1 },
+            recording: "00ff".to_owned(),
+            filters: vec!["--user".to_owned()],
+            share,
+        };
+        let end_instruction = None;
+        let share = Share { number: 1, count: 2, first_tick: 3, end_tick: 500, end_instruction };
+        for version in 1..=SCHEMA_VERSION {
+            let shares: &[_] = if version == 1 { &[None] } else { &[None, Some(share)] };
+            for share in shares {
+                let header = header(*share);
+                let bytes = of_schema(version, &header);
+                assert_eq!(TraceHeader::decode(&bytes), Some(header), "schema {version}");
+                for length in 0..bytes.len() {
+                    assert_eq!(TraceHeader::decode(&bytes[..length]), None, "{length} bytes");
+                }
+            }
+        }
+        let now = header(Some(Share { end_instruction: Some(77), ..share }));
+        assert_eq!(TraceHeader::decode(&of_schema(SCHEMA_VERSION, &now)), Some(now.clone()));
+        let mut next = of_schema(SCHEMA_VERSION, &now);
+        next[4] += 1;
+        assert_eq!(TraceHeader::decode(&next), None, "of a later schema");
+    }
 }

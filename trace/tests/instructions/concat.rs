@@ -53,7 +53,8 @@ fn divide(selection: &Selection, header: &TraceHeader, count: u32) -> Divided {
     for number in 1..=count {
         let batch = machine.advance(10_000);
         let (first_tick, end_tick) = (position.instruction, machine.instructions);
-        let share = Some(Share { number, count, first_tick, end_tick });
+        let end_instruction = Some(end_tick);
+        let share = Some(Share { number, count, first_tick, end_tick, end_instruction });
         let header = TraceHeader { share, ..header.clone() };
         let mut share = TraceWriter::create(Vec::new(), &header, SEGMENTS).expect("writes");
         share.begin(&position).expect("begins");
@@ -132,7 +133,8 @@ fn what_does_not_go_together_is_refused_with_the_reason() {
 
 /// A share with this place in the expansion and nothing in it.
 fn share(number: u32, count: u32, first_tick: u64, end_tick: u64) -> TraceHeader {
-    let share = Some(Share { number, count, first_tick, end_tick });
+    let end_instruction = Some(end_tick);
+    let share = Some(Share { number, count, first_tick, end_tick, end_instruction });
     TraceHeader { share, ..header(Options::new(1).contents) }
 }
 
@@ -154,4 +156,9 @@ fn a_share_that_was_stopped_is_no_share() {
     let file = writer.finish(&["stopped early".into()]).expect("finishes");
     let error = join(&[&file]).expect_err("it lacks something").to_string();
     assert!(error.contains("ends at instruction 0, and its share at 100"), "{error}");
+    // Where its ticks are no instructions it promises nothing.
+    let mut header = share(1, 1, 0, 100);
+    header.share.as_mut().expect("it is one").end_instruction = None;
+    let writer = TraceWriter::create(Vec::new(), &header, SEGMENTS).expect("writes");
+    join(&[&writer.finish(&[]).expect("finishes")]).expect("it may end there");
 }

@@ -23,7 +23,7 @@ use reprise_trace::recording::Recording;
 use reprise_trace::stretches::{Course, FinalDigest};
 
 use crate::error::ReplayError;
-use crate::recorded_clock::kept_by_software;
+use crate::recorded_clock::{check_of_file, kept_by_software};
 
 /// Where a replay begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +83,7 @@ impl Beginning {
         let (mut ram, board) = ram_and_board(header)?;
         let loaded = checkpoints.load(index, &mut |address, page| ram.place(address, page))?;
         let state = loaded.state;
+        check_of_file(&state.engine)?;
         let (log, last) = recording.log_behind(state.records)?;
         let last =
             last.map(|record| LastRecord { moment: record.moment, cpu_digest: record.cpu_digest });

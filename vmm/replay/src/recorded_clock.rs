@@ -9,11 +9,14 @@
 //! beside the tick, and every record is compared where it stands: a replay resolves the recording anew
 //! each time, and needs no help of an earlier one.
 
+mod kept;
+
 use std::sync::Arc;
 
 use reprise_cpu::cpu::TimeStamps;
 use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::flag_laws::FlagLaws;
+use reprise_cpu::scout::Scout;
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Access, Engine, EngineError, Exit, Kick};
 use reprise_machine::inputs::Stamp;
@@ -24,26 +27,16 @@ use reprise_trace::cpu_state::CpuState;
 use reprise_trace::event::HandOver;
 use reprise_trace::header::Header;
 use reprise_trace::moment::{Moment, TickKind};
-use serde::{Deserialize, Serialize};
 
 use crate::recorded_here;
 use crate::software::OnSoftware;
 
-/// The name of what [`RecordedClock`] keeps in a checkpoint where ticks are not the run's instructions, or were
-/// not all along.
-const KEPT: &str = "soft, another clock";
-/// Raised by any change of what the bytes mean.
-const KEPT_VERSION: u32 = 1;
-/// The name of what it keeps amid a tick. No file holds that: only whoever moves it by instructions can bring
-/// it there again.
-const KEPT_AMID: &str = "soft, amid a tick of another clock";
-/// Why what was kept is refused.
-const IMPOSSIBLE: &str = "the saved clock is in a state that it never reaches: take another copy";
+pub use kept::kept_by_software;
+pub(crate) use kept::{check_of_file, instructions_before};
+
 /// Instructions of one tick that are looked at for a place like the recorded one: whoever recorded has stood behind
 /// an exit or a branch, or watched the guest for some hundred instructions.
 const MAX_SCOUTED: u64 = 2_000;
-/// No run is longer, in ticks of any kind: what was kept says otherwise only if it is forged.
-const MOST_TICKS: u64 = 1 << 62;
 /// KVM hands over a larger access to memory that is not RAM in pieces of so many bytes, each an exit.
 const LARGEST_MMIO_EXIT_BYTES: u8 = 8;
 
@@ -51,6 +44,8 @@ const LARGEST_MMIO_EXIT_BYTES: u8 = 8;
 #[derive(Debug)]
 pub struct RecordedClock {
     software: SoftEngine,
+    /// Who went ahead of it last.
+    scout: Option<Scout>,
     /// What the recording says of itself.
     header: Header,
     /// Made on another CPU than this host's.
@@ -76,38 +71,6 @@ pub struct RecordedClock {
     counts_from_checkpoint: bool,
 }
 
-/// What a checkpoint keeps of it.
-#[derive(Serialize, Deserialize)]
-struct Kept {
-    instructions: u64,
-    events: u64,
-    software: HiddenState,
-}
-
-/// The instructions of the run before a state that [`RecordedClock`] saved where ticks do not tell them.
-pub(crate) fn instructions_before(hidden: &HiddenState) -> Option<u64> {
-    let kept = (hidden.engine == KEPT).then(|| postcard::from_bytes::<Kept>(&hidden.bytes).ok());
-    kept.flatten().map(|kept| kept.instructions)
-}
-
-/// What the software CPU itself keeps, of what [`RecordedClock`] keeps in a state; anything else as it is.
-pub fn kept_by_software(hidden: HiddenState) -> HiddenState {
-    let kept = match hidden.engine.as_str() {
-        KEPT => postcard::from_bytes::<Kept>(&hidden.bytes).ok(),
-        KEPT_AMID => postcard::from_bytes::<KeptAmid>(&hidden.bytes).ok().map(|amid| amid.kept),
-        _ => None,
-    };
-    kept.map_or(hidden, |kept| kept.software)
-}
-
-/// What is kept of it amid a tick.
-#[derive(Serialize, Deserialize)]
-struct KeptAmid {
-    kept: Kept,
-    branches: u64,
-    first_of_tick: bool,
-}
-
 impl RecordedClock {
     /// The software CPU with the clock of a recording.
     ///
@@ -116,6 +79,7 @@ impl RecordedClock {
     pub fn new(ram: GuestRam, header: &Header) -> Result<Self, EngineError> {
         let mut clock = Self {
             software: SoftEngine::new(ram)?,
+            scout: None,
             header: header.clone(),
             of_other_cpu: !recorded_here(header),
             kind: header.tick_kind,
@@ -157,15 +121,6 @@ impl RecordedClock {
     /// Instructions executed since this engine was made or took up a checkpoint.
     pub fn instructions_executed(&self) -> u64 {
         self.software.tick().wrapping_sub(self.began_at)
-    }
-
-    /// Takes up a checkpoint that the clock `pmu` made on hardware: all that has passed is branches to it.
-    fn restore_of_hardware(&mut self, state: &EngineState) -> Result<(), EngineError> {
-        (self.events, self.began_at) = (0, 0);
-        self.counts_from_checkpoint = true;
-        self.software.restore(&EngineState { tick: 0, ..state.clone() })?;
-        self.software.set_conditional_branches(state.tick);
-        Ok(())
     }
 
     /// Lets the software CPU run up to an instruction count, and does the accounting of what it comes to.
@@ -228,29 +183,6 @@ impl RecordedClock {
         }
     }
 
-    /// Takes up what was kept amid a tick.
-    fn restore_amid(&mut self, state: &EngineState) -> Result<(), EngineError> {
-        let impossible = || EngineError { what: IMPOSSIBLE.to_owned() };
-        let kept = postcard::take_from_bytes(&state.hidden.bytes).ok();
-        let (KeptAmid { kept, branches, first_of_tick }, []) = kept.ok_or_else(impossible)? else {
-            return Err(impossible());
-        };
-        let Kept { instructions, events, software: hidden } = kept;
-        let counted = match self.kind {
-            TickKind::ConditionalBranch => branches,
-            TickKind::Exit | TickKind::Instruction => 0,
-        };
-        if events.checked_add(counted) != Some(state.tick) {
-            return Err(impossible());
-        }
-        self.began_at = instructions;
-        (self.events, self.first_of_tick) = (events, first_of_tick);
-        let state = EngineState { tick: instructions, cpu: state.cpu.clone(), hidden };
-        self.software.restore(&state)?;
-        self.software.set_conditional_branches(branches);
-        Ok(())
-    }
-
     /// Whether the guest stands where `stamp` was taken.
     fn stands_at(&mut self, stamp: &Stamp) -> Result<Standing, EngineError> {
         if self.amid || self.delivered || self.moment()? != stamp.moment {
@@ -272,23 +204,29 @@ impl RecordedClock {
     /// Whether the guest comes to exactly the state of `stamp` later in this tick. A copy of the CPU goes ahead
     /// to see, and takes back what it writes.
     fn comes_exactly(&mut self, stamp: &Stamp) -> Result<bool, EngineError> {
-        let Some(mut scout) = self.software.scout()? else { return Ok(false) };
-        let branches = scout.conditional_branches();
-        let mut found = false;
-        for _ in 0..MAX_SCOUTED {
-            if !scout.step()? || scout.conditional_branches() != branches {
-                break;
-            }
-            let moment = scout.moment()?;
-            let is_there = (moment.rip, moment.rcx) == (stamp.moment.rip, stamp.moment.rcx);
-            if is_there && scout.cpu_state()?.short_digest() == stamp.cpu_digest {
-                found = true;
-                break;
-            }
-        }
+        let Some(mut scout) = self.software.scout(self.scout.take())? else { return Ok(false) };
+        // On an error it goes, and takes back as well.
+        let found = passes(&mut scout, stamp)?;
         scout.take_back();
+        self.scout = Some(scout);
         Ok(found)
     }
+}
+
+/// Whether a scout comes to exactly the state of `stamp` in the tick in which it stands.
+fn passes(scout: &mut Scout, stamp: &Stamp) -> Result<bool, EngineError> {
+    let branches = scout.conditional_branches();
+    for _ in 0..MAX_SCOUTED {
+        if !scout.step()? || scout.conditional_branches() != branches {
+            break;
+        }
+        let moment = scout.moment()?;
+        let is_there = (moment.rip, moment.rcx) == (stamp.moment.rip, stamp.moment.rcx);
+        if is_there && scout.cpu_state()?.short_digest() == stamp.cpu_digest {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// How a place is like a recorded one.
@@ -481,72 +419,11 @@ impl Engine for RecordedClock {
     }
 
     fn save(&mut self) -> Result<Option<EngineState>, EngineError> {
-        let Some(state) = self.software.save()? else { return Ok(None) };
-        let counts_instructions = self.kind == TickKind::Instruction;
-        if counts_instructions && self.events == 0 {
-            return Ok(Some(state));
-        }
-        // Only the first place of a tick is found again by the tick alone.
-        let found_again = self.first_of_tick && !self.counts_from_checkpoint || self.is_paused();
-        if !counts_instructions && (self.amid || self.delivered || !found_again) {
-            return Ok(None);
-        }
-        let EngineState { tick: instructions, cpu, hidden: software } = state;
-        let kept = Kept { instructions, events: self.events, software };
-        let (engine, bytes) = if self.is_paused() && !counts_instructions {
-            let (branches, first_of_tick) =
-                (self.software.conditional_branches(), self.first_of_tick);
-            let amid = KeptAmid { kept, branches, first_of_tick };
-            (KEPT_AMID, postcard::to_allocvec(&amid))
-        } else {
-            (KEPT, postcard::to_allocvec(&kept))
-        };
-        let bytes = bytes.expect("no type of it can fail to encode");
-        let hidden = HiddenState { engine: engine.to_owned(), version: KEPT_VERSION, bytes };
-        Ok(Some(EngineState { tick: self.tick(), cpu, hidden }))
+        self.kept_state()
     }
 
     fn restore(&mut self, state: &EngineState) -> Result<(), EngineError> {
-        self.halted = state.cpu.halted;
-        (self.amid, self.delivered, self.first_of_tick) = (false, false, true);
-        if self.kind == TickKind::Instruction && state.hidden.engine != KEPT {
-            (self.began_at, self.events) = (state.tick, 0);
-            return self.software.restore(state);
-        }
-        let refused = |what: &str| Err(EngineError { what: what.to_owned() });
-        if self.kind == TickKind::ConditionalBranch
-            && state.hidden == HiddenState::of_branch_clock()
-        {
-            return self.restore_of_hardware(state);
-        }
-        self.counts_from_checkpoint = false;
-        let HiddenState { engine, version, bytes } = &state.hidden;
-        if engine == KEPT_AMID {
-            return self.restore_amid(state);
-        }
-        if engine != KEPT || *version != KEPT_VERSION {
-            return refused(
-                "this checkpoint was not made by the software CPU, which cannot say how many \
-                 instructions lie before it: `reprise checkpoint` makes others",
-            );
-        }
-        let Ok((kept, [])) = postcard::take_from_bytes::<Kept>(bytes) else {
-            return refused(IMPOSSIBLE);
-        };
-        let Kept { instructions, events, software: hidden } = kept;
-        let branches = match self.kind {
-            TickKind::ConditionalBranch => state.tick.checked_sub(events),
-            TickKind::Exit => (state.tick == events).then_some(0),
-            TickKind::Instruction => (state.tick == instructions.wrapping_add(events)).then_some(0),
-        };
-        let Some(branches) = branches.filter(|_| instructions < MOST_TICKS) else {
-            return refused(IMPOSSIBLE);
-        };
-        (self.began_at, self.events) = (instructions, events);
-        let state = EngineState { tick: instructions, cpu: state.cpu.clone(), hidden };
-        self.software.restore(&state)?;
-        self.software.set_conditional_branches(branches);
-        Ok(())
+        self.take_up(state)
     }
 
     fn become_engine(&mut self, to: &HandOver) -> Result<bool, EngineError> {

@@ -129,13 +129,12 @@ impl Replayable {
     /// Whether the software CPU can begin at the checkpoint of this number as if it had come there by
     /// itself. At hardware's it cannot: they do not say how many instructions lie before them, nor what
     /// was in a TLB. Nor at those that a recorder took on the software CPU behind another engine, which knew
-    /// no better.
+    /// no better, or that an earlier Reprise made, which counted otherwise there.
     pub fn begins_on_soft(&self, index: usize) -> bool {
         let of_hardware = [HiddenState::of_kvm(), HiddenState::of_branch_clock()];
         let of_hardware = of_hardware.map(|hidden| hidden.digest());
         let Some(info) = self.checkpoints().get(index) else { return false };
-        let counts_anew = self.course().counts_anew(info.records);
-        !of_hardware.contains(&info.digest.engine) && (!counts_anew || self.told()[index].is_some())
+        !of_hardware.contains(&info.digest.engine) && self.instructions_before(index).is_some()
     }
 
     /// Instructions of the run before the checkpoint of this number, if it says so.

@@ -22,6 +22,7 @@ use reprise_trace::instructions::filter::{Filter, Selection};
 use reprise_trace::instructions::{
     Contents, Observer, SegmentOptions, Share, TraceHeader, TraceWriter,
 };
+use reprise_trace::moment::TickKind;
 use reprise_trace::stretches::{Course, Stretch};
 
 use super::assembly::SoftOptions;
@@ -158,6 +159,20 @@ impl Session<'_> {
         }
     }
 
+    /// Instructions of the run before the end of a window to `to`, at `end_tick`, if that is known beforehand.
+    fn instruction_at_end(&self, to: u64, end_tick: u64) -> Option<u64> {
+        let begins = |stretch: &&Stretch| stretch.from.is_none_or(|moment| moment.tick < to);
+        let mut before = self.replayable.course().stretches.iter().take_while(begins);
+        if before.all(|stretch| stretch.on.tick_kind == TickKind::Instruction) {
+            return Some(end_tick);
+        }
+        let ends = |info: &CheckpointInfo| info.moment.tick == to;
+        let mut checkpoints = self.replayable.checkpoints().iter().enumerate();
+        let (index, _) = checkpoints
+            .find(|(index, info)| ends(info) && self.replayable.begins_on_soft(*index))?;
+        self.replayable.instructions_before(index)
+    }
+
     /// Writes the native format, in pieces.
     fn write(&self, out: NativeFile) -> Result<ExpandReport> {
         let started = Instant::now();
@@ -168,7 +183,8 @@ impl Session<'_> {
                 let last = self.replayable.recording().summary().last_moment;
                 let last_tick = last.map_or(0, |moment| moment.tick);
                 let (window, share) = share_of(&all, last_tick, number, count);
-                (window, Some(share))
+                let end_instruction = self.instruction_at_end(window.to, share.end_tick);
+                (window, Some(Share { end_instruction, ..share }))
             }
         };
         let header = self.trace_header(share);
@@ -262,7 +278,8 @@ fn share_of(all: &[Window], last_tick: u64, number: u32, count: u32) -> (Window,
     let from = all.get(range.start).map_or(end, |piece| piece.from);
     let to = all[range.clone()].last().map_or(from, |piece| piece.to);
     let (first_tick, end_tick) = (from.min(last_tick), to.min(last_tick));
-    (Window { from, to }, Share { number, count, first_tick, end_tick })
+    let share = Share { number, count, first_tick, end_tick, end_instruction: None };
+    (Window { from, to }, share)
 }
 
 struct Ran {

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 use reprise_export::output::PendingFile;
 use reprise_machine::engine::Engine;
+use reprise_machine::lawful::SetAside;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::Conclusion;
 use reprise_machine::ram::{GuestRam, MIN_RAM_MIB};
@@ -179,6 +180,13 @@ fn notes(result: &Rewritten, rewritten: &Replayable) -> Vec<String> {
         grouped(outcome.ticks),
         grouped(records)
     )];
+    for SetAside { what, records, first } in &outcome.set_aside {
+        notes.push(format!(
+            "set aside while it was rewritten: {what}, at {} records, the first at tick {}",
+            grouped(*records),
+            grouped(first.tick)
+        ));
+    }
     if result.end_is_open {
         notes.push(
             "the recording was stopped where no breakpoint finds it: the state there is not compared"

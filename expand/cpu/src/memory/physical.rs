@@ -286,9 +286,10 @@ impl Physical {
         self.capture.kept.is_empty() && self.capture.next == self.capture.pending.len()
     }
 
-    /// Keeps each page as it is before it is first written, for [`Physical::take_back_writes`]. Nothing has been
-    /// written yet.
+    /// Keeps each page as it is before it is first written, for [`Physical::take_back_writes`]. Nobody is permitted
+    /// yet to write without asking.
     pub(crate) fn keep_all(&mut self) {
+        self.writes_permitted.fill(false);
         let pages = self.code_chunks.len();
         let (written, pending) = (Some(vec![false; pages]), vec![true; pages]);
         self.capture = Capture { written, pending, ..Capture::default() };

@@ -15,13 +15,11 @@ use reprise_machine::inputs::Stamp;
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::event::{Event, Record};
-use reprise_trace::header::Header;
 use reprise_trace::log::LogWriter;
 use reprise_trace::moment::{Moment, TickKind};
 
 use super::frames::Frames;
 use super::trail::{Boundary, Trail, WATCHED};
-use crate::recorded_clock::follow_other_cpu;
 
 /// What enters at the boundary where the machine stands, as the machine's inputs see it go by.
 #[derive(Debug, Default)]
@@ -121,9 +119,10 @@ impl Rewriting {
         })
     }
 
-    /// Another CPU recorded what is rewritten.
-    pub(super) fn follow_other_cpu(&mut self, header: &Header) {
-        follow_other_cpu(&mut self.software, header);
+    /// Another CPU recorded what is rewritten. The comparison with it has to know which flags are undefined; they
+    /// stay as this CPU leaves them, since what is written is to replay on this one.
+    pub(super) fn know_undefined_flags(&mut self) {
+        self.software.know_undefined_flags();
     }
 
     /// Where the guest stands, as the branch clock counts.
@@ -419,8 +418,9 @@ impl Engine for Rewriting {
         self.software.undefined_flags()
     }
 
-    fn set_undefined_flags(&mut self, rflags: u64) -> Result<(), EngineError> {
-        self.software.set_undefined_flags(rflags)
+    fn set_undefined_flags(&mut self, _rflags: u64) -> Result<(), EngineError> {
+        // The recorder's are not those of the machine for which this is rewritten.
+        Ok(())
     }
 
     fn read_ram(&self, address: u64, bytes: &mut [u8]) {

@@ -14,6 +14,9 @@
 //!   the replaying machine comes to stand there, as at any record, and executes it with the logged answer.
 //! - Interrupts follow, as they do in every replay.
 //!
+//! A recording of another CPU becomes one of this CPU: flags that its instructions leave undefined are compared and
+//! set aside, and written as they are here. Where they reach memory that is not what was recorded, and refused.
+//!
 //! Not every boundary is one that a breakpoint and the CPU's state find again (`trail.rs`). What enters at
 //! another is put before it, as long as interrupts were closed from there on, or behind it, where nobody
 //! could tell. Where neither will do the recording is refused.
@@ -29,7 +32,7 @@ use std::rc::Rc;
 use reprise_devices::time::VirtualTime;
 use reprise_host::host_info;
 use reprise_machine::digest::AccessedBits;
-use reprise_machine::divergence::Divergence;
+use reprise_machine::divergence::{Difference, Divergence};
 use reprise_machine::inputs::Replaying;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::{Conclusion, MachineError, Outcome};
@@ -65,6 +68,12 @@ pub enum RewriteError {
         "the software CPU does not come to what was recorded ({0}): use --engine soft to see where"
     )]
     Diverged(Divergence),
+    /// But for flags that are another CPU's own, and that the guest has kept.
+    #[error(
+        "another CPU recorded this, and what its guest kept of flags that are undefined is not what it is \
+         here ({0}): no hardware of this host can replay it, use --engine soft"
+    )]
+    OtherCpu(Divergence),
 }
 
 /// What was rewritten.
@@ -105,7 +114,7 @@ impl Replayable {
             |ram| {
                 let mut engine = Rewriting::new(ram, entering)?;
                 if !recorded_here(header) {
-                    engine.follow_other_cpu(header);
+                    engine.know_undefined_flags();
                 }
                 Ok(engine)
             },
@@ -118,7 +127,11 @@ impl Replayable {
         )?;
         let outcome = drive(&mut machine)?;
         if let Conclusion::Diverged(divergence) = outcome.conclusion {
-            return Err(RewriteError::Diverged(divergence));
+            let of_memory = divergence.difference == Difference::FinalState;
+            return Err(match of_memory && !recorded_here(header) {
+                true => RewriteError::OtherCpu(divergence),
+                false => RewriteError::Diverged(divergence),
+            });
         }
         let counts = machine.engine().counts();
         let end_is_open = end(&mut machine, &outcome)?;

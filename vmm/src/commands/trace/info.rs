@@ -109,7 +109,7 @@ impl TraceReport {
         let mut rows = Vec::new();
         let recording = if self.recording.is_empty() { "none" } else { &self.recording };
         rows.push(("recording", recording.to_owned()));
-        if let Some(Share { number, count, first_tick, end_tick }) = self.share {
+        if let Some(Share { number, count, first_tick, end_tick, .. }) = self.share {
             let (first, end) = (grouped(first_tick), grouped(end_tick));
             rows.push(("share", format!("{number} of {count}, ticks {first} to {end}")));
         }
