@@ -131,7 +131,7 @@ fn flags_that_the_guest_saved_in_memory_are_told_at_the_end_alone() {
 fn measured(case: &Case<'_>) -> Option<Header> {
     let host = host_info();
     let Some(_) = FlagLaws::of(&host.cpu_vendor, host.cpu_family, host.cpu_model) else {
-        eprintln!("skipped: {} was not measured", host.cpu_brand);
+        reprise_tests::skipped::skipped(format_args!("{} was not measured", host.cpu_brand));
         return None;
     };
     let host = HostInfo { cpu_model: another_model_of(&host), ..host };
