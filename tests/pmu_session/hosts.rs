@@ -5,7 +5,6 @@ use std::sync::OnceLock;
 
 use reprise::session::hardware::{BranchHardware, HostHardware};
 use reprise_kvm::{Finding, pmu_clock, time_stamp_trap};
-use reprise_simulated_hardware::Disturbance;
 use reprise_tests::hardware::{COUNTS, Simulated};
 use reprise_tests::skipped::{skipped, skipped_without_pmu};
 
@@ -47,9 +46,9 @@ impl Hosts for SimulatedHosts {
     }
 
     fn running_time_stamps(&self, run: u64) -> Simulated {
-        let hardware = Simulated::intel(run);
-        let disturbance = Disturbance { time_stamp_runs: true, ..hardware.disturbance };
-        Simulated { disturbance, ..hardware }
+        let mut hardware = Simulated::intel(run);
+        hardware.disturbance.time_stamp_runs = true;
+        hardware
     }
 
     fn said(&self) -> &str {
