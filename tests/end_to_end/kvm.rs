@@ -194,8 +194,7 @@ fn echo_and_compute_under_pmu() {
     ten_of_ten(&["--image", "compute", "--cmdline", "scale=1"], "pmu");
 }
 
-/// Where interrupts are hardest to find again, as on simulated hardware. (`tests/pmu_session` looks at where
-/// they were.)
+/// Where interrupts are hardest to find again, as on simulated hardware.
 #[test]
 fn hard_positions_under_pmu() {
     const SCENARIOS: [&str; 10] =

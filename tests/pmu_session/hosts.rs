@@ -26,9 +26,6 @@ pub(crate) trait Hosts {
 
     /// Whether RDTSC can be trapped; says why not.
     fn traps(&self) -> bool;
-
-    /// Whether interrupts are known to come at every position that tests look for.
-    fn meets_all(&self) -> bool;
 }
 
 /// Another simulated machine for each run: its number is the seed.
@@ -56,10 +53,6 @@ impl Hosts for SimulatedHosts {
     }
 
     fn traps(&self) -> bool {
-        true
-    }
-
-    fn meets_all(&self) -> bool {
         true
     }
 }
@@ -106,11 +99,6 @@ impl Hosts for ThisHost {
             skipped(format_args!("RDTSC cannot be trapped: {}", finding.reason));
         }
         finding.available
-    }
-
-    /// No such host has been met.
-    fn meets_all(&self) -> bool {
-        false
     }
 }
 

@@ -6,7 +6,6 @@
 mod crossing;
 mod hand_over;
 mod hosts;
-mod positions;
 mod rewritten;
 mod time_stamps;
 
