@@ -38,6 +38,27 @@ pub struct CpuidLeaf {
     pub edx: u32,
 }
 
+/// Whether CPUID tells the guest of the time-stamp counter. A hypervisor that cannot trap RDTSC leaves it
+/// out, so that a guest has no reason to read it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TimeStampCounter {
+    /// As the model says.
+    Shown,
+    /// There is none, and so none that is invariant.
+    Hidden,
+}
+
+impl TimeStampCounter {
+    /// The bits of EDX that this takes away from a leaf.
+    pub const fn hidden_in_edx(self, leaf: u32) -> u32 {
+        match (self, leaf) {
+            (Self::Hidden, 1) => 1 << 4,
+            (Self::Hidden, 0x8000_0007) => 1 << 8,
+            _ => 0,
+        }
+    }
+}
+
 /// What becomes of a WRMSR to a constant MSR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MsrWrite {

@@ -219,7 +219,7 @@ fn a_time_stamp_that_kvm_answered_itself_is_told() {
     let guest = ("compute", "scale=1 timing=1 tsd=0", "");
     let file = workplace.record_on("a.rr", ["kvm", "sync"], guest);
     if reprise(&["replay", "--engine", "soft", text(&file)]).code == 0 {
-        eprintln!("skipped: this host's KVM lets RDTSC be trapped");
+        reprise_tests::skipped::skipped("this host's KVM lets RDTSC be trapped");
         return;
     }
     let narrowed = narrowed(&file);
@@ -230,7 +230,7 @@ fn a_time_stamp_that_kvm_answered_itself_is_told() {
 fn kvm_opens() -> bool {
     let opens = reprise_kvm::opens();
     if !opens {
-        eprintln!("skipped: /dev/kvm cannot be opened");
+        reprise_tests::skipped::skipped("/dev/kvm cannot be opened");
     }
     opens
 }

@@ -174,7 +174,7 @@ fn a_command_line_that_is_too_long_is_refused() {
 #[test]
 fn without_kvm_the_reason_says_what_to_do() {
     if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok() {
-        eprintln!("skipped: this host has KVM");
+        reprise_tests::skipped::skipped("this host has KVM");
         return;
     }
     let finished = run(&["run", "--engine", "kvm", "--clock", "sync", "--image", "hello"]);

@@ -41,8 +41,7 @@ fn hand_overs_are_recorded_shown_and_followed() {
 
 #[test]
 fn kvm_takes_over_and_gives_back() {
-    if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
-        eprintln!("skipped: /dev/kvm cannot be opened");
+    if !kvm_opens() {
         return;
     }
     let workplace = Workplace::new();
@@ -105,8 +104,7 @@ fn replays_from_each_stretch(
 
 #[test]
 fn checkpoints_lie_in_every_stretch_and_expansion_crosses_hand_overs() {
-    if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
-        eprintln!("skipped: /dev/kvm cannot be opened");
+    if !kvm_opens() {
         return;
     }
     let workplace = Workplace::new();

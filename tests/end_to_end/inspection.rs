@@ -163,6 +163,9 @@ fn doctor_says_what_would_give_more() {
         assert!(text.contains(&format!("no   {options}\n")), "{text}");
     }
     assert!(text.contains("yes  --engine soft\n") && text.contains("tried: "), "{text}");
+    if let Some(source) = report["branch_counter"]["source"].as_str() {
+        assert!(text.contains(&format!("from {source})")), "{text}");
+    }
     for finding in report["findings"].as_array().expect("a list") {
         assert!(text.contains(finding["topic"].as_str().expect("a topic")), "{finding:#}");
     }

@@ -100,7 +100,9 @@ fn record_onto_small_disk(
     let mounted = format!("mount -t tmpfs -o size={disk_kib}k none {mount}");
     let probe = Command::new("unshare").args(["-rm", "sh", "-c", &mounted]).output();
     if !probe.is_ok_and(|output| output.status.success()) {
-        eprintln!("skipped: this host lets nobody mount a small file system in a namespace");
+        reprise_tests::skipped::skipped(
+            "this host lets nobody mount a small file system in a namespace",
+        );
         return None;
     }
     let script = format!(

@@ -1,18 +1,20 @@
-//! The host's KVM, where there is one: recorded and replayed ten times out of ten.
+//! The host's KVM, where there is one: recorded and replayed ten times out of ten. (`crossing.rs` does the
+//! same of the clock `sync`, and expands what was recorded.)
 
 use reprise_guest_images::COMPUTE_AT_SCALE_1;
+use reprise_tests::skipped::{skipped, skipped_without_pmu};
 use serde_json::Value;
 
 use crate::program::{Workplace, assert_equal_runs, record, replay, run};
 
 /// How often each recording must replay equal, and each guest be recorded.
-const TIMES: usize = 10;
+pub(crate) const TIMES: usize = 10;
 
 /// Whether this process may use KVM; says why not.
 pub(crate) fn kvm_opens() -> bool {
     let opened = std::fs::File::options().read(true).write(true).open("/dev/kvm");
     if let Err(error) = &opened {
-        eprintln!("skipped: /dev/kvm: {error}");
+        skipped(format_args!("/dev/kvm: {error}"));
     }
     opened.is_ok()
 }
@@ -37,10 +39,10 @@ fn ten_of_ten(guest: &[&str], clock: &str) -> Option<Value> {
 }
 
 /// Whether this host has a counter for the clock `pmu`; says why not.
-fn pmu_counts() -> bool {
+pub(crate) fn pmu_counts() -> bool {
     let finding = reprise_kvm::pmu_clock();
     if !finding.available {
-        eprintln!("skipped: no PMU: {}", finding.reason);
+        skipped_without_pmu(&finding.reason);
     }
     finding.available
 }
@@ -111,44 +113,41 @@ fn compute_under_step() {
 }
 
 #[test]
-fn ticks_under_sync() {
-    let Some(report) = ten_of_ten(&["--image", "ticks", "--cmdline", "count=8"], "sync") else {
-        return;
-    };
-    assert!(report["interrupts"].as_u64() >= Some(8), "{report:#}");
-}
-
-#[test]
 fn echo_under_step() {
     let workplace = Workplace::new();
     ten_of_ten(&["--image", "echo", "--input", &typed(&workplace)], "step");
-}
-
-#[test]
-fn echo_under_sync() {
-    let workplace = Workplace::new();
-    ten_of_ten(&["--image", "echo", "--input", &typed(&workplace)], "sync");
-}
-
-#[test]
-fn compute_under_sync() {
-    ten_of_ten(&["--image", "compute", "--cmdline", "scale=1"], "sync");
 }
 
 /// User code reads the time-stamp counter: refused by CR4.TSD, asked for by the guest's kernel, trapped
 /// there, and answered from the log.
 #[test]
 fn time_stamps_of_user_code_under_sync() {
-    let words = ["--image", "compute", "--cmdline", "scale=1 timing=1"];
-    ten_of_ten(&words, "sync");
-    if !kvm_opens() {
+    if kvm_opens() {
+        reads_time_stamps("sync");
+    }
+}
+
+/// The same, trapped by INT3 in the guest's kernel.
+#[test]
+fn time_stamps_of_user_code_under_pmu() {
+    if !pmu_counts() {
         return;
     }
+    let trap = reprise_kvm::time_stamp_trap();
+    match trap.available {
+        true => reads_time_stamps("pmu"),
+        false => skipped(format_args!("RDTSC cannot be trapped: {}", trap.reason)),
+    }
+}
+
+fn reads_time_stamps(clock: &str) {
+    let words = ["--image", "compute", "--cmdline", "scale=1 timing=1"];
+    ten_of_ten(&words, clock);
     let workplace = Workplace::new();
     let mut times = std::collections::BTreeSet::new();
     for name in ["a.rr", "b.rr", "c.rr"] {
         let (file, console) = (workplace.path(name), workplace.path(&format!("{name}.console")));
-        let engine = ["--engine", "kvm", "--clock", "sync", "--console", &console];
+        let engine = ["--engine", "kvm", "--clock", clock, "--console", &console];
         let recorded = record(&[&engine[..], &words[..]].concat(), &file, 0);
         let printed = std::fs::read_to_string(&console).expect("a console");
         let lines: Vec<_> = printed.lines().filter(|line| line.contains("nanoseconds")).collect();
@@ -198,8 +197,8 @@ fn echo_and_compute_under_pmu() {
 /// Where interrupts are hardest to find again, as on simulated hardware.
 #[test]
 fn hard_positions_under_pmu() {
-    const SCENARIOS: [&str; 9] =
-        ["rep", "straight", "itself", "shadow", "hlt", "fault", "window", "user", "code"];
+    const SCENARIOS: [&str; 10] =
+        ["rep", "straight", "itself", "memory", "shadow", "hlt", "fault", "window", "user", "code"];
     if !pmu_counts() {
         return;
     }

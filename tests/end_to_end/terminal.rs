@@ -65,7 +65,7 @@ fn the_console_is_live_and_the_escape_key_stops_the_run() {
         .stderr(Stdio::null())
         .spawn();
     let Ok(script) = spawned else {
-        eprintln!("skipped: script(1) is not installed");
+        reprise_tests::skipped::skipped("script(1) is not installed");
         return;
     };
     let mut script = Terminal(script);

@@ -155,7 +155,7 @@ fn record(directory: &TempDir, guest: &[&str]) -> Option<PathBuf> {
     command.args(["--json", "record", "--engine", "kvm", "--clock", "step", "-o"]).arg(&file);
     let recorded = command.args(guest).output().expect("the program starts");
     if !recorded.status.success() {
-        eprintln!("skipped: {}", String::from_utf8_lossy(&recorded.stderr));
+        reprise_tests::skipped::skipped(String::from_utf8_lossy(&recorded.stderr).trim_end());
         return None;
     }
     Some(file)

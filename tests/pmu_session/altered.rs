@@ -79,11 +79,8 @@ fn ways(kind: EngineKind) -> Vec<(EngineArg, ClockArg)> {
 }
 
 fn replay(path: &Path, (engine, clock): (EngineArg, ClockArg)) -> anyhow::Result<SessionReport> {
-    let hardware = Simulated::intel(2);
-    let rewritten = clock == ClockArg::Pmu;
-    let hardware = if rewritten { hardware.showing_time_stamp_counter() } else { hardware };
     let options = ReplayOptions { engine, clock, ..ReplayOptions::default() };
-    Ok(replay_on(&hardware, &open_replayable(path)?, options)?.report)
+    Ok(replay_on(&Simulated::intel(2), &open_replayable(path)?, options)?.report)
 }
 
 #[test]

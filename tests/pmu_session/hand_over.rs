@@ -7,6 +7,7 @@ use reprise::session::checkpoints::{self, CheckpointArg};
 use reprise::session::choice::{Choice, EngineArg, EngineKind};
 use reprise::session::expand::{ExpandOptions, Place, Target, expand_recording};
 use reprise::session::expand_report::ExpandReport;
+use reprise::session::hardware::BranchHardware;
 use reprise::session::record::{RecordTo, RunPlan, record_on};
 use reprise::session::replay::{At, ReplayOptions, open_replayable, replay_on};
 use reprise::session::report::SessionReport;
@@ -24,7 +25,9 @@ use reprise_trace::instructions::{Contents, TraceReader};
 use reprise_trace::moment::TickKind;
 
 use crate::Session;
-use reprise_tests::hardware::{REFUSAL, Refusing, Simulated};
+use crate::hosts::{Hosts, on_each_host};
+use reprise_tests::hardware::{REFUSAL, Refusing};
+use reprise_tests::skipped::skipped;
 
 /// No checkpoints.
 const NONE: CheckpointArg = CheckpointArg::Never;
@@ -37,7 +40,7 @@ impl Session {
     /// Records on `first`, and from each moment on the engine beside it.
     fn record_moving(
         &self,
-        hardware: &Simulated,
+        hardware: &impl BranchHardware,
         first: &str,
         then: &[(At, &str)],
         checkpoints: CheckpointArg,
@@ -57,23 +60,31 @@ impl Session {
     }
 }
 
+on_each_host!(
+    hardware_takes_over_and_gives_back,
+    checkpoints_lie_in_every_stretch_and_expansion_crosses_hand_overs,
+    a_guest_that_never_exits_is_handed_over,
+    where_one_engine_of_two_is_lacking_the_software_cpu_executes_both_parts,
+    a_replay_from_a_later_stretch_is_by_the_engine_of_that,
+    the_software_cpu_takes_over_from_hardware,
+);
+
 /// On other hardware, on the software CPU alone, and there where nothing counts.
 #[track_caller]
-fn replays(session: &Session, recorded: &SessionReport) {
+fn replays(session: &Session, recorded: &SessionReport, hosts: &impl Hosts) {
     let replayable = open_replayable(&session.path()).expect("it is a recording");
     let options = |engine| ReplayOptions { engine, ..ReplayOptions::default() };
-    let replay = |hardware: &Simulated, engine| {
-        let seed = hardware.disturbance.seed;
-        let replayed = replay_on(hardware, &replayable, options(engine));
-        replayed.unwrap_or_else(|error| panic!("seed {seed}: {error:#}")).report
+    let replay = |hardware, engine, run| {
+        let replayed = replay_on(&hardware, &replayable, options(engine));
+        replayed.unwrap_or_else(|error| panic!("run {run}: {error:#}")).report
     };
     let mut reports: Vec<_> =
-        (2..5).map(|seed| replay(&Simulated::intel(seed), EngineArg::Auto)).collect();
-    reports.push(replay(&Simulated::zen(5), EngineArg::Auto));
+        (2..5).map(|run| replay(hosts.host(run), EngineArg::Auto, run)).collect();
+    reports.push(replay(hosts.late(5), EngineArg::Auto, 5));
     for report in &reports {
         assert_eq!(report.verification, Some("exact"));
     }
-    reports.push(replay(&Simulated::intel(6), EngineArg::Soft));
+    reports.push(replay(hosts.host(6), EngineArg::Soft, 6));
     let nowhere = replay_on(&Refusing, &replayable, options(EngineArg::Auto));
     reports.push(nowhere.expect("it replays").report);
     for report in &reports[reports.len() - 2..] {
@@ -95,7 +106,7 @@ fn replays(session: &Session, recorded: &SessionReport) {
 }
 
 /// Expands a window of it, in full; the trace's bytes beside the report.
-fn expand(session: &Session, window: Window, jobs: usize) -> (ExpandReport, Vec<u8>) {
+pub(crate) fn expand(session: &Session, window: Window, jobs: usize) -> (ExpandReport, Vec<u8>) {
     let replayable = open_replayable(&session.path()).expect("it is a recording");
     let out = session.directory.path().join("trace");
     let options = ExpandOptions {
@@ -137,7 +148,12 @@ fn add_checkpoints(session: &Session, every: u64) {
 }
 
 /// From a checkpoint in each stretch a replay comes to the recorded end, on hardware and on the software CPU.
-fn replays_from_each_stretch(session: &Session, recorded: &SessionReport, only_soft: bool) {
+fn replays_from_each_stretch(
+    session: &Session,
+    recorded: &SessionReport,
+    hosts: &impl Hosts,
+    only_soft: bool,
+) {
     let replayable = open_replayable(&session.path()).expect("it is a recording");
     let bounds: Vec<_> = recorded.stretches.iter().map(|it| it.from_tick).collect();
     for (number, from) in bounds.iter().enumerate() {
@@ -145,16 +161,16 @@ fn replays_from_each_stretch(session: &Session, recorded: &SessionReport, only_s
         let ticks = replayable.checkpoints().iter().map(|info| info.moment.tick);
         let within: Vec<_> = ticks.filter(|tick| (from + 1..=to).contains(tick)).collect();
         let tick = *within.first().unwrap_or_else(|| panic!("none from {from} to {to}"));
-        let replay = |hardware: &Simulated, engine| {
+        let replay = |hardware, engine| {
             let from = Some(At::Tick(tick));
             let options = ReplayOptions { engine, from, ..ReplayOptions::default() };
-            let replayed = replay_on(hardware, &replayable, options);
+            let replayed = replay_on(&hardware, &replayable, options);
             replayed.unwrap_or_else(|error| panic!("from {tick}: {error:#}")).report
         };
-        let mut reports = vec![replay(&Simulated::intel(2), EngineArg::Soft)];
+        let mut reports = vec![replay(hosts.host(2), EngineArg::Soft)];
         if !only_soft {
-            reports.push(replay(&Simulated::intel(3), EngineArg::Auto));
-            reports.push(replay(&Simulated::zen(4), EngineArg::Auto));
+            reports.push(replay(hosts.host(3), EngineArg::Auto));
+            reports.push(replay(hosts.late(4), EngineArg::Auto));
         }
         for report in reports {
             assert_eq!(report.verified, Some(true), "from {tick}: {report:#?}");
@@ -165,27 +181,25 @@ fn replays_from_each_stretch(session: &Session, recorded: &SessionReport, only_s
     }
 }
 
-#[test]
-fn hardware_takes_over_and_gives_back() {
+fn hardware_takes_over_and_gives_back(hosts: &impl Hosts) {
     let session = Session::new("ticks", "hz=2000 count=60 poll=100");
     let there = (At::Tick(2_000_000), "kvm:pmu");
     let back = (At::Tick(2_100_000), "soft");
-    let recorded = session.record_moving(&Simulated::intel(1), "soft", &[there, back], NONE);
+    let recorded = session.record_moving(&hosts.host(1), "soft", &[there, back], NONE);
     assert!(session.printed().contains("position hash "), "{:?}", session.printed());
-    replays(&session, &recorded);
+    replays(&session, &recorded, hosts);
 }
 
-#[test]
-fn checkpoints_lie_in_every_stretch_and_expansion_crosses_hand_overs() {
+fn checkpoints_lie_in_every_stretch_and_expansion_crosses_hand_overs(hosts: &impl Hosts) {
     let session = Session::new("ticks", "hz=2000 count=20 poll=100");
     let there = (At::Tick(500_000), "kvm:pmu");
     let back = (At::Tick(560_000), "soft");
     let every = CheckpointArg::Ticks(20_000);
-    let recorded = session.record_moving(&Simulated::intel(1), "soft", &[there, back], every);
+    let recorded = session.record_moving(&hosts.host(1), "soft", &[there, back], every);
     // As the recorder left them: the last stretch's do not say how many instructions lie before.
-    replays_from_each_stretch(&session, &recorded, true);
+    replays_from_each_stretch(&session, &recorded, hosts, true);
     add_checkpoints(&session, 20_000);
-    replays_from_each_stretch(&session, &recorded, false);
+    replays_from_each_stretch(&session, &recorded, hosts, false);
     let back_at = recorded.stretches[2].from_tick;
     let window = Window { from: 450_000, to: back_at + 50_000 };
     let (report, one) = expand(&session, window, 1);
@@ -200,14 +214,13 @@ fn checkpoints_lie_in_every_stretch_and_expansion_crosses_hand_overs() {
 }
 
 /// Nothing but the deadlines' kicks stops the guest, before the hand-over and behind it.
-#[test]
-fn a_guest_that_never_exits_is_handed_over() {
+fn a_guest_that_never_exits_is_handed_over(hosts: &impl Hosts) {
     // Its timer follows the host's clock in between, so it counts for long, however busy the host is.
     let session = Session::new("ticks", "hz=500 count=150 poll=100000000");
     let there = (At::Tick(3_000_000), "kvm:pmu");
     let back = (At::Tick(4_000_000), "soft");
-    let recorded = session.record_moving(&Simulated::intel(1), "soft", &[there, back], NONE);
-    replays(&session, &recorded);
+    let recorded = session.record_moving(&hosts.host(1), "soft", &[there, back], NONE);
+    replays(&session, &recorded, hosts);
 }
 
 /// The log names what executes the guest: where that cannot be had, nothing else does.
@@ -253,15 +266,14 @@ fn an_engine_that_counts_otherwise_takes_nothing_over() {
 }
 
 /// KVM that is there, and a counter that is not: the software CPU counts exits, and then branches.
-#[test]
-fn where_one_engine_of_two_is_lacking_the_software_cpu_executes_both_parts() {
+fn where_one_engine_of_two_is_lacking_the_software_cpu_executes_both_parts(hosts: &impl Hosts) {
     if !reprise_kvm::opens() {
-        eprintln!("skipped: /dev/kvm cannot be opened");
+        skipped("/dev/kvm cannot be opened");
         return;
     }
     let session = Session::new("ticks", "hz=500 count=30 poll=100");
     let there = (At::Tick(40), "kvm:pmu");
-    let recorded = session.record_moving(&Simulated::intel(1), "kvm:sync", &[there], NONE);
+    let recorded = session.record_moving(&hosts.host(1), "kvm:sync", &[there], NONE);
     let replayable = open_replayable(&session.path()).expect("it is a recording");
     let options = ReplayOptions::default();
     let report = replay_on(&Refusing, &replayable, options).expect("it replays").report;
@@ -270,19 +282,18 @@ fn where_one_engine_of_two_is_lacking_the_software_cpu_executes_both_parts() {
     assert_eq!((report.engine, report.clock), ("soft", "sync"));
 }
 
-#[test]
-fn a_replay_from_a_later_stretch_is_by_the_engine_of_that() {
+fn a_replay_from_a_later_stretch_is_by_the_engine_of_that(hosts: &impl Hosts) {
     let session = Session::new("ticks", "hz=2000 count=60 poll=100");
     let there = (At::Tick(200_000), "soft");
     let every = CheckpointArg::Ticks(500_000);
-    let recorded = session.record_moving(&Simulated::intel(1), "kvm:pmu", &[there], every);
+    let recorded = session.record_moving(&hosts.host(1), "kvm:pmu", &[there], every);
     let replayable = open_replayable(&session.path()).expect("it is a recording");
     let last = replayable.checkpoints().last().expect("there are some").moment.tick;
     assert!(last > recorded.stretches[1].from_tick, "{last}");
     for hardware in [true, false] {
         let options = ReplayOptions { from: Some(At::Tick(last)), ..ReplayOptions::default() };
         let report = match hardware {
-            true => replay_on(&Simulated::intel(2), &replayable, options),
+            true => replay_on(&hosts.host(2), &replayable, options),
             false => replay_on(&Refusing, &replayable, options),
         };
         let report = report.expect("it replays").report;
@@ -293,12 +304,11 @@ fn a_replay_from_a_later_stretch_is_by_the_engine_of_that() {
     }
 }
 
-#[test]
-fn the_software_cpu_takes_over_from_hardware() {
+fn the_software_cpu_takes_over_from_hardware(hosts: &impl Hosts) {
     let mut session = Session::new("echo", "");
     session.typed = "one line\ranother line\rquit\r";
     let there = (At::Tick(600), "soft");
-    let recorded = session.record_moving(&Simulated::intel(1), "kvm:pmu", &[there], NONE);
+    let recorded = session.record_moving(&hosts.host(1), "kvm:pmu", &[there], NONE);
     assert!(session.printed().contains("another line"), "{:?}", session.printed());
-    replays(&session, &recorded);
+    replays(&session, &recorded, hosts);
 }

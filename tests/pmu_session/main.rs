@@ -1,10 +1,12 @@
 //! Sessions with the clock `pmu`, from the plan to the file and back: the code that `reprise record` and
 //! `reprise replay` run, the real host's clock, timers and threads with it, on simulated hardware in
-//! place of KVM and a counter. What a real machine adds is the vCPU's system calls; where this one has a
-//! counter, the command line's own tests are run on it.
+//! place of KVM and a counter; and, where this host has a counter, the same tests on that. What only
+//! simulated hardware can be told to do (being late or wrong, refusing) is tested on that alone.
 
 mod altered;
+mod crossing;
 mod hand_over;
+mod hosts;
 mod rewritten;
 mod time_stamps;
 
@@ -15,6 +17,7 @@ use reprise::session::assembly::SoftOptions;
 use reprise::session::checkpoints::CheckpointArg;
 use reprise::session::choice::{Choice, ClockArg, EngineKind};
 use reprise::session::guest::Guest;
+use reprise::session::hardware::BranchHardware;
 use reprise::session::record::{RecordTo, RunPlan, record_on, run_on};
 use reprise::session::replay::{ReplayOptions, Replayed, open_replayable, replay_on};
 use reprise::session::report::SessionReport;
@@ -22,6 +25,7 @@ use reprise::session::trial;
 use reprise_host::{ConsoleSink, HostOptions, InputSource};
 use reprise_simulated_hardware::{Disturbance, Skid};
 
+use hosts::{Hosts, on_each_host};
 use reprise_tests::hardware::{self, Refusing, Simulated};
 
 /// A guest, what is typed to it, and where its files are.
@@ -29,6 +33,7 @@ struct Session {
     guest: Guest,
     typed: &'static str,
     time_limit: Option<Duration>,
+    memory_mib: u64,
     directory: tempfile::TempDir,
 }
 
@@ -37,7 +42,7 @@ impl Session {
         let mut guest = Guest::embedded(name).expect("it is listed");
         command_line.clone_into(&mut guest.cmdline);
         let directory = tempfile::tempdir().expect("a temporary directory");
-        Self { guest, typed: "", time_limit: None, directory }
+        Self { guest, typed: "", time_limit: None, memory_mib: 4, directory }
     }
 
     fn path(&self) -> PathBuf {
@@ -57,10 +62,11 @@ impl Session {
             ..HostOptions::default()
         };
         let (choice, soft) = (Choice::of(EngineKind::Pmu), SoftOptions::default());
-        RunPlan { guest: &self.guest, choice, plan: Vec::new(), memory_mib: 4, soft, host }
+        let (guest, memory_mib) = (&self.guest, self.memory_mib);
+        RunPlan { guest, choice, plan: Vec::new(), memory_mib, soft, host }
     }
 
-    fn record(&self, hardware: &Simulated) -> SessionReport {
+    fn record(&self, hardware: &impl BranchHardware) -> SessionReport {
         let checkpoints = CheckpointArg::default();
         let to = RecordTo { path: self.path(), force: false, checkpoints };
         let report = record_on(hardware, self.plan(), &to).expect("it records");
@@ -81,7 +87,7 @@ impl Session {
     }
 }
 
-fn replay(path: &Path, hardware: &Simulated) -> anyhow::Result<Replayed> {
+fn replay(path: &Path, hardware: &impl BranchHardware) -> anyhow::Result<Replayed> {
     replay_on(hardware, &open_replayable(path)?, ReplayOptions::default())
 }
 
@@ -97,55 +103,60 @@ fn assert_equal(recorded: &SessionReport, replayed: &SessionReport, seed: u64) {
     assert_eq!(replayed.interrupts, recorded.interrupts, "seed {seed}");
 }
 
-/// Records under seed 1 and replays under others.
-fn replays(session: &Session) -> SessionReport {
-    let recorded = session.record(&Simulated::intel(1));
-    for seed in 2..6 {
-        let replayed = replay(&session.path(), &Simulated::intel(seed));
-        let replayed = replayed.unwrap_or_else(|error| panic!("seed {seed}: {error:#}"));
-        assert_equal(&recorded, &replayed.report, seed);
+/// Records on one host and replays on others.
+fn replays(session: &Session, hosts: &impl Hosts) -> SessionReport {
+    let recorded = session.record(&hosts.host(1));
+    for run in 2..6 {
+        let replayed = replay(&session.path(), &hosts.host(run));
+        let replayed = replayed.unwrap_or_else(|error| panic!("run {run}: {error:#}"));
+        assert_equal(&recorded, &replayed.report, run);
     }
     recorded
 }
 
-#[test]
-fn ticks_is_recorded_and_replayed() {
+on_each_host!(
+    ticks_is_recorded_and_replayed,
+    echo_is_recorded_and_replayed,
+    a_guest_that_never_exits_takes_its_timer_interrupts_in_time,
+    a_guest_that_spins_is_stopped_at_an_exact_moment,
+    a_run_is_a_recording_without_a_file,
+    the_doctors_trial_passes_on_hardware_that_counts_right,
+    a_clock_that_is_named_is_not_left_out,
+);
+
+fn ticks_is_recorded_and_replayed(hosts: &impl Hosts) {
     let session = Session::new("ticks", "hz=2000 count=20");
-    let recorded = replays(&session);
+    let recorded = replays(&session, hosts);
     assert!(recorded.interrupts >= 20 && session.printed().contains("position hash "));
 }
 
-#[test]
-fn echo_is_recorded_and_replayed() {
+fn echo_is_recorded_and_replayed(hosts: &impl Hosts) {
     let mut session = Session::new("echo", "");
     session.typed = "one line\rquit\r";
-    replays(&session);
+    replays(&session, hosts);
     assert!(session.printed().contains("one line"), "{:?}", session.printed());
 }
 
 /// The guest leaves for the host only to print at its end. The flush timer kicks it four times a
 /// second; that its timer interrupts are on time is the deadline's doing.
-#[test]
-fn a_guest_that_never_exits_takes_its_timer_interrupts_in_time() {
+fn a_guest_that_never_exits_takes_its_timer_interrupts_in_time(hosts: &impl Hosts) {
     let session = Session::new("ticks", "hz=500 count=20 poll=100000000");
-    let recorded = replays(&session);
+    let recorded = replays(&session, hosts);
     assert!(recorded.interrupts >= 20, "{recorded:#?}");
     // 40 ms, were the machine not busy; 5 s with the flush timer alone.
     assert!(recorded.virtual_seconds < 2.0, "{} s", recorded.virtual_seconds);
 }
 
-#[test]
-fn a_guest_that_spins_is_stopped_at_an_exact_moment() {
+fn a_guest_that_spins_is_stopped_at_an_exact_moment(hosts: &impl Hosts) {
     let mut session = Session::new("misbehave", "do=spin");
     session.time_limit = Some(Duration::from_millis(600));
-    let recorded = replays(&session);
+    let recorded = replays(&session, hosts);
     assert_eq!(recorded.ending, "stopped");
 }
 
-#[test]
-fn a_run_is_a_recording_without_a_file() {
+fn a_run_is_a_recording_without_a_file(hosts: &impl Hosts) {
     let session = Session::new("ticks", "hz=2000 count=5");
-    let report = run_on(&Simulated::intel(7), session.plan()).expect("it runs");
+    let report = run_on(&hosts.host(7), session.plan()).expect("it runs");
     assert_eq!((report.ending, report.clock), ("reset", "pmu"));
 }
 
@@ -188,23 +199,21 @@ fn a_refused_counter_leaves_no_file() {
     assert!(!session.path().exists());
 }
 
-#[test]
-fn the_doctors_trial_passes_on_hardware_that_counts_right() {
-    let trial = trial::attempt_on(&Simulated::intel(3), EngineKind::Pmu);
+fn the_doctors_trial_passes_on_hardware_that_counts_right(hosts: &impl Hosts) {
+    let trial = trial::attempt_on(&hosts.host(3), EngineKind::Pmu);
     assert!(trial.equal && trial.interrupts >= 4, "{trial:?}");
     let trial = trial::attempt_on(&Refusing, EngineKind::Pmu);
     assert_eq!((trial.equal, trial.failure.as_deref()), (false, Some(hardware::REFUSAL)));
 }
 
 /// Named by its clock alone, it is that of hardware, not of the software CPU.
-#[test]
-fn a_clock_that_is_named_is_not_left_out() {
+fn a_clock_that_is_named_is_not_left_out(hosts: &impl Hosts) {
     let session = Session::new("hello", "");
-    session.record(&Simulated::intel(1));
+    session.record(&hosts.host(1));
     let replayable = open_replayable(&session.path()).expect("it was written");
     let options = || ReplayOptions { clock: ClockArg::Pmu, ..ReplayOptions::default() };
     let error = replay_on(&Refusing, &replayable, options()).expect_err("no counter");
     assert!(format!("{error:#}").contains("--engine soft"), "{error:#}");
-    let there = replay_on(&Simulated::intel(2), &replayable, options()).expect("it replays");
+    let there = replay_on(&hosts.host(2), &replayable, options()).expect("it replays");
     assert_eq!((there.report.engine, there.report.verified), ("kvm", Some(true)));
 }

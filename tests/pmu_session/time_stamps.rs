@@ -2,7 +2,6 @@
 //! and what `--engine auto` makes of that. The hardware's own counter runs.
 
 use std::path::Path;
-use std::time::Instant;
 
 use reprise::session::assembly::SoftOptions;
 use reprise::session::choice::{self, Choice, ClockArg, EngineArg, EngineKind, Running};
@@ -12,24 +11,18 @@ use reprise::session::hardware::BranchHardware;
 use reprise::session::pmu_trap::PmuTrap;
 use reprise::session::record::{RecordTo, RunPlan, record_on, run_on};
 use reprise::session::replay::{At, ReplayOptions, open, open_replayable, replay_on};
+use reprise_devices::cpu_model::TimeStampCounter;
 use reprise_expand::Control;
 use reprise_machine::engine::{Engine, Exit};
 use reprise_machine::inputs::{Planned, Then, When};
 use reprise_machine::ram::GuestRam;
-use reprise_simulated_hardware::Disturbance;
 use reprise_time_stamp_sites::{KernelText, Unpacking};
 use reprise_trace::header::{Precaution, Treatment};
 
+use crate::hosts::{Hosts, on_each_host};
 use crate::{CheckpointArg, Session, assert_equal, replay};
 use reprise_tests::hardware::{CANNOT_TRAP, COUNTS, Refusing, Simulated};
 use reprise_tests::linux_image::linux_image;
-
-/// Its time-stamp counter goes on whatever the guest does, and is in no log.
-fn running(seed: u64) -> Simulated {
-    let mut hardware = Simulated::intel(seed);
-    hardware.disturbance = Disturbance { time_stamp_runs: true, ..hardware.disturbance };
-    hardware
-}
 
 /// What `--engine auto` takes for this guest.
 fn auto(hardware: &impl BranchHardware, guest: &Guest) -> Choice {
@@ -51,19 +44,28 @@ fn without_sections(name: &str) -> Guest {
     guest
 }
 
+on_each_host!(
+    a_guest_that_reads_the_counter_is_recorded_by_auto_and_replays,
+    auto_takes_pmu_for_linux_whose_text_it_has_found,
+    a_recording_without_the_trap_says_so,
+    a_divergence_is_not_taken_for_the_time_that_is_looked_for,
+);
+
 /// User code and kernel read the counter, and a replay on other hardware, and on the software CPU, reads
 /// what the log has.
-#[test]
-fn a_guest_that_reads_the_counter_is_recorded_by_auto_and_replays() {
+fn a_guest_that_reads_the_counter_is_recorded_by_auto_and_replays(hosts: &impl Hosts) {
+    if !hosts.traps() {
+        return;
+    }
     for (command_line, user) in
         [("scale=1 timing=1 tsd=0", true), ("scale=1 timing=1 tsd=1", false)]
     {
         let session = Session::new("compute", command_line);
-        let hardware = running(1);
+        let hardware = hosts.running_time_stamps(1);
         let choice = auto(&hardware, &session.guest);
         assert_eq!(choice.kind, EngineKind::Pmu, "{choice:?}");
         let reason = choice.reason.clone().expect("the program chose");
-        assert!(reason.contains("RDTSC trapped") && reason.contains(COUNTS), "{reason}");
+        assert!(reason.contains("RDTSC trapped") && reason.contains(hosts.said()), "{reason}");
         // Which the recording does not find out again.
         assert!(matches!(choice.trap(), Some(PmuTrap::On(_))), "{choice:?}");
         let to =
@@ -75,11 +77,10 @@ fn a_guest_that_reads_the_counter_is_recorded_by_auto_and_replays() {
         assert_eq!(recorded.warning, None);
         let header = open(&session.path()).expect("it was written").header().clone();
         assert!(header.logs_time_stamps());
-        for seed in 2..4 {
-            let replayed = replay(&session.path(), &running(seed));
-            let replayed =
-                replayed.unwrap_or_else(|error| panic!("seed {seed}, {user}: {error:#}"));
-            assert_equal(&recorded, &replayed.report, seed);
+        for run in 2..4 {
+            let replayed = replay(&session.path(), &hosts.running_time_stamps(run));
+            let replayed = replayed.unwrap_or_else(|error| panic!("run {run}, {user}: {error:#}"));
+            assert_equal(&recorded, &replayed.report, run);
         }
         let replayable = open_replayable(&session.path()).expect("it was written");
         let options = ReplayOptions { engine: EngineArg::Soft, ..ReplayOptions::default() };
@@ -95,18 +96,17 @@ fn a_guest_that_reads_the_counter_is_recorded_by_auto_and_replays() {
 }
 
 /// Where there is a counter the kernel has to be unpacked and searched.
-#[test]
-fn auto_takes_pmu_for_linux_whose_text_it_has_found() {
+fn auto_takes_pmu_for_linux_whose_text_it_has_found(hosts: &impl Hosts) {
+    if !hosts.traps() {
+        return;
+    }
     let Some(image) = linux_image(Path::new(env!("CARGO_TARGET_TMPDIR"))) else { return };
     let mut guest = Guest::embedded("compute").expect("it is listed");
     guest.kernel.bytes = image.kernel.bytes.into();
     guest.cmdline = image.command_line;
-    let started = Instant::now();
-    let choice = auto(&running(1), &guest);
-    let taken = started.elapsed();
+    let choice = auto(&hosts.running_time_stamps(1), &guest);
     assert_eq!(choice.kind, EngineKind::Pmu, "{choice:?}");
     assert!(matches!(choice.trap(), Some(PmuTrap::On(_))), "{choice:?}");
-    println!("decided in {} ms", taken.as_millis());
 }
 
 #[test]
@@ -133,30 +133,28 @@ fn where_rdtsc_is_not_trapped_auto_takes_soft_and_says_why() {
 }
 
 /// The header of a recording says whether the log has what RDTSC gave.
-#[test]
-fn a_recording_without_the_trap_says_so() {
+fn a_recording_without_the_trap_says_so(hosts: &impl Hosts) {
     let mut session = Session::new("ticks", "hz=2000 count=5");
     session.guest = without_sections("ticks");
     session.guest.cmdline = "hz=2000 count=5".to_owned();
-    session.record(&Simulated::intel(1));
+    session.record(&hosts.host(1));
     let header = open(&session.path()).expect("it was written").header().clone();
     let about = |it: &&Precaution| it.what == Precaution::KERNEL_TIME_STAMPS;
     let about = header.precautions.iter().find(about).expect("it says");
     assert_eq!(about.treatment, Treatment::Open, "{about:?}");
     assert!(about.how.contains("sections"), "{about:?}");
-    let replayed = replay(&session.path(), &Simulated::intel(2)).expect("it replays");
+    let replayed = replay(&session.path(), &hosts.host(2)).expect("it replays");
     assert_eq!(replayed.report.verified, Some(true));
 }
 
 /// An expansion looks for guest time by replaying. What it finds behind a divergence is no place.
-#[test]
-fn a_divergence_is_not_taken_for_the_time_that_is_looked_for() {
+fn a_divergence_is_not_taken_for_the_time_that_is_looked_for(hosts: &impl Hosts) {
     let mut session = Session::new("compute", "");
     session.guest = without_sections("compute");
     session.guest.cmdline = "scale=1 timing=1 tsd=0".to_owned();
     let to = RecordTo { path: session.path(), force: false, checkpoints: CheckpointArg::Never };
     let plan = RunPlan { memory_mib: 32, ..session.plan() };
-    record_on(&running(1), plan, &to).expect("it records");
+    record_on(&hosts.running_time_stamps(1), plan, &to).expect("it records");
     let replayable = open_replayable(&session.path()).expect("it was written");
     let options = ReplayOptions { engine: EngineArg::Soft, ..ReplayOptions::default() };
     let report = replay_on(&Refusing, &replayable, options).expect("it replays").report;
@@ -182,7 +180,8 @@ fn a_replay_that_cannot_trap_says_what_to_do() {
 fn a_kernel_that_is_not_where_it_is_linked_to_is_told() {
     let engine = |kernel| {
         let ram = GuestRam::new(4).expect("the host has 4 MiB");
-        let engine = Simulated::intel(1).engine(ram).expect("it is simulated");
+        let engine =
+            Simulated::intel(1).engine(ram, TimeStampCounter::Hidden).expect("it is simulated");
         engine.trapping_time_stamps(kernel).expect("it traps")
     };
     let elsewhere = KernelText {

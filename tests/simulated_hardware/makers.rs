@@ -139,7 +139,7 @@ fn flags_that_the_guest_saved_in_memory_are_told_at_the_end_alone() {
 fn measured(case: &Case<'_>) -> Option<Header> {
     let host = host_info();
     let Some(_) = FlagLaws::of(&host.cpu_vendor, host.cpu_family, host.cpu_model) else {
-        eprintln!("skipped: {} was not measured", host.cpu_brand);
+        reprise_tests::skipped::skipped(format_args!("{} was not measured", host.cpu_brand));
         return None;
     };
     let host = HostInfo { cpu_model: another_model_of(&host), ..host };
@@ -304,8 +304,7 @@ fn what_another_maker_recorded_is_rewritten_as_this_cpus_own() {
 
 #[test]
 fn what_another_maker_left_in_memory_is_not_rewritten() {
-    let refused =
-        rewritten_here(&guest("compute", "scale=1", ""), 1).expect_err("its RAM differs");
+    let refused = rewritten_here(&guest("compute", "scale=1", ""), 1).expect_err("its RAM differs");
     assert!(matches!(refused, RewriteError::OtherCpu(_)), "{refused}");
     assert!(refused.to_string().contains("--engine soft"), "{refused}");
 }

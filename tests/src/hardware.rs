@@ -5,6 +5,7 @@ use reprise::session::hardware::BranchHardware;
 use reprise_branch_clock::engine::{BranchClock, Parameters};
 use reprise_branch_clock::probe::what_is_wrong;
 use reprise_branch_clock::trap_probe;
+use reprise_devices::cpu_model::TimeStampCounter;
 use reprise_kvm::Finding;
 use reprise_machine::engine::EngineError;
 use reprise_machine::ram::{GuestRam, MIN_RAM_MIB};
@@ -20,8 +21,6 @@ pub struct Simulated {
     bounded: bool,
     /// RDTSC can be trapped.
     pub traps: bool,
-    /// CPUID tells of a time-stamp counter.
-    shows_time_stamp_counter: bool,
 }
 
 fn finding(available: bool, reason: &str) -> Finding {
@@ -49,13 +48,7 @@ impl Simulated {
     }
 
     fn with_skid(disturbance: Disturbance, skid: u64, bounded: bool) -> Self {
-        Self { disturbance, skid, bounded, traps: true, shows_time_stamp_counter: false }
-    }
-
-    /// The same for a guest that was told of the time-stamp counter.
-    #[must_use]
-    pub fn showing_time_stamp_counter(self) -> Self {
-        Self { shows_time_stamp_counter: true, ..self }
+        Self { disturbance, skid, bounded, traps: true }
     }
 
     /// The same where RDTSC cannot be trapped.
@@ -65,11 +58,7 @@ impl Simulated {
     }
 
     fn vcpu(&self, ram: GuestRam) -> Result<SimulatedVcpu, EngineError> {
-        let mut vcpu = SimulatedVcpu::new(ram, self.disturbance)?;
-        if !self.shows_time_stamp_counter {
-            vcpu.hide_time_stamp_counter();
-        }
-        Ok(vcpu)
+        SimulatedVcpu::new(ram, self.disturbance)
     }
 }
 
@@ -98,13 +87,21 @@ impl BranchHardware for Simulated {
     }
 
     /// As on KVM, the counter is tried out first, unless it is to be a wrong one.
-    fn engine(&self, ram: GuestRam) -> Result<BranchClock<SimulatedVcpu>, EngineError> {
+    fn engine(
+        &self,
+        ram: GuestRam,
+        counter: TimeStampCounter,
+    ) -> Result<BranchClock<SimulatedVcpu>, EngineError> {
         if self.disturbance.overcount_every.is_none() {
             let small = GuestRam::new(MIN_RAM_MIB).expect("the host has memory");
             let wrong = what_is_wrong(&mut self.vcpu(small)?, self.skid, self.bounded)?;
             assert_eq!(wrong, None, "seed {}", self.disturbance.seed);
         }
-        BranchClock::new(self.vcpu(ram)?, Parameters::with_skid(self.skid))
+        let mut vcpu = self.vcpu(ram)?;
+        if counter == TimeStampCounter::Hidden {
+            vcpu.hide_time_stamp_counter();
+        }
+        BranchClock::new(vcpu, Parameters::with_skid(self.skid))
     }
 }
 
@@ -134,7 +131,11 @@ impl BranchHardware for Refusing {
         finding(false, REFUSAL)
     }
 
-    fn engine(&self, _ram: GuestRam) -> Result<BranchClock<SimulatedVcpu>, EngineError> {
+    fn engine(
+        &self,
+        _ram: GuestRam,
+        _counter: TimeStampCounter,
+    ) -> Result<BranchClock<SimulatedVcpu>, EngineError> {
         Err(EngineError { what: REFUSAL.to_owned() })
     }
 }

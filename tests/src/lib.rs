@@ -4,3 +4,4 @@
 pub mod engine_within;
 pub mod hardware;
 pub mod linux_image;
+pub mod skipped;

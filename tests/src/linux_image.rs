@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use reprise_guest_images::{LinuxImage, RecipeError, linux};
 
+use crate::skipped::skipped;
+
 /// Where below `kept`, the directory of what is expensive to make, the image's cache is.
 pub fn cache_directory(kept: &Path) -> PathBuf {
     kept.join("linux-image")
@@ -18,7 +20,7 @@ pub fn linux_image(kept: &Path) -> Option<LinuxImage> {
     match linux(&cache_directory(kept), &mut |step| eprintln!("{step}")) {
         Ok(image) => Some(image),
         Err(error @ (RecipeError::NoApt { .. } | RecipeError::Apt { .. })) => {
-            eprintln!("skipped: {error}");
+            skipped(error);
             None
         }
         Err(error) => panic!("{error}"),

@@ -357,18 +357,6 @@ fn a_killed_recording_replays_up_to_its_last_frame() {
 }
 
 #[test]
-fn lists_and_doctor_give_json() {
-    let directory = directory();
-    let (status, images) = json(&directory, &["images"]);
-    assert_eq!(status, 0);
-    assert!(images["images"].as_array().is_some_and(|images| images.len() > 4), "{images}");
-    let (status, report) = json(&directory, &["doctor"]);
-    assert_eq!(status, 0);
-    let findings = report["findings"].as_array().expect("findings");
-    assert!(findings.iter().all(|finding| finding["reason"].is_string()), "{report}");
-}
-
-#[test]
 fn console_output_goes_where_it_is_sent() {
     let directory = directory();
     let (status, _) = json(&directory, &["run", "--image", "hello", "--console", "out"]);

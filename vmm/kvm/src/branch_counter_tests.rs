@@ -6,6 +6,7 @@ use super::*;
 use crate::branch_events::HostCpu;
 use crate::fake_perf_host::{Asked, FakePerfHost, counted};
 use crate::perf_host::ThisHost;
+use crate::testing::skipped;
 
 fn refusal(host: &FakePerfHost) -> CounterRefusal {
     BranchCounter::open(host).err().expect("it is refused")
@@ -172,20 +173,12 @@ fn a_counter_counts_the_thread_that_opened_it_and_no_other() {
     assert!(line.contains("another thread"), "{line}");
 }
 
-#[test]
-fn this_host_counts_or_says_in_one_line_why_not() {
-    match BranchCounter::open(&ThisHost) {
-        Ok(counter) => eprintln!("this host counts by {:?}", counter.event()),
-        Err(refusal) => eprintln!("skipped: no PMU: {}", line(&refusal)),
-    }
-}
-
 /// The kernel moves a thread's counter along with it: needs a PMU.
 #[test]
 fn a_counter_follows_its_thread_from_cpu_to_cpu() {
     let mut counter = match BranchCounter::open(&ThisHost) {
         Ok(counter) => counter,
-        Err(refusal) => return eprintln!("skipped: no PMU: {refusal}"),
+        Err(refusal) => return skipped(format_args!("no PMU: {refusal}")),
     };
     let last = counter.read().expect("it reads");
     for cpu in 0..std::thread::available_parallelism().map_or(1, usize::from) {

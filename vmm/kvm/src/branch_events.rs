@@ -1,12 +1,12 @@
 //! Which event counts retired conditional branches, by microarchitecture.
 //!
-//! Events and skids are those that rr uses (`src/PerfCounters.cc`): a raw event is the number that goes
-//! into the performance event select register; of its upper bits the kernel keeps those of the event and
-//! sets those of the privilege itself. Names of events are their makers' (Intel's perfmon event lists;
-//! AMD's Processor Programming References). Model numbers are those of the Linux kernel
-//! (`arch/x86/include/asm/intel-family.h`), and so is which of them share their cores' events
-//! (`arch/x86/events/intel/core.c`): models that rr has no row for have that of those. Which event is right is no matter of taste: from Ice Lake
-//! on, 0x5101c4 counts only the branches that are taken, and looks healthy.
+//! A raw event is the number that goes into the performance event select register; of its upper bits the
+//! kernel keeps those of the event and sets those of the privilege itself. Each row says where it comes
+//! from: rr (`src/PerfCounters.cc`, `src/PerfCounters_x86.h`) has events and skids, and the Linux kernel
+//! (`arch/x86/events/intel/core.c`) which other models count the same events. Names of events are their
+//! makers' (Intel's perfmon event lists; AMD's Processor Programming References), model numbers the
+//! kernel's (`arch/x86/include/asm/intel-family.h`). Which event is right is no matter of taste: from Ice
+//! Lake on, 0x5101c4 counts only the branches that are taken, and looks healthy.
 
 use std::arch::x86_64::__cpuid;
 
@@ -54,6 +54,34 @@ impl Caveat {
     }
 }
 
+/// Where a row has its event and skid from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// rr has them, for all models of the row.
+    Rr,
+    /// rr has them for other models of the row; in the kernel these count the same events.
+    RrButFor(&'static [u32]),
+    /// rr has none of the row's models; in the kernel they count the events of this microarchitecture.
+    KernelAs(&'static str),
+    /// rr has them for the models of the family that it lists.
+    RrForSomeOfFamily,
+}
+
+impl Source {
+    /// A few words for a person, about a model of the row.
+    fn text(self, model: u32) -> String {
+        match self {
+            Self::RrButFor(others) if others.contains(&model) => {
+                "Linux, in which this model counts the events that rr has for others of its kind"
+                    .into()
+            }
+            Self::Rr | Self::RrButFor(_) => "rr".into(),
+            Self::KernelAs(other) => format!("rr's for {other}, whose events Linux counts here"),
+            Self::RrForSomeOfFamily => "rr, for the models of this family that it lists".into(),
+        }
+    }
+}
+
 /// One microarchitecture's counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BranchEvent {
@@ -66,6 +94,7 @@ pub(crate) struct BranchEvent {
     event: &'static RawBranchEvent,
     /// Conditional branches by which an overflow may be late, as rr has found it.
     pub(crate) skid: u64,
+    source: Source,
     pub(crate) caveats: &'static [Caveat],
 }
 
@@ -110,42 +139,69 @@ const fn intel(
     models: &'static [u32],
     event: &'static RawBranchEvent,
     skid: u64,
+    source: Source,
     caveats: &'static [Caveat],
 ) -> BranchEvent {
     let (vendor, family) = (Vendor::Intel, 6);
-    BranchEvent { microarchitecture, vendor, family, models, event, skid, caveats }
+    BranchEvent { microarchitecture, vendor, family, models, event, skid, source, caveats }
 }
 
 const fn amd(microarchitecture: &'static str, family: u32) -> BranchEvent {
     let (vendor, event, skid) = (Vendor::Amd, &ZEN, 10_000);
-    BranchEvent { microarchitecture, vendor, family, models: &[], event, skid, caveats: ZENS }
+    let source = Source::RrForSomeOfFamily;
+    BranchEvent {
+        microarchitecture,
+        vendor,
+        family,
+        models: &[],
+        event,
+        skid,
+        source,
+        caveats: ZENS,
+    }
 }
 
+use Source::{KernelAs, Rr, RrButFor};
+
 static EVENTS: &[BranchEvent] = &[
-    intel("Nehalem", &[0x1a, 0x1e, 0x1f, 0x2e], &NEHALEM, 100, SMM),
-    intel("Westmere", &[0x25, 0x2c, 0x2f], &NEHALEM, 100, SMM),
-    intel("Sandy Bridge", &[0x2a, 0x2d], &NEHALEM, 100, SMM),
-    intel("Ivy Bridge", &[0x3a, 0x3e], &NEHALEM, 100, SMM),
-    intel("Haswell", &[0x3c, 0x3f, 0x45, 0x46], &NEHALEM, 100, SMM),
-    intel("Broadwell", &[0x3d, 0x47, 0x4f, 0x56], &NEHALEM, 100, SMM),
-    intel("Skylake", &[0x4e, 0x55, 0x5e], &NEHALEM, 100, SMM),
-    intel("Kaby Lake, Coffee Lake", &[0x8e, 0x9e], &NEHALEM, 100, SMM),
-    intel("Comet Lake", &[0xa5, 0xa6], &NEHALEM, 100, SMM),
-    intel("Ice Lake", &[0x6a, 0x6c, 0x7d, 0x7e], &ICE_LAKE, 100, SMM),
-    intel("Tiger Lake", &[0x8c, 0x8d], &ICE_LAKE, 100, SMM),
-    intel("Rocket Lake", &[0xa7], &ICE_LAKE, 100, SMM),
-    intel("Alder Lake (P-cores)", &[0x97, 0x9a], &ICE_LAKE, 125, HYBRID),
-    intel("Raptor Lake (P-cores)", &[0xb7, 0xba, 0xbf], &ICE_LAKE, 125, HYBRID),
-    intel("Meteor Lake, Arrow Lake-U (P-cores)", &[0xaa, 0xac, 0xb5], &ICE_LAKE, 125, HYBRID),
-    intel("Sapphire Rapids", &[0x8f], &ICE_LAKE, 125, SMM),
-    intel("Emerald Rapids", &[0xcf], &ICE_LAKE, 125, SMM),
-    intel("Granite Rapids", &[0xad, 0xae], &ICE_LAKE, 125, SMM),
-    intel("Lunar Lake (P-cores)", &[0xbd], &LUNAR_LAKE, 125, HYBRID),
-    intel("Arrow Lake (P-cores)", &[0xc5, 0xc6], &LUNAR_LAKE, 125, HYBRID),
-    intel("Silvermont, Airmont", &[0x37, 0x4a, 0x4c, 0x4d, 0x5a, 0x5d, 0x75], &ATOM, 100, SMM),
-    intel("Goldmont", &[0x5c, 0x5f, 0x7a], &ATOM, 100, SMM),
-    intel("Tremont", &[0x86, 0x96, 0x9c], &ATOM, 100, SMM),
-    intel("Gracemont, Crestmont", &[0xaf, 0xb6, 0xbe], &ATOM, 100, SMM),
+    intel("Nehalem", &[0x1a, 0x1e, 0x1f, 0x2e], &NEHALEM, 100, RrButFor(&[0x1f]), SMM),
+    intel("Westmere", &[0x25, 0x2c, 0x2f], &NEHALEM, 100, Rr, SMM),
+    intel("Sandy Bridge", &[0x2a, 0x2d], &NEHALEM, 100, Rr, SMM),
+    intel("Ivy Bridge", &[0x3a, 0x3e], &NEHALEM, 100, Rr, SMM),
+    intel("Haswell", &[0x3c, 0x3f, 0x45, 0x46], &NEHALEM, 100, Rr, SMM),
+    intel("Broadwell", &[0x3d, 0x47, 0x4f, 0x56], &NEHALEM, 100, Rr, SMM),
+    intel("Skylake", &[0x4e, 0x55, 0x5e], &NEHALEM, 100, Rr, SMM),
+    intel("Kaby Lake, Coffee Lake", &[0x8e, 0x9e], &NEHALEM, 100, Rr, SMM),
+    intel("Comet Lake", &[0xa5, 0xa6], &NEHALEM, 100, Rr, SMM),
+    intel("Ice Lake", &[0x6a, 0x6c, 0x7d, 0x7e], &ICE_LAKE, 100, RrButFor(&[0x6c, 0x7d]), SMM),
+    intel("Tiger Lake", &[0x8c, 0x8d], &ICE_LAKE, 100, Rr, SMM),
+    intel("Rocket Lake", &[0xa7], &ICE_LAKE, 100, Rr, SMM),
+    intel("Alder Lake (P-cores)", &[0x97, 0x9a], &ICE_LAKE, 125, Rr, HYBRID),
+    intel("Raptor Lake (P-cores)", &[0xb7, 0xba, 0xbf], &ICE_LAKE, 125, Rr, HYBRID),
+    intel(
+        "Meteor Lake, Arrow Lake-U (P-cores)",
+        &[0xaa, 0xac, 0xb5],
+        &ICE_LAKE,
+        125,
+        RrButFor(&[0xac, 0xb5]),
+        HYBRID,
+    ),
+    intel("Sapphire Rapids", &[0x8f], &ICE_LAKE, 125, Rr, SMM),
+    intel("Emerald Rapids", &[0xcf], &ICE_LAKE, 125, Rr, SMM),
+    intel("Granite Rapids", &[0xad, 0xae], &ICE_LAKE, 125, KernelAs("Sapphire Rapids"), SMM),
+    intel("Lunar Lake (P-cores)", &[0xbd], &LUNAR_LAKE, 125, Rr, HYBRID),
+    intel("Arrow Lake (P-cores)", &[0xc5, 0xc6], &LUNAR_LAKE, 125, RrButFor(&[0xc5]), HYBRID),
+    intel(
+        "Silvermont, Airmont",
+        &[0x37, 0x4a, 0x4c, 0x4d, 0x5a, 0x5d, 0x75],
+        &ATOM,
+        100,
+        RrButFor(&[0x4a, 0x4d, 0x5a, 0x5d, 0x75]),
+        SMM,
+    ),
+    intel("Goldmont", &[0x5c, 0x5f, 0x7a], &ATOM, 100, Rr, SMM),
+    intel("Tremont", &[0x86, 0x96, 0x9c], &ATOM, 100, RrButFor(&[0x86, 0x96]), SMM),
+    intel("Gracemont, Crestmont", &[0xaf, 0xb6, 0xbe], &ATOM, 100, KernelAs("Tremont"), SMM),
     amd("Zen, Zen+, Zen 2", 0x17),
     amd("Zen 3, Zen 4", 0x19),
     amd("Zen 5", 0x1a),
@@ -193,6 +249,11 @@ impl HostCpu {
     /// Whether it is AMD's.
     pub(crate) fn is_amd(&self) -> bool {
         &self.vendor == b"AuthenticAMD"
+    }
+
+    /// Where the row of its event has it from.
+    pub(crate) fn source(&self, event: &BranchEvent) -> String {
+        event.source.text(self.model)
     }
 
     /// The event of this CPU; its name if there is none.
@@ -267,6 +328,35 @@ mod tests {
             assert!(row.models.is_sorted() && zen == row.models.is_empty(), "{row:?}");
             for text in row.caveats.iter().map(|caveat| caveat.text()) {
                 assert!(!text.contains('\n') && !text.is_empty());
+            }
+        }
+    }
+
+    #[test]
+    fn every_row_says_where_it_is_from() {
+        let from = |vendor: &[u8; 12], signature| {
+            let cpu = HostCpu::new(*vendor, signature);
+            cpu.source(cpu.branch_event().expect("it is listed"))
+        };
+        // A Nehalem of two that rr lists one of, a CPU that it does not list, and one of a family.
+        assert_eq!(from(INTEL, 0x0001_06a5), "rr");
+        assert!(from(INTEL, 0x0001_06f0).contains("Linux"));
+        assert!(from(INTEL, 0x000a_06d1).contains("Sapphire Rapids"));
+        assert!(from(AMD, 0x00b4_0f40).contains("family"));
+        for row in EVENTS {
+            match row.source {
+                Source::Rr => {}
+                Source::RrButFor(others) => {
+                    let some = others.iter().all(|model| row.models.contains(model));
+                    assert!(some && others.len() < row.models.len(), "{row:?}");
+                }
+                Source::KernelAs(other) => {
+                    let as_there = |it: &&BranchEvent| it.microarchitecture == other;
+                    let there = EVENTS.iter().find(as_there).expect("a row of the table");
+                    assert_eq!((there.event, there.skid), (row.event, row.skid), "{row:?}");
+                    assert!(!matches!(there.source, Source::KernelAs(_)), "{row:?}");
+                }
+                Source::RrForSomeOfFamily => assert!(row.models.is_empty(), "{row:?}"),
             }
         }
     }

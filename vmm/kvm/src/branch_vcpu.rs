@@ -10,6 +10,7 @@ use std::time::Duration;
 use kvm_bindings::{KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP, kvm_regs};
 use reprise_branch_clock::guest_code::linear_of;
 use reprise_branch_clock::vcpu::{MAX_BREAKPOINTS, OwnDebugging, Vcpu, VcpuExit};
+use reprise_devices::cpu_model::TimeStampCounter;
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
 use reprise_machine::paging::write_ram;
 use reprise_machine::ram::GuestRam;
@@ -23,7 +24,7 @@ use crate::error::KvmError;
 use crate::perf_host::PerfHost;
 use crate::vcpu::{RawExit, breakpoint_registers};
 use crate::watchdog::Watchdog;
-use crate::{KvmClock, KvmEngine, state};
+use crate::{KvmClock, KvmEngine, cpuid, state};
 
 /// DR6: which breakpoints hit.
 const DR6_HITS: u64 = 0xf;
@@ -91,6 +92,13 @@ impl PmuVcpu {
             caught_by: CaughtBy::Hardware,
             watched_writes: Vec::new(),
         })
+    }
+
+    /// Has CPUID tell the guest, which has not run yet, of the time-stamp counter or not.
+    pub(crate) fn show(&mut self, counter: TimeStampCounter) -> Result<(), KvmError> {
+        let table = cpuid::table(counter)?;
+        let set = self.engine.vcpu.fd.set_cpuid2(&table);
+        set.map_err(|errno| KvmError::refused("KVM_SET_CPUID2", errno))
     }
 
     /// From now on, a guest that does not come back for so long is an error.

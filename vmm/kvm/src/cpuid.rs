@@ -1,13 +1,13 @@
 //! The guest's CPU model as KVM takes it.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
-use reprise_devices::cpu_model::LEAVES;
+use reprise_devices::cpu_model::{LEAVES, TimeStampCounter};
 use vmm_sys_util::errno::Error as Errno;
 
 use crate::error::KvmError;
 
 /// The model's CPUID table. Leaves that are not in it are zeros, as KVM answers by itself.
-pub(crate) fn table() -> Result<CpuId, KvmError> {
+pub(crate) fn table(counter: TimeStampCounter) -> Result<CpuId, KvmError> {
     let entries: Vec<kvm_cpuid_entry2> = LEAVES
         .iter()
         .map(|leaf| kvm_cpuid_entry2 {
@@ -17,7 +17,7 @@ pub(crate) fn table() -> Result<CpuId, KvmError> {
             eax: leaf.eax,
             ebx: leaf.ebx,
             ecx: leaf.ecx,
-            edx: leaf.edx,
+            edx: leaf.edx & !counter.hidden_in_edx(leaf.leaf),
             padding: [0; 3],
         })
         .collect();

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use kvm_bindings::kvm_regs;
 use reprise_branch_clock::guest_code::MAX_BYTES;
+use reprise_devices::cpu_model::TimeStampCounter;
 use reprise_machine::assist::Refusing;
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
@@ -94,7 +95,7 @@ impl KvmEngine {
     pub(crate) fn untested(ram: GuestRam, clock: KvmClock) -> Result<Self, KvmError> {
         install_handler()?;
         // SAFETY: the engine owns the RAM and drops it after the vCPU.
-        let mut vcpu = unsafe { Vcpu::new(&ram, &cpuid::table()?)? };
+        let mut vcpu = unsafe { Vcpu::new(&ram, &cpuid::table(TimeStampCounter::Shown)?)? };
         if clock == KvmClock::Step {
             vcpu.allow_time_stamps();
         }

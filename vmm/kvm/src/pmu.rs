@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use reprise_branch_clock::engine::{BranchClock, Parameters};
 use reprise_branch_clock::probe::what_is_wrong;
+use reprise_devices::cpu_model::TimeStampCounter;
 use reprise_machine::engine::EngineError;
 use reprise_machine::ram::{GuestRam, MIN_RAM_MIB};
 
@@ -34,22 +35,29 @@ pub enum SelfTesting {
 pub type PmuEngine = BranchClock<PmuVcpu>;
 
 /// An engine whose memory is `ram`, if this host's counter passes the test. The calling thread runs it.
+/// CPUID tells its guest of the time-stamp counter or not.
 ///
 /// # Errors
 /// Says in one line what the host refuses or lacks, and what to do.
-pub fn pmu_engine(ram: GuestRam, testing: SelfTesting) -> Result<PmuEngine, EngineError> {
-    engine_on(&ThisHost, ram, testing)
+pub fn pmu_engine(
+    ram: GuestRam,
+    testing: SelfTesting,
+    counter: TimeStampCounter,
+) -> Result<PmuEngine, EngineError> {
+    engine_on(&ThisHost, ram, testing, counter)
 }
 
 fn engine_on(
     host: &dyn PerfHost,
     ram: GuestRam,
     testing: SelfTesting,
+    time_stamps: TimeStampCounter,
 ) -> Result<PmuEngine, EngineError> {
     if testing == SelfTesting::Run {
         self_test(host)??;
     }
     let mut vcpu = PmuVcpu::new(ram, host)?;
+    vcpu.show(time_stamps)?;
     let skid = vcpu.counter()?.skid();
     BranchClock::new(vcpu, Parameters::with_skid(skid))
 }

@@ -90,6 +90,8 @@ pub struct CounterOfCpu {
     pub event: u64,
     /// Conditional branches by which an overflow may be late.
     pub skid: u64,
+    /// Who says so, in a few words.
+    pub source: String,
     /// What is to be known of it, a line each.
     pub caveats: Vec<&'static str>,
     /// What its owner can do about them though the counter passes its self-test.
@@ -98,12 +100,14 @@ pub struct CounterOfCpu {
 
 impl CounterOfCpu {
     fn of_this_host() -> Option<Self> {
-        let event = HostCpu::of_this_host().branch_event().ok()?;
+        let cpu = HostCpu::of_this_host();
+        let event = cpu.branch_event().ok()?;
         Some(Self {
             microarchitecture: event.microarchitecture,
             event_name: event.event_name(),
             event: event.config(),
             skid: event.skid,
+            source: cpu.source(event),
             caveats: event.caveats.iter().map(|caveat| caveat.text()).collect(),
             precaution: event
                 .caveats

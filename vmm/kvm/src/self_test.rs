@@ -1,10 +1,11 @@
 //! Tiny guests that find out what this host's KVM does, as against what its interface promises.
 
+use std::collections::BTreeSet;
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use kvm_bindings::{KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP};
-use reprise_devices::cpu_model::cpuid;
+use reprise_devices::cpu_model::{LEAVES, cpuid};
 use reprise_machine::engine::Engine;
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::{CpuState, RAX, RBX, RCX, RDX};
@@ -218,23 +219,37 @@ impl SelfTest {
         Ok((0..=31).find(in_handler).ok_or(exit))
     }
 
-    /// Whether the guest sees the CPU model that it is given.
+    /// Whether the guest sees the CPU model that it is given: all of it, and what lies beyond.
     pub(crate) fn shows_cpu_model(&mut self, level: Level) -> Result<Finding, KvmError> {
-        for (leaf, subleaf) in [(0, 0), (1, 0), (7, 0)] {
-            // mov eax, leaf; xor ecx, ecx; cpuid; hlt
-            let [a, b, c, d] = u32::to_le_bytes(leaf);
-            self.start(level, &[0xb8, a, b, c, d, 0x31, 0xc9, 0x0f, 0xa2, HLT])?;
-            self.run_to_handler(level)?;
-            let gpr = self.state()?.gpr;
-            let seen = [RAX, RBX, RCX, RDX].map(|index| gpr[index] as u32);
-            if seen != cpuid(leaf, subleaf) {
-                return Ok(Finding::no(format!(
-                    "CPUID leaf {leaf} at {} shows the host's CPU instead of the CPU model",
-                    level.name()
-                )));
+        let mut others: Vec<String> = Vec::new();
+        for (leaf, subleaf) in asked_leaves() {
+            if self.identity(level, leaf, subleaf)? == cpuid(leaf, subleaf) {
+                continue;
+            }
+            let name = format!("{leaf:#x}");
+            if others.last() != Some(&name) {
+                others.push(name);
             }
         }
-        Ok(Finding::yes("CPUID shows the CPU model"))
+        Ok(match others.is_empty() {
+            true => Finding::yes("CPUID shows the CPU model"),
+            false => Finding::no(format!(
+                "CPUID at {} shows another CPU than the CPU model, in leaf {}",
+                level.name(),
+                others.join(", ")
+            )),
+        })
+    }
+
+    /// What CPUID answers there: EAX, EBX, ECX, EDX.
+    fn identity(&mut self, level: Level, leaf: u32, subleaf: u32) -> Result<[u32; 4], KvmError> {
+        // mov eax, leaf; mov ecx, subleaf; cpuid; hlt
+        let (leaf, subleaf) = (leaf.to_le_bytes(), subleaf.to_le_bytes());
+        let code = [&[0xb8][..], &leaf, &[0xb9], &subleaf, &[0x0f, 0xa2, HLT]].concat();
+        self.start(level, &code)?;
+        self.run_to_handler(level)?;
+        let gpr = self.state()?.gpr;
+        Ok([RAX, RBX, RCX, RDX].map(|index| gpr[index] as u32))
     }
 
     /// Whether a counter counts this guest, and it alone.
@@ -272,6 +287,36 @@ impl SelfTest {
             reason: stop.explain("the end of the code", level).reason,
         })
     }
+}
+
+/// Leaves that the CPU model has not, or has no more of, and that tell a host's CPUs apart or change as it
+/// runs: caches, MONITOR, power, counters, topology, XSAVE, trace, frequencies, and what hypervisors
+/// and AMD put there.
+const BEYOND_MODEL: [(u32, u32); 18] = [
+    (3, 0),
+    (4, 4),
+    (5, 0),
+    (6, 0),
+    (7, 1),
+    (0xa, 0),
+    (0xb, 0),
+    (0xb, 1),
+    (0xd, 0),
+    (0xd, 1),
+    (0x14, 0),
+    (0x15, 0),
+    (0x16, 0),
+    (0x1f, 0),
+    (0x4000_0001, 0),
+    (0x8000_0005, 0),
+    (0x8000_000a, 0),
+    (0x8000_001e, 0),
+];
+
+/// What CPUID is asked for, ordered: every leaf and subleaf of the model, and some that it has not.
+fn asked_leaves() -> BTreeSet<(u32, u32)> {
+    let of_model = LEAVES.iter().map(|leaf| (leaf.leaf, leaf.subleaf.unwrap_or(0)));
+    of_model.chain(BEYOND_MODEL).collect()
 }
 
 impl Level {

@@ -30,7 +30,7 @@ macro_rules! require_user_steps {
     () => {
         require_kvm!(Step);
         if !steps_user_code() {
-            eprintln!("skipped: this host's KVM does not step user code");
+            $crate::testing::skipped("this host's KVM does not step user code");
             return;
         }
     };

@@ -73,6 +73,7 @@ struct BranchCounterReport {
     event_name: &'static str,
     event: String,
     skid_branches: u64,
+    source: String,
     caveats: Vec<&'static str>,
 }
 
@@ -186,6 +187,7 @@ impl DoctorReport {
             event_name: counter.event_name,
             event: format!("{:#x}", counter.event),
             skid_branches: counter.skid,
+            source: counter.source.clone(),
             caveats: counter.caveats.clone(),
         });
         Ok(Self {

@@ -5,6 +5,7 @@ use reprise_assist::Assisted;
 use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::translate::Translation;
 use reprise_devices::board::{Board, BoardConfig};
+use reprise_devices::cpu_model::TimeStampCounter;
 use reprise_kvm::{Finding, KvmClock, KvmEngine, KvmError};
 use reprise_machine::engine::{Engine, EngineError};
 use reprise_machine::ram::{GuestRam, RamError};
@@ -101,7 +102,7 @@ impl LoadedGuest {
                     Ok(Visited::of(visitor.visit(engine, board).0))
                 }
                 PmuTrap::Off(_) => {
-                    let mut engine = hardware.engine(ram)?;
+                    let mut engine = hardware.engine(ram, TimeStampCounter::Hidden)?;
                     engine.set_cpu_state(&state)?;
                     Ok(Visited::of(visitor.visit(engine, board).0))
                 }

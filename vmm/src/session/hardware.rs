@@ -8,9 +8,11 @@ use std::rc::Rc;
 
 use reprise_branch_clock::engine::BranchClock;
 use reprise_branch_clock::vcpu::Vcpu;
+use reprise_devices::cpu_model::TimeStampCounter;
 use reprise_kvm::{Finding, PmuVcpu, SelfTesting, pmu_counter, pmu_engine, time_stamp_trap};
 use reprise_machine::engine::EngineError;
 use reprise_machine::ram::GuestRam;
+use reprise_trace::header::Header;
 
 use super::automatic::{self, Verdict};
 
@@ -31,11 +33,24 @@ pub trait BranchHardware: Clone + 'static {
     /// Whether RDTSC can be trapped on it.
     fn time_stamp_trap(&self) -> Finding;
 
-    /// An engine whose memory is `ram`, at the state that its vCPU is made in.
+    /// An engine whose memory is `ram`, at the state that its vCPU is made in. CPUID tells its guest of the
+    /// time-stamp counter or not.
     ///
     /// # Errors
     /// Says in one line what is lacking.
-    fn engine(&self, ram: GuestRam) -> Result<BranchClock<Self::Vcpu>, EngineError>;
+    fn engine(
+        &self,
+        ram: GuestRam,
+        counter: TimeStampCounter,
+    ) -> Result<BranchClock<Self::Vcpu>, EngineError>;
+}
+
+/// What CPUID says of the time-stamp counter where a recording with this header is replayed.
+pub fn time_stamp_counter_of(header: &Header) -> TimeStampCounter {
+    match header.shows_time_stamp_counter() {
+        true => TimeStampCounter::Shown,
+        false => TimeStampCounter::Hidden,
+    }
 }
 
 /// This host: its KVM, and a performance counter.
@@ -77,8 +92,12 @@ impl BranchHardware for HostHardware {
         time_stamp_trap()
     }
 
-    fn engine(&self, ram: GuestRam) -> Result<BranchClock<PmuVcpu>, EngineError> {
-        let engine = pmu_engine(ram, self.self_testing.get())?;
+    fn engine(
+        &self,
+        ram: GuestRam,
+        counter: TimeStampCounter,
+    ) -> Result<BranchClock<PmuVcpu>, EngineError> {
+        let engine = pmu_engine(ram, self.self_testing.get(), counter)?;
         self.self_testing.set(SelfTesting::Done);
         Ok(engine)
     }

@@ -2,6 +2,7 @@
 
 use reprise_branch_clock::engine::BranchClock;
 use reprise_branch_clock::time_stamp_trap::TimeStampTrap;
+use reprise_devices::cpu_model::TimeStampCounter;
 use reprise_kvm::Finding;
 use reprise_machine::engine::EngineError;
 use reprise_machine::ram::GuestRam;
@@ -92,7 +93,7 @@ pub fn not_trapped_here(reason: &str) -> EngineError {
 /// The clock `pmu` that traps RDTSC.
 pub type TrappingClock<V> = BranchClock<TimeStampTrap<V>>;
 
-/// The clock on this hardware, RDTSC of this kernel trapped.
+/// The clock on this hardware, RDTSC of this kernel trapped; CPUID hides it, too.
 ///
 /// # Errors
 /// The hardware refuses.
@@ -101,5 +102,5 @@ pub fn trapping_engine<H: BranchHardware>(
     ram: GuestRam,
     kernel: &KernelText,
 ) -> Result<TrappingClock<H::Vcpu>, EngineError> {
-    hardware.engine(ram)?.trapping_time_stamps(kernel.clone())
+    hardware.engine(ram, TimeStampCounter::Hidden)?.trapping_time_stamps(kernel.clone())
 }

@@ -24,7 +24,7 @@ use super::assembly::{self, SoftOptions, TimeStampSites};
 use super::choice::{ChoiceError, ClockArg, EngineArg, EngineKind};
 use super::drive::{Drive, Driven};
 use super::file_kind::NoFile;
-use super::hardware::{BranchHardware, HostHardware};
+use super::hardware::{BranchHardware, HostHardware, time_stamp_counter_of};
 use super::makers::{self, MakerDependentReport};
 use super::pmu_trap::{PmuTrap, not_trapped_here, trapping_engine};
 use super::profile_report::ProfileReport;
@@ -263,7 +263,9 @@ impl<H: BranchHardware> Execution<'_, H> {
                     Ran::of(drive.run(beginning, make)?).0
                 }
                 PmuTrap::Off(_) => {
-                    Ran::of(drive.run(beginning, |_: &HandOver, ram| hardware.engine(ram))?).0
+                    let counter = time_stamp_counter_of(header);
+                    let make = |_: &HandOver, ram| hardware.engine(ram, counter);
+                    Ran::of(drive.run(beginning, make)?).0
                 }
             },
         })

@@ -6,6 +6,7 @@ use std::io::{self, BufReader, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
+use reprise_devices::cpu_model::TimeStampCounter;
 use reprise_export::output::PendingFile;
 use reprise_machine::engine::Engine;
 use reprise_machine::lawful::SetAside;
@@ -143,7 +144,7 @@ pub fn for_branches(
         }
     }
     // Before it costs anybody time.
-    drop(hardware.engine(GuestRam::new(MIN_RAM_MIB)?)?);
+    drop(hardware.engine(GuestRam::new(MIN_RAM_MIB)?, TimeStampCounter::Shown)?);
     let place = Place::of(options.rewritten.as_deref())?;
     let progress = options.rewriting.take();
     let (place, result) = rewrite(replayable, place, progress)

@@ -19,7 +19,7 @@ use serde::Serialize;
 
 use super::assembly::{self, SoftOptions, TimeStampSites};
 use super::choice::{self, ChoiceError, EngineArg, EngineKind};
-use super::hardware::BranchHardware;
+use super::hardware::{BranchHardware, time_stamp_counter_of};
 use super::replay::{At, is_there};
 use crate::output::grouped;
 
@@ -179,7 +179,10 @@ pub fn relay(
             EngineKind::Kvm(clock) => {
                 Box::new(assembly::kvm_engine(ram, clock, &TimeStampSites::of_relay())?)
             }
-            EngineKind::Pmu => Box::new(hardware.engine(ram)?),
+            EngineKind::Pmu => {
+                let counter = time_stamp_counter_of(&header.of_stretch(to));
+                Box::new(hardware.engine(ram, counter)?)
+            }
         })
     });
     Relay::new(ram, first, make)

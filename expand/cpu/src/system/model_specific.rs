@@ -2,7 +2,7 @@
 //! SDM, volume 4; which of them exist is the CPU model's matter.
 
 use iced_x86::Mnemonic;
-use reprise_devices::cpu_model::{self, MsrWrite};
+use reprise_devices::cpu_model::{self, MsrWrite, TimeStampCounter};
 use reprise_machine::engine::Access;
 use reprise_trace::cpu_state::{FS, GS, RAX, RBX, RCX, RDX};
 
@@ -195,21 +195,12 @@ handler!(read_performance_counter(cpu, _op) {
     cpu.fault(Fault::GP0)
 });
 
-/// What CPUID says in EDX of a time-stamp counter: that there is one, and that it is invariant.
-fn time_stamp_features(leaf: u32) -> u32 {
-    match leaf {
-        1 => 1 << 4,
-        0x8000_0007 => 1 << 8,
-        _ => 0,
-    }
-}
-
 handler!(identify(cpu, _op) {
     let leaf = cpu.registers.gpr[RAX] as u32;
     let subleaf = cpu.registers.gpr[RCX] as u32;
     let [eax, ebx, ecx, mut edx] = cpu_model::cpuid(leaf, subleaf);
     if cpu.hides_time_stamp {
-        edx &= !time_stamp_features(leaf);
+        edx &= !TimeStampCounter::Hidden.hidden_in_edx(leaf);
     }
     for (register, value) in [(RAX, eax), (RBX, ebx), (RCX, ecx), (RDX, edx)] {
         cpu.registers.gpr[register] = u64::from(value);

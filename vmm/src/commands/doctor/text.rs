@@ -73,6 +73,9 @@ fn of_host(report: &DoctorReport) -> Vec<(&'static str, String)> {
         ("KVM capabilities", of_capabilities(report)),
         ("counts branches by", counter),
     ];
+    if let Some(counter) = &report.branch_counter {
+        rows.push(("", format!("(event and lateness from {})", counter.source)));
+    }
     let caveats = report.branch_counter.iter().flat_map(|counter| &counter.caveats);
     for line in caveats.flat_map(|caveat| lines_of(caveat)) {
         rows.push(("", line));
