@@ -40,15 +40,15 @@ pub(super) fn run(arguments: &ConvertArgs, output: Output) -> Result<u8> {
         Some(name) => Some(Format::named(name)?),
     };
     let mut trace = TraceFile::open(&arguments.file)?;
-    let selection = arguments.window.selection();
-    trace.span(&selection)?;
-    trace.go_to(&selection)?;
+    let mut notes = Vec::new();
+    let (selection, _) = trace.select(arguments.window.selection(), output, &mut notes)?;
     let to = place(&arguments.output, arguments.force, &[&arguments.file])?;
     let mut job = Job { trace, selection, output };
-    let (report, reached) = match format {
+    let (mut report, reached) = match format {
         Some(format) => job.export(format, &arguments.export.options(), &to)?,
         None => job.rewrite(&to, arguments.window.as_given())?,
     };
+    report.notes.splice(..0, notes);
     let notes = report.notes.iter().map(|note| format!("\n{note}")).collect::<String>();
     let instructions = counted(report.instructions, "instruction");
     let text = format!("{}: {instructions}, {}{notes}", report.format, byte_size(report.bytes));
