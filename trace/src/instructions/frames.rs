@@ -267,7 +267,10 @@ pub(super) fn end_offset(bytes: [u8; FOOTER_BYTES]) -> Option<u64> {
 }
 
 /// What is wrong with what stands behind an end frame that is at this file offset, if anything is.
-pub(super) fn footer_fault(input: &mut impl Read, end_offset: u64) -> io::Result<Option<&'static str>> {
+pub(super) fn footer_fault(
+    input: &mut impl Read,
+    end_offset: u64,
+) -> io::Result<Option<&'static str>> {
     let bytes = read_up_to(input, FOOTER_BYTES as u64 + 1)?;
     let expected = footer(end_offset);
     Ok(match bytes.len() {

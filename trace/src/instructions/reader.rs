@@ -377,8 +377,7 @@ impl<R: Read + Seek> TraceReader<R> {
             && entries.is_sorted_by(|a, b| a.instruction <= b.instruction);
         let index = TraceIndex { entries, end: end_instruction };
         let ending = Ok(Ending::Complete { notes });
-        let footer_fault =
-            footer_fault(&mut self.input, end_offset).map_err(TraceError::Read)?;
+        let footer_fault = footer_fault(&mut self.input, end_offset).map_err(TraceError::Read)?;
         Ok(sorted.then_some(Outline { totals, index, ending, footer_fault }))
     }
 

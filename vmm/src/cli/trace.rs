@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use reprise_trace::instructions::filter::Selection;
 
-use super::expand::{ExportArgs, FilterArgs};
+use super::expand::{ExportArgs, FilterArgs, format_help};
 use crate::session::trace_file::{Bounds, TraceMoment};
 
 /// `trace`.
@@ -98,8 +98,7 @@ pub struct ConvertArgs {
     /// Where it goes; "-" for standard output
     #[arg(short, long, value_name = "OUT")]
     pub(crate) output: PathBuf,
-    /// The format; without it the ending of OUT says, else Reprise's own ("reprise")
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", help = format_help())]
     pub(crate) format: Option<String>,
     #[command(flatten)]
     pub(crate) export: ExportArgs,

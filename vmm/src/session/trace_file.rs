@@ -15,6 +15,7 @@ use reprise_trace::recording::{Recording, RecordingError};
 
 use super::expand::Place;
 use super::file_kind::{NoFile, are_one_file};
+use super::trace_target::WrongUse;
 use crate::output::{Output, counted, grouped, seconds};
 
 /// Bytes read at once.
@@ -123,16 +124,25 @@ pub fn holds_work(path: &Path) -> bool {
     is_file && (is_trace(path) || is_recording(path))
 }
 
+/// Refuses to write over what the command reads.
+///
+/// # Errors
+/// If it is one of `inputs`.
+pub fn is_no_input(path: &Path, inputs: &[&Path]) -> Result<()> {
+    if inputs.iter().any(|input| are_one_file(path, input)) {
+        bail!("{} is what this command reads: give another name", path.display());
+    }
+    Ok(())
+}
+
 /// Refuses to write over a file without being told to, and over what the command reads in any case.
 ///
 /// # Errors
 /// If there is a file and `force` is not given, or it is one of `inputs`.
 pub fn may_write(path: &Path, force: bool, inputs: &[&Path]) -> Result<()> {
-    if inputs.iter().any(|input| are_one_file(path, input)) {
-        bail!("{} is what this command reads: give another name", path.display());
-    }
+    is_no_input(path, inputs)?;
     if !force && fs::metadata(path).is_ok_and(|metadata| metadata.is_file()) {
-        bail!("{} exists: give --force to overwrite it", path.display());
+        bail!("{} exists: give another name, or --force to overwrite it", path.display());
     }
     Ok(())
 }
@@ -146,7 +156,7 @@ pub fn place(path: &Path, force: bool, inputs: &[&Path]) -> Result<Place> {
         return Ok(Place::Pipe);
     }
     may_write(path, force, inputs)?;
-    Ok(Place::Path(path.to_owned()))
+    Ok(Place::Path { path: path.to_owned(), force })
 }
 
 impl TraceFile {
@@ -180,9 +190,21 @@ impl TraceFile {
         if index.segments() == 0
             && let Ok(Ending::CutShort { .. }) = self.outline.ending
         {
-            bail!("{shown} was cut short before its first whole segment: expand the recording again");
+            bail!(
+                "{shown} was cut short before its first whole segment: expand the recording again"
+            );
         }
         let has_bounds = from.is_some() || to.is_some();
+        match (from, to) {
+            (Some(TraceMoment::Instruction(from)), Some(TraceMoment::Instruction(to)))
+            | (Some(TraceMoment::VirtualNs(from)), Some(TraceMoment::VirtualNs(to)))
+                if from > to =>
+            {
+                let what = "--to lies before --from: give a moment behind it";
+                return Err(WrongUse(what.to_owned()).into());
+            }
+            _ => {}
+        }
         let from = match from {
             None => first,
             Some(TraceMoment::Instruction(number)) => number,
@@ -240,14 +262,16 @@ impl TraceFile {
         let Some(place) = search.place() else {
             let end_s = seconds(search.last_ns());
             return Ok(Err(match reached {
-                Reached::Damaged(damage) => format!("{damage}; the time before that ends at {end_s} s"),
+                Reached::Damaged(damage) => {
+                    format!("{damage}; the time before that ends at {end_s} s")
+                }
                 _ => format!("the trace's guest time ends at {end_s} s"),
             }));
         };
         if place.uncertain > 0 {
             notes.push(format!(
-                "{option} {} s is instruction {}, at {} s: of the {} before it the trace does not tell \
-                 whether they ran before that time",
+                "{option} {} s is instruction {}, at {} s: when the {} before it ran the trace does not \
+                 tell",
                 seconds(ns),
                 grouped(place.instruction),
                 seconds(place.virtual_ns),

@@ -49,7 +49,9 @@ pub(super) fn run(arguments: &CheckArgs, output: Output) -> Result<u8> {
         .with_context(|| arguments.file.display().to_string())?;
     let file = match &reached {
         Reached::End | Reached::Enough => trace.reader.footer_fault().map(|what| {
-            format!("{what}: all that it holds is sound, but the file is not the one that was written")
+            format!(
+                "{what}: all that it holds is sound, but the file is not the one that was written"
+            )
         }),
         Reached::CutShort { unused_bytes } => Some(format!(
             "the trace is cut short: {unused_bytes} bytes behind its last whole segment are of no \

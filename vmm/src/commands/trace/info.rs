@@ -143,9 +143,8 @@ impl TraceReport {
         match (&self.damage, self.complete) {
             (Some(damage), _) => format!("DAMAGED: {damage}"),
             (None, true) => match self.footer_damage {
-                None => {
-                    "it was finished; whether every byte is right `reprise trace check` tells".to_owned()
-                }
+                None => "it was finished; whether every byte is right `reprise trace check` tells"
+                    .to_owned(),
                 Some(what) => format!("it was finished, but {what}"),
             },
             (None, false) => format!(
