@@ -148,7 +148,13 @@ fn collect<W: Write>(
                     all.instructions += expanded.instructions;
                     all.left_out.add(expanded.observer);
                     all.checkpoints_verified += u64::from(verified);
-                    let outcome = expanded.outcome;
+                    let mut outcome = expanded.outcome;
+                    let before = all.outcome.take().and_then(|outcome| outcome.verified_until);
+                    if let Some(outcome) = &mut outcome {
+                        // A checkpoint that is met is more than a record.
+                        let met = verified.then_some(outcome.moment);
+                        outcome.verified_until = outcome.verified_until.max(before).max(met);
+                    }
                     let left_out = outcome.iter().flat_map(|outcome| &outcome.set_aside);
                     let left_out = left_out.chain(&set_aside);
                     left_out.for_each(|more| SetAside::add(&mut all.set_aside, *more));

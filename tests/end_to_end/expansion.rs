@@ -302,10 +302,10 @@ fn wrong_use_and_bad_input_leave_one_line_and_no_file() {
     let cases: [(&[&str], i32, &str); 8] = [
         (&["-o", &out, "--from", "99999999999"], 1, "the recording ends at tick"),
         (&["-o", &out, "--from", "100s"], 1, "s of guest time: give an earlier --from"),
-        (&["-o", &out, "--from", "200", "--to", "100"], 1, "before it begins"),
-        (&["-o", &out, "--format", "vcd"], 1, "there is no format `vcd`"),
-        (&["--format", "csv"], 1, "say where the trace goes"),
-        (&["-o", &absent], 1, "cannot be made"),
+        (&["-o", &out, "--from", "200", "--to", "100"], 2, "lies before --from"),
+        (&["-o", &out, "--format", "vcd"], 2, "there is no format `vcd`"),
+        (&["--format", "csv"], 2, "say where the trace goes"),
+        (&["-o", &absent], 1, "there is no directory"),
         (&["-o", "/dev/full"], 1, ""),
         (&["-o", &out, "--segment", "9/8"], 2, "1/8 to 8/8"),
     ];

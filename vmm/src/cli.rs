@@ -18,6 +18,7 @@ use crate::session::choice::{ChoiceError, ClockArg, EngineArg, EngineKind};
 use crate::session::guest::GuestChoice;
 use crate::session::replay::At;
 use crate::session::stretches::{PlanError, ThenArg};
+use crate::session::trace_target::WrongUse;
 use reprise_cpu::translate::Translation;
 
 pub use expand::ExpandArgs;
@@ -344,7 +345,6 @@ pub fn run() -> ExitCode {
     defect::end_with_one_line(arguments.json);
     let output = Output { json: arguments.json };
     ExitCode::from(dispatch(arguments.command, output).unwrap_or_else(|error| {
-        output.failure(&format!("{error:#}"));
         let wrong_clock = matches!(
             error.downcast_ref(),
             Some(
@@ -354,7 +354,11 @@ pub fn run() -> ExitCode {
                     | ChoiceError::NothingRewritten
             )
         );
-        if wrong_clock || error.is::<PlanError>() { WRONG_USE } else { FAILED }
+        let is_wrong_use = wrong_clock || error.is::<PlanError>() || error.is::<WrongUse>();
+        // As where the grammar of the arguments refuses them, there is no report.
+        let output = Output { json: output.json && !is_wrong_use };
+        output.failure(&format!("{error:#}"));
+        if is_wrong_use { WRONG_USE } else { FAILED }
     }))
 }
 

@@ -6,8 +6,13 @@ use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressState, ProgressStyle};
+use indicatif::{
+    HumanDuration, ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressState, ProgressStyle,
+};
 use serde::Serialize;
+
+/// How long a bar watches before it says how long the rest will take.
+const TOLD_AFTER: Duration = Duration::from_secs(3);
 
 /// How a command reports.
 #[derive(Clone, Copy, Debug)]
@@ -58,7 +63,7 @@ impl Output {
     /// Shows progress on a terminal; elsewhere the bar draws nothing.
     pub fn bar(&self, what: &str, total: Option<u64>) -> ProgressBar {
         let template = match total {
-            Some(_) => "{msg} [{bar:32}] {percent}% {elapsed}",
+            Some(_) => "{msg} [{wide_bar}] {percent}% {elapsed}",
             None => "{msg} {spinner} {elapsed}",
         };
         self.bar_of(what, total, template)
@@ -77,7 +82,7 @@ impl Output {
     /// The same over instructions: how many million go by in a second, and how long it will take.
     pub fn instruction_bar(&self, what: &str, total: Option<u64>) -> ProgressBar {
         let template = match total {
-            Some(_) => "{msg} [{bar:32}] {percent}% {mips}, {eta} left",
+            Some(_) => "{msg} [{wide_bar}] {percent}% {mips}{left}",
             None => "{msg} {spinner} {mips}, {elapsed}",
         };
         self.bar_of(what, total, template)
@@ -88,9 +93,16 @@ impl Output {
             // Writing to a bar's text does not fail.
             let _ = write!(text, "{:.0} MIPS", state.per_sec() / 1e6);
         };
+        let left = |state: &ProgressState, text: &mut dyn std::fmt::Write| {
+            // What the first moments promise is worth nothing.
+            if state.elapsed() >= TOLD_AFTER && state.pos() > 0 {
+                let _ = write!(text, ", {:#} left", HumanDuration(state.eta()));
+            }
+        };
         let style = ProgressStyle::with_template(template)
             .unwrap_or_else(|_| ProgressStyle::default_spinner())
             .with_key("mips", mips)
+            .with_key("left", left)
             .progress_chars("=> ");
         let target = ProgressDrawTarget::stderr_with_hz(5);
         // What it showed last is in the report that follows.

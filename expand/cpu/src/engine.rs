@@ -217,10 +217,10 @@ impl Engine for SoftEngine {
     }
 
     fn set_time_base(&mut self, base: TimeBase) {
-        self.cpu.time_base = match self.time_stands_still {
+        self.cpu.trace_time(match self.time_stands_still {
             true => TimeBase { tick: base.tick, ns: 0, ns_per_tick: 0 },
             false => base,
-        };
+        });
     }
 
     fn moment(&mut self) -> Result<Moment, EngineError> {

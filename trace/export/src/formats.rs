@@ -199,6 +199,9 @@ pub const FORMATS: &[Format] = &[
                 Destination::Path(path) => {
                     Ok(Box::new(Parquet::create(&path, instructions)?) as Box<dyn Exporter>)
                 }
+                Destination::Over(path) => {
+                    Ok(Box::new(Parquet::create_over(&path, instructions)?) as Box<dyn Exporter>)
+                }
                 // `open` has refused it.
                 Destination::Pipe(_) => Err(io::ErrorKind::InvalidInput.into()),
             }
@@ -237,6 +240,8 @@ pub enum Destination {
     Pipe(Box<dyn Write + Send>),
     /// A file, or, if the format needs one, a directory. It has this name when it is whole.
     Path(PathBuf),
+    /// The same, in place of what the same format left there before.
+    Over(PathBuf),
 }
 
 impl std::fmt::Debug for Destination {
@@ -244,6 +249,7 @@ impl std::fmt::Debug for Destination {
         match self {
             Self::Pipe(_) => f.write_str("Pipe"),
             Self::Path(path) => f.debug_tuple("Path").field(path).finish(),
+            Self::Over(path) => f.debug_tuple("Over").field(path).finish(),
         }
     }
 }
@@ -252,7 +258,7 @@ impl std::fmt::Debug for Destination {
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
     /// No such format.
-    #[error("there is no format `{asked}`: take one of {}", names())]
+    #[error("there is no format `{asked}`: take reprise or one of {}", names())]
     UnknownFormat {
         /// What was asked for.
         asked: String,
@@ -289,6 +295,12 @@ pub enum ExportError {
     Finish(io::Error),
 }
 
+/// The flag of an option that is set and is none of these settings.
+pub fn foreign_setting(options: &ExportOptions, settings: &[Setting]) -> Option<&'static str> {
+    let foreign = |row: &&SettingRow| (row.is_set)(options) && !settings.contains(&row.setting);
+    SETTINGS.iter().find(foreign).map(|row| row.flag)
+}
+
 fn names() -> String {
     FORMATS.iter().map(|format| format.name).collect::<Vec<_>>().join(", ")
 }
@@ -313,6 +325,23 @@ impl Format {
         FORMATS.iter().find(|format| extension == format.extension)
     }
 
+    /// Whether options and destination go with the format: a path, or a pipe.
+    ///
+    /// # Errors
+    /// If they do not.
+    pub fn check(&self, options: &ExportOptions, path: Option<&Path>) -> Result<(), ExportError> {
+        if let Some(flag) = foreign_setting(options, self.settings) {
+            return Err(ExportError::UnknownSetting { flag, format: self.name });
+        }
+        match path {
+            None if self.shape == Shape::Directory => {
+                Err(ExportError::NoPipe { format: self.name })
+            }
+            None => Ok(()),
+            Some(path) => self.check_compression(path),
+        }
+    }
+
     /// Begins an export.
     ///
     /// # Errors
@@ -322,19 +351,11 @@ impl Format {
         options: &ExportOptions,
         to: Destination,
     ) -> Result<Export, ExportError> {
-        let foreign = SETTINGS
-            .iter()
-            .find(|row| (row.is_set)(options) && !self.settings.contains(&row.setting));
-        if let Some(SettingRow { flag, .. }) = foreign {
-            return Err(ExportError::UnknownSetting { flag, format: self.name });
-        }
-        match &to {
-            Destination::Pipe(_) if self.shape == Shape::Directory => {
-                return Err(ExportError::NoPipe { format: self.name });
-            }
-            Destination::Pipe(_) => {}
-            Destination::Path(path) => self.check_compression(path)?,
-        }
+        let path = match &to {
+            Destination::Pipe(_) => None,
+            Destination::Path(path) | Destination::Over(path) => Some(path.as_path()),
+        };
+        self.check(options, path)?;
         let exporter = (self.start)(to, options).map_err(ExportError::Create)?;
         Ok(Export { exporter })
     }
@@ -482,7 +503,7 @@ fn stream<O: Observer + Send + 'static>(
 ) -> io::Result<Box<dyn Exporter>> {
     let output = match to {
         Destination::Pipe(pipe) => Output::pipe(pipe),
-        Destination::Path(path) => Output::file(&path)?,
+        Destination::Path(path) | Destination::Over(path) => Output::file(&path)?,
     };
     Ok(Box::new(Stream { observer: start(output), parts }))
 }

@@ -25,4 +25,7 @@ pub mod perf_script;
 pub mod stats;
 pub mod symbols;
 
-pub use formats::{Destination, Export, ExportError, ExportOptions, Exported, FORMATS, Format};
+pub use formats::{
+    Destination, Export, ExportError, ExportOptions, Exported, FORMATS, Format, SETTINGS,
+    foreign_setting,
+};

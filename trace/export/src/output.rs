@@ -106,12 +106,13 @@ impl Drop for PendingFile {
     }
 }
 
-/// A directory under a temporary name beside its final one, as [`PendingFile`] is for a file. It never
-/// replaces anything.
+/// A directory under a temporary name beside its final one, as [`PendingFile`] is for a file. It replaces
+/// nothing that it was not told to.
 #[derive(Debug)]
 pub struct PendingDirectory {
     temporary: PathBuf,
     path: PathBuf,
+    replaces: bool,
     finished: bool,
 }
 
@@ -124,9 +125,21 @@ impl PendingDirectory {
         if path.symlink_metadata().is_ok() {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
+        Self::begin(path, false)
+    }
+
+    /// The same; what has that name keeps it until the end, and then goes.
+    ///
+    /// # Errors
+    /// If no directory can be made there.
+    pub fn create_over(path: &Path) -> io::Result<Self> {
+        Self::begin(path, true)
+    }
+
+    fn begin(path: &Path, replaces: bool) -> io::Result<Self> {
         let temporary = temporary_name(path)?;
         fs::create_dir(&temporary)?;
-        Ok(Self { temporary, path: path.to_owned(), finished: false })
+        Ok(Self { temporary, path: path.to_owned(), replaces, finished: false })
     }
 
     /// Where it is until it is finished.
@@ -140,7 +153,21 @@ impl PendingDirectory {
     /// If that fails; the directory is removed then.
     pub fn finish(mut self) -> io::Result<()> {
         // An empty directory of that name, made meanwhile, would be replaced; nothing else would.
-        fs::rename(&self.temporary, &self.path)?;
+        let rename = || fs::rename(&self.temporary, &self.path);
+        if self.replaces {
+            let mut old = self.temporary.clone().into_os_string();
+            old.push("-old");
+            fs::rename(&self.path, &old)?;
+            if let Err(error) = rename() {
+                // It keeps what it had.
+                let _ = fs::rename(&old, &self.path);
+                return Err(error);
+            }
+            // The new one is there: what is left of the old one is in nobody's way.
+            let _ = fs::remove_dir_all(&old);
+        } else {
+            rename()?;
+        }
         self.finished = true;
         Ok(())
     }

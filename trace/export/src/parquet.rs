@@ -131,13 +131,52 @@ fn branch_name(branch: Branch) -> Option<&'static str> {
     })
 }
 
+/// Whether there is a directory with the directories of all tables, of Parquet files alone, and nothing else.
+fn holds_tables(path: &Path) -> io::Result<bool> {
+    if !path.symlink_metadata()?.is_dir() {
+        return Ok(false);
+    }
+    let mut tables = 0;
+    for entry in std::fs::read_dir(path)? {
+        let entry = entry?;
+        let is_table = TABLES.iter().any(|(name, _)| entry.file_name() == *name);
+        if !is_table || !entry.file_type()?.is_dir() {
+            return Ok(false);
+        }
+        for file in std::fs::read_dir(entry.path())? {
+            let file = file?;
+            let is_ours = file.path().extension().is_some_and(|ending| ending == "parquet");
+            if !is_ours || !file.file_type()?.is_file() {
+                return Ok(false);
+            }
+        }
+        tables += 1;
+    }
+    Ok(tables == TABLES.len())
+}
+
 impl Parquet {
     /// Starts a directory that is to be `path`, with files of so many instructions each.
     ///
     /// # Errors
     /// If no directory can be made there, or there is something of that name already.
     pub fn create(path: &Path, file_instructions: u64) -> io::Result<Self> {
-        let directory = PendingDirectory::create(path)?;
+        Self::begin(PendingDirectory::create(path)?, file_instructions)
+    }
+
+    /// The same, in place of a directory that has such tables and nothing else.
+    ///
+    /// # Errors
+    /// If no directory can be made there, or there is something else of that name already.
+    pub fn create_over(path: &Path, file_instructions: u64) -> io::Result<Self> {
+        let directory = match path.symlink_metadata() {
+            Ok(_) if holds_tables(path)? => PendingDirectory::create_over(path)?,
+            _ => PendingDirectory::create(path)?,
+        };
+        Self::begin(directory, file_instructions)
+    }
+
+    fn begin(directory: PendingDirectory, file_instructions: u64) -> io::Result<Self> {
         let mut tables = Vec::with_capacity(TABLES.len());
         for (name, columns) in TABLES {
             let folder: PathBuf = directory.temporary().join(name);

@@ -37,8 +37,6 @@ pub struct Selection {
     /// Instructions by number since the machine started. Where a tick is an instruction these are
     /// ticks.
     pub instructions: Option<Range<u64>>,
-    /// The guest's virtual time in nanoseconds, as far as markers tell it.
-    pub virtual_ns: Option<Range<u64>>,
     /// Only user or only kernel code.
     pub privilege: Option<Privilege>,
     /// Only the address space with this page-table root: CR3 without its low 12 bits and bit 63.
@@ -64,7 +62,7 @@ const NOTE_START: &str = "left out: ";
 pub struct LeftOut {
     /// Of an idle guest.
     pub idle: u64,
-    /// Outside the window of time or instructions.
+    /// Outside the window.
     pub outside_window: u64,
     /// Of another privilege.
     pub other_privilege: u64,
@@ -229,22 +227,16 @@ impl<O: Observer> Parts<O> {
     }
 
     fn is_past_window(&self) -> bool {
-        let past = |window: &Option<Range<u64>>, here| {
-            window.as_ref().is_some_and(|window| here >= window.end)
-        };
-        past(&self.selection.instructions, self.position.instruction)
-            || past(&self.selection.virtual_ns, self.position.marker.virtual_ns)
+        let window = self.selection.instructions.as_ref();
+        window.is_some_and(|window| self.position.instruction >= window.end)
     }
 
     /// Whether a whole run is left out, and the reason's counter.
     fn reason_for_run(&mut self, run: &Run<'_>) -> Option<&mut u64> {
-        let Selection { virtual_ns, privilege, cr3, .. } = &self.selection;
+        let Selection { privilege, cr3, .. } = &self.selection;
         let is_user = run.block().mode().cpl == 3;
-        let virtual_now = self.position.marker.virtual_ns;
         let root = page_table_root(self.position.cr3);
-        if virtual_ns.as_ref().is_some_and(|window| !window.contains(&virtual_now)) {
-            Some(&mut self.left_out.outside_window)
-        } else if privilege.is_some_and(|wanted| (wanted == Privilege::User) != is_user) {
+        if privilege.is_some_and(|wanted| (wanted == Privilege::User) != is_user) {
             Some(&mut self.left_out.other_privilege)
         } else if cr3.is_some_and(|wanted| page_table_root(wanted) != root) {
             Some(&mut self.left_out.other_address_space)

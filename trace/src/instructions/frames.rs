@@ -275,6 +275,21 @@ pub(super) fn end_offset(bytes: [u8; FOOTER_BYTES]) -> Option<u64> {
     (bytes == footer(offset)).then_some(offset)
 }
 
+/// What is wrong with what stands behind an end frame that is at this file offset, if anything is.
+pub(super) fn footer_fault(
+    input: &mut impl Read,
+    end_offset: u64,
+) -> io::Result<Option<&'static str>> {
+    let bytes = read_up_to(input, FOOTER_BYTES as u64 + 1)?;
+    let expected = footer(end_offset);
+    Ok(match bytes.len() {
+        _ if bytes == expected => None,
+        ..FOOTER_BYTES => Some("its last bytes are cut off"),
+        _ if bytes.starts_with(&expected) => Some("there are bytes behind its end"),
+        _ => Some("its last bytes were changed"),
+    })
+}
+
 /// Writes a frame and says how long it is.
 pub(super) fn write_frame(
     out: &mut impl Write,

@@ -29,6 +29,7 @@ pub mod register;
 mod run;
 mod segment_writer;
 mod streams;
+mod time;
 mod writer;
 
 use std::io;
@@ -51,6 +52,7 @@ pub use page_walk::{MAX_WALK_ENTRIES, PageWalk, WalkCause, WalkEntry};
 pub use reader::{Ending, Outline, TraceIndex, TraceReader};
 pub use run::{Access, Observer, PlainRuns, Position, Run, Step, Steps};
 pub use segment_writer::{EncodedSegment, SegmentWriter};
+pub use time::{TimePlace, TimeSearch};
 pub use writer::TraceWriter;
 
 /// What a trace has beside instructions and the linear addresses of their accesses.

@@ -10,7 +10,7 @@ use super::batch::Batch;
 use super::decode::SegmentDecoder;
 use super::frames::{
     End, FOOTER_BYTES, FRAME_HEAD_BYTES, Found, FrameKind, IndexEntry, PREAMBLE_BYTES, Totals,
-    TraceHeader, end_offset, read_frame, read_preamble,
+    TraceHeader, end_offset, footer_fault, read_frame, read_preamble,
 };
 use super::head::{Fault, SegmentHead};
 use super::run::Observer;
@@ -43,6 +43,8 @@ pub struct Outline {
     pub index: TraceIndex,
     /// How it ends, or where it is damaged; damage within a finished trace shows only in reading.
     pub ending: Result<Ending, TraceError>,
+    /// What is wrong with the last bytes of a finished trace, which only say where its end begins.
+    pub footer_fault: Option<&'static str>,
 }
 
 /// Where the segments of a trace lie.
@@ -74,9 +76,13 @@ impl TraceIndex {
         self.entries.partition_point(|entry| entry.tick <= tick).saturating_sub(1)
     }
 
-    /// The last segment that begins at this virtual time, by its marker, or before it.
-    pub fn segment_at_virtual_ns(&self, virtual_ns: u64) -> usize {
-        self.entries.partition_point(|entry| entry.virtual_ns <= virtual_ns).saturating_sub(1)
+    /// A segment that has no instruction behind the first one of this virtual time before it. A segment
+    /// knows the last marker before it, which may be far before and that of several segments.
+    pub fn segment_before_virtual_ns(&self, virtual_ns: u64) -> usize {
+        let begins_by = |at: u64| self.entries.partition_point(|entry| entry.virtual_ns <= at);
+        let last = begins_by(virtual_ns).saturating_sub(1);
+        let marker_ns = self.entries.get(last).map_or(0, |entry| entry.virtual_ns);
+        marker_ns.checked_sub(1).map_or(0, begins_by).saturating_sub(1)
     }
 
     /// The segment that holds the instruction of this number.
@@ -97,6 +103,8 @@ pub struct TraceReader<R> {
     seen: Option<Totals>,
     /// The instruction number behind the last segment that was read.
     expected_instruction: Option<u64>,
+    /// What is wrong with the bytes behind the end.
+    footer_fault: Option<&'static str>,
 }
 
 impl<R: Read> TraceReader<R> {
@@ -114,7 +122,7 @@ impl<R: Read> TraceReader<R> {
         let header = TraceHeader::decode(&bytes).ok_or(TraceError::Header)?;
         let offset = (PREAMBLE_BYTES + FRAME_HEAD_BYTES + bytes.len()) as u64;
         let seen = Some(Totals::default());
-        Ok(Self { input, header, offset, seen, expected_instruction: None })
+        Ok(Self { input, header, offset, seen, expected_instruction: None, footer_fault: None })
     }
 
     /// What was traced, and how.
@@ -167,6 +175,12 @@ impl<R: Read> TraceReader<R> {
         self.offset
     }
 
+    /// What is wrong with the last bytes of a finished trace that was read to its end, if anything is. They
+    /// only say where its end begins, so all that it holds is sound.
+    pub fn footer_fault(&self) -> Option<&'static str> {
+        self.footer_fault
+    }
+
     /// Segments read so far; 0 after going to another place.
     pub fn segments_read(&self) -> u64 {
         self.seen.map_or(0, |seen| seen.segments)
@@ -209,6 +223,8 @@ impl<R: Read> TraceReader<R> {
                 if self.seen.is_some_and(|seen| seen != end.totals) {
                     return Err(damaged("its end does not agree with its segments"));
                 }
+                self.footer_fault =
+                    footer_fault(&mut self.input, offset).map_err(TraceError::Read)?;
                 Ok(Next::End(Ending::Complete { notes: end.notes }))
             }
             Found::Frame(FrameKind::Header, _) => Err(damaged("a second header")),
@@ -361,7 +377,8 @@ impl<R: Read + Seek> TraceReader<R> {
             && entries.is_sorted_by(|a, b| a.instruction <= b.instruction);
         let index = TraceIndex { entries, end: end_instruction };
         let ending = Ok(Ending::Complete { notes });
-        Ok(sorted.then_some(Outline { totals, index, ending }))
+        let footer_fault = footer_fault(&mut self.input, end_offset).map_err(TraceError::Read)?;
+        Ok(sorted.then_some(Outline { totals, index, ending, footer_fault }))
     }
 
     fn scan(&mut self) -> Result<Outline, TraceError> {
@@ -391,7 +408,8 @@ impl<R: Read + Seek> TraceReader<R> {
             }
         };
         self.seen = seen;
-        Ok(Outline { totals, index, ending })
+        let footer_fault = self.footer_fault;
+        Ok(Outline { totals, index, ending, footer_fault })
     }
 }
 

@@ -13,7 +13,6 @@ use crate::synthetic::{Entry, Executed, Options};
 struct Placed<'a> {
     number: u64,
     cr3: u64,
-    virtual_ns: u64,
     executed: &'a Executed,
 }
 
@@ -25,8 +24,8 @@ fn placed(entries: &[Entry]) -> Vec<Placed<'_>> {
         match entry {
             Entry::Event(event) => position.pass_event(event),
             Entry::Instruction(executed) => {
-                let (cr3, virtual_ns) = (position.cr3, position.marker.virtual_ns);
-                all.push(Placed { number: position.instruction, cr3, virtual_ns, executed });
+                let (number, cr3) = (position.instruction, position.cr3);
+                all.push(Placed { number, cr3, executed });
                 position.instruction += u64::from(executed.retired);
             }
         }
@@ -44,9 +43,6 @@ fn cases() -> Vec<Case> {
         (none(), |_| true),
         (Selection { instructions: Some(5_001..9_003), ..none() }, |one| {
             (5_001..9_003).contains(&one.number)
-        }),
-        (Selection { virtual_ns: Some(20_000..30_000), ..none() }, |one| {
-            (20_000..30_000).contains(&one.virtual_ns)
         }),
         (Selection { privilege: Some(Privilege::User), ..none() }, |one| {
             one.executed.mode.cpl == 3

@@ -137,7 +137,8 @@ fn it_reads_from_any_segment_on() {
     }
     assert!(reader.seek_to_instruction(&index, index.end_instruction()).is_err());
     let segment = index.segment_at_tick(20_000);
-    assert_eq!(segment, index.segment_at_virtual_ns(40_000));
+    let before = index.segment_before_virtual_ns(40_000);
+    assert!(before <= segment && segment <= before + 1, "{before} is not just before {segment}");
     reader.seek_to_segment(&index, segment).expect("is there");
     let mut account = Account::default();
     reader.drive_segment(&mut account).expect("reads");

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
-use reprise_export::ExportOptions;
+use reprise_export::{ExportOptions, FORMATS};
 use reprise_trace::instructions::filter::{Privilege, Sample, Selection};
 
 use super::{SoftArgs, parse_moment};
@@ -14,6 +14,13 @@ const EXPAND_HELP: &str = "\
 Without -o nothing is kept: instructions and accesses are counted. The recording is verified on the \
 way, up to where the expansion ends. Ctrl-C ends it early; what there is by then is a whole, shorter \
 trace.";
+
+/// What `--format` takes.
+pub(super) fn format_help() -> String {
+    let names: Vec<_> = FORMATS.iter().map(|format| format.name).collect();
+    let names = names.join(", ");
+    format!("The trace's format: reprise, {names}; without it the ending of OUT says, else reprise")
+}
 
 /// `expand`.
 #[derive(Debug, Args)]
@@ -25,8 +32,7 @@ pub struct ExpandArgs {
     /// Where the trace goes; "-" for standard output
     #[arg(short, long, value_name = "OUT")]
     pub(crate) output: Option<PathBuf>,
-    /// The trace's format; without it the ending of OUT says, else Reprise's own ("reprise")
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", help = format_help())]
     pub(crate) format: Option<String>,
     /// Begin at this moment: a tick, or seconds of guest time ("2.5s")
     #[arg(long, value_name = "MOMENT", value_parser = parse_moment, allow_negative_numbers = true)]
@@ -34,7 +40,8 @@ pub struct ExpandArgs {
     /// End at this moment
     #[arg(long, value_name = "MOMENT", value_parser = parse_moment, allow_negative_numbers = true)]
     pub(crate) to: Option<At>,
-    /// Threads: pieces between checkpoints are expanded at the same time. The trace is the same
+    /// Threads: pieces between checkpoints are expanded at the same time. The trace is the same [default:
+    /// the host's CPUs]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
     pub(crate) jobs: Option<u32>,
     /// Expand only share I of N, for array jobs; `reprise trace concat` joins them
@@ -56,7 +63,7 @@ pub struct ExpandArgs {
     /// Have the page walks of the software TLB in the trace, as events
     #[arg(long)]
     pub(crate) page_walks: bool,
-    /// Overwrite OUT if it exists
+    /// Overwrite OUT if it exists; of directories only one that the format parquet made
     #[arg(long)]
     pub(crate) force: bool,
     #[command(flatten)]
@@ -70,13 +77,13 @@ pub struct ExpandArgs {
 /// What some formats let one set.
 #[derive(Debug, Args)]
 pub(crate) struct ExportArgs {
-    /// Instructions of an interval (format bbv)
+    /// Instructions of an interval (format bbv) [default: 100000000]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     interval: Option<u64>,
-    /// Number of the CPU that the trace is shown as (formats that name one)
+    /// Number of the CPU that the trace is shown as (drmemtrace, gem5, perf-script) [default: 0]
     #[arg(long, value_name = "N")]
     cpu: Option<u32>,
-    /// Instructions whose rows go into one file (format parquet)
+    /// Instructions whose rows go into one file (format parquet) [default: 16777216]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     file_instructions: Option<u64>,
 }
@@ -181,6 +188,26 @@ fn parse_sample(text: &str) -> Result<Sample, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn help_tells_what_holds_where_nothing_is_set() {
+        use clap::CommandFactory;
+        let help = crate::cli::Arguments::command()
+            .find_subcommand_mut("expand")
+            .expect("it is there")
+            .render_help()
+            .to_string();
+        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+        for format in FORMATS {
+            assert!(help.contains(format.name), "{}", format.name);
+        }
+        for setting in reprise_export::SETTINGS {
+            let default =
+                setting.summary.split_whitespace().find(|word| word.parse::<u64>().is_ok());
+            let default = default.expect("the table has it");
+            assert!(help.contains(&format!("[default: {default}]")), "{}: {help}", setting.flag);
+        }
+    }
 
     #[test]
     fn filters_are_read_as_they_are_meant() {

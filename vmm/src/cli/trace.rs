@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use reprise_trace::instructions::filter::Selection;
 
-use super::expand::{ExportArgs, FilterArgs};
+use super::expand::{ExportArgs, FilterArgs, format_help};
+use crate::session::trace_file::{Bounds, TraceMoment};
 
 /// `trace`.
 #[derive(Debug, Args)]
@@ -97,8 +98,7 @@ pub struct ConvertArgs {
     /// Where it goes; "-" for standard output
     #[arg(short, long, value_name = "OUT")]
     pub(crate) output: PathBuf,
-    /// The format; without it the ending of OUT says, else Reprise's own ("reprise")
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", help = format_help())]
     pub(crate) format: Option<String>,
     #[command(flatten)]
     pub(crate) export: ExportArgs,
@@ -141,32 +141,10 @@ pub struct WindowArgs {
     filters: FilterArgs,
 }
 
-/// A place in a trace.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum TraceMoment {
-    /// Instructions retired before it.
-    Instruction(u64),
-    /// Virtual time in nanoseconds.
-    VirtualNs(u64),
-}
-
 impl WindowArgs {
-    /// As the filter wants it.
-    pub(crate) fn selection(&self) -> Selection {
-        let mut selection = self.filters.selection();
-        let window = |pick: fn(TraceMoment) -> Option<u64>| {
-            let [from, to] = [self.from, self.to].map(|moment| moment.and_then(pick));
-            (from.is_some() || to.is_some()).then(|| from.unwrap_or(0)..to.unwrap_or(u64::MAX))
-        };
-        selection.instructions = window(|moment| match moment {
-            TraceMoment::Instruction(number) => Some(number),
-            TraceMoment::VirtualNs(_) => None,
-        });
-        selection.virtual_ns = window(|moment| match moment {
-            TraceMoment::VirtualNs(ns) => Some(ns),
-            TraceMoment::Instruction(_) => None,
-        });
-        selection
+    /// What to keep of the window, and where that begins and ends.
+    pub(crate) fn selection(&self) -> (Selection, Bounds) {
+        (self.filters.selection(), [self.from, self.to])
     }
 
     /// As the user gave it.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use reprise_expand::{Control, Window};
-use reprise_export::Format;
+use reprise_export::{Format, foreign_setting};
 use reprise_host::StopRequests;
 use reprise_replay::checkpoints_path;
 
@@ -18,7 +18,8 @@ use crate::cli::ExpandArgs;
 use crate::output::{Output, progress_shows, seconds};
 use crate::session::expand::{ExpandOptions, Located, Target, expand_recording, locate};
 use crate::session::replay::{self, At};
-use crate::session::trace_file::place;
+use crate::session::trace_file::{is_no_input, place};
+use crate::session::trace_target::{WrongUse, format_of, with_remedy};
 
 /// Parts of the way to a window that a bar shows.
 const PARTS: u64 = 1000;
@@ -30,6 +31,7 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 /// # Errors
 /// The recording cannot be used, or the trace cannot be written.
 pub fn run(arguments: &ExpandArgs, output: Output) -> Result<u8> {
+    let format = check_use(arguments, output)?;
     let replayable = replay::open_replayable(&arguments.file)?;
     let recording = replayable.recording();
     recording.summary().end_note().into_iter().for_each(|note| output.note(note));
@@ -61,24 +63,69 @@ pub fn run(arguments: &ExpandArgs, output: Output) -> Result<u8> {
         if let Some(last) = last_tick {
             instructions.store(last.min(to).saturating_sub(from), Ordering::Relaxed);
         }
-        let options = options(arguments, Window { from, to })?;
-        expand_recording(&replayable, options, &control)
+        let options = options(arguments, format, Window { from, to })?;
+        expand_recording(&replayable, options, &control).map_err(with_remedy)
     })?;
     if arguments.output.as_deref() == Some(Path::new("-")) {
         output.note(report.to_table());
     } else {
         output.result(&report, report.to_table())?;
     }
-    Ok(u8::from(report.verified == Some(false)))
+    if let Some(failure) = report.failure() {
+        output.note(format_args!("{}: {failure}", arguments.file.display()));
+        return Ok(1);
+    }
+    Ok(0)
+}
+
+/// The format that is asked for, if a trace is.
+///
+/// # Errors
+/// The arguments do not go together: [`WrongUse`]; or the trace would go where the recording is.
+fn check_use(arguments: &ExpandArgs, output: Output) -> Result<Option<&'static Format>> {
+    if let (Some(from), Some(to)) = (arguments.from, arguments.to)
+        && from.lies_behind(to)
+    {
+        let what = "--to lies before --from: give a moment behind it";
+        return Err(WrongUse(what.to_owned()).into());
+    }
+    let (name, options) = (arguments.format.as_deref(), arguments.export.options());
+    let Some(path) = &arguments.output else {
+        let without_effect = [
+            (name.is_some(), "--format"),
+            (arguments.segment.is_some(), "--segment"),
+            (arguments.force, "--force"),
+        ];
+        let given = without_effect.into_iter().find(|(given, _)| *given).map(|(_, flag)| flag);
+        return match given.or(foreign_setting(&options, &[])) {
+            Some(flag) => {
+                let what = format!("{flag}: say where the trace goes: -o FILE, or -o - for a pipe");
+                Err(WrongUse(what).into())
+            }
+            None => Ok(None),
+        };
+    };
+    is_no_input(path, &[&arguments.file, &checkpoints_path(&arguments.file)])?;
+    let format = format_of(name, path, &options, output.json)?;
+    if arguments.segment.is_some() && format.is_some() {
+        let what = "only Reprise's own format is made in shares: give -o a name that ends with .trace, and \
+                    `reprise trace convert` what `trace concat` makes of them";
+        return Err(WrongUse(what.to_owned()).into());
+    }
+    Ok(format)
 }
 
 fn ends_at(end_ns: u64) -> String {
     format!("the recording ends at {:.3} s of guest time", seconds(end_ns))
 }
 
-fn options(arguments: &ExpandArgs, window: Window) -> Result<ExpandOptions> {
+fn options(
+    arguments: &ExpandArgs,
+    format: Option<&'static Format>,
+    window: Window,
+) -> Result<ExpandOptions> {
     Ok(ExpandOptions {
-        target: target(arguments)?,
+        target: target(arguments, format)?,
         window,
         contents: Contents {
             physical: !arguments.no_physical,
@@ -122,6 +169,9 @@ fn with_progress<T>(
                         };
                         (on_the_way.is_some(), bar)
                     });
+                if control.is_stopped() {
+                    bar.set_message("stopping");
+                }
                 bar.set_position(match on_the_way {
                     Some(fraction) => (fraction * PARTS as f64) as u64,
                     None => control.instructions(),
@@ -139,20 +189,10 @@ fn available_jobs() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-fn target(arguments: &ExpandArgs) -> Result<Target> {
-    let Some(path) = &arguments.output else {
-        if arguments.format.is_some() {
-            bail!("say where the trace goes: -o FILE, or -o - for a pipe");
-        }
-        return Ok(Target::Discard);
-    };
+fn target(arguments: &ExpandArgs, format: Option<&'static Format>) -> Result<Target> {
+    let Some(path) = &arguments.output else { return Ok(Target::Discard) };
     let recording = &arguments.file;
     let to = place(path, arguments.force, &[recording, &checkpoints_path(recording)])?;
-    let format = match arguments.format.as_deref() {
-        None => Format::of(path),
-        Some("reprise") => None,
-        Some(name) => Some(Format::named(name)?),
-    };
     let options = arguments.export.options();
     Ok(match format {
         None => Target::Native(to),

@@ -12,7 +12,7 @@ use reprise_expand::{
     Control, Counting, ExpandError, Expanded, Threads, Towards, Window, approach, expand,
 };
 use reprise_export::output::PendingFile;
-use reprise_export::{Destination, ExportOptions, Format};
+use reprise_export::{Destination, Export, ExportError, ExportOptions, Format};
 use reprise_machine::divergence::Divergence;
 use reprise_machine::lawful::SetAside;
 use reprise_machine::outcome::{Conclusion, Outcome};
@@ -29,6 +29,7 @@ use super::assembly::SoftOptions;
 use super::expand_report::ExpandReport;
 use super::makers::{self, MakerDependentReport};
 use super::replay::{At, set_aside};
+use super::trace_target::{WrongUse, cannot_be_made};
 use crate::output::grouped;
 
 /// What becomes of the trace.
@@ -83,17 +84,18 @@ pub fn expand_recording(
     let last = replayable.recording().summary().last_moment.map_or(0, |moment| moment.tick);
     if options.window.from > last {
         bail!(
-            "the window begins at tick {}, and the recording ends at tick {}",
+            "the window begins at tick {}, and the recording ends at tick {}: give an earlier --from",
             grouped(options.window.from),
             grouped(last)
         );
     }
     if options.window.to < options.window.from {
-        bail!(
-            "the window ends at tick {}, before it begins at tick {}",
+        return Err(WrongUse(format!(
+            "the window ends at tick {}, before it begins at tick {}: give a later --to",
             grouped(options.window.to),
             grouped(options.window.from)
-        );
+        ))
+        .into());
     }
     let soft = options.soft;
     let set_up = move |engine: &mut SoftEngine| engine.set_translation(soft.translation);
@@ -104,7 +106,7 @@ pub fn expand_recording(
         }),
         Target::Native(ref to) => session.write(to.open()?),
         Target::Export { format, options: ref export, ref to } => {
-            let export = format.open(export, to.destination())?;
+            let export = to.export(format, export)?;
             session.show(export, |export| {
                 let exported = export.finish()?;
                 Ok(Kept { bytes: Some(exported.bytes), accesses: None, notes: exported.notes })
@@ -216,11 +218,6 @@ impl Session<'_> {
         keep: impl FnOnce(O) -> Result<Kept>,
     ) -> Result<ExpandReport> {
         let started = Instant::now();
-        if self.options.segment.is_some() {
-            bail!(
-                "only Reprise's own format is made in shares: leave --format out, then `trace convert`"
-            );
-        }
         let (window, contents) = (self.options.window, self.options.contents);
         let threads = if self.options.jobs == 1 { Threads::One } else { Threads::Two };
         let start = self.replayable.nearest(window.from);
@@ -344,25 +341,45 @@ fn diverged(divergence: &Divergence) -> ExpandError {
 /// Where a trace goes.
 #[derive(Clone, Debug)]
 pub enum Place {
-    /// A file.
-    Path(PathBuf),
+    /// A file, or a format's directory.
+    Path {
+        /// Its name.
+        path: PathBuf,
+        /// What has that name may go.
+        force: bool,
+    },
     /// Standard output.
     Pipe,
 }
 
 impl Place {
-    pub(crate) fn destination(&self) -> Destination {
+    fn destination(&self) -> Destination {
         match self {
-            Self::Path(path) => Destination::Path(path.clone()),
+            Self::Path { path, force: false } => Destination::Path(path.clone()),
+            Self::Path { path, force: true } => Destination::Over(path.clone()),
             Self::Pipe => Destination::Pipe(Box::new(io::stdout())),
+        }
+    }
+
+    /// Begins an export to here.
+    pub(crate) fn export(
+        &self,
+        format: &'static Format,
+        options: &ExportOptions,
+    ) -> Result<Export> {
+        match (format.open(options, self.destination()), self) {
+            (Err(ExportError::Create(error)), Self::Path { path, .. }) => {
+                Err(cannot_be_made(path, &error))
+            }
+            (opened, _) => Ok(opened?),
         }
     }
 
     pub(crate) fn open(&self) -> Result<NativeFile> {
         match self {
-            Self::Path(path) => {
-                let file = PendingFile::create(path)
-                    .with_context(|| format!("{} cannot be made", path.display()))?;
+            Self::Path { path, .. } => {
+                let file =
+                    PendingFile::create(path).map_err(|error| cannot_be_made(path, &error))?;
                 Ok(NativeFile::File(file, 0))
             }
             Self::Pipe => Ok(NativeFile::Pipe(io::stdout(), 0)),

@@ -22,4 +22,5 @@ pub mod report;
 pub mod rewriting;
 pub mod stretches;
 pub mod trace_file;
+pub mod trace_target;
 pub mod trial;

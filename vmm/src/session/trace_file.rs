@@ -3,18 +3,20 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufReader};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use reprise_trace::instructions::filter::Selection;
 use reprise_trace::instructions::{
-    Ending, Event, Observer, Outline, Position, Run, TraceError, TraceReader,
+    Ending, Event, Observer, Outline, Position, Run, TimeSearch, TraceError, TraceReader,
 };
 use reprise_trace::recording::{Recording, RecordingError};
 
 use super::expand::Place;
 use super::file_kind::{NoFile, are_one_file};
-use crate::output::Output;
+use super::trace_target::WrongUse;
+use crate::output::{Output, counted, grouped, seconds};
 
 /// Bytes read at once.
 const BUFFER_BYTES: usize = 1 << 20;
@@ -30,7 +32,21 @@ pub struct TraceFile {
     pub outline: Outline,
     /// Its length.
     pub file_bytes: u64,
+    /// The reader stands elsewhere than at the first segment.
+    has_moved: bool,
 }
+
+/// A place in a trace as a user names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TraceMoment {
+    /// Instructions retired before it.
+    Instruction(u64),
+    /// Guest time in nanoseconds.
+    VirtualNs(u64),
+}
+
+/// Where a window begins and ends, as far as a user said.
+pub type Bounds = [Option<TraceMoment>; 2];
 
 /// Where reading came to.
 #[derive(Debug)]
@@ -81,9 +97,13 @@ pub fn open_reader(path: &Path) -> Result<TraceReader<BufReader<File>>> {
     })
 }
 
-/// Whether a file starts as traces do.
+/// Bytes in which the beginnings of traces and recordings are alike.
+const COMMON_BYTES: u64 = 2;
+
+/// Whether a file starts as traces do, and no recording does.
 pub fn is_trace(path: &Path) -> bool {
-    let is_file = fs::metadata(path).is_ok_and(|metadata| metadata.is_file());
+    let tells = |metadata: fs::Metadata| metadata.is_file() && metadata.len() > COMMON_BYTES;
+    let is_file = fs::metadata(path).is_ok_and(tells);
     let opened = is_file.then(|| File::open(path).ok()).flatten();
     opened.is_some_and(|file| {
         !matches!(
@@ -104,16 +124,25 @@ pub fn holds_work(path: &Path) -> bool {
     is_file && (is_trace(path) || is_recording(path))
 }
 
+/// Refuses to write over what the command reads.
+///
+/// # Errors
+/// If it is one of `inputs`.
+pub fn is_no_input(path: &Path, inputs: &[&Path]) -> Result<()> {
+    if inputs.iter().any(|input| are_one_file(path, input)) {
+        bail!("{} is what this command reads: give another name", path.display());
+    }
+    Ok(())
+}
+
 /// Refuses to write over a file without being told to, and over what the command reads in any case.
 ///
 /// # Errors
 /// If there is a file and `force` is not given, or it is one of `inputs`.
 pub fn may_write(path: &Path, force: bool, inputs: &[&Path]) -> Result<()> {
-    if inputs.iter().any(|input| are_one_file(path, input)) {
-        bail!("{} is what this command reads: give another name", path.display());
-    }
+    is_no_input(path, inputs)?;
     if !force && fs::metadata(path).is_ok_and(|metadata| metadata.is_file()) {
-        bail!("{} exists: give --force to overwrite it", path.display());
+        bail!("{} exists: give another name, or --force to overwrite it", path.display());
     }
     Ok(())
 }
@@ -127,7 +156,7 @@ pub fn place(path: &Path, force: bool, inputs: &[&Path]) -> Result<Place> {
         return Ok(Place::Pipe);
     }
     may_write(path, force, inputs)?;
-    Ok(Place::Path(path.to_owned()))
+    Ok(Place::Path { path: path.to_owned(), force })
 }
 
 impl TraceFile {
@@ -140,41 +169,116 @@ impl TraceFile {
         let shown = || path.display().to_string();
         let outline = reader.outline().with_context(shown)?;
         let file_bytes = fs::metadata(path).map_or(0, |metadata| metadata.len());
-        Ok(Self { path: path.to_owned(), reader, outline, file_bytes })
+        Ok(Self { path: path.to_owned(), reader, outline, file_bytes, has_moved: false })
     }
 
-    /// The instructions by number that a selection may keep.
+    /// What filters keep of a window whose times are looked up: the selection, and the instructions by number
+    /// that it may keep. The reader then stands at the segment in which it begins. `notes` gets what a person
+    /// must know of the window.
     ///
     /// # Errors
-    /// If it lies outside the trace.
-    pub fn span(&self, selection: &Selection) -> Result<std::ops::Range<u64>> {
+    /// If no segment of the trace is whole, or nothing of it is in the window, or the file cannot be read.
+    pub fn select(
+        &mut self,
+        (mut selection, [from, to]): (Selection, Bounds),
+        output: Output,
+        notes: &mut Vec<String>,
+    ) -> Result<(Selection, Range<u64>)> {
+        let shown = self.path.display().to_string();
         let index = &self.outline.index;
         let (first, end) = (index.first_instruction(), index.end_instruction());
-        let Some(asked) = &selection.instructions else { return Ok(first..end) };
-        if asked.start >= end || asked.end <= first {
-            let (asked, shown) = (asked.start, self.path.display());
-            let error = TraceError::NoSuchInstruction { asked, first, end };
-            return Err(anyhow!(error).context(shown.to_string()));
+        if index.segments() == 0
+            && let Ok(Ending::CutShort { .. }) = self.outline.ending
+        {
+            bail!(
+                "{shown} was cut short before its first whole segment: expand the recording again"
+            );
         }
-        Ok(asked.start.max(first)..asked.end.min(end))
+        let has_bounds = from.is_some() || to.is_some();
+        match (from, to) {
+            (Some(TraceMoment::Instruction(from)), Some(TraceMoment::Instruction(to)))
+            | (Some(TraceMoment::VirtualNs(from)), Some(TraceMoment::VirtualNs(to)))
+                if from > to =>
+            {
+                let what = "--to lies before --from: give a moment behind it";
+                return Err(WrongUse(what.to_owned()).into());
+            }
+            _ => {}
+        }
+        let from = match from {
+            None => first,
+            Some(TraceMoment::Instruction(number)) => number,
+            Some(TraceMoment::VirtualNs(ns)) => match self.find("--from", ns, output, notes)? {
+                Ok(number) => number,
+                Err(told) => bail!("{shown}: {told}: give an earlier --from"),
+            },
+        };
+        let to = match to {
+            None => u64::MAX,
+            Some(TraceMoment::Instruction(number)) => number,
+            Some(TraceMoment::VirtualNs(ns)) => {
+                self.find("--to", ns, output, notes)?.unwrap_or_else(|told| {
+                    notes.push(format!("{told}, before --to: taken to its end"));
+                    u64::MAX
+                })
+            }
+        };
+        if has_bounds {
+            if from >= to {
+                bail!("{shown}: no instruction runs from --from to --to: give a wider window");
+            }
+            if from >= end || to <= first {
+                let error = TraceError::NoSuchInstruction { asked: from, first, end };
+                return Err(anyhow!(error).context(shown));
+            }
+            selection.instructions = Some(from..to);
+        }
+        let start = self.outline.index.segment_of_instruction(from).unwrap_or(0);
+        if start > 0 || self.has_moved {
+            self.reader.seek_to_segment(&self.outline.index, start)?;
+        }
+        Ok((selection, from.max(first)..to.min(end)))
     }
 
-    /// Goes to the segment in which a selection begins.
-    ///
-    /// # Errors
-    /// If the file cannot be read.
-    pub fn go_to(&mut self, selection: &Selection) -> Result<()> {
+    /// The first instruction at this guest time; else, in words, where the trace's time ends.
+    fn find(
+        &mut self,
+        option: &str,
+        ns: u64,
+        output: Output,
+        notes: &mut Vec<String>,
+    ) -> Result<Result<u64, String>> {
         let index = &self.outline.index;
-        let by_number = selection.instructions.as_ref().filter(|window| window.start > 0);
-        let by_number = by_number.and_then(|window| index.segment_of_instruction(window.start));
-        let by_time = selection.virtual_ns.as_ref().filter(|window| window.start > 0);
-        let by_time = by_time.map(|window| index.segment_at_virtual_ns(window.start));
-        match by_number.max(by_time) {
-            Some(segment) if segment > 0 => {
-                Ok(self.reader.seek_to_segment(&self.outline.index, segment)?)
-            }
-            _ => Ok(()),
+        if index.segments() == 0 {
+            return Ok(Err("the trace holds no instruction".to_owned()));
         }
+        self.reader.seek_to_segment(index, index.segment_before_virtual_ns(ns))?;
+        self.has_moved = true;
+        let mut search = TimeSearch::new(ns);
+        let reached = self.drive(&mut search, (output, "looking for the window"), |search| {
+            search.place().is_some()
+        });
+        let reached = reached.with_context(|| self.path.display().to_string())?;
+        let Some(place) = search.place() else {
+            let end_s = seconds(search.last_ns());
+            return Ok(Err(match reached {
+                Reached::Damaged(damage) => {
+                    format!("{damage}; the time before that ends at {end_s} s")
+                }
+                _ => format!("the trace's guest time ends at {end_s} s"),
+            }));
+        };
+        if place.uncertain > 0 {
+            notes.push(format!(
+                "{option} {} s is instruction {}, at {} s: when the {} before it ran the trace does not \
+                 tell",
+                seconds(ns),
+                grouped(place.instruction),
+                seconds(place.virtual_ns),
+                counted(place.uncertain, "instruction")
+            ));
+        }
+        Ok(Ok(place.instruction))
     }
 
     /// Shows `observer` the trace from where the reader stands, until it has seen `enough`. It is told

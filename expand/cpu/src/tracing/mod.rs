@@ -20,6 +20,7 @@ mod value_tests;
 mod values;
 
 use iced_x86::InstructionInfoFactory;
+use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::Access;
 use reprise_trace::cpu_state::CS;
 use reprise_trace::instructions::{
@@ -256,7 +257,12 @@ impl Cpu {
         self.trace_between();
         self.trace_walks();
         self.memory.walks = None;
+        let marker = self.trace_marker();
         if let Some(mut tracer) = self.tracer.take() {
+            // Its last instructions have times as well.
+            if tracer.marker_tick < self.tick {
+                tracer.batch.push_event(Event::Marker(marker));
+            }
             if tracer.is_full() {
                 self.translator = tracer.translator.take();
                 self.memory.keep_journal(false);
@@ -306,6 +312,24 @@ impl Cpu {
         if self.tick - tracer.marker_tick >= MARKER_INTERVAL {
             tracer.marker_tick = self.tick;
             tracer.batch.push_event(Event::Marker(marker));
+        }
+    }
+
+    /// Time goes on otherwise. Where it follows instructions, before or behind, a trace has a marker on both
+    /// sides of a jump: so two markers that differ by as many nanoseconds as instructions tell all times
+    /// between them.
+    pub(crate) fn trace_time(&mut self, base: TimeBase) {
+        let (before, rate_before) = (self.trace_marker(), self.time_base.ns_per_tick);
+        self.time_base = base;
+        let behind = self.trace_marker();
+        let Some(tracer) = &mut self.tracer else { return };
+        let follows = rate_before != 0 || base.ns_per_tick != 0;
+        if follows && (before != behind || rate_before != base.ns_per_tick) {
+            tracer.marker_tick = self.tick;
+            tracer.batch.push_event(Event::Marker(before));
+            if before != behind {
+                tracer.batch.push_event(Event::Marker(behind));
+            }
         }
     }
 

@@ -60,9 +60,8 @@ struct Stretch {
 
 /// Reasons that hold from a place on for so many instructions.
 struct Here {
-    /// One that goes before privilege, one that goes between privilege and range, one behind both.
+    /// One that goes between privilege and range, one behind both.
     first: Option<Reason>,
-    second: Option<Reason>,
     last: Option<Reason>,
     instructions: u64,
 }
@@ -122,20 +121,16 @@ impl<O: Observer> Parts<O> {
 
     /// What holds at the position.
     fn here(&self) -> Here {
-        let Selection { instructions, virtual_ns, cr3, sample, .. } = &self.selection;
+        let Selection { instructions, cr3, sample, .. } = &self.selection;
         let number = self.position.instruction;
-        let mut here = Here { first: None, second: None, last: None, instructions: u64::MAX };
-        let virtual_now = self.position.marker.virtual_ns;
-        if virtual_ns.as_ref().is_some_and(|window| !window.contains(&virtual_now)) {
-            here.first = Some(Reason::OutsideWindow);
-        }
+        let mut here = Here { first: None, last: None, instructions: u64::MAX };
         if let Some(window) = instructions {
-            here.second = (!window.contains(&number)).then_some(Reason::OutsideWindow);
+            here.first = (!window.contains(&number)).then_some(Reason::OutsideWindow);
             here.instructions = distance(window, number);
         }
         let root = page_table_root(self.position.cr3);
         if cr3.is_some_and(|wanted| page_table_root(wanted) != root) {
-            here.second = Some(Reason::OtherAddressSpace);
+            here.first = Some(Reason::OtherAddressSpace);
         }
         if let Some(Sample { period, length }) = *sample {
             let (period, phase) = (period.max(1), number % period.max(1));
@@ -150,14 +145,11 @@ impl<O: Observer> Parts<O> {
     /// Why a run of a block is left out, or that it is not; `None` if that takes a closer look.
     #[inline]
     fn reason_for(&mut self, here: &Here, id: u32, runs: &PlainRuns<'_>) -> Option<Option<Reason>> {
-        if here.first.is_some() {
-            return Some(here.first);
-        }
         let verdict = match self.verdicts.get(id as usize) {
             Some(verdict) if *verdict != Verdict::Unknown => *verdict,
             _ => self.judge(id, runs.blocks.get(id)?),
         };
-        Some(match (verdict, here.second) {
+        Some(match (verdict, here.first) {
             (Verdict::OtherPrivilege, _) => Some(Reason::OtherPrivilege),
             (_, Some(reason)) => Some(reason),
             (Verdict::OutsideRange, None) => Some(Reason::OutsideRange),

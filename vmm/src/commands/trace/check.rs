@@ -48,7 +48,11 @@ pub(super) fn run(arguments: &CheckArgs, output: Output) -> Result<u8> {
         .drive(&mut check, (output, "checking"), |_| false)
         .with_context(|| arguments.file.display().to_string())?;
     let file = match &reached {
-        Reached::End | Reached::Enough => None,
+        Reached::End | Reached::Enough => trace.reader.footer_fault().map(|what| {
+            format!(
+                "{what}: all that it holds is sound, but the file is not the one that was written"
+            )
+        }),
         Reached::CutShort { unused_bytes } => Some(format!(
             "the trace is cut short: {unused_bytes} bytes behind its last whole segment are of no \
              use; expand again for the rest"

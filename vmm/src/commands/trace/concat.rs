@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, anyhow, bail};
+use reprise_export::ExportOptions;
 use reprise_host::StopRequests;
 use reprise_trace::instructions::{Concat, joined_header};
 use serde::Serialize;
@@ -12,6 +13,7 @@ use serde::Serialize;
 use crate::cli::ConcatArgs;
 use crate::output::{Output, byte_size, counted};
 use crate::session::trace_file::{open_reader, place};
+use crate::session::trace_target::format_of;
 
 /// What came of it.
 #[derive(Debug, Serialize)]
@@ -29,6 +31,7 @@ struct ConcatReport {
 /// A share cannot be used, is missing, or is no share of the same expansion; or the trace cannot be
 /// written. Then there is none under the final name.
 pub(super) fn run(arguments: &ConcatArgs, output: Output) -> Result<u8> {
+    format_of(Some("reprise"), &arguments.output, &ExportOptions::default(), output.json)?;
     let shown = |index: usize| arguments.shares[index].display().to_string();
     let mut headers = Vec::new();
     for path in &arguments.shares {

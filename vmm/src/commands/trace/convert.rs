@@ -15,7 +15,8 @@ use serde::Serialize;
 use crate::cli::ConvertArgs;
 use crate::output::{Output, byte_size, counted};
 use crate::session::expand::Place;
-use crate::session::trace_file::{Reached, TraceFile, place};
+use crate::session::trace_file::{Reached, TraceFile, is_no_input, place};
+use crate::session::trace_target::{format_of, with_remedy};
 
 /// What came of it.
 #[derive(Debug, Serialize)]
@@ -34,21 +35,20 @@ struct ConvertReport {
 /// The trace or the format cannot be used, the trace is damaged, the window lies outside it, or the
 /// output cannot be written. Then there is none under the final name.
 pub(super) fn run(arguments: &ConvertArgs, output: Output) -> Result<u8> {
-    let format = match arguments.format.as_deref() {
-        None => Format::of(&arguments.output),
-        Some("reprise") => None,
-        Some(name) => Some(Format::named(name)?),
-    };
+    let (name, to) = (arguments.format.as_deref(), &arguments.output);
+    is_no_input(to, &[&arguments.file])?;
+    let format = format_of(name, to, &arguments.export.options(), output.json)?;
     let mut trace = TraceFile::open(&arguments.file)?;
-    let selection = arguments.window.selection();
-    trace.span(&selection)?;
-    trace.go_to(&selection)?;
+    let mut notes = Vec::new();
+    let (selection, _) = trace.select(arguments.window.selection(), output, &mut notes)?;
     let to = place(&arguments.output, arguments.force, &[&arguments.file])?;
     let mut job = Job { trace, selection, output };
-    let (report, reached) = match format {
-        Some(format) => job.export(format, &arguments.export.options(), &to)?,
-        None => job.rewrite(&to, arguments.window.as_given())?,
-    };
+    let (mut report, reached) = match format {
+        Some(format) => job.export(format, &arguments.export.options(), &to),
+        None => job.rewrite(&to, arguments.window.as_given()),
+    }
+    .map_err(with_remedy)?;
+    report.notes.splice(..0, notes);
     let notes = report.notes.iter().map(|note| format!("\n{note}")).collect::<String>();
     let instructions = counted(report.instructions, "instruction");
     let text = format!("{}: {instructions}, {}{notes}", report.format, byte_size(report.bytes));
@@ -69,8 +69,7 @@ impl Job {
         options: &ExportOptions,
         to: &Place,
     ) -> Result<(ConvertReport, Reached)> {
-        let (export, left_out, instructions, reached) =
-            self.show(format.open(options, to.destination())?)?;
+        let (export, left_out, instructions, reached) = self.show(to.export(format, options)?)?;
         let exported = export.finish()?;
         let notes = [left_out.notes(), exported.notes].concat();
         Ok((

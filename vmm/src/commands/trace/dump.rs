@@ -21,9 +21,9 @@ const BUFFER_BYTES: usize = 1 << 16;
 pub(super) fn run(arguments: &DumpArgs, output: Output) -> Result<u8> {
     let symbols = super::symbols(&arguments.symbols.files)?;
     let mut trace = TraceFile::open(&arguments.file)?;
-    let selection = arguments.window.selection();
-    trace.span(&selection)?;
-    trace.go_to(&selection)?;
+    let mut notes = Vec::new();
+    let (selection, _) = trace.select(arguments.window.selection(), output, &mut notes)?;
+    notes.iter().for_each(|note| output.note(note));
     let mut listing = Listing::new(output);
     let reached = listing.begin().and_then(|()| {
         let dump = Dump::new(symbols, arguments.limit, |entry: &Shown| listing.put(entry));

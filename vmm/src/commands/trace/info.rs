@@ -28,6 +28,9 @@ struct TraceReport {
     notes: Vec<String>,
     complete: bool,
     damage: Option<String>,
+    /// What is wrong with the file's last bytes, though all that it holds is sound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    footer_damage: Option<&'static str>,
     unused_bytes: u64,
     first_instruction: u64,
     end_instruction: u64,
@@ -91,6 +94,7 @@ impl TraceReport {
             notes,
             complete,
             damage,
+            footer_damage: outline.footer_fault,
             unused_bytes,
             first_instruction: outline.index.first_instruction(),
             end_instruction: outline.index.end_instruction(),
@@ -138,7 +142,11 @@ impl TraceReport {
     fn state(&self) -> String {
         match (&self.damage, self.complete) {
             (Some(damage), _) => format!("DAMAGED: {damage}"),
-            (None, true) => "complete; `reprise trace check` verifies every byte".to_owned(),
+            (None, true) => match self.footer_damage {
+                None => "it was finished; whether every byte is right `reprise trace check` tells"
+                    .to_owned(),
+                Some(what) => format!("it was finished, but {what}"),
+            },
             (None, false) => format!(
                 "cut short; its whole segments are of use ({} bytes behind them are not)",
                 self.unused_bytes

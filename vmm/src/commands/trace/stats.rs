@@ -44,9 +44,8 @@ pub(super) fn run(arguments: &StatsArgs, output: Output) -> Result<u8> {
     }
     let symbols = super::symbols(&arguments.symbols.files)?;
     let mut trace = TraceFile::open(&arguments.file)?;
-    let selection = arguments.window.selection();
-    let span = trace.span(&selection)?;
-    trace.go_to(&selection)?;
+    let mut notes = Vec::new();
+    let (selection, span) = trace.select(arguments.window.selection(), output, &mut notes)?;
     let stats = Stats::new((span.end - span.start).div_ceil(INTERVALS));
     let mut filter = Filter::new(selection, stats);
     let reached = trace
@@ -54,7 +53,7 @@ pub(super) fn run(arguments: &StatsArgs, output: Output) -> Result<u8> {
         .with_context(|| arguments.file.display().to_string())?;
     let report = StatsReport {
         file: arguments.file.display().to_string(),
-        notes: notes(&trace, &reached, &arguments.window.as_given()),
+        notes: [notes, self::notes(&trace, &reached, &arguments.window.as_given())].concat(),
         complete: matches!(trace.outline.ending, Ok(Ending::Complete { .. }))
             && !matches!(reached, Reached::Damaged(_)),
         damage: match &reached {
