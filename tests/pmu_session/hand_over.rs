@@ -110,7 +110,7 @@ pub(crate) fn expand(session: &Session, window: Window, jobs: usize) -> (ExpandR
     let replayable = open_replayable(&session.path()).expect("it is a recording");
     let out = session.directory.path().join("trace");
     let options = ExpandOptions {
-        target: Target::Native(Place::Path(out.clone())),
+        target: Target::Native(Place::Path { path: out.clone(), force: false }),
         window,
         contents: Contents { physical: true, values: true, registers: true, page_walks: false },
         selection: Selection::default(),

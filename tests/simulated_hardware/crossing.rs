@@ -53,7 +53,7 @@ impl OnDisk {
     fn expand(&self, window: Window, jobs: usize, name: &str) -> (ExpandReport, Vec<u8>) {
         let out: &Path = &self.directory.path().join(name);
         let options = ExpandOptions {
-            target: Target::Native(Place::Path(out.to_owned())),
+            target: Target::Native(Place::Path { path: out.to_owned(), force: false }),
             window,
             contents: Contents::default(),
             selection: Selection::default(),

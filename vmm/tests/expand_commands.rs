@@ -246,12 +246,11 @@ fn wrong_use_is_known_before_anything_is_touched() {
         &["expand", "a.rr", "--interval", "100", "--format", "csv", "-o", "y"],
         &["expand", "a.rr", "--segment", "1/3", "-o", "z.csv"],
         &["expand", "a.rr", "-o", "y.CSV"],
-        &["expand", "a.rr", "-o", "y.json"],
         &["expand", "a.rr", "-o", "y.csv.bz2"],
         &["expand", "a.rr", "-o", "y.trace.gz"],
         &["expand", "a.rr", "-o", "-", "--format", "parquet"],
         &["expand", "a.rr", "-o", "-", "--json"],
-        &["trace", "convert", "absent", "-o", "y.json"],
+        &["trace", "convert", "absent", "-o", "y.CSV"],
         &["trace", "convert", "absent", "-o", "-", "--json"],
         &["trace", "concat", "absent", "-o", "-", "--json"],
     ] {

@@ -9,8 +9,6 @@ use reprise_export::output::{COMPRESSIONS, Compression};
 use reprise_export::{ExportError, ExportOptions, FORMATS, Format, foreign_setting};
 use reprise_trace::instructions::TraceError;
 
-/// The ending of files in Reprise's own format, if they have one.
-const NATIVE_ENDING: &str = "trace";
 /// What `--format` calls that.
 const NATIVE: &str = "reprise";
 
@@ -69,20 +67,27 @@ fn check_native(path: &Path, is_asked_for: bool) -> Result<(), WrongUse> {
             path.display()
         )));
     }
-    // A number is no name of a format: `trace.1`.
-    let says_nothing = ending.bytes().all(|byte| byte.is_ascii_digit());
-    if is_asked_for || says_nothing || ending == NATIVE_ENDING {
+    // Any other name is the user's own affair; one that nearly says a format was meant to.
+    let before = Path::new(path.file_stem().unwrap_or_default()).extension().unwrap_or_default();
+    if is_asked_for || !(nearly_names(&ending) || nearly_names(&before.to_string_lossy())) {
         return Ok(());
     }
     let endings = FORMATS.iter().map(|format| format!(".{}", format.extension));
     let compressed = COMPRESSIONS.iter().map(|(_, ending)| format!(".{ending}"));
     Err(WrongUse(format!(
-        "{}: no format's files end with .{ending}: take {}, with {} behind that, or .{NATIVE_ENDING}; or say \
-         --format",
+        "{}: no format's files end with .{ending}: take {}, with {} behind that; or say --format, {NATIVE} for \
+         Reprise's own",
         path.display(),
         endings.collect::<Vec<_>>().join(", "),
         compressed.collect::<Vec<_>>().join(", ")
     )))
+}
+
+/// Whether an ending is a format's or a compression's but for the case of its letters.
+fn nearly_names(ending: &str) -> bool {
+    let formats = FORMATS.iter().map(|format| format.extension);
+    let mut known = formats.chain(COMPRESSIONS.iter().map(|(_, ending)| *ending));
+    known.any(|known| known.eq_ignore_ascii_case(ending))
 }
 
 /// Why there can be no such file, and what to do.
@@ -135,8 +140,9 @@ mod tests {
     }
 
     #[test]
-    fn an_ending_means_a_format_or_is_refused() {
-        for own in ["a.trace", "a", "a.b/c", "boot.trace.12", "-", "/dev/null", ".hidden"] {
+    fn an_ending_that_nearly_means_a_format_is_refused() {
+        for own in ["a.trace", "a", "a.b/c", "boot.trace.12", "-", "/dev/null", ".hidden", "a.bin"]
+        {
             assert_eq!(of(None, own), Ok(None), "{own}");
         }
         for (path, name) in
@@ -144,9 +150,7 @@ mod tests {
         {
             assert_eq!(of(None, path), Ok(Some(name)), "{path}");
         }
-        for wrong in
-            ["a.CSV", "a.json", "a.csv.bz2", "a.gz", "a.trace.gz", "a.rr", "a.champsim.zst"]
-        {
+        for wrong in ["a.CSV", "a.csv.bz2", "a.gz", "a.trace.gz", "a.champsim.zst", "a.DIN"] {
             assert!(of(None, wrong).is_err(), "{wrong}");
         }
         assert_eq!(of(Some("reprise"), "a.json"), Ok(None));
