@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use reprise_branch_clock::vcpu::{MAX_BREAKPOINTS, OwnDebugging, Vcpu, VcpuExit};
-use reprise_cpu::cpu::TimeStamps;
 use reprise_cpu::engine::SoftEngine;
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
@@ -47,7 +46,6 @@ pub struct SimulatedVcpu {
     /// `tsc_offset` as it was set: hardware keeps its own.
     tsc_offset: u64,
     world_clock_ns: Arc<AtomicU64>,
-    instruction_count: Arc<AtomicU64>,
 }
 
 /// The counter's interrupt.
@@ -124,7 +122,6 @@ impl SimulatedVcpu {
             random,
             tsc_offset: 0,
             world_clock_ns: Arc::default(),
-            instruction_count: Arc::default(),
         })
     }
 
@@ -133,28 +130,15 @@ impl SimulatedVcpu {
         self.engine.hide_time_stamp_counter();
     }
 
-    /// Chooses who answers RDTSC: only for a vCPU that is the software CPU, undisturbed. Hardware answers
-    /// it itself.
-    pub fn set_time_stamps(&mut self, time_stamps: TimeStamps) {
-        self.engine.set_time_stamps(time_stamps);
-    }
-
     /// A clock of the world outside that goes on while the guest runs, by a nanosecond or so an
     /// instruction.
     pub fn world_clock_ns(&self) -> Arc<AtomicU64> {
         self.world_clock_ns.clone()
     }
 
-    /// The instruction count, as it was at the last exit. Hardware has none: only for a vCPU that is
-    /// the software CPU, undisturbed, and for tests.
-    pub fn instruction_count(&self) -> Arc<AtomicU64> {
-        self.instruction_count.clone()
-    }
-
-    /// Brings what others see of this vCPU up to date.
+    /// The guest ran so many instructions.
     fn publish(&self, ran: u64) {
         self.world_clock_ns.fetch_add(ran, Ordering::Relaxed);
-        self.instruction_count.store(self.engine.tick(), Ordering::Relaxed);
     }
 
     /// What the counter shows.

@@ -6,6 +6,7 @@ use std::cell::Cell;
 use reprise_branch_clock::ask_vcpu_within;
 use reprise_branch_clock::engine::{BranchClock, Parameters};
 use reprise_branch_clock::guest_code::linear_of;
+use reprise_branch_clock::settle::Stand;
 use reprise_branch_clock::vcpu::{Vcpu, VcpuExit};
 use reprise_machine::engine::{Engine, EngineError, Exit};
 use reprise_machine::inputs::Stamp;
@@ -106,10 +107,17 @@ fn clock(
     skid: u64,
     kick_after: Option<u64>,
 ) -> BranchClock<KickedOnce> {
-    let (ram, state) = guest;
+    clock_with(guest, Parameters::with_skid(skid), kick_after)
+}
+
+fn clock_with(
+    (ram, state): (GuestRam, CpuState),
+    parameters: Parameters,
+    kick_after: Option<u64>,
+) -> BranchClock<KickedOnce> {
     let vcpu = SimulatedVcpu::new(ram, Disturbance::none()).expect("the host has memory");
     let vcpu = KickedOnce { vcpu, kick_after: kick_after.into(), breakpoints: Vec::new() };
-    let mut clock = BranchClock::new(vcpu, Parameters::with_skid(skid)).expect("it counts");
+    let mut clock = BranchClock::new(vcpu, parameters).expect("it counts");
     clock.set_cpu_state(&state).expect("a first state");
     clock
 }
@@ -199,6 +207,60 @@ fn a_step_with_an_interrupt_queued_goes_to_its_handler() {
     // RCX, RIP and CS lie before it.
     clock.vcpu().ram().read(state.gpr[RSP] + 24, &mut rflags);
     assert_eq!(u64::from_le_bytes(rflags) & RFLAGS_RF, 0, "nobody sees that it was stepped");
+}
+
+/// push rcx; nop; pop rcx; iretq: between its delivery and its return no branch retires.
+const BRANCHLESS: [u8; 5] = [0x51, NOP, 0x59, IRETQ[0], IRETQ[1]];
+
+fn interruptible_loop() -> (GuestRam, CpuState) {
+    let code = [&[0xfb, NOP][..], &looping(1_000_000)].concat();
+    guest(&code, &[(INTERRUPT.into(), INTERRUPT_HANDLER, &BRANCHLESS[..])])
+}
+
+/// As `positions` once failed: the place is sought where an interrupt is yet to be delivered, and nothing but its
+/// breakpoint tells it.
+#[test]
+fn a_moment_behind_a_delivery_has_its_breakpoint() {
+    let mut clock = clock(interruptible_loop(), 100, Some(10));
+    assert_eq!(run(&mut clock, u64::MAX), Exit::Kicked);
+    let branches = clock.tick();
+    clock.inject(INTERRUPT).expect("it is taken");
+    let moment = clock.moment().expect("a moment");
+
+    // The same by hand, up to the handler's second instruction.
+    let (ram, state) = interruptible_loop();
+    let mut vcpu = SimulatedVcpu::new(ram, Disturbance::none()).expect("the host has memory");
+    vcpu.set_state(&state).expect("a first state");
+    vcpu.set_overflow(Some(branches)).expect("it counts");
+    assert_eq!(vcpu.enter().expect("it runs"), VcpuExit::Interrupted { kicked: false });
+    assert_eq!(vcpu.state().expect("a state").rip, moment.rip);
+    let rip = HIGH + INTERRUPT_HANDLER + 1;
+    vcpu.inject(INTERRUPT).expect("it is taken");
+    vcpu.set_breakpoints(&[rip]).expect("it has some");
+    assert_eq!(vcpu.enter().expect("it runs"), VcpuExit::Breakpoint);
+    let there = vcpu.state().expect("a state");
+    assert_eq!(there.rip, rip);
+
+    let moment = Moment { tick: moment.tick, rip, rcx: there.gpr[RCX] };
+    let stamp = Stamp { moment, cpu_digest: there.short_digest() };
+    assert_eq!(clock.run_to(&stamp).expect("it runs"), Exit::TickReached);
+    assert_eq!(clock.cpu_state().expect("a state"), there);
+}
+
+/// As `positions` once failed: nothing has retired at a handler's first instruction since the fault, so no
+/// instruction count tells it from the place before.
+#[test]
+fn nobody_is_left_at_a_handlers_first_instruction() {
+    const FIRST: u32 = 150;
+    let handlers = [(UNDEFINED, UNDEFINED_HANDLER, &OVER_TWO_BYTES[..])];
+    let code = [&looping(FIRST)[..], &UD2, &looping(1_000_000), &[HLT]].concat();
+    let parameters = Parameters { skid: 100, stand: Stand::AtOnce };
+    let mut clock = clock_with(guest(&code, &handlers), parameters, Some(FIRST.into()));
+    assert_eq!(run(&mut clock, u64::MAX), Exit::Kicked);
+    assert!(clock.stands_exactly());
+    // ADD [RSP], 2 comes first.
+    let second = HIGH + UNDEFINED_HANDLER + 5;
+    assert_eq!(clock.moment().expect("a moment").rip, second);
 }
 
 /// A 64-bit kernel with a 32-bit process that makes a system call after so many branches.
