@@ -167,7 +167,8 @@ impl Case<'_> {
         expanded.instructions
     }
 
-    fn on_software(
+    /// The software CPU, about to replay a recording with this header.
+    pub(crate) fn on_software(
         &self,
         recorded: &Recorded,
         header: &Header,
@@ -257,11 +258,21 @@ impl Case<'_> {
         records: &[Record],
         hardware: &C,
     ) -> (Result<Outcome, MachineError>, Counts) {
+        let (outcome, engine) = self.replay_on(records, hardware);
+        (outcome, engine.counts())
+    }
+
+    /// Replays, and gives the engine as well.
+    pub(crate) fn replay_on<C: Clocked>(
+        &self,
+        records: &[Record],
+        hardware: &C,
+    ) -> (Result<Outcome, MachineError>, BranchClock<C::Vcpu>) {
         let (engine, board) = self.start(hardware);
         let inputs = Replaying::new(log_of(records));
         let mut machine = Machine::new(engine, board, inputs, TimeSource::Host);
         let outcome = machine.run();
-        (outcome, machine.into_parts().0.counts())
+        (outcome, machine.into_parts().0)
     }
 }
 

@@ -11,6 +11,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use reprise::boot::GuestSource;
+use reprise_branch_clock::time_stamp_trap::TrapCounts;
 use reprise_guest_images::{LinuxImage, WORKLOAD_SMALL, WORKLOAD_W};
 use reprise_replay::Start;
 use reprise_simulated_hardware::{Disturbance, Skid};
@@ -40,15 +41,18 @@ pub(crate) fn intel(seed: u64) -> Hardware {
     Hardware { disturbance, ..Hardware::intel(seed) }
 }
 
-/// Without signals, so that an overflow that is late has its way.
+/// Kicked and signalled as Intel's.
 fn zen(seed: u64) -> Hardware {
-    let disturbance = Disturbance {
-        skid: Skid::Unbounded { usual: 1_000, seldom: 200 },
-        kick_every: None,
-        signal_every: None,
-        ..intel(seed).disturbance
-    };
+    let skid = Skid::Unbounded { usual: 1_000, seldom: 200 };
+    let disturbance = Disturbance { skid, ..intel(seed).disturbance };
     Hardware { disturbance, ..Hardware::zen(seed) }
+}
+
+/// Without kicks and signals, so that an overflow that is late has its way.
+fn late_zen(seed: u64) -> Hardware {
+    let mut hardware = zen(seed);
+    (hardware.disturbance.kick_every, hardware.disturbance.signal_every) = (None, None);
+    hardware
 }
 
 pub(crate) fn image() -> Option<LinuxImage> {
@@ -102,7 +106,7 @@ fn linux_starts_and_replays_under_other_seeds() {
     let recorded = case.record(&intel(1));
     eprintln!("{} ticks, {} records", recorded.outcome.ticks, recorded.records.len());
     assert!(recorded.console.contains("PCI:"), "{}", recorded.console);
-    for hardware in [intel(2), intel(3), zen(4)] {
+    for hardware in [intel(2), intel(3), late_zen(4)] {
         let seed = hardware.disturbance.seed;
         let replay = case.replay(&recorded.records, &hardware).0;
         let replay = replay.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
@@ -132,9 +136,15 @@ fn replays_with_time_stamps(nokaslr: bool, stops_ns: Option<u64>, expected: &str
     eprintln!("{ticks} ticks, {:?}, {traps:?}, by {displacement:#x}", recorded.counts);
     assert_eq!(displacement == 0, nokaslr, "{displacement:#x}");
     assert!(recorded.console.contains(expected), "{}", recorded.console);
+    expect_trapped(&traps);
+    case.replays_trapping(&recorded, &trapping, [running(intel(2))]);
+}
+
+/// Every RDTSC came to the trap.
+#[track_caller]
+fn expect_trapped(traps: &TrapCounts) {
     assert!(traps.kernel > 0, "{traps:?}");
     assert_eq!((traps.refused, traps.open, traps.unforeseen), (0, 0, 0), "{traps:?}");
-    case.replays_trapping(&recorded, &trapping, [running(intel(2))]);
 }
 
 /// Recorded on the software CPU, whose virtual time Linux reads as its time-stamp counter, rewritten, and
@@ -162,7 +172,7 @@ fn linux_starts_on_the_software_cpu_and_replays_by_branches() {
     let Some(image) = image() else { return };
     // It calibrates its counter and applies its alternatives.
     let case = Case { stops_ns: Some(WINDOW_NS), ..case(&image) };
-    let pair = replays_of_software(&case, [intel(2), zen(3)]);
+    let pair = replays_of_software(&case, [intel(2), late_zen(3)]);
     let counts = pair.result.counts;
     assert!(counts.time_stamps > 5_000, "{counts:?}");
     assert!(pair.console.contains("PCI:"), "{}", pair.console);
@@ -173,7 +183,7 @@ fn linux_starts_on_the_software_cpu_and_replays_by_branches() {
 fn linux_works_on_the_software_cpu_and_replays_by_branches() {
     let Some(image) = image() else { return };
     let case = Case { typed: WORKLOAD_SMALL, ..case(&image) };
-    let hardware = seeds_or(2..4).flat_map(|seed| [intel(seed), zen(seed)]);
+    let hardware = seeds_or(2..4).flat_map(|seed| [intel(seed), late_zen(seed)]);
     let pair = replays_of_software(&case, hardware);
     expect_lines(&pair.console, &["unpacked", "counted 2000", "forked 3"]);
 }
@@ -210,7 +220,7 @@ fn goes_back_with_time_stamps(checkpoint_every: u64, seeds: Range<u64>) {
     let (kept, trapping) = kept_with_time_stamps(&image, checkpoint_every);
     let mut times_back = 0;
     for seed in seeds {
-        let mut late = running(zen(seed));
+        let mut late = running(late_zen(seed));
         late.disturbance.skid = Skid::Unbounded { usual: 1_000, seldom: 20 };
         let replay = kept.replay(Start::Run, &trapping.on(late));
         let replay = replay.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
@@ -316,35 +326,73 @@ fn linux_works_and_replays_under_a_hundred_seeds() {
     let Some(image) = image() else { return };
     let case = case(&image);
     let started = Instant::now();
-    let recorded = case.record(&intel(1));
+    let trapping = Trapping::of(&case, running(intel(1)));
+    let (recorded, traps, displacement) = case.record_trapping(&trapping);
     expect_workload(&recorded, started);
-    let instructions = case.replay_on_software(&recorded);
+    eprintln!("{traps:?}, by {displacement:#x}");
+    expect_trapped(&traps);
+    let header = trapping.header(&case);
+    let instructions = case.replay_on_software_as(&recorded, &header);
     eprintln!("{instructions} instructions on the software CPU, after {:.1?}", started.elapsed());
-    assert_eq!(case.expand(&recorded, &case.header()), instructions);
+    assert_eq!(case.expand(&recorded, &header), instructions);
     eprintln!("expanded after {:.1?}", started.elapsed());
     for seed in seeds() {
-        let (replay, counts) = case.replay(&recorded.records, &intel(seed));
+        let hardware = trapping.on(running(intel(seed)));
+        let (replay, counts) = case.replay(&recorded.records, &hardware);
         eprintln!("seed {seed}: replayed after {:.1?}: {counts:?}", started.elapsed());
         let replay = replay.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
         assert_equal(&recorded.outcome, &replay, seed);
     }
 }
 
+/// Recorded on a Zen machine. Every other seed replays without kicks and signals: what is late is so by all of it.
 #[test]
 #[ignore = "takes half an hour; with REPRISE_LINUX_SEEDS=2..4 a minute"]
 fn linux_works_and_replays_on_zen() {
     let Some(image) = image() else { return };
     let case = case(&image);
     let started = Instant::now();
-    let kept = case.record_to_file(&intel(1), CHECKPOINT_EVERY);
+    let trapping = Trapping::of(&case, running(zen(1)));
+    let kept = case.record_to_file(&trapping, CHECKPOINT_EVERY);
     expect_workload(&kept.recorded, started);
-    case.expand(&kept.recorded, &case.header());
+    case.expand(&kept.recorded, &trapping.header(&case));
     eprintln!("expanded after {:.1?}", started.elapsed());
     for seed in seeds() {
-        let replay = kept.replay(Start::Run, &zen(seed));
+        let hardware = if seed % 2 == 0 { zen(seed) } else { late_zen(seed) };
+        let replay = kept.replay(Start::Run, &trapping.on(running(hardware)));
         let replay = replay.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
         let (back, after) = (replay.times_back, started.elapsed());
         eprintln!("seed {seed}: replayed after {after:.1?}, {back} times back");
         assert_equal(&kept.recorded.outcome, &replay.outcome, seed);
     }
+}
+
+/// What is typed to see a few programs run.
+const FIRST_STEPS: &str = "\
+i=0; while [ $i -lt 200 ]; do i=$((i+1)); done; echo counted $i
+ls / | sort | sha256sum && echo sorted
+reboot -f
+";
+
+/// From the boot stub through user code to the reset, the counter running and RDTSC trapped.
+#[test]
+fn linux_runs_programs_and_replays() {
+    let Some(image) = image() else { return };
+    let case = Case { typed: FIRST_STEPS, ..case(&image) };
+    let started = Instant::now();
+    let trapping = Trapping::of(&case, running(intel(1)));
+    let kept = case.record_to_file(&trapping, CHECKPOINT_EVERY / 5);
+    let (ticks, counts) = (kept.recorded.outcome.ticks, kept.recorded.counts);
+    eprintln!("recorded {ticks} ticks in {:.1?}: {counts:?}", started.elapsed());
+    expect_lines(&kept.recorded.console, &["counted 200", "sorted"]);
+    for hardware in [intel(2), intel(3), zen(4)] {
+        let seed = hardware.disturbance.seed;
+        let replay = kept.replay(Start::Run, &trapping.on(running(hardware)));
+        let replay = replay.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        let (back, after) = (replay.times_back, started.elapsed());
+        eprintln!("seed {seed}: replayed after {after:.1?}, {back} times back");
+        assert_equal(&kept.recorded.outcome, &replay.outcome, seed);
+    }
+    case.expand(&kept.recorded, &trapping.header(&case));
+    eprintln!("expanded after {:.1?}", started.elapsed());
 }

@@ -13,6 +13,7 @@ mod positions;
 mod probe;
 mod rewritten;
 mod software;
+mod third;
 mod time_stamps;
 mod watched;
 mod world;

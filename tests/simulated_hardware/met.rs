@@ -19,6 +19,14 @@ const HLT: &[u8] = &[0xf4];
 const REP_MOVSB: &[u8] = &[0xf3, 0xa4];
 /// What RCX is at its start.
 const REP_MOVSB_BYTES: u64 = 0x1140;
+/// What the loop without conditional branches begins with, from each of its instructions on.
+const STRAIGHT_LOOP: &[&[u8]] = &[
+    &[0x48, 0xff, 0xc0, 0x48, 0x8d, 0x5c, 0x58, 0x03],
+    &[0x48, 0x8d, 0x5c, 0x58, 0x03, 0x48, 0x31, 0xda],
+    &[0x48, 0x31, 0xda, 0x52, 0x5e, 0xeb],
+    &[0x52, 0x5e, 0xeb],
+    &[0x5e, 0xeb],
+];
 const JUMP_TO_ITSELF: &[u8] = &[0xeb, 0xfe];
 /// XOR of EAX with itself, behind what gives RAX the number of the round.
 const FORGETS_ROUND: &[u8] = &[0x31, 0xc0];
@@ -58,15 +66,22 @@ fn is_amid_rep(seen: &Seen) -> bool {
     seen.is_at(REP_MOVSB) && left != 0 && left != REP_MOVSB_BYTES
 }
 
-/// Input arrives where a window's exit leaves the guest.
+/// Whether something like this entered where the guest was seen.
+fn enters(met: &Met<'_>, seen: &Seen, like: fn(&Event) -> bool) -> bool {
+    let digest = seen.state.short_digest();
+    let mut there = met.records.iter().filter(|it| it.moment == seen.moment);
+    there.any(|record| record.cpu_digest == digest && like(&record.event))
+}
+
+fn is_typed(event: &Event) -> bool {
+    matches!(event, Event::Console(_))
+}
+
+/// Time or input arrives where a window's exit leaves the guest.
 fn arrivals_at_windows(met: &Met<'_>) -> usize {
-    let windows: std::collections::BTreeSet<u64> = met
-        .seen
-        .iter()
-        .filter(|seen| seen.what == What::Window)
-        .map(|seen| seen.state.short_digest())
-        .collect();
-    met.records.iter().filter(|record| windows.contains(&record.cpu_digest)).count()
+    let windows = met.seen.iter().filter(|seen| seen.what == What::Window);
+    let arrives = |event: &Event| matches!(event, Event::Console(_) | Event::Time(_));
+    windows.filter(|window| enters(met, window, arrives)).count()
 }
 
 /// Input at a place where the timer is due as well: one interrupt is taken there, and the other as soon as
@@ -76,22 +91,23 @@ fn two_at_once(met: &Met<'_>) -> usize {
         .seen
         .iter()
         .filter_map(|seen| match seen.what {
-            What::Interrupt { vector, .. } => Some((seen, vector)),
+            What::Interrupt { vector } => Some((seen, vector)),
             _ => None,
         })
         .collect();
     let both = |pair: &&[(&Seen, u8)]| {
         let [(first, vector), (second, other)] = pair else { return false };
-        let digest = first.state.short_digest();
-        let input = |record: &Record| {
-            matches!(record.event, Event::Console(_)) && record.cpu_digest == digest
-        };
         vector != other
-            && second.is_at_window()
+            && second.at_window
             && (first.state.rip, first.state.gpr) == (second.state.rip, second.state.gpr)
-            && met.records.iter().any(input)
+            && enters(met, first, is_typed)
     };
     taken.windows(2).filter(both).count()
+}
+
+/// An interrupt to which a kick has led the guest on: not one that was put off until interrupts open.
+fn interrupts_led_to(met: &Met<'_>, at: impl Fn(&Seen) -> bool) -> usize {
+    interrupts(met, |seen| !seen.at_window && at(seen))
 }
 
 /// Scenario, position, and how often a recording meets it.
@@ -108,14 +124,16 @@ pub(crate) const POSITIONS: &[Position] = &[
     ("rep", "a kick before the page fault's handler", |met| {
         kicks(met, |seen| seen.is_at(PAGE_FAULT_ENTRY))
     }),
-    ("straight", "an interrupt", |met| interrupts(met, |_| true)),
+    ("straight", "an interrupt within the loop", |met| {
+        interrupts_led_to(met, |seen| STRAIGHT_LOOP.iter().any(|code| seen.is_at(code)))
+    }),
     ("memory", "a kick where no register tells the round", |met| {
         kicks(met, |seen| seen.is_at(NEXT_ROUND))
     }),
     ("memory", "an interrupt where one does", |met| {
-        interrupts(met, |seen| seen.is_at(FORGETS_ROUND))
+        interrupts_led_to(met, |seen| seen.is_at(FORGETS_ROUND))
     }),
-    ("itself", "an interrupt", |met| interrupts(met, |seen| seen.is_at(JUMP_TO_ITSELF))),
+    ("itself", "an interrupt", |met| interrupts_led_to(met, |seen| seen.is_at(JUMP_TO_ITSELF))),
     ("shadow", "a kick right behind STI", |met| {
         kicks(met, |seen| seen.state.interrupt_shadow && seen.follows(STI, 0))
     }),
@@ -134,14 +152,14 @@ pub(crate) const POSITIONS: &[Position] = &[
     ("hlt", "an interrupt that ends HLT", |met| interrupts(met, |seen| seen.follows(HLT, 0))),
     ("fault", "an interrupt on UD2", |met| interrupts(met, |seen| seen.is_at(UD2))),
     ("fault", "an interrupt on what page-faults", |met| {
-        interrupts(met, |seen| seen.is_at(ADD_FROM_REMOVED_PAGE))
+        interrupts(met, |seen| seen.is_at(ADD_FROM_REMOVED_PAGE) && seen.reads_absent_page)
     }),
     ("fault", "a kick before UD2's handler", |met| kicks(met, |seen| seen.is_at(UNDEFINED_ENTRY))),
     ("fault", "a kick before the page fault's handler", |met| {
         kicks(met, |seen| seen.is_at(PAGE_FAULT_ENTRY))
     }),
-    ("window", "an interrupt in a window's exit", |met| interrupts(met, Seen::is_at_window)),
-    ("window", "a kick in a window's exit", |met| kicks(met, Seen::is_at_window)),
+    ("window", "an interrupt in a window's exit", |met| interrupts(met, |seen| seen.at_window)),
+    ("window", "a kick in a window's exit", |met| kicks(met, |seen| seen.at_window)),
     ("window", "an arrival in a window's exit", arrivals_at_windows),
     ("user", "a kick on SYSCALL", |met| kicks(met, |seen| seen.is_at(SYSCALL))),
     ("user", "a kick right behind SYSCALL", |met| kicks(met, |seen| seen.is_at(SYSTEM_CALL_ENTRY))),

@@ -1,6 +1,6 @@
 //! Why two machines may have parted: a table of causes, each with its test and what to do next.
 
-use iced_x86::{Instruction, Mnemonic, Register};
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, Register};
 use reprise_cpu::latitude::{approximates, undefined_flags};
 use reprise_trace::cpu_state::CpuState;
 use serde::Serialize;
@@ -376,15 +376,18 @@ fn other_code(evidence: &Evidence<'_>) -> Option<String> {
     })
 }
 
+fn accesses_memory(instruction: &Instruction) -> bool {
+    let mut factory = InstructionInfoFactory::new();
+    let memory = factory.info(instruction).used_memory();
+    memory.iter().any(|used| !matches!(used.access(), OpAccess::None | OpAccess::NoMemAccess))
+}
+
 fn stale_translation(evidence: &Evidence<'_>) -> Option<String> {
     let [a, b] = evidence.entered;
     let other_tlb = a.hidden.is_some() && b.hidden.is_some() && a.hidden != b.hidden;
     let [one, other] = evidence.cpus();
     let one_faults = one.cr2 != other.cr2 && one.rip != other.rip;
-    let accesses = evidence.instructions[0].is_some_and(|instruction| {
-        instruction.op_count() > 0 && instruction.memory_base() != Register::None
-            || instruction.is_stack_instruction()
-    });
+    let accesses = evidence.instructions[0].as_ref().is_some_and(accesses_memory);
     let what = match (one_faults, other_tlb) {
         (true, _) => "one side takes a page fault where the other does not",
         (false, true) if accesses && !evidence.other_code => {

@@ -307,7 +307,16 @@ fn a_fault_or_another_tlb_on_one_side_is_a_stale_translation() {
     assert_eq!(scene.names()[0], "stale-translation");
     // The TLBs are not alike, and it reads memory, or does not.
     let knows = |byte| HiddenState { engine: String::new(), version: 1, bytes: vec![byte] };
-    for (code, told) in [(LOAD, true), (&[0x01, 0xd8], false), (&[0x58], true)] {
+    // ADD EAX, EBX; POP RAX; MOV EAX at a fixed address; LODSB; LEA EAX, [RBX].
+    let fixed: &[u8] = &[0x8b, 0x04, 0x25, 0, 0x50, 0, 0];
+    for (code, told) in [
+        (LOAD, true),
+        (&[0x01, 0xd8], false),
+        (&[0x58], true),
+        (fixed, true),
+        (&[0xac], true),
+        (&[0x8d, 0x03], false),
+    ] {
         let mut scene = Scene::of(code);
         scene.entered[0].hidden = Some(knows(1));
         scene.entered[1].hidden = Some(knows(2));

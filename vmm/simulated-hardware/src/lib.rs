@@ -7,7 +7,7 @@
 //! counter of conditional branches is exact, but interrupts late; kicks strike anywhere, amid a REP and
 //! before a handler's first instruction too; accessed bits are set before they must be, and
 //! translations are forgotten at any time; RDTSC reads a clock that nobody logs. How many instructions
-//! it has executed it tells nobody.
+//! it has executed it tells no engine; tests ask.
 //!
 //! All of it follows from a seed. With [`Disturbance::none`] it is the third kind of vCPU: the
 //! software CPU, exact.
