@@ -323,6 +323,18 @@ fn linux_starts_and_replays_where_everything_disturbs() {
 #[test]
 #[ignore = "takes half an hour; with REPRISE_LINUX_SEEDS=2..4 a minute"]
 fn linux_works_and_replays_under_a_hundred_seeds() {
+    works_and_replays_under(seeds());
+}
+
+/// Under this seed the replay comes to an RDTSC five branches late. What led it there is not known yet.
+#[test]
+#[ignore = "fails, the cause is being looked for: seed 62 diverges at tick 119853919"]
+fn linux_with_its_time_stamps_trapped_replays_under_the_seed_that_failed() {
+    works_and_replays_under(62..63);
+}
+
+/// Records under seed 1, the counter running and RDTSC trapped, and replays under these.
+fn works_and_replays_under(seeds: Range<u64>) {
     let Some(image) = image() else { return };
     let case = case(&image);
     let started = Instant::now();
@@ -336,7 +348,7 @@ fn linux_works_and_replays_under_a_hundred_seeds() {
     eprintln!("{instructions} instructions on the software CPU, after {:.1?}", started.elapsed());
     assert_eq!(case.expand(&recorded, &header), instructions);
     eprintln!("expanded after {:.1?}", started.elapsed());
-    for seed in seeds() {
+    for seed in seeds {
         let hardware = trapping.on(running(intel(seed)));
         let (replay, counts) = case.replay(&recorded.records, &hardware);
         eprintln!("seed {seed}: replayed after {:.1?}: {counts:?}", started.elapsed());
