@@ -187,6 +187,24 @@ fn writing_kernel() -> (KernelText, CpuState, Vec<u8>) {
     (kernel, state, code)
 }
 
+/// The clock of an undisturbed vCPU whose guest is this code, RDTSC trapped.
+fn trapping(
+    kernel: KernelText,
+    state: &CpuState,
+    code: &[u8],
+) -> BranchClock<TimeStampTrap<SimulatedVcpu>> {
+    let mut ram = GuestRam::new(4).expect("4 MiB");
+    let mut page = vec![0; 0x1000];
+    page[..code.len()].copy_from_slice(code);
+    assert!(ram.place(CODE, &page));
+    let hardware = Disturbance { time_stamp_runs: true, ..Disturbance::none() };
+    let vcpu = SimulatedVcpu::new(ram, hardware).expect("the host has memory");
+    let vcpu = TimeStampTrap::new(vcpu, kernel).expect("it traps");
+    let mut engine = BranchClock::new(vcpu, Parameters::with_skid(1)).expect("it counts");
+    engine.set_cpu_state(state).expect("a first state");
+    engine
+}
+
 /// RDTSC that the guest writes into its text is trapped; if nothing of its kernel said that it would, it is not
 /// found again at a checkpoint, so that there is none.
 #[test]
@@ -198,15 +216,7 @@ fn a_time_stamp_that_nobody_foresaw_ends_checkpoints() {
     for sites in [vec![], vec![site]] {
         let foreseen = !sites.is_empty();
         let kernel = KernelText { sites, ..kernel.clone() };
-        let mut ram = GuestRam::new(4).expect("4 MiB");
-        let mut page = vec![0; 0x1000];
-        page[..code.len()].copy_from_slice(&code);
-        assert!(ram.place(CODE, &page));
-        let hardware = Disturbance { time_stamp_runs: true, ..Disturbance::none() };
-        let vcpu = SimulatedVcpu::new(ram, hardware).expect("the host has memory");
-        let vcpu = TimeStampTrap::new(vcpu, kernel).expect("it traps");
-        let mut engine = BranchClock::new(vcpu, Parameters::with_skid(1)).expect("it counts");
-        engine.set_cpu_state(&state).expect("a first state");
+        let mut engine = trapping(kernel, &state, &code);
         assert!(engine.save().expect("it can be asked").is_some());
         let exit = engine.run(u64::MAX).expect("it runs");
         assert_eq!(exit, Exit::Access(Access::TimeStamp));
@@ -273,15 +283,7 @@ fn a_kernel_sees_its_own_control_register_and_text() {
     let (kernel, state, _) = writing_kernel();
     let entry_bytes = REWRITING[..8].to_vec();
     let kernel = KernelText { sites: sites.map(site).to_vec(), entry_bytes, ..kernel };
-    let mut ram = GuestRam::new(4).expect("4 MiB");
-    let mut page = vec![0; 0x1000];
-    page[..REWRITING.len()].copy_from_slice(&REWRITING);
-    assert!(ram.place(CODE, &page));
-    let hardware = Disturbance { time_stamp_runs: true, ..Disturbance::none() };
-    let vcpu = SimulatedVcpu::new(ram, hardware).expect("the host has memory");
-    let vcpu = TimeStampTrap::new(vcpu, kernel).expect("it traps");
-    let mut engine = BranchClock::new(vcpu, Parameters::with_skid(1)).expect("it counts");
-    engine.set_cpu_state(&state).expect("a first state");
+    let mut engine = trapping(kernel, &state, &REWRITING);
     assert_eq!(engine.run(u64::MAX).expect("it runs"), Exit::Access(Access::TimeStamp));
     engine.finish_access(0x7_0000_0005).expect("it is answered");
     assert_eq!(engine.run(u64::MAX).expect("it runs"), Exit::Halt);

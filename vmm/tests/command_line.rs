@@ -4,17 +4,14 @@ use std::fs::{self, File};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use program::reprise;
 use serde_json::Value;
 use tempfile::TempDir;
 
+mod program;
+
 /// A run that takes longer has hung.
 const TIME_LIMIT: Duration = Duration::from_secs(120);
-
-fn reprise(directory: &TempDir, arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_reprise"));
-    command.current_dir(directory).args(arguments).stdin(Stdio::null());
-    command
-}
 
 /// Waits, but not for ever.
 fn finish(mut child: Child) -> Output {

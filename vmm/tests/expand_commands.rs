@@ -3,35 +3,23 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
 
+use program::{json, names, run};
 use serde_json::Value;
 use tempfile::TempDir;
+
+mod program;
 
 /// What `ticks` does: it counts interrupts, and either computes or sleeps until the next.
 const BUSY: &[&str] = &["--image", "ticks", "--checkpoint-every", "3000000"];
 const SLEEPER: &[&str] =
     &["--image", "ticks", "--cmdline", "hz=1000 count=60 sleep=10", "--checkpoint-every", "9000"];
 
-fn run(directory: &TempDir, words: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_reprise"));
-    command.current_dir(directory).args(words).stdin(Stdio::null());
-    command.output().expect("the command runs")
-}
-
 /// Status, standard output and standard error.
 fn told(directory: &TempDir, words: &[&str]) -> (i32, String, String) {
     let output = run(directory, words);
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code().expect("it exits"), text(&output.stdout), text(&output.stderr))
-}
-
-/// Status, and the one object on standard output.
-fn json(directory: &TempDir, words: &[&str]) -> (i32, Value) {
-    let (status, stdout, stderr) = told(directory, &[&["--json"], words].concat());
-    let object = serde_json::from_str(&stdout)
-        .unwrap_or_else(|error| panic!("{words:?}: {error}: {stdout} {stderr}"));
-    (status, object)
 }
 
 /// A directory with a recording `a.rr`.
@@ -49,15 +37,6 @@ fn expanded(guest: &[&str]) -> TempDir {
     let (status, _, stderr) = told(&directory, &["expand", "a.rr", "-o", "a.trace"]);
     assert_eq!(status, 0, "{stderr}");
     directory
-}
-
-/// Names in the directory.
-fn names(directory: &TempDir) -> Vec<String> {
-    let entries = fs::read_dir(directory).expect("can be read");
-    let names = entries.map(|entry| entry.expect("an entry").file_name());
-    let mut names: Vec<_> = names.map(|name| name.to_string_lossy().into_owned()).collect();
-    names.sort();
-    names
 }
 
 fn count(report: &Value, name: &str) -> u64 {

@@ -3,8 +3,9 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
-use std::process::{Command, Output, Stdio};
+use std::process::Stdio;
 
+use program::{json, names, reprise, run};
 use reprise_random::Random;
 use reprise_trace::header::CpuModelInfo;
 use reprise_trace::instructions::{
@@ -15,33 +16,16 @@ use serde_json::Value;
 use synthetic::{Entry, Options, Synthetic};
 use tempfile::TempDir;
 
+mod program;
 #[path = "../../trace/tests/instructions/synthetic/mod.rs"]
 #[allow(dead_code)]
 mod synthetic;
-
-fn reprise(directory: &TempDir, arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_reprise"));
-    command.current_dir(directory).args(arguments).stdin(Stdio::null());
-    command
-}
-
-fn run(directory: &TempDir, arguments: &[&str]) -> Output {
-    reprise(directory, arguments).output().expect("the command runs")
-}
 
 /// Standard output of a command that succeeds.
 fn text(directory: &TempDir, arguments: &[&str]) -> String {
     let output = run(directory, arguments);
     assert_eq!(output.status.code(), Some(0), "{arguments:?}: {output:?}");
     String::from_utf8(output.stdout).expect("text")
-}
-
-/// Status, and the one object on standard output.
-fn json(directory: &TempDir, arguments: &[&str]) -> (i32, Value) {
-    let output = run(directory, &[&["--json"], arguments].concat());
-    let object = serde_json::from_slice(&output.stdout)
-        .unwrap_or_else(|error| panic!("{arguments:?}: {error}: {output:?}"));
-    (output.status.code().expect("it exits"), object)
 }
 
 /// The one line with which a command fails.
@@ -52,15 +36,6 @@ fn failure(directory: &TempDir, arguments: &[&str]) -> String {
     let lines: Vec<&str> = stderr.lines().collect();
     assert!(lines.len() == 1 && lines[0].starts_with("reprise: "), "{arguments:?}: {stderr}");
     stderr
-}
-
-/// Names in the directory.
-fn names(directory: &TempDir) -> Vec<String> {
-    let entries = fs::read_dir(directory).expect("can be read");
-    let names = entries.map(|entry| entry.expect("an entry").file_name());
-    let mut names: Vec<_> = names.map(|name| name.to_string_lossy().into_owned()).collect();
-    names.sort();
-    names
 }
 
 fn header(share: Option<Share>) -> TraceHeader {

@@ -191,8 +191,7 @@ fn available_jobs() -> usize {
 
 fn target(arguments: &ExpandArgs, format: Option<&'static Format>) -> Result<Target> {
     let Some(path) = &arguments.output else { return Ok(Target::Discard) };
-    let recording = &arguments.file;
-    let to = place(path, arguments.force, &[recording, &checkpoints_path(recording)])?;
+    let to = place(path, arguments.force)?;
     let options = arguments.export.options();
     Ok(match format {
         None => Target::Native(to),

@@ -135,12 +135,11 @@ pub fn is_no_input(path: &Path, inputs: &[&Path]) -> Result<()> {
     Ok(())
 }
 
-/// Refuses to write over a file without being told to, and over what the command reads in any case.
+/// Refuses to write over a file without being told to.
 ///
 /// # Errors
-/// If there is a file and `force` is not given, or it is one of `inputs`.
-pub fn may_write(path: &Path, force: bool, inputs: &[&Path]) -> Result<()> {
-    is_no_input(path, inputs)?;
+/// If there is a file and `force` is not given.
+pub fn may_write(path: &Path, force: bool) -> Result<()> {
     if !force && fs::metadata(path).is_ok_and(|metadata| metadata.is_file()) {
         bail!("{} exists: give another name, or --force to overwrite it", path.display());
     }
@@ -151,11 +150,11 @@ pub fn may_write(path: &Path, force: bool, inputs: &[&Path]) -> Result<()> {
 ///
 /// # Errors
 /// As [`may_write`].
-pub fn place(path: &Path, force: bool, inputs: &[&Path]) -> Result<Place> {
+pub fn place(path: &Path, force: bool) -> Result<Place> {
     if path == Path::new("-") {
         return Ok(Place::Pipe);
     }
-    may_write(path, force, inputs)?;
+    may_write(path, force)?;
     Ok(Place::Path { path: path.to_owned(), force })
 }
 

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::cli::ConcatArgs;
 use crate::output::{Output, byte_size, counted};
-use crate::session::trace_file::{open_reader, place};
+use crate::session::trace_file::{is_no_input, open_reader, place};
 use crate::session::trace_target::format_of;
 
 /// What came of it.
@@ -41,7 +41,8 @@ pub(super) fn run(arguments: &ConcatArgs, output: Output) -> Result<u8> {
     let header =
         joined_header(&headers).map_err(|(index, error)| anyhow!(error).context(shown(index)))?;
     let shares: Vec<_> = arguments.shares.iter().map(PathBuf::as_path).collect();
-    let to = place(&arguments.output, arguments.force, &shares)?;
+    is_no_input(&arguments.output, &shares)?;
+    let to = place(&arguments.output, arguments.force)?;
     let stop = Arc::new(AtomicBool::new(false));
     let _stop = StopRequests::watch(stop.clone())?;
     let out_name = arguments.output.display();

@@ -41,7 +41,7 @@ pub(super) fn run(arguments: &ConvertArgs, output: Output) -> Result<u8> {
     let mut trace = TraceFile::open(&arguments.file)?;
     let mut notes = Vec::new();
     let (selection, _) = trace.select(arguments.window.selection(), output, &mut notes)?;
-    let to = place(&arguments.output, arguments.force, &[&arguments.file])?;
+    let to = place(&arguments.output, arguments.force)?;
     let mut job = Job { trace, selection, output };
     let (mut report, reached) = match format {
         Some(format) => job.export(format, &arguments.export.options(), &to),

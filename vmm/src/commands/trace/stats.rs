@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use crate::cli::StatsArgs;
 use crate::output::{Output, counted, grouped};
-use crate::session::trace_file::{Reached, TraceFile, may_write};
+use crate::session::trace_file::{Reached, TraceFile, is_no_input, may_write};
 
 /// Intervals into which the time is divided.
 const INTERVALS: u64 = 240;
@@ -40,7 +40,8 @@ struct StatsReport {
 /// written.
 pub(super) fn run(arguments: &StatsArgs, output: Output) -> Result<u8> {
     if let Some(path) = &arguments.html {
-        may_write(path, arguments.force, &[&arguments.file])?;
+        is_no_input(path, &[&arguments.file])?;
+        may_write(path, arguments.force)?;
     }
     let symbols = super::symbols(&arguments.symbols.files)?;
     let mut trace = TraceFile::open(&arguments.file)?;
