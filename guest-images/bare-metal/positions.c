@@ -33,6 +33,7 @@ void scenario_window(void);
 void scenario_user(void);
 void scenario_code(void);
 void scenario_ports(void);
+void scenario_accessed(void);
 
 static const struct {
     const char *name;
@@ -43,7 +44,7 @@ static const struct {
     { "shadow", scenario_shadow },   { "hlt", scenario_hlt },
     { "fault", scenario_fault },     { "window", scenario_window },
     { "user", scenario_user },       { "code", scenario_code },
-    { "ports", scenario_ports },
+    { "ports", scenario_ports },     { "accessed", scenario_accessed },
 };
 
 static uint64_t small_pages[512] __attribute__((aligned(PAGE_BYTES)));

@@ -4,6 +4,7 @@
 //! simulated hardware can be told to do (being late or wrong, refusing) is tested on that alone.
 
 mod altered;
+mod astray;
 mod crossing;
 mod hand_over;
 mod hosts;
@@ -67,7 +68,14 @@ impl Session {
     }
 
     fn record(&self, hardware: &impl BranchHardware) -> SessionReport {
-        let checkpoints = CheckpointArg::default();
+        self.record_with(hardware, CheckpointArg::default())
+    }
+
+    fn record_with(
+        &self,
+        hardware: &impl BranchHardware,
+        checkpoints: CheckpointArg,
+    ) -> SessionReport {
         let to = RecordTo { path: self.path(), force: false, checkpoints };
         let report = record_on(hardware, self.plan(), &to).expect("it records");
         assert_eq!((report.engine, report.clock), ("kvm", "pmu"));

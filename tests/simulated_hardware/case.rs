@@ -2,8 +2,6 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 use reprise::boot::{self, GuestSource};
 use reprise_branch_clock::engine::{BranchClock, Counts, Parameters};
@@ -80,8 +78,8 @@ pub(crate) trait Clocked {
     /// The clock on it.
     fn engine(&self, ram: GuestRam) -> Result<BranchClock<Self::Vcpu>, EngineError>;
 
-    /// A clock of the world outside that goes on while the guest runs.
-    fn world_clock_ns(engine: &BranchClock<Self::Vcpu>) -> Arc<AtomicU64>;
+    /// The simulation within.
+    fn simulated(engine: &BranchClock<Self::Vcpu>) -> &SimulatedVcpu;
 
     /// What is written at the head of a recording made on it.
     fn header(&self, case: &Case<'_>) -> Header;
@@ -107,8 +105,8 @@ impl Clocked for Hardware {
         BranchClock::new(vcpu, Parameters { skid: self.skid, stand: self.stand })
     }
 
-    fn world_clock_ns(engine: &BranchClock<SimulatedVcpu>) -> Arc<AtomicU64> {
-        engine.vcpu().world_clock_ns()
+    fn simulated(engine: &BranchClock<SimulatedVcpu>) -> &SimulatedVcpu {
+        engine.vcpu()
     }
 
     fn header(&self, case: &Case<'_>) -> Header {
@@ -235,7 +233,7 @@ impl Case<'_> {
     /// Records, and gives the engine as well.
     pub(crate) fn record_on<C: Clocked>(&self, hardware: &C) -> (BranchClock<C::Vcpu>, Recorded) {
         let (engine, board) = self.start(hardware);
-        let world_clock_ns = C::world_clock_ns(&engine);
+        let world_clock_ns = C::simulated(&engine).world_clock_ns();
         let seed = hardware.hardware().disturbance.seed;
         let world = SeededWorld::new(seed, self.typed, world_clock_ns)
             .typing_within(self.longest_pause_ns)

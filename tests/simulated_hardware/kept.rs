@@ -11,7 +11,7 @@ use reprise_machine::inputs::Recording as RecordingInputs;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::Outcome;
 use reprise_replay::{
-    RecordedClock, ReplayError, Replayable, Start, checkpoints_path, verification,
+    Arrived, RecordedClock, ReplayError, Replayable, Start, checkpoints_path, verification,
 };
 use reprise_trace::checkpoint::CheckpointWriter;
 use reprise_trace::event::Record;
@@ -48,7 +48,7 @@ impl Case<'_> {
         let identity = writer.identity();
         let (engine, board) = self.start(hardware);
         let seed = hardware.hardware().disturbance.seed;
-        let world = SeededWorld::new(seed, self.typed, C::world_clock_ns(&engine))
+        let world = SeededWorld::new(seed, self.typed, C::simulated(&engine).world_clock_ns())
             .typing_within(self.longest_pause_ns)
             .stopping_at(self.stops_ns);
         let inputs = RecordingInputs::new(world, LogWriter::new(writer));
@@ -76,10 +76,13 @@ fn records_of(replayable: &Replayable) -> Vec<Record> {
 pub(crate) struct Replay {
     pub(crate) outcome: Outcome,
     pub(crate) times_back: u32,
+    /// Times that an accessed bit, set early, led the guest another way.
+    pub(crate) times_parted: u32,
 }
 
 impl Kept {
-    /// Replays on hardware that may be late, another one after each time, and goes back where it was.
+    /// Replays on hardware that may be late, another one after each time, and goes back where it was, and where
+    /// the guest went another way: there, and nowhere else, the hardware has set a page's accessed bit early.
     pub(crate) fn replay<C: Clocked>(
         &self,
         start: Start,
@@ -94,11 +97,19 @@ impl Kept {
                 records_before = beginning.records();
                 beginning.into_machine(|ram| hardware.engine(ram), |inputs| inputs)
             },
-            Machine::run,
+            |machine| {
+                let outcome = machine.run()?;
+                if let Some(divergence) = outcome.divergence() {
+                    let early = C::simulated(machine.engine()).pages_accessed_early();
+                    assert!(early > 0, "{divergence}");
+                }
+                Ok(outcome)
+            },
         )?;
-        let mut outcome = arrived.outcome.expect("the machine runs");
+        let Arrived { outcome, times_back, times_parted, .. } = arrived;
+        let mut outcome = outcome.expect("the machine runs");
         outcome.events += records_before;
-        Ok(Replay { outcome, times_back: arrived.times_back })
+        Ok(Replay { outcome, times_back, times_parted })
     }
 
     /// Replays on the software CPU.

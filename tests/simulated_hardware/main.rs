@@ -2,6 +2,7 @@
 //! elsewhere, interrupt later, forget translations and set accessed bits at other times; and replayed
 //! on the software CPU, which finds every moment's instruction count.
 
+mod accessed;
 mod case;
 mod counting;
 mod crossing;

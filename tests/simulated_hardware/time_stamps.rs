@@ -2,7 +2,6 @@
 //! answer logged.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 use reprise_branch_clock::engine::{BranchClock, Parameters};
 use reprise_branch_clock::time_stamp_trap::{TimeStampTrap, TrapCounts};
@@ -58,8 +57,8 @@ impl Clocked for Trapping {
         BranchClock::new(vcpu, Parameters { skid, stand })
     }
 
-    fn world_clock_ns(engine: &BranchClock<Self::Vcpu>) -> Arc<AtomicU64> {
-        engine.vcpu().inner().world_clock_ns()
+    fn simulated(engine: &BranchClock<Self::Vcpu>) -> &SimulatedVcpu {
+        engine.vcpu().inner()
     }
 
     /// That of a recording that has the time stamps.

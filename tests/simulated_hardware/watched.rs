@@ -1,9 +1,6 @@
 //! A vCPU that notes what its guest was about to do when it was kicked and when an interrupt came, so that
 //! a test can say which positions it has met.
 
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
-
 use iced_x86::{Instruction, OpKind, Register};
 use reprise_branch_clock::ask_vcpu_within;
 use reprise_branch_clock::engine::{BranchClock, Parameters};
@@ -140,8 +137,8 @@ impl Clocked for WatchedHardware {
         BranchClock::new(vcpu, Parameters { skid, stand })
     }
 
-    fn world_clock_ns(engine: &BranchClock<Self::Vcpu>) -> Arc<AtomicU64> {
-        engine.vcpu().vcpu.world_clock_ns()
+    fn simulated(engine: &BranchClock<Self::Vcpu>) -> &SimulatedVcpu {
+        &engine.vcpu().vcpu
     }
 
     fn header(&self, case: &Case<'_>) -> Header {

@@ -148,6 +148,10 @@ impl<E: Refusing> Engine for Assisted<E> {
         self.engine.stands_exactly()
     }
 
+    fn sets_accessed_bits_early(&self) -> bool {
+        self.engine.sets_accessed_bits_early()
+    }
+
     fn finish_access(&mut self, value: u128) -> Result<(), EngineError> {
         let Some(begun) = self.amid.take() else {
             return self.engine.finish_access(value);

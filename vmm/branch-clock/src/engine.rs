@@ -266,6 +266,10 @@ impl<V: Vcpu> Engine for BranchClock<V> {
         true
     }
 
+    fn sets_accessed_bits_early(&self) -> bool {
+        true
+    }
+
     fn stands_exactly(&self) -> bool {
         self.stands
     }

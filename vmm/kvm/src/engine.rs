@@ -314,6 +314,10 @@ impl Engine for KvmEngine {
         }
     }
 
+    fn sets_accessed_bits_early(&self) -> bool {
+        true
+    }
+
     fn finish_access(&mut self, value: u128) -> Result<(), EngineError> {
         let mut exit = self.pending.take().expect("run came back with an access");
         assert!(std::mem::take(&mut self.awaiting_answer), "an access is finished once");

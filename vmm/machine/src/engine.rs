@@ -170,6 +170,12 @@ pub trait Engine {
         false
     }
 
+    /// Whether the guest's code runs on a CPU that may set accessed bits early. No log has that, and a guest that
+    /// looks at one goes another way then.
+    fn sets_accessed_bits_early(&self) -> bool {
+        false
+    }
+
     /// Whether the boundary of the last [`Exit::Kicked`] is one that another run finds again. An engine
     /// whose ticks are one place each keeps that promise for every kick.
     fn stands_exactly(&self) -> bool {

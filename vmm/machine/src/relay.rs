@@ -152,6 +152,10 @@ impl Engine for Relay {
         self.active.comes_late()
     }
 
+    fn sets_accessed_bits_early(&self) -> bool {
+        self.active.sets_accessed_bits_early()
+    }
+
     fn stands_exactly(&self) -> bool {
         self.active.stands_exactly()
     }

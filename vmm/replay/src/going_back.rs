@@ -1,9 +1,13 @@
-//! Replays on engines that stop late: where one is past a place of the log, the replay goes back to the
-//! nearest checkpoint before it and approaches it again with a wider margin.
+//! Replays on hardware, which is not exact. Where an engine stops late and is past a place of the log, the
+//! replay goes back to the nearest checkpoint before it and approaches it again with a wider margin. Where the
+//! guest went another way than recorded, it goes back as well: a CPU may set an accessed bit early, Linux looks
+//! at those (whether a page that is unmapped was used decides a branch), and no log can have it. That is the
+//! hardware's doing only if it does not happen again; a divergence that comes twice is one.
 
 use std::cell::Cell;
 use std::rc::Rc;
 
+use reprise_machine::divergence::Divergence;
 use reprise_machine::engine::{Engine, Overshoot};
 use reprise_machine::inputs::Replaying;
 use reprise_machine::machine::Machine;
@@ -16,14 +20,19 @@ use crate::replayable::Replayable;
 /// How often one place is approached, each time with twice the margin.
 pub const MAX_ATTEMPTS: u32 = 6;
 
+/// How often the guest may diverge before one place, each time otherwise.
+pub const MAX_PARTINGS: u32 = 3;
+
 /// A replay that came to its end, or failed otherwise than by stopping late.
 pub struct Arrived<E: Engine> {
     /// The machine.
     pub machine: Machine<E, Replaying>,
     /// What it came to.
     pub outcome: Result<Outcome, MachineError>,
-    /// How often it had to go back.
+    /// How often it had to go back because the engine stopped late.
     pub times_back: u32,
+    /// How often it went back because the guest had gone another way.
+    pub times_parted: u32,
 }
 
 /// Where the approaches to a place stand.
@@ -34,6 +43,9 @@ struct Attempts {
     /// How often since the replay last came further than that.
     failed: u32,
     times_back: u32,
+    /// The last divergence that is no result yet, and how often since the replay last came further than that.
+    parted: Option<(Divergence, u32)>,
+    times_parted: u32,
 }
 
 impl Attempts {
@@ -50,6 +62,23 @@ impl Attempts {
         }
     }
 
+    /// Notes that the guest went another way. Gives the tick before which to begin again, unless this divergence
+    /// is the result.
+    fn part(&mut self, divergence: &Divergence) -> Option<u64> {
+        let tick = divergence.moment.tick;
+        let before = match &self.parted {
+            Some((last, _)) if last == divergence => return None,
+            Some((last, times)) if tick <= last.moment.tick => *times,
+            _ => 0,
+        };
+        if before + 1 >= MAX_PARTINGS {
+            return None;
+        }
+        self.parted = Some((divergence.clone(), before + 1));
+        self.times_parted += 1;
+        Some(tick)
+    }
+
     /// Has the engine keep the distance that the next attempt needs.
     fn prepare<E: Engine>(&self, engine: &mut E) {
         if self.failed > 0 {
@@ -60,8 +89,9 @@ impl Attempts {
 
 impl Replayable {
     /// Has `make` put a machine together from where it is to begin, and `run` run it; from a checkpoint
-    /// before the place anew, whenever the engine was stopped behind one. `run` may run a machine in
-    /// several parts, and gives the first outcome that is not [`Ok`] or else the last.
+    /// before the place anew, whenever the engine was stopped behind one, and wherever the guest diverged on
+    /// hardware, until it does so for good. `run` may run a machine in several parts, and gives the first
+    /// outcome that is not [`Ok`] or else the last.
     ///
     /// # Errors
     /// As [`Replayable::begin`] and `make`, and if [`MAX_ATTEMPTS`] approaches of one place have failed.
@@ -81,8 +111,16 @@ impl Replayable {
                     beginning = self.begin_before(attempts.note(overshoot)?)?;
                 }
                 outcome => {
-                    let times_back = attempts.times_back;
-                    return Ok(Arrived { machine, outcome, times_back });
+                    let early = machine.engine().sets_accessed_bits_early();
+                    let parted = outcome.as_ref().ok().and_then(Outcome::divergence);
+                    if let Some(divergence) = parted.filter(|_| early)
+                        && let Some(tick) = attempts.part(divergence)
+                    {
+                        beginning = self.begin_before(tick)?;
+                        continue;
+                    }
+                    let Attempts { times_back, times_parted, .. } = attempts;
+                    return Ok(Arrived { machine, outcome, times_back, times_parted });
                 }
             }
         }
@@ -132,6 +170,9 @@ impl ConsoleOnce {
 
 #[cfg(test)]
 mod tests {
+    use reprise_machine::divergence::Difference;
+    use reprise_trace::moment::Moment;
+
     use super::*;
 
     #[test]
@@ -150,11 +191,8 @@ mod tests {
 
     #[test]
     fn attempts_at_one_place_are_bounded_and_start_anew_behind_it() {
-        let overshoot = |tick| Overshoot {
-            place: reprise_trace::moment::Moment { tick, rip: 0, rcx: 0 },
-            margin: 100,
-            ticks_late: 1,
-        };
+        let overshoot =
+            |tick| Overshoot { place: Moment { tick, rip: 0, rcx: 0 }, margin: 100, ticks_late: 1 };
         let mut attempts = Attempts::default();
         for _ in 1..MAX_ATTEMPTS {
             assert_eq!(attempts.note(overshoot(50)).ok(), Some(50));
@@ -166,5 +204,24 @@ mod tests {
         }
         let error = attempts.note(overshoot(60)).expect_err("it is enough");
         assert!(error.to_string().contains("--engine soft"), "{error}");
+    }
+
+    #[test]
+    fn a_divergence_that_comes_twice_is_the_result() {
+        let divergence = |tick, found: &str| Divergence {
+            moment: Moment { tick, rip: 0, rcx: 0 },
+            difference: Difference::Passed,
+            expected: "console input".to_owned(),
+            found: found.to_owned(),
+        };
+        let mut attempts = Attempts::default();
+        assert_eq!(attempts.part(&divergence(50, "tick 60")), Some(50));
+        assert_eq!(attempts.part(&divergence(50, "tick 60")), None);
+        // Further on it may happen again, and otherwise, but not for ever.
+        for found in 1..MAX_PARTINGS {
+            assert_eq!(attempts.part(&divergence(70, &format!("tick {found}"))), Some(70));
+        }
+        assert_eq!(attempts.part(&divergence(70, "tick 99")), None);
+        assert_eq!(attempts.times_parted, MAX_PARTINGS);
     }
 }

@@ -16,11 +16,11 @@ const LEVELS: u32 = 4;
 /// Entries that are looked at, to find one that is present.
 const LOOKS: u64 = 64;
 
-/// Sets the accessed bits along one translation that is there, if it finds one. Only four-level paging
-/// has any set early.
-pub(crate) fn access_early(ram: &GuestRam, state: &CpuState, random: &mut Random) {
+/// Sets the accessed bits along one translation that is there, if it finds one; gives whether the page's own was
+/// clear. Only four-level paging has any set early.
+pub(crate) fn access_early(ram: &GuestRam, state: &CpuState, random: &mut Random) -> bool {
     if state.cr0 & CR0_PG == 0 || state.efer & EFER_LMA == 0 {
-        return;
+        return false;
     }
     let mut table = state.cr3 & ADDRESS;
     for level in (0..LEVELS).rev() {
@@ -29,17 +29,18 @@ pub(crate) fn access_early(ram: &GuestRam, state: &CpuState, random: &mut Random
         let found = looked_at
             .filter_map(|address| entry_at(ram, address).map(|entry| (address, entry)))
             .find(|(_, entry)| entry & PRESENT != 0);
-        let Some((address, entry)) = found else { return };
+        let Some((address, entry)) = found else { return false };
         if entry & ACCESSED == 0 {
             ram.memory()
                 .write_obj(entry | ACCESSED, GuestAddress(address))
                 .expect("the entry was read there");
         }
         if level == 0 || entry & LARGE != 0 {
-            return;
+            return entry & ACCESSED == 0;
         }
         table = entry & ADDRESS;
     }
+    unreachable!("the last level has a page")
 }
 
 fn entry_at(ram: &GuestRam, address: u64) -> Option<u64> {

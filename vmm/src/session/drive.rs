@@ -1,5 +1,5 @@
 //! Runs a replaying machine, whatever its engine: from the place asked for to the one asked for, back at a
-//! checkpoint where the engine stopped late, its console and how far it is shown on the way.
+//! checkpoint where the engine stopped late or the guest went another way, its console and how far it is shown on the way.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -37,6 +37,8 @@ pub(super) struct Driven<E> {
     pub(super) engine: E,
     /// How often it went back to a checkpoint, because the engine stopped late.
     pub(super) times_back: u32,
+    /// How often it did because the guest had gone another way.
+    pub(super) times_parted: u32,
 }
 
 impl Drive<'_> {
@@ -106,13 +108,13 @@ impl Drive<'_> {
             wall += started.elapsed();
             outcome
         };
-        let Arrived { machine, outcome, times_back } =
+        let Arrived { machine, outcome, times_back, times_parted } =
             replayable.run_going_back(beginning, make, run)?;
         if let (Some(from), Some(until), true) = (options.from, options.until, ends_before.get()) {
             return Err(PlanError::ends_before(from, until).into());
         }
         let (engine, _, _) = machine.into_parts();
-        Ok(Driven { outcome, wall, engine, times_back })
+        Ok(Driven { outcome, wall, engine, times_back, times_parted })
     }
 }
 

@@ -202,6 +202,7 @@ fn replay_as_recorded(
         let times = ran.times_back;
         notes.push(format!("the counter was late: went back to a checkpoint {times} times"));
     }
+    notes.extend(parting_note(&ran));
     let outcome = ran.outcome?;
     let kind = followed.first();
     let mut report = SessionReport::new("replay", &header.guest.name, kind, &outcome, ran.wall);
@@ -216,10 +217,30 @@ fn replay_as_recorded(
     let mut report = judged(report, recording, verification, &outcome);
     report.set_aside = set_aside(course, &outcome.set_aside, Some(&outcome));
     report.maker_dependent = MakerDependentReport::of(ran.sites.as_deref().unwrap_or_default());
+    report.times_parted = ran.times_parted;
     report.profile = ran.profile;
     notes.extend(report.warning.clone());
     notes.extend(self::notes(header, &report, ran.sites.as_deref()));
     Ok(Replayed { report, notes, followed })
+}
+
+/// Tells that the guest went another way, and what came of going back.
+fn parting_note(ran: &Ran) -> Option<String> {
+    let times = ran.times_parted;
+    if times == 0 {
+        return None;
+    }
+    let counted = if times == 1 { "once".to_owned() } else { format!("{times} times") };
+    let diverged = |outcome: &Outcome| outcome.divergence().is_some();
+    Some(match ran.outcome.as_ref().is_ok_and(diverged) {
+        true => {
+            format!("began again from a checkpoint or the start {counted}, and it diverges still")
+        }
+        false => format!(
+            "the guest went another way than recorded {counted}, and the recorded one when run again from a \
+             checkpoint or the start: this CPU did what no log has, such as setting an accessed bit early"
+        ),
+    })
 }
 
 /// What executes a replay.
@@ -278,6 +299,8 @@ struct Ran {
     wall: Duration,
     /// How often it went back to a checkpoint, because the engine stopped late.
     times_back: u32,
+    /// How often it went back because the guest had gone another way.
+    times_parted: u32,
     /// Instructions, where the engine counts them whatever the recording does.
     executed: Option<u64>,
     /// Instructions whose results makers may have otherwise, where the engine notes them.
@@ -287,9 +310,9 @@ struct Ran {
 
 impl Ran {
     fn of<E>(driven: Driven<E>) -> (Self, E) {
-        let Driven { outcome, wall, engine, times_back } = driven;
-        let ran = Self { outcome, wall, times_back, executed: None, sites: None, profile: None };
-        (ran, engine)
+        let Driven { outcome, wall, engine, times_back, times_parted } = driven;
+        let (executed, sites, profile) = (None, None, None);
+        (Self { outcome, wall, times_back, times_parted, executed, sites, profile }, engine)
     }
 }
 

@@ -161,6 +161,9 @@ pub struct SessionReport {
     pub maker_dependent: Vec<MakerDependentReport>,
     /// Replay: what the comparison left out.
     pub set_aside: Vec<SetAsideReport>,
+    /// Replay on hardware: how often the guest went another way than recorded, and the replay began again before
+    /// that.
+    pub times_parted: u32,
     /// Replay: the recording has its end.
     pub complete: Option<bool>,
     /// Replay: the first difference.
@@ -230,6 +233,7 @@ impl SessionReport {
             verification: None,
             maker_dependent: Vec::new(),
             set_aside: Vec::new(),
+            times_parted: 0,
             complete: None,
             divergence: outcome.divergence().map(DivergenceReport::from),
             damage: None,

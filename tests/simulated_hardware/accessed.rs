@@ -1,0 +1,61 @@
+//! A guest that looks at its pages' accessed bits goes another way where hardware sets one early. No log has that:
+//! a replay goes back to a checkpoint, and comes to the recorded end unless it happens each time.
+
+use reprise_machine::outcome::Conclusion;
+use reprise_replay::{MAX_PARTINGS, Start};
+use reprise_simulated_hardware::Disturbance;
+
+use crate::case::{Case, Hardware, assert_equal};
+use crate::guest;
+use crate::kept::Kept;
+
+const SEEDS: std::ops::Range<u64> = 2..12;
+const CHECKPOINT_EVERY: u64 = 100_000;
+/// Instructions from one to the next: about one of sixty falls on a page whose bit is looked at.
+const RARELY: u64 = 200_000;
+
+fn case() -> Case<'static> {
+    guest("positions", "do=accessed hz=2000 count=20", "")
+}
+
+/// Intel's, whose accessed bits are early as often as this.
+fn hardware(seed: u64, access_every: Option<u64>) -> Hardware {
+    let disturbance = Disturbance { access_every, ..Disturbance::intel(seed) };
+    Hardware { disturbance, ..Hardware::intel(seed) }
+}
+
+fn recorded(access_every: Option<u64>) -> Kept {
+    let kept = case().record_to_file(&hardware(1, access_every), CHECKPOINT_EVERY);
+    let (outcome, console) = (&kept.recorded.outcome, &kept.recorded.console);
+    let checkpoints = kept.replayable.checkpoints().len();
+    eprintln!("{} ticks, {checkpoints} checkpoints", outcome.ticks);
+    assert!(console.contains("positions: accessed, hash "), "{console}");
+    assert!(checkpoints > 2, "{checkpoints}");
+    kept
+}
+
+#[test]
+fn a_guest_that_went_another_way_is_replayed_again() {
+    let kept = recorded(None);
+    let mut times_parted = 0;
+    for seed in SEEDS {
+        let replay = kept.replay(Start::Run, &hardware(seed, Some(RARELY)));
+        let replay = replay.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        assert_equal(&kept.recorded.outcome, &replay.outcome, seed);
+        times_parted += replay.times_parted;
+    }
+    eprintln!("{times_parted} times another way in {} replays", SEEDS.end - SEEDS.start);
+    assert!(times_parted > 4, "{times_parted}");
+}
+
+#[test]
+fn a_guest_that_always_goes_another_way_diverges() {
+    let kept = recorded(None);
+    let replay = kept.replay(Start::Run, &hardware(2, Some(50))).expect("it replays");
+    let Conclusion::Diverged(divergence) = replay.outcome.conclusion else {
+        panic!("{:?}", replay.outcome.conclusion);
+    };
+    eprintln!("{divergence}");
+    let again = 1..MAX_PARTINGS;
+    assert!(again.contains(&replay.times_parted), "{} times: {divergence}", replay.times_parted);
+}
