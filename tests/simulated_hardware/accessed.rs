@@ -1,6 +1,10 @@
 //! A guest that looks at its pages' accessed bits goes another way where hardware sets one early. No log has that:
 //! a replay goes back to a checkpoint, and comes to the recorded end unless it happens each time.
 
+use std::sync::Arc;
+
+use reprise_bisect::Unwatched;
+use reprise_bisect::interval::narrow;
 use reprise_machine::outcome::Conclusion;
 use reprise_replay::{MAX_PARTINGS, Start};
 use reprise_simulated_hardware::Disturbance;
@@ -58,4 +62,27 @@ fn a_guest_that_always_goes_another_way_diverges() {
     eprintln!("{divergence}");
     let again = 1..MAX_PARTINGS;
     assert!(again.contains(&replay.times_parted), "{} times: {divergence}", replay.times_parted);
+}
+
+/// The bit was set early while recording. The software CPU, which sets none so, finds it by trying.
+#[test]
+fn a_bit_that_was_set_early_while_recording_is_found() {
+    let mut diverged = 0;
+    for seed in SEEDS {
+        let hardware = hardware(seed, Some(RARELY));
+        let kept = case().record_to_file(&hardware, u64::MAX);
+        let replay = kept.replay_on_software(Start::Run).expect("it replays");
+        let Some(divergence) = replay.divergence() else {
+            assert_equal(&kept.recorded.outcome, &replay, seed);
+            continue;
+        };
+        let interval =
+            narrow(&kept.replayable, &Arc::default(), &mut Unwatched).expect("it is looked at");
+        eprintln!("seed {seed}: {divergence}\n{interval}");
+        assert_eq!(interval.causes[0].name, "accessed-bit", "seed {seed}");
+        let bit = interval.early_bit.expect("it was found");
+        assert!(bit.line.text.starts_with("test"), "seed {seed}: {}", bit.line);
+        diverged += 1;
+    }
+    assert!(diverged > 4, "{diverged}");
 }

@@ -24,6 +24,7 @@ use reprise_trace::event::Record;
 use reprise_trace::moment::TickKind;
 use serde::Serialize;
 
+use crate::early_bit::{self, EarlyBit, Parting};
 use crate::examine::{Compared, Examiner};
 use crate::finding::Finding;
 use crate::place::{Elsewhere, Surveyed, survey};
@@ -52,6 +53,8 @@ pub struct Interval {
     pub ran: ran::Ran,
     /// What the surroundings of the divergence tell.
     pub around: Surveyed,
+    /// The accessed bit with which, set early, the replay is as recorded.
+    pub early_bit: Option<EarlyBit>,
     /// Translated and interpreted execution of the interval, compared.
     pub engines: Option<Compared>,
     /// The likely causes, the most telling first.
@@ -130,6 +133,15 @@ pub fn narrow(
         true => survey(replayable, start, symbols, watch)?,
         false => Surveyed::default(),
     };
+    let early_bit = match &outcome.conclusion {
+        Conclusion::Diverged(divergence) if is_of_hardware(replayable) && !around.explains() => {
+            let (between, record_tick) = ((from, end), divergence.moment.tick);
+            let agreed = agreed.map_or(0, |place| place.record + 1);
+            let parting = Parting { start, between, record_tick, agreed };
+            early_bit::find(replayable, &parting, symbols, watch)?
+        }
+        _ => None,
+    };
     let engines = match parted {
         true => Some(engines(replayable, start, end, symbols, watch)?),
         false => None,
@@ -143,6 +155,7 @@ pub fn narrow(
         at_checkpoint,
         ran,
         around,
+        early_bit,
         engines,
         causes: Vec::new(),
     };
@@ -265,7 +278,7 @@ fn engines(
 type Test = fn(&Interval, &Replayable) -> Option<String>;
 
 /// A row a cause, the most telling first: its name, the test that gives it in words, and what to do next.
-const CAUSES: [(&str, Test, &str); 9] = [
+const CAUSES: [(&str, Test, &str); 10] = [
     (
         "engine",
         |interval, _| {
@@ -331,12 +344,38 @@ const CAUSES: [(&str, Test, &str); 9] = [
         "lawful: replay on a processor of the kind that recorded",
     ),
     (
+        "accessed-bit",
+        |interval, _| {
+            let EarlyBit { entry, line } = interval.early_bit.as_ref()?;
+            Some(format!(
+                "with the accessed bit of the page table's entry at {entry:#x} set before instruction {} reads it \
+                 (`{}`), the replay is as recorded there: the processor that recorded had set it early, or one that \
+                 the guest reads alike",
+                line.number, line.text
+            ))
+        },
+        "lawful on hardware, and in no log: `reprise replay --from` a checkpoint behind this place goes on",
+    ),
+    (
+        "accessed-bit",
+        |interval, _| {
+            let pages = &interval.at_checkpoint.as_ref()?.memory;
+            let walked = |table: &crate::TableEntry| table.only_accessed_or_dirty;
+            let only = !pages.is_empty()
+                && pages.iter().all(|page| page.table.as_ref().is_some_and(walked));
+            only.then(|| "nothing but accessed and dirty bits of page tables differs".to_owned())
+        },
+        "lawful on hardware; a guest that does not read its own page tables cannot tell",
+    ),
+    (
         "time-stamp",
         |interval, replayable| {
             if !is_of_hardware(replayable) {
                 return None;
             }
-            if let Some(line) = interval.around.next.as_ref().filter(|line| line.text == "rdtsc") {
+            if let Some(line) = interval.around.next.as_ref()
+                && interval.around.reads_time_stamp()
+            {
                 return Some(format!(
                     "the guest reads the time-stamp counter at instruction {}, and the log has no answer \
                      there: hardware answered by itself, because nothing trapped it",
@@ -352,17 +391,6 @@ const CAUSES: [(&str, Test, &str); 9] = [
             })
         },
         "`reprise info` says which time stamps were OPEN when it was recorded: those are in no log",
-    ),
-    (
-        "accessed-bit",
-        |interval, _| {
-            let pages = &interval.at_checkpoint.as_ref()?.memory;
-            let walked = |table: &crate::TableEntry| table.only_accessed_or_dirty;
-            let only = !pages.is_empty()
-                && pages.iter().all(|page| page.table.as_ref().is_some_and(walked));
-            only.then(|| "nothing but accessed and dirty bits of page tables differs".to_owned())
-        },
-        "lawful on hardware; a guest that does not read its own page tables cannot tell",
     ),
     (
         "other-processor",

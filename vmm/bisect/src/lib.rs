@@ -5,13 +5,14 @@
 //! differs behind it (`state_rows.rs`, `memory.rs`), what ran around it (`listing.rs`) and what the
 //! likely cause is (`cause.rs`, a table). [`interval`] does what can be done for a recording whose replay
 //! diverges, where the recorded side is known at its records and checkpoints alone.
-//!//!
+//!
 //! What enters a machine before an instruction (input, the end of a sleep, an interrupt) is a step of
 //! its own. A difference that is in devices, virtual time or the TLB alone is told as the *origin*; the
 //! search then goes on to the first instruction after which CPU or RAM differ.
 #![forbid(unsafe_code)]
 
 mod cause;
+pub mod early_bit;
 mod examine;
 mod finding;
 mod finding_text;

@@ -55,6 +55,18 @@ pub struct Surveyed {
     pub flags: Option<u64>,
 }
 
+impl Surveyed {
+    /// Whether that says already why the replay diverged.
+    pub(crate) fn explains(&self) -> bool {
+        self.elsewhere.is_some() || self.flags.is_some() || self.reads_time_stamp()
+    }
+
+    /// Whether the replay was about to read the time-stamp counter.
+    pub(crate) fn reads_time_stamp(&self) -> bool {
+        self.next.as_ref().is_some_and(|line| line.text == "rdtsc")
+    }
+}
+
 /// Looks around the divergence at which a replay from `start` ends.
 ///
 /// # Errors

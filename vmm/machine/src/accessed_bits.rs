@@ -30,7 +30,8 @@ struct Format {
 }
 
 /// Where page tables lie, and how they read.
-pub(crate) struct PageTables {
+#[derive(Debug)]
+pub struct PageTables {
     pages: BTreeSet<u64>,
     entry_bytes: usize,
 }
@@ -43,7 +44,10 @@ impl PageTables {
 
     /// Those that CR3 leads to and, unless `current_alone`, those of address spaces with the same kernel. Costs
     /// two passes over the guest RAM that was ever touched, the second with a look at few entries of each page.
-    pub(crate) fn of<E: Engine>(engine: &mut E, current_alone: bool) -> Result<Self, EngineError> {
+    ///
+    /// # Errors
+    /// If the engine cannot tell its CPU's state.
+    pub fn of<E: Engine>(engine: &mut E, current_alone: bool) -> Result<Self, EngineError> {
         let state = engine.cpu_state()?;
         let Some((format, root)) = format_of(&state) else { return Ok(Self::none()) };
         let mut there = BTreeSet::new();
@@ -79,6 +83,12 @@ impl PageTables {
         }
         let pages = found.into_iter().filter(|(_, levels)| *levels != 0).map(|(page, _)| page);
         Ok(Self { pages: pages.collect(), entry_bytes: format.entry_bytes })
+    }
+
+    /// Whether an entry of one of these tables begins at a guest-physical address.
+    pub fn is_entry(&self, address: u64) -> bool {
+        let page = address & !(PAGE_BYTES as u64 - 1);
+        self.pages.contains(&page) && address.is_multiple_of(self.entry_bytes as u64)
     }
 
     /// The page at `address` as it counts: itself unless it is a table.

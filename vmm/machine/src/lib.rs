@@ -1,7 +1,7 @@
 //! The machine: one run loop over an engine, a board and the determinism boundary.
 #![forbid(unsafe_code)]
 
-mod accessed_bits;
+pub mod accessed_bits;
 pub mod assist;
 pub mod checkpoint;
 pub mod clock;
