@@ -12,7 +12,6 @@ use reprise_devices::cpu_model::TimeStampCounter;
 use reprise_kvm::Finding;
 use reprise_machine::engine::EngineError;
 use reprise_machine::ram::GuestRam;
-use reprise_simulated_hardware::SimulatedVcpu;
 use reprise_tests::hardware::Simulated;
 
 use crate::{Session, assert_equal, replay};
@@ -40,7 +39,7 @@ fn exact(seed: u64) -> Simulated {
 }
 
 impl BranchHardware for Early {
-    type Vcpu = SimulatedVcpu;
+    type Vcpu = <Simulated as BranchHardware>::Vcpu;
 
     fn is_there(&self) -> bool {
         self.simulated.is_there()
@@ -62,7 +61,7 @@ impl BranchHardware for Early {
         &self,
         ram: GuestRam,
         counter: TimeStampCounter,
-    ) -> Result<BranchClock<SimulatedVcpu>, EngineError> {
+    ) -> Result<BranchClock<Self::Vcpu>, EngineError> {
         let mut simulated = self.simulated.clone();
         let first = !self.made.swap(true, Ordering::Relaxed);
         // A few steps from one to the next: the guest sees one soon.

@@ -189,6 +189,25 @@ fn zen_replays_though_it_is_late() {
 }
 
 #[test]
+fn what_hardware_refuses_the_software_cpu_executes_and_the_recording_tells() {
+    let session = Session::new("ticks", "hz=2000 count=20");
+    let mut refusing = Simulated::intel(1);
+    refusing.disturbance.refuse_every = Some(1_000);
+    let recorded = session.record(&refusing);
+    assert!(recorded.assists > 20, "{recorded:#?}");
+    let replayable = open_replayable(&session.path()).expect("it was written");
+    let told: u64 = replayable.course().assists.values().sum();
+    assert_eq!(told, recorded.assists);
+    refusing.disturbance.seed = 2;
+    for hardware in [refusing, Simulated::intel(3)] {
+        let seed = hardware.disturbance.seed;
+        let replayed = replay(&session.path(), &hardware).expect("it replays");
+        assert_equal(&recorded, &replayed.report, seed);
+        assert_eq!(replayed.report.assists > 20, seed == 2, "seed {seed}");
+    }
+}
+
+#[test]
 fn hardware_that_overcounts_does_not_pass_for_a_replay() {
     let session = Session::new("ticks", "hz=2000 count=20");
     session.record(&Simulated::intel(1));

@@ -97,7 +97,7 @@ fn expect_lines(console: &str, lines: &[&str]) {
 }
 
 /// The kernel unpacks itself and starts, up to here.
-const WINDOW_NS: u64 = 250_000_000;
+pub(crate) const WINDOW_NS: u64 = 250_000_000;
 
 #[test]
 fn linux_starts_and_replays_under_other_seeds() {
@@ -116,7 +116,7 @@ fn linux_starts_and_replays_under_other_seeds() {
 }
 
 /// Its time-stamp counter runs.
-fn running(hardware: Hardware) -> Hardware {
+pub(crate) fn running(hardware: Hardware) -> Hardware {
     let disturbance = Disturbance { time_stamp_runs: true, ..hardware.disturbance };
     Hardware { disturbance, ..hardware }
 }
@@ -142,7 +142,7 @@ fn replays_with_time_stamps(nokaslr: bool, stops_ns: Option<u64>, expected: &str
 
 /// Every RDTSC came to the trap.
 #[track_caller]
-fn expect_trapped(traps: &TrapCounts) {
+pub(crate) fn expect_trapped(traps: &TrapCounts) {
     assert!(traps.kernel > 0, "{traps:?}");
     assert_eq!((traps.refused, traps.open, traps.unforeseen), (0, 0, 0), "{traps:?}");
 }

@@ -3,6 +3,7 @@
 //! on the software CPU, which finds every moment's instruction count.
 
 mod accessed;
+mod assisted;
 mod case;
 mod counting;
 mod crossing;

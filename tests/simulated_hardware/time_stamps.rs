@@ -32,6 +32,11 @@ impl Trapping {
         Self { hardware, kernel: Arc::new(kernel) }
     }
 
+    /// What is known of the kernel.
+    pub(crate) fn kernel(&self) -> KernelText {
+        KernelText::clone(&self.kernel)
+    }
+
     /// The same on other hardware.
     pub(crate) fn on(&self, hardware: Hardware) -> Self {
         Self { hardware, ..self.clone() }
@@ -52,7 +57,7 @@ impl Clocked for Trapping {
     fn engine(&self, ram: GuestRam) -> Result<BranchClock<Self::Vcpu>, EngineError> {
         let mut vcpu = SimulatedVcpu::new(ram, self.hardware.disturbance)?;
         vcpu.hide_time_stamp_counter();
-        let vcpu = TimeStampTrap::new(vcpu, KernelText::clone(&self.kernel))?;
+        let vcpu = TimeStampTrap::new(vcpu, self.kernel())?;
         let Hardware { skid, stand, .. } = self.hardware;
         BranchClock::new(vcpu, Parameters { skid, stand })
     }

@@ -2,6 +2,7 @@
 
 use reprise::session::automatic::Verdict;
 use reprise::session::hardware::BranchHardware;
+use reprise_assist::AssistedVcpu;
 use reprise_branch_clock::engine::{BranchClock, Parameters};
 use reprise_branch_clock::probe::what_is_wrong;
 use reprise_branch_clock::trap_probe;
@@ -57,13 +58,15 @@ impl Simulated {
         Self { traps: false, ..self }
     }
 
-    fn vcpu(&self, ram: GuestRam) -> Result<SimulatedVcpu, EngineError> {
-        SimulatedVcpu::new(ram, self.disturbance)
+    /// For a tiny guest that tries it: nothing in that is refused.
+    fn tried_vcpu(&self) -> Result<SimulatedVcpu, EngineError> {
+        let small = GuestRam::new(MIN_RAM_MIB).expect("the host has memory");
+        SimulatedVcpu::new(small, Disturbance { refuse_every: None, ..self.disturbance })
     }
 }
 
 impl BranchHardware for Simulated {
-    type Vcpu = SimulatedVcpu;
+    type Vcpu = AssistedVcpu<SimulatedVcpu>;
 
     fn is_there(&self) -> bool {
         true
@@ -79,8 +82,7 @@ impl BranchHardware for Simulated {
 
     /// As on KVM, it is tried.
     fn time_stamp_trap(&self) -> Finding {
-        let small = GuestRam::new(MIN_RAM_MIB).expect("the host has memory");
-        let mut vcpu = self.vcpu(small).expect("the host has memory");
+        let mut vcpu = self.tried_vcpu().expect("the host has memory");
         let wrong = trap_probe::what_is_wrong(&mut vcpu).expect("the simulation does not fail");
         assert_eq!(wrong, None, "seed {}", self.disturbance.seed);
         finding(self.traps, if self.traps { "it is simulated" } else { CANNOT_TRAP })
@@ -91,17 +93,16 @@ impl BranchHardware for Simulated {
         &self,
         ram: GuestRam,
         counter: TimeStampCounter,
-    ) -> Result<BranchClock<SimulatedVcpu>, EngineError> {
+    ) -> Result<BranchClock<Self::Vcpu>, EngineError> {
         if self.disturbance.overcount_every.is_none() {
-            let small = GuestRam::new(MIN_RAM_MIB).expect("the host has memory");
-            let wrong = what_is_wrong(&mut self.vcpu(small)?, self.skid, self.bounded)?;
+            let wrong = what_is_wrong(&mut self.tried_vcpu()?, self.skid, self.bounded)?;
             assert_eq!(wrong, None, "seed {}", self.disturbance.seed);
         }
-        let mut vcpu = self.vcpu(ram)?;
+        let mut vcpu = SimulatedVcpu::new(ram, self.disturbance)?;
         if counter == TimeStampCounter::Hidden {
             vcpu.hide_time_stamp_counter();
         }
-        BranchClock::new(vcpu, Parameters::with_skid(self.skid))
+        BranchClock::new(AssistedVcpu::new(vcpu), Parameters::with_skid(self.skid))
     }
 }
 
@@ -113,7 +114,7 @@ pub const REFUSAL: &str = "there is no counter: use --engine soft";
 pub struct Refusing;
 
 impl BranchHardware for Refusing {
-    type Vcpu = SimulatedVcpu;
+    type Vcpu = AssistedVcpu<SimulatedVcpu>;
 
     fn is_there(&self) -> bool {
         false
@@ -135,7 +136,7 @@ impl BranchHardware for Refusing {
         &self,
         _ram: GuestRam,
         _counter: TimeStampCounter,
-    ) -> Result<BranchClock<SimulatedVcpu>, EngineError> {
+    ) -> Result<BranchClock<Self::Vcpu>, EngineError> {
         Err(EngineError { what: REFUSAL.to_owned() })
     }
 }

@@ -9,6 +9,7 @@ use reprise_machine::inputs::Stamp;
 use reprise_time_stamp_sites::KernelText;
 use reprise_trace::checkpoint::{EngineState, HiddenState};
 use reprise_trace::cpu_state::{CpuState, RCX};
+use reprise_trace::event::Assists;
 use reprise_trace::header::Precaution;
 use reprise_trace::moment::{Moment, TickKind};
 use reprise_trace::register_bits::RFLAGS_TF;
@@ -125,6 +126,17 @@ impl<V: Vcpu> BranchClock<V> {
         kernel: KernelText,
     ) -> Result<BranchClock<TimeStampTrap<V>>, EngineError> {
         BranchClock::new(TimeStampTrap::new(self.vcpu, kernel)?, self.parameters)
+    }
+
+    /// The same clock, with something around its vCPU, which has not run yet.
+    ///
+    /// # Errors
+    /// If the counter cannot be read.
+    pub fn with_vcpu_within<W: Vcpu>(
+        self,
+        wrap: impl FnOnce(V) -> W,
+    ) -> Result<BranchClock<W>, EngineError> {
+        BranchClock::new(wrap(self.vcpu), self.parameters)
     }
 
     /// What the clock did so far.
@@ -386,6 +398,10 @@ impl<V: Vcpu> Engine for BranchClock<V> {
 
     fn left_open(&self) -> Vec<Precaution> {
         self.vcpu.left_open()
+    }
+
+    fn assists(&self) -> Assists {
+        self.vcpu.assists()
     }
 
     fn kicker(&self) -> Arc<dyn Kick> {

@@ -277,7 +277,7 @@ impl<V: Vcpu> Vcpu for TimeStampTrap<V> {
     ask_vcpu_within! {
         vcpu: conditional_branches, set_overflow, step_off, interruptible, set_window_request,
         inject, catch_breakpoint_instructions, pass_breakpoint_instruction, watch_writes,
-        retire_instruction, write_ram, ram, kicker
+        retire_instruction, write_ram, assists, ram, kicker
     }
 
     fn enter(&mut self) -> Result<VcpuExit, EngineError> {

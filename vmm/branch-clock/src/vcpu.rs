@@ -7,6 +7,7 @@ use iced_x86::Instruction;
 use reprise_machine::engine::{Access, EngineError, Kick};
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::CpuState;
+use reprise_trace::event::Assists;
 use reprise_trace::header::Precaution;
 
 use crate::guest_code::decode_at;
@@ -224,6 +225,13 @@ pub trait Vcpu {
         true
     }
 
+    /// See [`Engine::assists`].
+    ///
+    /// [`Engine::assists`]: reprise_machine::engine::Engine::assists
+    fn assists(&self) -> Assists {
+        Assists::new()
+    }
+
     /// The CPU state and guest RAM have become those of a checkpoint, which may be any engine's.
     ///
     /// # Errors
@@ -237,4 +245,21 @@ pub trait Vcpu {
 
     /// Something that kicks this vCPU from another thread.
     fn kicker(&self) -> Arc<dyn Kick>;
+}
+
+/// Hardware's own vCPU, which may refuse an instruction, and goes on once somebody else has executed it.
+pub trait RefusingVcpu: Vcpu {
+    /// Whether the last [`VcpuExit::Unsupported`] was given for one instruction, which the guest stands at and of
+    /// which nothing has happened.
+    ///
+    /// # Errors
+    /// If the host fails.
+    fn has_refused(&mut self) -> Result<bool, EngineError>;
+
+    /// The refused instruction has been executed, or the fault that it raised delivered: that led from `before`,
+    /// which [`Vcpu::state`] gave, to `after`, and may have written RAM.
+    ///
+    /// # Errors
+    /// If the host does not take the state.
+    fn go_on(&mut self, before: &CpuState, after: &CpuState) -> Result<(), EngineError>;
 }

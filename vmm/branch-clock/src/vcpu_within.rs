@@ -81,6 +81,11 @@ macro_rules! ask_vcpu_within {
             self.$vcpu.instruction_at(state)
         }
     };
+    (@assists $vcpu:ident) => {
+        fn assists(&self) -> ::reprise_trace::event::Assists {
+            self.$vcpu.assists()
+        }
+    };
     (@ram $vcpu:ident) => {
         fn ram(&self) -> &::reprise_machine::ram::GuestRam {
             self.$vcpu.ram()

@@ -9,8 +9,9 @@ use std::time::Duration;
 
 use kvm_bindings::{KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP, kvm_regs};
 use reprise_branch_clock::guest_code::linear_of;
-use reprise_branch_clock::vcpu::{MAX_BREAKPOINTS, OwnDebugging, Vcpu, VcpuExit};
+use reprise_branch_clock::vcpu::{MAX_BREAKPOINTS, OwnDebugging, RefusingVcpu, Vcpu, VcpuExit};
 use reprise_devices::cpu_model::TimeStampCounter;
+use reprise_machine::assist::Refusing;
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
 use reprise_machine::paging::write_ram;
 use reprise_machine::ram::GuestRam;
@@ -259,6 +260,7 @@ impl PmuVcpu {
                 self.engine.vcpu.request_interrupt_window(self.window_wanted);
                 self.ask_again()?;
                 let exit = self.run_guest()?;
+                self.engine.refused = exit.is_refusal();
                 self.overflow_spent = self.overflow.is_some();
                 if !self.breakpoints.is_empty() {
                     // Those that it has set since do nothing: what they should have raised is lost.
@@ -454,6 +456,19 @@ impl Vcpu for PmuVcpu {
 
     fn kicker(&self) -> Arc<dyn Kick> {
         self.engine.kicker()
+    }
+}
+
+impl RefusingVcpu for PmuVcpu {
+    fn has_refused(&mut self) -> Result<bool, EngineError> {
+        let alone = self.passing_on.is_none() && self.watched_writes.is_empty();
+        Ok(alone && self.engine.has_refused()?)
+    }
+
+    fn go_on(&mut self, before: &CpuState, after: &CpuState) -> Result<(), EngineError> {
+        assert_eq!(self.resuming, None, "the exit ended that");
+        self.guest_has_breakpoints = OwnDebugging::has_breakpoints(after.dr7);
+        self.engine.go_on(before, after, true)
     }
 }
 

@@ -12,7 +12,7 @@ use super::*;
 use crate::branch_counter::SHORTEST_PERIOD;
 use crate::fake_perf_host::{Asked, FakePerfHost, counted};
 use crate::kick;
-use crate::testing::{CODE, long_mode, ram_with, require_kvm};
+use crate::testing::{CODE, long_mode, ram_with, require_kvm, skipped};
 
 /// A jump to itself.
 const SPIN: &[u8] = &[0xeb, 0xfe];
@@ -242,4 +242,44 @@ fn a_debug_exception_that_no_breakpoint_raised_is_the_guests() {
     ] {
         assert_eq!(hit_of(dr6), hit, "{dr6:#x}");
     }
+}
+
+#[test]
+fn a_refused_instruction_that_somebody_executed_is_gone_on_behind() {
+    require_kvm!();
+    // cmpxchg16b [rsi]; hlt: pagetable-based KVM interprets the kernel, and does not know it.
+    let code = [0x48, 0x0f, 0xc7, 0x0e, 0xf4];
+    let mut vcpu = PmuVcpu::without_counter(ram_with(&code)).expect("KVM");
+    let mut before = long_mode();
+    before.gpr[RSI] = CODE + 0x200;
+    vcpu.set_state(&before).expect("a state that KVM takes");
+    vcpu.step_off().expect("KVM takes it");
+    let reason = match vcpu.enter().expect("KVM runs") {
+        VcpuExit::Unsupported(reason) => reason,
+        VcpuExit::Halt => return skipped("this host's KVM executes the instruction"),
+        exit => panic!("{exit:?}"),
+    };
+    assert!(vcpu.has_refused().expect("KVM tells"), "{reason}");
+    let before = vcpu.state().expect("a state");
+    let mut after = CpuState { rip: CODE + 4, ..before.clone() };
+    after.gpr[RCX] = 0x55;
+    vcpu.go_on(&before, &after).expect("KVM takes it");
+    // RF, which lets an instruction execute in spite of a breakpoint, is gone as well.
+    assert_eq!(vcpu.state().expect("a state"), after);
+    assert!(!vcpu.has_refused().expect("KVM tells"));
+    assert_eq!(vcpu.enter().expect("KVM runs"), VcpuExit::Halt);
+    assert_eq!(vcpu.state().expect("a state").gpr[RCX], 0x55);
+}
+
+/// What ends a run is no refusal of an instruction.
+#[test]
+fn a_guest_that_debugs_itself_is_not_assisted() {
+    require_kvm!();
+    let mut vcpu = PmuVcpu::without_counter(ram_with(&[0x90, 0xf4])).expect("KVM");
+    let state = CpuState { dr7: 0x401, ..long_mode() };
+    vcpu.set_state(&state).expect("a state that KVM takes");
+    vcpu.set_breakpoints(&[CODE + 0x100]).expect("KVM takes it");
+    let exit = vcpu.enter().expect("KVM runs");
+    assert!(matches!(exit, VcpuExit::Unsupported(_)), "{exit:?}");
+    assert!(!vcpu.has_refused().expect("KVM tells"));
 }

@@ -33,6 +33,8 @@ pub struct Disturbance {
     /// From one branch that is counted too many to the next, as Zen has them unless its speculation past
     /// locks is switched off.
     pub overcount_every: Option<u64>,
+    /// From one instruction that is refused, as KVM's emulator refuses what it does not know, to the next.
+    pub refuse_every: Option<u64>,
     /// It is another maker's: flags that the architecture leaves undefined come out inverted.
     pub other_maker: bool,
     /// RDTSC reads a counter of its own, which no log has; else it reads zero.
@@ -50,6 +52,7 @@ impl Disturbance {
             forget_every: None,
             access_every: None,
             overcount_every: None,
+            refuse_every: None,
             other_maker: false,
             time_stamp_runs: false,
         }
@@ -65,6 +68,7 @@ impl Disturbance {
             forget_every: Some(50_000),
             access_every: Some(5_000),
             overcount_every: None,
+            refuse_every: None,
             other_maker: false,
             time_stamp_runs: true,
         }

@@ -4,7 +4,9 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use reprise_branch_clock::vcpu::{MAX_BREAKPOINTS, OwnDebugging, Vcpu, VcpuExit};
+use iced_x86::{Instruction, Mnemonic};
+use reprise_branch_clock::guest_code::decode_at;
+use reprise_branch_clock::vcpu::{MAX_BREAKPOINTS, OwnDebugging, RefusingVcpu, Vcpu, VcpuExit};
 use reprise_cpu::engine::SoftEngine;
 use reprise_machine::clock::TimeBase;
 use reprise_machine::engine::{Engine, EngineError, Exit, Kick};
@@ -45,6 +47,9 @@ pub struct SimulatedVcpu {
     access: Due,
     overcount: Due,
     overcounted: u64,
+    refuse: Due,
+    /// The last exit was for an instruction that was refused.
+    refused: bool,
     pages_accessed_early: u64,
     /// `tsc_offset` as it was set: hardware keeps its own.
     tsc_offset: u64,
@@ -122,6 +127,8 @@ impl SimulatedVcpu {
             access: Due::every(disturbance.access_every, &mut random),
             overcount: Due::every(disturbance.overcount_every, &mut random),
             overcounted: 0,
+            refuse: Due::every(disturbance.refuse_every, &mut random),
+            refused: false,
             pages_accessed_early: 0,
             disturbance,
             random,
@@ -201,6 +208,29 @@ impl SimulatedVcpu {
         Ok(Some(VcpuExit::Interrupted { kicked: true }))
     }
 
+    /// Whether the instruction at RIP is refused.
+    fn refuses(&mut self) -> Result<bool, EngineError> {
+        let now = self.engine.tick();
+        if now < self.refuse.at || self.hits_breakpoint() {
+            return Ok(false);
+        }
+        if self.window_wanted && self.engine.interruptible()? {
+            // What is open comes first.
+            return Ok(false);
+        }
+        let state = self.engine.cpu_state()?;
+        let decoded = decode_at(self.engine.ram(), &state, state.rip);
+        // It comes back at each of them in another way.
+        let comes_back = |it: &Instruction| {
+            matches!(it.mnemonic(), Mnemonic::Int3 | Mnemonic::Rdtsc | Mnemonic::Cpuid)
+        };
+        self.refused = !decoded.as_ref().is_none_or(comes_back);
+        if self.refused {
+            self.refuse.schedule(now, &mut self.random);
+        }
+        Ok(self.refused)
+    }
+
     /// Whether the counter's interrupt comes now.
     fn overflows(&mut self) -> bool {
         let branches = self.branches();
@@ -249,7 +279,8 @@ impl SimulatedVcpu {
 
     /// Instructions that may run before anything has to be looked at but breakpoints.
     fn undisturbed(&self) -> u64 {
-        let dues = [&self.kick, &self.signal, &self.forget, &self.access, &self.overcount];
+        let dues =
+            [&self.kick, &self.signal, &self.forget, &self.access, &self.overcount, &self.refuse];
         let next = dues.map(|due| due.at).into_iter().min().unwrap_or(u64::MAX);
         next.saturating_sub(self.engine.tick()).min(self.until_overflow()).min(1 << 40)
     }
@@ -317,6 +348,9 @@ impl SimulatedVcpu {
             if self.overflows() {
                 return Ok(VcpuExit::Interrupted { kicked: false });
             }
+            if self.refuses()? {
+                return Ok(VcpuExit::Unsupported("refused at random".to_owned()));
+            }
             let exit = match self.undisturbed() {
                 few if few <= 1 || !self.breakpoints.is_empty() => self.step(false, few),
                 many => match self.engine.run(self.engine.tick() + many)? {
@@ -380,6 +414,7 @@ impl SimulatedVcpu {
             let ns = self.random.below(1 << 40);
             self.engine.set_time_base(TimeBase { tick: before, ns, ns_per_tick: 1 });
         }
+        self.refused = false;
         let exit = self.run()?;
         self.publish(self.engine.tick() - before);
         if !matches!(exit, VcpuExit::Interrupted { .. }) {
@@ -505,6 +540,19 @@ impl Vcpu for SimulatedVcpu {
 
     fn kicker(&self) -> Arc<dyn Kick> {
         self.engine.kicker()
+    }
+}
+
+impl RefusingVcpu for SimulatedVcpu {
+    fn has_refused(&mut self) -> Result<bool, EngineError> {
+        Ok(self.refused)
+    }
+
+    fn go_on(&mut self, before: &CpuState, after: &CpuState) -> Result<(), EngineError> {
+        assert_eq!(&self.state()?, before, "it stands where it refused");
+        (self.stepping_off, self.resuming, self.refused) = (None, None, false);
+        self.tsc_offset = after.tsc_offset;
+        self.engine.start_over(self.engine.tick(), after)
     }
 }
 

@@ -6,6 +6,7 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
+use reprise_assist::AssistedVcpu;
 use reprise_branch_clock::engine::BranchClock;
 use reprise_branch_clock::vcpu::Vcpu;
 use reprise_devices::cpu_model::TimeStampCounter;
@@ -74,7 +75,7 @@ impl HostHardware {
 }
 
 impl BranchHardware for HostHardware {
-    type Vcpu = PmuVcpu;
+    type Vcpu = AssistedVcpu<PmuVcpu>;
 
     fn is_there(&self) -> bool {
         pmu_counter().available
@@ -96,9 +97,9 @@ impl BranchHardware for HostHardware {
         &self,
         ram: GuestRam,
         counter: TimeStampCounter,
-    ) -> Result<BranchClock<PmuVcpu>, EngineError> {
+    ) -> Result<BranchClock<Self::Vcpu>, EngineError> {
         let engine = pmu_engine(ram, self.self_testing.get(), counter)?;
         self.self_testing.set(SelfTesting::Done);
-        Ok(engine)
+        engine.with_vcpu_within(AssistedVcpu::new)
     }
 }
