@@ -13,6 +13,7 @@
 //!   itself.
 //! - `recording`: the same on KVM, with and without recording.
 //! - `user-code`: user code alone on KVM, against the same program as a process.
+//! - `auto`: what a user waits for until `--engine auto` has decided for Linux, in the column of processes.
 //!
 //! `--traces` runs another race instead: the recording of W expanded into nothing and into a file, and
 //! QEMU with a plugin that traces blocks and accesses and forgets them, which takes it minutes.
@@ -21,6 +22,7 @@
 //! can have the many rounds that they want. Nothing here passes or fails by a time. Use a machine on which nothing
 //! else runs.
 
+mod auto;
 mod contender;
 mod qemu;
 mod report;
@@ -76,11 +78,12 @@ struct Options {
 }
 
 /// The races without `--traces`.
-const RACES: [(&str, fn(&Options, &Path) -> Result<Vec<Contender>>); 4] = [
+const RACES: [(&str, fn(&Options, &Path) -> Result<Vec<Contender>>); 5] = [
     ("linux", linux_contenders),
     ("compute", compute_contenders),
     ("recording", recording_contenders),
     ("user-code", user_code_contenders),
+    ("auto", auto_contenders),
 ];
 
 fn options() -> Result<Options> {
@@ -186,8 +189,7 @@ fn with_qemu(options: &Options) -> Result<()> {
 
 /// Linux with the workload, on the software CPU and on QEMU.
 fn linux_contenders(options: &Options, directory: &Path) -> Result<Vec<Contender>> {
-    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("linux-image");
-    let image: LinuxImage = linux(&cache, &mut |step| eprintln!("{step}"))?;
+    let image = linux_image()?;
     let workload = if options.small { WORKLOAD_SMALL } else { WORKLOAD_W };
     let input = directory.join("workload");
     std::fs::write(&input, workload)?;
@@ -232,6 +234,16 @@ fn linux_contenders(options: &Options, directory: &Path) -> Result<Vec<Contender
     contenders.push(reprise::record("linux_record", "linux: reprise record", &guest, &file));
     contenders.push(reprise::replay("linux_replay", "linux: reprise replay", &file));
     Ok(contenders)
+}
+
+fn linux_image() -> Result<LinuxImage> {
+    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("linux-image");
+    Ok(linux(&cache, &mut |step| eprintln!("{step}"))?)
+}
+
+/// How long the choice of an engine takes.
+fn auto_contenders(_: &Options, _: &Path) -> Result<Vec<Contender>> {
+    auto::contenders(&linux_image()?)
 }
 
 /// User code, on the software CPU and on the processor itself.
