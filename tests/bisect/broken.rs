@@ -15,12 +15,14 @@ pub(crate) enum Wrong {
     Cpu { tick: u64, change: fn(&mut CpuState) },
     /// A bit of RAM is set.
     Memory { tick: u64, address: u64, bits: u8 },
+    /// All translations are forgotten.
+    Forgets { tick: u64 },
 }
 
 impl Wrong {
     fn tick(&self) -> u64 {
         match self {
-            Self::Cpu { tick, .. } | Self::Memory { tick, .. } => *tick,
+            Self::Cpu { tick, .. } | Self::Memory { tick, .. } | Self::Forgets { tick } => *tick,
         }
     }
 }
@@ -50,6 +52,10 @@ impl Broken {
                 let place = GuestAddress(address);
                 let byte: u8 = self.memory.read_obj(place).expect("in RAM");
                 self.memory.write_obj(byte | bits, place).expect("in RAM");
+                Ok(())
+            }
+            Wrong::Forgets { .. } => {
+                self.inner.forget_translations();
                 Ok(())
             }
         }

@@ -6,6 +6,7 @@ mod clocks;
 mod hardware;
 mod narrowing;
 mod recordings;
+mod stale;
 mod starts;
 
 use std::sync::Arc;
