@@ -17,11 +17,12 @@ use reprise_machine::engine::Engine;
 use reprise_machine::inputs::Replaying;
 use reprise_machine::lawful::SetAside;
 use reprise_machine::machine::Machine;
-use reprise_machine::outcome::{Conclusion, Outcome};
+use reprise_machine::outcome::{Conclusion, MachineError, Outcome};
 use reprise_replay::{OnSoftware, RecordedClock, Replayable, Start, meet_checkpoint, verification};
 use reprise_trace::instructions::filter::{Filter, LeftOut, Selection};
 use reprise_trace::instructions::{
-    Contents, EncodedSegment, SegmentOptions, SegmentWriter, TraceError, TraceWriter,
+    Contents, EncodedSegment, Event, Observer, SegmentOptions, SegmentWriter, TraceError,
+    TraceWriter, register,
 };
 
 use crate::{Control, ExpandError, Expanded, Threads, Window, expand};
@@ -237,8 +238,15 @@ impl Worker<'_> {
         };
         let (verified, set_aside) = (met.is_some(), met.unwrap_or_default());
         let latitude_sites = machine.engine().software().latitude_sites();
+        let Expanded { mut observer, outcome, instructions } = expanded;
+        if !set_aside.is_empty() && self.plan.contents.registers {
+            // Flags are the checkpoint's from here on, which no instruction made them.
+            let state = machine.engine().cpu_state().map_err(MachineError::from)?;
+            let value = [state.rflags, 0];
+            observer.event(&Event::Register { register: register::RFLAGS, value })?;
+            observer.end()?;
+        }
         self.machine = Some(machine);
-        let Expanded { observer, outcome, instructions } = expanded;
         let observer = observer.left_out();
         let expanded = Expanded { observer, outcome, instructions };
         Ok(Message::Done(Box::new(Done { expanded, verified, set_aside, latitude_sites })))

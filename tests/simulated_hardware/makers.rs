@@ -4,11 +4,16 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::io::Cursor;
+use std::path::Path;
 
 use reprise::session::replay::{self, ReplayOptions};
 use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::flag_laws::FlagLaws;
 use reprise_devices::board::Board;
+use reprise_expand::pieces::Plan;
+use reprise_expand::resimulate::check_against;
+use reprise_expand::{Control, Window};
 use reprise_host::host_info;
 use reprise_machine::checkpoint;
 use reprise_machine::clock::TimeSource;
@@ -27,18 +32,25 @@ use reprise_trace::checkpoint::CheckpointInfo;
 use reprise_trace::cpu_state::{CpuState, DescriptorTable};
 use reprise_trace::event::HandOver;
 use reprise_trace::header::{Header, HostInfo};
+use reprise_trace::instructions::filter::Selection;
+use reprise_trace::instructions::{
+    Contents, SegmentOptions, TraceHeader, TraceReader, TraceWriter,
+};
 use reprise_trace::log::{LogWriter, MemorySink};
 use reprise_trace::moment::TickKind;
-use reprise_trace::recording::FORMAT_VERSION;
+use reprise_trace::recording::{FORMAT_VERSION, RecordingWriter};
 use reprise_trace::stretches::Course;
 use tempfile::TempDir;
 
 use crate::case::{Case, Hardware, Recorded, assert_equal, log_of};
 use crate::guest;
+use crate::kept::ToFile;
 use crate::linux;
 use crate::world::SeededWorld;
 
 const OTHER: &str = "OtherMaker";
+/// Some of such checkpoints lie right behind instructions that leave flags undefined.
+const CHECKPOINT_EVERY: u64 = 499;
 /// A recording that does not name its CPU counts as this host's.
 const THIS: &str = "";
 
@@ -252,6 +264,67 @@ fn so_it_is_at_checkpoints() {
         }
     }
     assert!(met_other_flags > 0, "no such flags");
+}
+
+/// Records into a file as another maker's software CPU, with its own checkpoints.
+fn recorded_to_file(case: &Case<'_>, path: &Path, checkpoint_every: u64) {
+    let file = File::create(path).expect("the host has room");
+    let header = header_of_software(case);
+    let mut writer = RecordingWriter::create(file, &header).expect("it is written");
+    writer.write_image(0, case.source.kernel).expect("it is written");
+    let identity = writer.identity();
+    let (ram, state, board) = case.load();
+    let mut engine = SoftEngine::new(ram).expect("the host has memory");
+    engine.invert_undefined_flags(u64::MAX);
+    engine.set_cpu_state(&state).expect("a first state");
+    let world = SeededWorld::new(1, case.typed, Default::default());
+    let inputs = Recording::new(world, LogWriter::new(writer));
+    let mut machine = Machine::new(engine, board, inputs, TimeSource::of(1));
+    machine.set_checkpointer(Box::new(ToFile::beside(path, &identity, checkpoint_every)));
+    machine.run().expect("the machine runs");
+    let (_, _, inputs) = machine.into_parts();
+    let (_, sink) = inputs.into_parts();
+    sink.expect("the log is closed").finish().expect("it is written");
+}
+
+#[test]
+fn a_trace_tells_the_flags_that_a_checkpoint_of_another_maker_has() {
+    let case = guest("echo", "", "first line\rquit\r");
+    let directory = TempDir::with_prefix("reprise-test-").expect("a directory");
+    let path = directory.path().join("other.rr");
+    recorded_to_file(&case, &path, CHECKPOINT_EVERY);
+    let replayable = Replayable::open(&path).expect("it is a recording");
+    let contents = Contents { physical: true, values: true, registers: true, page_walks: false };
+    let header = TraceHeader {
+        contents,
+        tick: TickKind::Instruction,
+        cpu_model: header_of_software(&case).cpu_model,
+        recording: String::new(),
+        filters: Vec::new(),
+        share: None,
+    };
+    let trace = |jobs| {
+        let options = SegmentOptions::default();
+        let mut writer = TraceWriter::create(Vec::new(), &header, options).expect("it begins");
+        let plan = Plan {
+            replayable: &replayable,
+            window: Window::default(),
+            contents,
+            selection: Selection::default(),
+            jobs,
+            set_up: &|_| {},
+        };
+        let pieces = plan.write(&mut writer, &Control::default()).expect("it expands");
+        (pieces, writer.finish(&[]).expect("it is written"))
+    };
+    let (pieces, one) = trace(1);
+    assert!(!pieces.set_aside.is_empty(), "there are such flags");
+    assert!(pieces.checkpoints_verified > 1);
+    let mut reader = TraceReader::open(Cursor::new(one.clone())).expect("it is a trace");
+    let against = check_against(&mut reader, 0, &replayable, |_| true).expect("it can be checked");
+    assert_eq!(against.mismatch, None);
+    assert_eq!(against.checkpoints, pieces.checkpoints_verified);
+    assert!(against.end_verified && trace(2).1 == one);
 }
 
 #[test]
