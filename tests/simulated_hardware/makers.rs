@@ -30,7 +30,7 @@ use reprise_replay::{
 };
 use reprise_trace::checkpoint::CheckpointInfo;
 use reprise_trace::cpu_state::{CpuState, DescriptorTable};
-use reprise_trace::event::HandOver;
+use reprise_trace::event::{Event, HandOver, Record};
 use reprise_trace::header::{Header, HostInfo};
 use reprise_trace::instructions::filter::Selection;
 use reprise_trace::instructions::{
@@ -405,6 +405,40 @@ fn a_file_says_what_was_set_aside_and_what_the_code_holds() {
     let note =
         replayed.notes.iter().find(|note| note.contains("no instruction with an approximate"));
     assert!(note.is_some(), "{:?}", replayed.notes);
+}
+
+#[test]
+fn an_exact_place_comes_first_where_the_machine_stands_by_itself_too() {
+    // Comes back to its first instruction in one tick, once with the x87 unit's last instruction as hardware may have
+    // it, from then on exactly as recorded.
+    const CODE: &[u8] = &[0xdb, 0xe3, 0xeb, 0xfc]; // again: fninit; jmp again
+    let case = guest("ticks", "", "");
+    let header = header(&case, THIS);
+    let engine = |fip| {
+        let (mut ram, mut state, board) = case.load();
+        let page = state.rip & !0xfff;
+        let mut bytes = [0; 4096];
+        bytes[..CODE.len()].copy_from_slice(CODE);
+        assert!(ram.place(page, &bytes), "it is mapped to itself");
+        let mut engine = RecordedClock::new(ram, &header).expect("the host has memory");
+        (state.rip, state.fpu.fip) = (page, fip);
+        engine.set_cpu_state(&state).expect("a first state");
+        (engine, board)
+    };
+    let (mut there, _) = engine(0x1234);
+    assert!(there.pause_at(Some(2)));
+    assert_eq!(there.run(1).expect("it runs"), Exit::Kicked);
+    let cpu_digest = there.cpu_state().expect("a state").short_digest();
+    let moment = there.moment().expect("a moment");
+    let record = Record { moment, cpu_digest, event: Event::Console(b"a".to_vec()) };
+    let (engine, board) = engine(0x1234);
+    let verification = Verification { other_engine: true, ..Verification::default() };
+    let inputs = Replaying::new(log_of(&[record])).verifying(verification);
+    let mut machine = Machine::new(engine, board, inputs, TimeSource::of(header.ns_per_tick));
+    let outcome = machine.run().expect("it runs");
+    assert!(matches!(outcome.conclusion, Conclusion::CutShort { .. }), "{outcome:?}");
+    assert_eq!((outcome.events, lawful(&outcome)), (1, vec![]));
+    assert_eq!(machine.engine().instructions(), Some(2));
 }
 
 #[test]

@@ -152,6 +152,15 @@ pub trait Engine {
         self.run(stamp.moment.tick)
     }
 
+    /// Whether the guest, which stands where it may have been when `stamp` was taken, comes to exactly that state
+    /// later in this tick. An engine that cannot tell says no.
+    ///
+    /// # Errors
+    /// If the engine fails.
+    fn comes_exactly(&mut self, _stamp: &Stamp) -> Result<bool, EngineError> {
+        Ok(false)
+    }
+
     /// As [`Engine::run`], where the guest comes to what is to happen by itself, at tick `until` at the
     /// latest: an engine to which an exact stop is dear need not make it.
     ///

@@ -139,6 +139,10 @@ impl Engine for Relay {
         self.active.run_to(stamp)
     }
 
+    fn comes_exactly(&mut self, stamp: &Stamp) -> Result<bool, EngineError> {
+        self.active.comes_exactly(stamp)
+    }
+
     fn run_about(&mut self, until: u64) -> Result<Exit, EngineError> {
         self.active.run_about(until)
     }

@@ -46,6 +46,8 @@ pub struct RecordedClock {
     software: SoftEngine,
     /// Who went ahead of it last.
     scout: Option<Scout>,
+    /// The last place, by its instruction count, behind which the stamp's exact one does not come in its tick.
+    comes_not: Option<(u64, Stamp)>,
     /// What the recording says of itself.
     header: Header,
     /// Made on another CPU than this host's.
@@ -80,6 +82,7 @@ impl RecordedClock {
         let mut clock = Self {
             software: SoftEngine::new(ram)?,
             scout: None,
+            comes_not: None,
             header: header.clone(),
             of_other_cpu: !recorded_here(header),
             kind: header.tick_kind,
@@ -200,17 +203,6 @@ impl RecordedClock {
             None => Standing::Elsewhere,
         })
     }
-
-    /// Whether the guest comes to exactly the state of `stamp` later in this tick. A copy of the CPU goes ahead
-    /// to see, and takes back what it writes.
-    fn comes_exactly(&mut self, stamp: &Stamp) -> Result<bool, EngineError> {
-        let Some(mut scout) = self.software.scout(self.scout.take())? else { return Ok(false) };
-        // On an error it goes, and takes back as well.
-        let found = passes(&mut scout, stamp)?;
-        scout.take_back();
-        self.scout = Some(scout);
-        Ok(found)
-    }
 }
 
 /// Whether a scout comes to exactly the state of `stamp` in the tick in which it stands.
@@ -327,6 +319,22 @@ impl Engine for RecordedClock {
             }
         }
         Ok(Exit::TickReached)
+    }
+
+    /// A copy of the CPU goes ahead to see, and takes back what it writes.
+    fn comes_exactly(&mut self, stamp: &Stamp) -> Result<bool, EngineError> {
+        // Whoever was led here is asked again here.
+        let asked = (self.software.tick(), *stamp);
+        if self.comes_not == Some(asked) {
+            return Ok(false);
+        }
+        let Some(mut scout) = self.software.scout(self.scout.take())? else { return Ok(false) };
+        // On an error it goes, and takes back as well.
+        let comes = passes(&mut scout, stamp)?;
+        scout.take_back();
+        self.scout = Some(scout);
+        self.comes_not = (!comes).then_some(asked);
+        Ok(comes)
     }
 
     fn stands_exactly(&self) -> bool {

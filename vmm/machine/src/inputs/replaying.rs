@@ -216,7 +216,8 @@ impl Replaying {
     }
 
     /// Whether the record's place is another one of this tick, where a tick has several: the engine
-    /// finds it, or comes to the next tick without it.
+    /// finds it, or comes to the next tick without it. One that is exactly the recorded one comes before one
+    /// that may be.
     fn lies_further_on<E: Engine>(
         &mut self,
         record: &Record,
@@ -227,7 +228,11 @@ impl Replaying {
         }
         let Some(place) = self.place() else { return Ok(false) };
         debug_assert_eq!(place, stamp_of(record));
-        Ok(self.compare_here(place, here)?.is_err())
+        match self.compare_here(place, here)? {
+            Ok(None) => Ok(false),
+            Ok(Some(_)) => Ok(here.engine.comes_exactly(&place)?),
+            Err(_) => Ok(true),
+        }
     }
 
     /// Compares a place that the log has with where the machine stands.
