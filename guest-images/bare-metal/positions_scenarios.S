@@ -234,7 +234,7 @@ changed_too:
 2:  testb $PAGE_ACCESSED, (%rdi)
     jz 3f
     andb $~PAGE_ACCESSED, (%rdi)
-    inc %rbx
+    add %rdi, %rbx
 3:  add $8, %rdi
     dec %ecx
     jnz 2b

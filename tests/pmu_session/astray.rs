@@ -94,6 +94,6 @@ fn a_guest_that_goes_another_way_each_time_is_not_verified() {
     let replayed = replay(&session.path(), &Early::new(2, true)).expect("it is told");
     assert_eq!(replayed.report.verified, Some(false));
     assert!(replayed.report.divergence.is_some() && replayed.report.times_parted > 0);
-    let told = |note: &String| note.contains("it diverges still");
+    let told = |note: &String| note.contains("it differs still");
     assert!(replayed.notes.iter().any(told), "{:?}", replayed.notes);
 }

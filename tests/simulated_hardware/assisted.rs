@@ -34,8 +34,8 @@ impl Clocked for Assisted {
         &self.0
     }
 
-    fn with_seed_added(&self, seed: u64) -> Self {
-        Self(self.0.with_seed_added(seed))
+    fn on_hardware(&self, hardware: Hardware) -> Self {
+        Self(hardware)
     }
 
     fn engine(&self, ram: GuestRam) -> Result<BranchClock<Self::Vcpu>, EngineError> {
@@ -125,9 +125,8 @@ impl Clocked for Trapped {
         self.assisted.hardware()
     }
 
-    fn with_seed_added(&self, seed: u64) -> Self {
-        let assisted = self.assisted.with_seed_added(seed);
-        Self { assisted, trapping: self.trapping.clone() }
+    fn on_hardware(&self, hardware: Hardware) -> Self {
+        Self { assisted: Assisted(hardware), trapping: self.trapping.clone() }
     }
 
     fn engine(&self, ram: GuestRam) -> Result<BranchClock<Self::Vcpu>, EngineError> {

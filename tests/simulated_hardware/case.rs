@@ -65,15 +65,29 @@ impl Hardware {
 }
 
 /// Hardware, and what is done to RDTSC on it.
-pub(crate) trait Clocked {
+pub(crate) trait Clocked: Clone {
     /// Its vCPU.
     type Vcpu: Vcpu;
 
     /// The hardware.
     fn hardware(&self) -> &Hardware;
 
+    /// The same done to other hardware.
+    fn on_hardware(&self, hardware: Hardware) -> Self;
+
     /// The same of another seed.
-    fn with_seed_added(&self, seed: u64) -> Self;
+    fn with_seed_added(&self, seed: u64) -> Self {
+        let mut other = *self.hardware();
+        other.disturbance.seed += seed;
+        self.on_hardware(other)
+    }
+
+    /// The same, which spares what accessed bits it would set early.
+    fn sparing_accessed_bits(&self) -> Self {
+        let mut other = *self.hardware();
+        other.disturbance.spares_accessed_bits = true;
+        self.on_hardware(other)
+    }
 
     /// The clock on it.
     fn engine(&self, ram: GuestRam) -> Result<BranchClock<Self::Vcpu>, EngineError>;
@@ -93,10 +107,8 @@ impl Clocked for Hardware {
         self
     }
 
-    fn with_seed_added(&self, seed: u64) -> Self {
-        let mut other = *self;
-        other.disturbance.seed += seed;
-        other
+    fn on_hardware(&self, hardware: Hardware) -> Self {
+        hardware
     }
 
     fn engine(&self, ram: GuestRam) -> Result<BranchClock<SimulatedVcpu>, EngineError> {

@@ -1,11 +1,13 @@
 //! Recordings of simulated hardware that lie in a file with their checkpoints, as the product's do, and
 //! replays of them that go back where the hardware was late.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::path::Path;
 
 use reprise_machine::checkpoint::{Checkpointer, Consistent, checkpoint};
 use reprise_machine::clock::TimeSource;
+use reprise_machine::divergence::Divergence;
 use reprise_machine::engine::EngineError;
 use reprise_machine::inputs::Recording as RecordingInputs;
 use reprise_machine::machine::Machine;
@@ -81,27 +83,31 @@ pub(crate) struct Replay {
 }
 
 impl Kept {
-    /// Replays on hardware that may be late, another one after each time, and goes back where it was, and where
-    /// the guest went another way: there, and nowhere else, the hardware has set a page's accessed bit early.
+    /// Replays on hardware that may be late, another one after each time, and goes back where it was; and begins
+    /// anew where the guest went another way, which it does not on the same hardware but for the accessed bits
+    /// that it set early.
     pub(crate) fn replay<C: Clocked>(
         &self,
         start: Start,
         hardware: &C,
     ) -> Result<Replay, ReplayError> {
         let (mut machines, mut records_before) = (0, 0);
+        let latest = RefCell::new((start, hardware.with_seed_added(0)));
         let arrived = self.replayable.run_going_back(
             self.replayable.begin(start)?,
             |beginning| {
                 let hardware = hardware.with_seed_added(machines << 32);
                 machines += 1;
                 records_before = beginning.records();
+                let begins = beginning.start().expect("the file holds it");
+                latest.replace((begins, hardware.clone()));
                 beginning.into_machine(|ram| hardware.engine(ram), |inputs| inputs)
             },
             |machine| {
                 let outcome = machine.run()?;
                 if let Some(divergence) = outcome.divergence() {
-                    let early = C::simulated(machine.engine()).pages_accessed_early();
-                    assert!(early > 0, "{divergence}");
+                    let (begins, hardware) = &*latest.borrow();
+                    self.agrees_with_bits_spared(*begins, hardware, divergence);
                 }
                 Ok(outcome)
             },
@@ -110,6 +116,22 @@ impl Kept {
         let mut outcome = outcome.expect("the machine runs");
         outcome.events += records_before;
         Ok(Replay { outcome, times_back, times_parted })
+    }
+
+    /// The same hardware, which sets no accessed bit early, does not come to this divergence.
+    fn agrees_with_bits_spared<C: Clocked>(
+        &self,
+        start: Start,
+        hardware: &C,
+        divergence: &Divergence,
+    ) {
+        let sparing = hardware.sparing_accessed_bits();
+        let beginning = self.replayable.begin(start).expect("it begins");
+        let machine = beginning.into_machine(|ram| sparing.engine(ram), |inputs| inputs);
+        let outcome = machine.expect("it begins").run();
+        if let Some(other) = outcome.as_ref().ok().and_then(Outcome::divergence) {
+            panic!("no accessed bit led there: {divergence}; and with none set early: {other}");
+        }
     }
 
     /// Replays on the software CPU.

@@ -50,8 +50,8 @@ impl Clocked for Trapping {
         &self.hardware
     }
 
-    fn with_seed_added(&self, seed: u64) -> Self {
-        self.on(self.hardware.with_seed_added(seed))
+    fn on_hardware(&self, hardware: Hardware) -> Self {
+        self.on(hardware)
     }
 
     fn engine(&self, ram: GuestRam) -> Result<BranchClock<Self::Vcpu>, EngineError> {

@@ -125,8 +125,8 @@ impl Clocked for WatchedHardware {
         &self.0
     }
 
-    fn with_seed_added(&self, seed: u64) -> Self {
-        Self(self.0.with_seed_added(seed))
+    fn on_hardware(&self, hardware: Hardware) -> Self {
+        Self(hardware)
     }
 
     fn engine(&self, ram: GuestRam) -> Result<BranchClock<Self::Vcpu>, EngineError> {

@@ -6,7 +6,7 @@ use reprise_branch_clock::guest_code::decode_at;
 use reprise_cpu::engine::SoftEngine;
 use reprise_cpu::translate::Translation;
 use reprise_machine::clock::TimeBase;
-use reprise_machine::engine::{EngineError, Exit};
+use reprise_machine::engine::{Engine, EngineError, Exit};
 use reprise_machine::ram::GuestRam;
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::event::Assists;
@@ -41,8 +41,11 @@ impl Assistant {
         if self.cpu.is_none() {
             self.cpu = Some(self.make(ram)?);
         }
-        self.cpu().start_over(tick, state)?;
-        Ok(self.cpu().step(false))
+        let cpu = self.cpu();
+        cpu.start_over(tick, state)?;
+        // Of one that was given up amid its accesses.
+        cpu.take_watched_writes();
+        Ok(cpu.step(false))
     }
 
     fn make(&self, ram: &GuestRam) -> Result<SoftEngine, EngineError> {
@@ -50,7 +53,6 @@ impl Assistant {
         cpu.set_translation(Translation::Never);
         cpu.count_conditional_branches(true);
         if let Some(base) = self.time_base {
-            use reprise_machine::engine::Engine;
             cpu.set_time_base(base);
         }
         for (range, watch) in &self.watched {
@@ -73,7 +75,6 @@ impl Assistant {
     }
 
     pub(crate) fn set_time_base(&mut self, base: TimeBase) {
-        use reprise_machine::engine::Engine;
         self.time_base = Some(base);
         if let Some(cpu) = &mut self.cpu {
             cpu.set_time_base(base);

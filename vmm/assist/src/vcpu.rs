@@ -16,7 +16,8 @@ pub struct AssistedVcpu<V> {
     assistant: Assistant,
     /// The state before a refused instruction of which the board is asked something.
     amid: Option<Box<CpuState>>,
-    /// Writes of a refused instruction that are watched, and that nobody has been told of.
+    /// Writes of a refused instruction that are watched, and that nobody has been told of: its last access was
+    /// answered behind them.
     written: Vec<Range<u64>>,
 }
 
@@ -55,8 +56,14 @@ impl<V: RefusingVcpu> AssistedVcpu<V> {
             Some(Exit::Halt) => VcpuExit::Halt,
             Some(Exit::TripleFault) => VcpuExit::TripleFault,
             // It stands behind the instruction, as if a signal had come there.
-            _ => VcpuExit::Interrupted { kicked: false },
+            _ => self.watched_write().unwrap_or(VcpuExit::Interrupted { kicked: false }),
         })
+    }
+
+    /// The exit for a write that is watched, if there was one.
+    fn watched_write(&mut self) -> Option<VcpuExit> {
+        let written = std::mem::take(&mut self.written);
+        (!written.is_empty()).then_some(VcpuExit::WatchedWrite(written))
     }
 }
 
@@ -67,8 +74,8 @@ impl<V: RefusingVcpu> Vcpu for AssistedVcpu<V> {
     }
 
     fn enter(&mut self) -> Result<VcpuExit, EngineError> {
-        if !self.written.is_empty() {
-            return Ok(VcpuExit::WatchedWrite(std::mem::take(&mut self.written)));
+        if let Some(exit) = self.watched_write() {
+            return Ok(exit);
         }
         if let Some(begun) = self.amid.take() {
             let exit = self.assistant.cpu().step(false);
@@ -93,7 +100,9 @@ impl<V: RefusingVcpu> Vcpu for AssistedVcpu<V> {
             self.amid = Some(begun);
             return Ok(false);
         }
-        self.proceed(begun, None, None)?;
+        if let VcpuExit::WatchedWrite(written) = self.proceed(begun, None, None)? {
+            self.written = written;
+        }
         Ok(true)
     }
 

@@ -18,16 +18,20 @@ use reprise_machine::inputs::Replaying;
 use reprise_machine::machine::Machine;
 use reprise_machine::outcome::Conclusion;
 use reprise_machine::paging::{ACCESSED, PRESENT};
+use reprise_machine::ram::GuestRam;
+use reprise_machine::stepping::Standing;
 use reprise_replay::{OnSoftware, RecordedClock, Replayable, Start};
-use reprise_trace::instructions::{Contents, Event, Observer, Position, Run, TraceError};
+use reprise_trace::checkpoint::PAGE_BYTES;
+use reprise_trace::instructions::{Access, Contents, Event, Observer, Position, Run, TraceError};
 use serde::Serialize;
 
+use crate::image::Image;
 use crate::interval::advance;
 use crate::listing::{Disassembler, Line};
 use crate::search::{BisectError, Watch};
 
-/// Suspects that are tried, the last read first: each costs a replay.
-const MAX_TRIES: usize = 64;
+/// Suspects that are tried, the last read first: each costs a copy of RAM and a replay of the interval.
+const MAX_TRIES: usize = 1_024;
 
 /// An accessed bit that explains a divergence.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -61,6 +65,66 @@ pub(crate) struct Parting {
     pub(crate) agreed: u64,
 }
 
+/// A machine where the interval begins, kept to go on from again and again.
+struct Base<'a> {
+    replayable: &'a Replayable,
+    start: Start,
+    from: u64,
+    /// All of it; `None` where it cannot be kept, as in a sleep.
+    kept: Option<(Standing, Image)>,
+}
+
+impl<'a> Base<'a> {
+    fn of(
+        replayable: &'a Replayable,
+        parting: &Parting,
+        watch: &mut dyn Watch,
+    ) -> Result<Option<Self>, BisectError> {
+        let Parting { start, between: (from, _), record_tick, .. } = *parting;
+        let mut machine = replayable.soft_machine(start)?;
+        if advance(&mut machine, from, record_tick, watch)?.is_some() {
+            return Ok(None);
+        }
+        let kept = machine.standing()?.map(|standing| (standing, image_of(&mut machine)));
+        Ok(Some(Self { replayable, start, from, kept }))
+    }
+
+    /// Another such machine, and how many records of the log lie before it; `observe` completes its inputs.
+    fn machine(
+        &self,
+        observe: impl FnOnce(Replaying) -> Replaying,
+        watch: &mut dyn Watch,
+    ) -> Result<(Machine<RecordedClock, Replaying>, u64), BisectError> {
+        let beginning = match &self.kept {
+            Some((standing, image)) => {
+                let fill = &mut |ram: &mut GuestRam| image.fill(ram);
+                self.replayable.begin_from(standing.state.clone(), fill)?
+            }
+            None => self.replayable.begin(self.start)?,
+        };
+        let records = beginning.records();
+        let mut machine = self.replayable.soft_machine_from(beginning, observe)?;
+        match &self.kept {
+            Some((standing, _)) if standing.amid_stretch => machine.go_on_amid_stretch(),
+            Some(_) => {}
+            None => {
+                advance(&mut machine, self.from, self.from, watch)?;
+            }
+        }
+        Ok((machine, records))
+    }
+}
+
+fn image_of(machine: &mut Machine<RecordedClock, Replaying>) -> Image {
+    let mut image = Image::default();
+    machine.engine().visit_ram(&mut |start, piece| {
+        for (address, page) in (start..).step_by(PAGE_BYTES).zip(piece.as_chunks().0) {
+            image.set(address, Box::new(*page));
+        }
+    });
+    image
+}
+
 /// Tries the suspects, and gives the first that explains the divergence.
 ///
 /// # Errors
@@ -71,8 +135,9 @@ pub(crate) fn find(
     symbols: &Arc<Symbols>,
     watch: &mut dyn Watch,
 ) -> Result<Option<EarlyBit>, BisectError> {
-    for suspect in suspects(replayable, parting, watch)?.into_iter().rev() {
-        if explains(replayable, parting, &suspect, watch)? {
+    let Some(base) = Base::of(replayable, parting, watch)? else { return Ok(None) };
+    for suspect in suspects(&base, parting, watch)?.into_iter().rev() {
+        if explains(&base, parting, &suspect, watch)? {
             let Suspect { entry, number, cpl, address, bytes, bits } = suspect;
             let mut disassembler = Disassembler::new(symbols.clone());
             let line = disassembler.decoded(number, cpl, address, &bytes, bits);
@@ -84,20 +149,16 @@ pub(crate) fn find(
 
 /// The last reads of entries in the interval.
 fn suspects(
-    replayable: &Replayable,
+    base: &Base<'_>,
     parting: &Parting,
     watch: &mut dyn Watch,
 ) -> Result<VecDeque<Suspect>, BisectError> {
-    let Parting { start, between: (from, to), .. } = *parting;
-    let mut machine = replayable.soft_machine(start)?;
-    if advance(&mut machine, from, to, watch)?.is_some() {
-        return Ok(VecDeque::new());
-    }
+    let (from, to) = parting.between;
+    let (mut machine, _) = base.machine(|inputs| inputs, watch)?;
     let mut tables = vec![PageTables::of(machine.engine(), false)?];
     advance(&mut machine, to, to, watch)?;
     tables.push(PageTables::of(machine.engine(), false)?);
-    let mut machine = replayable.soft_machine(start)?;
-    advance(&mut machine, from, to, watch)?;
+    let (mut machine, _) = base.machine(|inputs| inputs, watch)?;
     let looking = Looking { tables, number: 0, suspects: VecDeque::new() };
     let contents = Contents { physical: true, values: true, ..Contents::default() };
     let (window, control) = (Window { from, to }, Control::default());
@@ -112,26 +173,23 @@ fn suspects(
 
 /// Whether the replay comes past the record if the bit is set before the read.
 fn explains(
-    replayable: &Replayable,
+    base: &Base<'_>,
     parting: &Parting,
     suspect: &Suspect,
     watch: &mut dyn Watch,
 ) -> Result<bool, BisectError> {
-    let agreed = Rc::new(Cell::new(replayable.begin(parting.start)?.records()));
-    let into = agreed.clone();
+    let seen = Rc::new(Cell::new(0));
+    let into = seen.clone();
     let observe = |inputs: Replaying| inputs.on_record(move |_| into.set(into.get() + 1));
-    let mut machine = replayable.soft_machine_with(parting.start, observe)?;
-    let begins_behind = machine.engine().instructions().is_some_and(|here| here > suspect.number);
-    if begins_behind || machine.advance_to_instruction(suspect.number)?.is_some() {
-        return Ok(false);
-    }
-    if !set_accessed(&mut machine, suspect.entry) {
+    let (mut machine, records) = base.machine(observe, watch)?;
+    let over = machine.advance_to_instruction(suspect.number)?;
+    if over.is_some() || !set_accessed(&mut machine, suspect.entry) {
         return Ok(false);
     }
     let behind = parting.record_tick.max(parting.between.1).saturating_add(1);
     let over = advance(&mut machine, behind, behind, watch)?;
     let ended = over.is_some_and(|outcome| matches!(outcome.conclusion, Conclusion::Ended(_)));
-    Ok(ended || agreed.get() > parting.agreed)
+    Ok(ended || records + seen.get() > parting.agreed)
 }
 
 /// Sets the bit; false if it is set or there is nothing.
@@ -154,12 +212,27 @@ struct Looking {
 }
 
 impl Looking {
-    /// The entry whose low byte this reads, if its bit is clear.
-    fn entry_of(&self, physical: Option<u64>, values: &[u64]) -> Option<u64> {
-        let (entry, value) = (physical?, values.first()?);
-        let is_clear = value & (PRESENT | ACCESSED) == PRESENT;
-        let is_entry = || self.tables.iter().any(|tables| tables.is_entry(entry));
-        (is_clear && is_entry()).then_some(entry)
+    /// The entries whose low bytes this reads, and whose bits are clear.
+    fn entries_of(&self, access: Access<'_>) -> Vec<u64> {
+        let Some(physical) = access.physical.filter(|_| access.kind.reads()) else {
+            return Vec::new();
+        };
+        let words = usize::from(access.size_bytes).div_ceil(8);
+        let read = (physical..).step_by(8).zip(access.values).take(words);
+        let clear = read.filter(|(entry, value)| {
+            let is_entry = || self.tables.iter().any(|tables| tables.is_entry(*entry));
+            **value & (PRESENT | ACCESSED) == PRESENT && is_entry()
+        });
+        clear.map(|(entry, _)| entry).collect()
+    }
+
+    /// An entry that one instruction reads again and again, in a loop that waits say, is one suspect: its last read.
+    fn suspect(&mut self, suspect: Suspect) {
+        self.suspects.retain(|it| (it.entry, it.address) != (suspect.entry, suspect.address));
+        if self.suspects.len() == MAX_TRIES {
+            self.suspects.pop_front();
+        }
+        self.suspects.push_back(suspect);
     }
 }
 
@@ -172,12 +245,10 @@ impl Observer for Looking {
     fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
         let mode = run.block().mode();
         for step in run.steps().filter(|step| step.retired) {
-            for access in step.accesses().filter(|access| access.kind.reads()) {
-                let Some(entry) = self.entry_of(access.physical, access.values) else { continue };
-                if self.suspects.len() == MAX_TRIES {
-                    self.suspects.pop_front();
-                }
-                self.suspects.push_back(Suspect {
+            let entries: Vec<u64> =
+                step.accesses().flat_map(|access| self.entries_of(access)).collect();
+            for entry in entries {
+                self.suspect(Suspect {
                     entry,
                     number: self.number,
                     cpl: mode.cpl,

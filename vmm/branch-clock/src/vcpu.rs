@@ -247,7 +247,8 @@ pub trait Vcpu {
     fn kicker(&self) -> Arc<dyn Kick>;
 }
 
-/// Hardware's own vCPU, which may refuse an instruction, and goes on once somebody else has executed it.
+/// Hardware's own vCPU, which may refuse an instruction, and goes on once somebody else has executed it. What
+/// [`Vcpu`] does by default it leaves so: whoever assists it asks for none of that.
 pub trait RefusingVcpu: Vcpu {
     /// Whether the last [`VcpuExit::Unsupported`] was given for one instruction, which the guest stands at and of
     /// which nothing has happened.

@@ -215,10 +215,14 @@ impl PmuVcpu {
     }
 
     /// Whether RFLAGS.RF of a guest that stands at `rip` was set for it: once the instruction there has
-    /// retired, IRET may have loaded it; and KVM sets it itself for a fault that it is about to deliver.
+    /// retired, IRET may have loaded it; and KVM sets it itself for a fault that it is about to deliver. The #UD that
+    /// it queues with a refusal is none.
     fn is_ours(&self, rip: u64) -> Result<bool, KvmError> {
-        Ok(self.resuming == Some(rip)
-            && state::read_events(&self.engine.vcpu.fd)?.exception.injected == 0)
+        let faults = || {
+            let injected = state::read_events(&self.engine.vcpu.fd)?.exception.injected;
+            Ok::<_, KvmError>(injected != 0 && !self.engine.refused)
+        };
+        Ok(self.resuming == Some(rip) && !faults()?)
     }
 
     fn set_registers(&self, regs: kvm_regs) -> Result<(), KvmError> {
@@ -242,6 +246,7 @@ impl PmuVcpu {
     }
 
     fn run_once(&mut self) -> Result<VcpuExit, EngineError> {
+        self.engine.refused = false;
         if let Some(reason) = &self.refusal {
             return Ok(VcpuExit::Unsupported(reason.clone()));
         }
@@ -260,7 +265,6 @@ impl PmuVcpu {
                 self.engine.vcpu.request_interrupt_window(self.window_wanted);
                 self.ask_again()?;
                 let exit = self.run_guest()?;
-                self.engine.refused = exit.is_refusal();
                 self.overflow_spent = self.overflow.is_some();
                 if !self.breakpoints.is_empty() {
                     // Those that it has set since do nothing: what they should have raised is lost.
@@ -269,6 +273,7 @@ impl PmuVcpu {
                         return self.refuse(OwnDebugging::Breakpoints);
                     }
                 }
+                self.engine.refused = exit.is_refusal();
                 exit
             }
         };
@@ -461,8 +466,7 @@ impl Vcpu for PmuVcpu {
 
 impl RefusingVcpu for PmuVcpu {
     fn has_refused(&mut self) -> Result<bool, EngineError> {
-        let alone = self.passing_on.is_none() && self.watched_writes.is_empty();
-        Ok(alone && self.engine.has_refused()?)
+        self.engine.has_refused()
     }
 
     fn go_on(&mut self, before: &CpuState, after: &CpuState) -> Result<(), EngineError> {

@@ -261,10 +261,11 @@ fn a_refused_instruction_that_somebody_executed_is_gone_on_behind() {
     };
     assert!(vcpu.has_refused().expect("KVM tells"), "{reason}");
     let before = vcpu.state().expect("a state");
+    // It lets an instruction execute in spite of a breakpoint, and was ours.
+    assert_eq!(before.rflags & RFLAGS_RF, 0);
     let mut after = CpuState { rip: CODE + 4, ..before.clone() };
     after.gpr[RCX] = 0x55;
     vcpu.go_on(&before, &after).expect("KVM takes it");
-    // RF, which lets an instruction execute in spite of a breakpoint, is gone as well.
     assert_eq!(vcpu.state().expect("a state"), after);
     assert!(!vcpu.has_refused().expect("KVM tells"));
     assert_eq!(vcpu.enter().expect("KVM runs"), VcpuExit::Halt);

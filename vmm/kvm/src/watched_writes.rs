@@ -11,8 +11,8 @@ use crate::vcpu::RawExit;
 // exits as MMIO. Seen on pagetable-based KVM: one exit for each 8 bytes and page; REP comes back after each
 // element; LOCK is no more than a write, which one vCPU cannot tell.
 //
-// An instruction that KVM's emulator does not know (FXSAVE) ends the run with the reason. One that it knows
-// but for which it has no MMIO (SGDT) it begins again for ever, until a kick. No kernel writes text so.
+// An instruction that KVM's emulator does not know (FXSAVE) is refused before it has written anything. One that it
+// knows but for which it has no MMIO (SGDT) it begins again for ever, until a kick. No kernel writes text so.
 //
 // Nothing is promised for what the CPU writes by itself. By KVM's source, accessed and dirty bits stay
 // clear in page tables that lie in such a slot, and a frame that hardware pushes there has no instruction

@@ -3,8 +3,8 @@
 //! A CPU may set an accessed bit for a translation that the program never uses (Intel 64 and IA-32
 //! Architectures Software Developer's Manual, volume 3A, 4.8: speculation), so two runs of one guest on
 //! hardware lawfully differ in them, and, as long as it looks at none, in nothing else of RAM. Dirty bits are
-//! not among them: only a write that retires sets one. What is set aside is bit 5 of the present entries in page tables, and no
-//! other bit; every one of them counts as set.
+//! not among them: only a write that retires sets one. What is set aside is bit 5 of the present entries in page
+//! tables, and no other bit; every one of them counts as set.
 //!
 //! Those are the tables that CR3 leads to, and those of other processes, in which CR3 may have led to early
 //! bits before: kernels map themselves in the upper half of each address space, so a page that has every

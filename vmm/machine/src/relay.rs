@@ -27,6 +27,8 @@ pub struct Relay {
     kick: Arc<RelayKick>,
     /// What engines before the active one refused.
     assists: Assists,
+    /// One of those before may have set accessed bits early: what comes of that shows later.
+    set_early: bool,
     /// The distance that an engine which stops late is to keep, whichever stretch it executes.
     widened: Option<(u64, u32)>,
 }
@@ -54,7 +56,15 @@ impl Relay {
     pub fn new(ram: GuestRam, first: &HandOver, mut make: MakeEngine) -> Result<Self, EngineError> {
         let active = made(&mut make, first, &ram)?;
         let kick = Arc::new(RelayKick(Mutex::new(active.kicker())));
-        Ok(Self { active, ram, make, kick, assists: Assists::new(), widened: None })
+        Ok(Self {
+            active,
+            ram,
+            make,
+            kick,
+            assists: Assists::new(),
+            set_early: false,
+            widened: None,
+        })
     }
 
     fn add_assists(&self) -> Assists {
@@ -96,6 +106,7 @@ impl Engine for Relay {
             next.widen_margin(until, times);
         }
         self.assists = self.add_assists();
+        self.set_early = self.sets_accessed_bits_early();
         *self.kick.active() = next.kicker();
         self.active = next;
         // One that came for the engine before is not lost.
@@ -157,7 +168,7 @@ impl Engine for Relay {
     }
 
     fn sets_accessed_bits_early(&self) -> bool {
-        self.active.sets_accessed_bits_early()
+        self.set_early || self.active.sets_accessed_bits_early()
     }
 
     fn stands_exactly(&self) -> bool {

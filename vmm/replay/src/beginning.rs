@@ -44,6 +44,8 @@ enum At {
 /// A machine's parts before there is an engine.
 #[derive(Debug)]
 pub struct Beginning {
+    /// `None` if no file holds it.
+    start: Option<Start>,
     ram: GuestRam,
     board: BoardConfig,
     at: At,
@@ -70,7 +72,8 @@ impl Beginning {
         };
         let at = At::Run(Box::new(reprise_boot::load(&source, &ram)?));
         let (log, on) = (recording.log(), course.at(0).on.clone());
-        Ok(Self { ram, board, at, log, on, accessed_bits: accessed_bits_from(course, 0) })
+        let (start, accessed_bits) = (Some(Start::Run), accessed_bits_from(course, 0));
+        Ok(Self { start, ram, board, at, log, on, accessed_bits })
     }
 
     pub(crate) fn of_checkpoint(
@@ -93,7 +96,8 @@ impl Beginning {
         let on = course.at(state.records).on.clone();
         let accessed_bits = accessed_bits_from(course, state.records);
         let at = At::Checkpoint(Box::new(state));
-        Ok(Self { ram, board, at, log, on, accessed_bits })
+        let start = Some(Start::Checkpoint(index));
+        Ok(Self { start, ram, board, at, log, on, accessed_bits })
     }
 
     /// At a state that a machine of this recording was in, whose RAM is `ram`.
@@ -110,7 +114,12 @@ impl Beginning {
         let on = course.at(state.records).on.clone();
         let accessed_bits = accessed_bits_from(course, state.records);
         let at = At::Checkpoint(Box::new(state));
-        Ok(Self { ram, board, at, log, on, accessed_bits })
+        Ok(Self { start: None, ram, board, at, log, on, accessed_bits })
+    }
+
+    /// Where that is in the recording; `None` if no file holds it.
+    pub fn start(&self) -> Option<Start> {
+        self.start
     }
 
     /// The engine that executed the recording from there on.
@@ -163,7 +172,7 @@ impl Beginning {
         make_engine: impl FnOnce(GuestRam) -> Result<E, EngineError>,
         set_up: impl FnOnce(Replaying) -> Replaying,
     ) -> Result<Machine<E, Replaying>, ReplayError> {
-        let Self { ram, board, at, log, on, accessed_bits } = self;
+        let Self { start: _, ram, board, at, log, on, accessed_bits } = self;
         let time = TimeSource::of(on.ns_per_tick);
         let (mut engine, board) = (make_engine(ram)?, Board::new(&board));
         let inputs = set_up(Replaying::new(log));

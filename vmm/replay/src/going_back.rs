@@ -1,8 +1,10 @@
 //! Replays on hardware, which is not exact. Where an engine stops late and is past a place of the log, the
-//! replay goes back to the nearest checkpoint before it and approaches it again with a wider margin. Where the
-//! guest went another way than recorded, it goes back as well: a CPU may set an accessed bit early, Linux looks
-//! at those (whether a page that is unmapped was used decides a branch), and no log can have it. That is the
-//! hardware's doing only if it does not happen again; a divergence that comes twice is one.
+//! replay goes back to the nearest checkpoint before it and approaches it again with a wider margin.
+//!
+//! Where the guest went another way than recorded, the replay begins anew where it began: a CPU may set an accessed
+//! bit early, Linux looks at those (whether a page that is unmapped was used decides a branch), and no log can have
+//! it. A checkpoint on the way is no place to begin at, since it would mend whatever has gone wrong before it; so what
+//! passes for verified has agreed in one go. A divergence that comes twice is one.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -20,8 +22,8 @@ use crate::replayable::Replayable;
 /// How often one place is approached, each time with twice the margin.
 pub const MAX_ATTEMPTS: u32 = 6;
 
-/// How often the guest may diverge before one place, each time otherwise.
-pub const MAX_PARTINGS: u32 = 3;
+/// How often a replay begins, at most, if the guest diverges each time, and each time otherwise.
+pub const MAX_BEGINNINGS: u32 = 3;
 
 /// A replay that came to its end, or failed otherwise than by stopping late.
 pub struct Arrived<E: Engine> {
@@ -31,7 +33,7 @@ pub struct Arrived<E: Engine> {
     pub outcome: Result<Outcome, MachineError>,
     /// How often it had to go back because the engine stopped late.
     pub times_back: u32,
-    /// How often it went back because the guest had gone another way.
+    /// How often it began anew because the guest had gone another way.
     pub times_parted: u32,
 }
 
@@ -43,8 +45,8 @@ struct Attempts {
     /// How often since the replay last came further than that.
     failed: u32,
     times_back: u32,
-    /// The last divergence that is no result yet, and how often since the replay last came further than that.
-    parted: Option<(Divergence, u32)>,
+    /// The last divergence that is no result yet.
+    parted: Option<Divergence>,
     times_parted: u32,
 }
 
@@ -62,21 +64,16 @@ impl Attempts {
         }
     }
 
-    /// Notes that the guest went another way. Gives the tick before which to begin again, unless this divergence
-    /// is the result.
-    fn part(&mut self, divergence: &Divergence) -> Option<u64> {
-        let tick = divergence.moment.tick;
-        let before = match &self.parted {
-            Some((last, _)) if last == divergence => return None,
-            Some((last, times)) if tick <= last.moment.tick => *times,
-            _ => 0,
-        };
-        if before + 1 >= MAX_PARTINGS {
-            return None;
+    /// Notes that the guest went another way. Gives whether to begin anew; if not, this divergence is the result.
+    fn part(&mut self, divergence: &Divergence) -> bool {
+        let again =
+            self.parted.as_ref() != Some(divergence) && self.times_parted + 1 < MAX_BEGINNINGS;
+        if again {
+            self.parted = Some(divergence.clone());
+            self.times_parted += 1;
+            (self.furthest, self.failed) = (0, 0);
         }
-        self.parted = Some((divergence.clone(), before + 1));
-        self.times_parted += 1;
-        Some(tick)
+        again
     }
 
     /// Has the engine keep the distance that the next attempt needs.
@@ -89,9 +86,9 @@ impl Attempts {
 
 impl Replayable {
     /// Has `make` put a machine together from where it is to begin, and `run` run it; from a checkpoint
-    /// before the place anew, whenever the engine was stopped behind one, and wherever the guest diverged on
-    /// hardware, until it does so for good. `run` may run a machine in several parts, and gives the first
-    /// outcome that is not [`Ok`] or else the last.
+    /// before the place anew, whenever the engine was stopped behind one, and where it began, whenever the guest
+    /// diverged on hardware and not yet so for good. `run` may run a machine in several parts, and gives the
+    /// first outcome that is not [`Ok`] or else the last.
     ///
     /// # Errors
     /// As [`Replayable::begin`] and `make`, and if [`MAX_ATTEMPTS`] approaches of one place have failed.
@@ -102,6 +99,7 @@ impl Replayable {
         mut run: impl FnMut(&mut Machine<E, Replaying>) -> Result<Outcome, MachineError>,
     ) -> Result<Arrived<E>, ReplayError> {
         let mut attempts = Attempts::default();
+        let start = beginning.start();
         let mut beginning = beginning;
         loop {
             let mut machine = make(beginning)?;
@@ -113,10 +111,10 @@ impl Replayable {
                 outcome => {
                     let early = machine.engine().sets_accessed_bits_early();
                     let parted = outcome.as_ref().ok().and_then(Outcome::divergence);
-                    if let Some(divergence) = parted.filter(|_| early)
-                        && let Some(tick) = attempts.part(divergence)
+                    if let (Some(start), Some(divergence)) = (start, parted.filter(|_| early))
+                        && attempts.part(divergence)
                     {
-                        beginning = self.begin_before(tick)?;
+                        beginning = self.begin(start)?;
                         continue;
                     }
                     let Attempts { times_back, times_parted, .. } = attempts;
@@ -215,13 +213,14 @@ mod tests {
             found: found.to_owned(),
         };
         let mut attempts = Attempts::default();
-        assert_eq!(attempts.part(&divergence(50, "tick 60")), Some(50));
-        assert_eq!(attempts.part(&divergence(50, "tick 60")), None);
-        // Further on it may happen again, and otherwise, but not for ever.
-        for found in 1..MAX_PARTINGS {
-            assert_eq!(attempts.part(&divergence(70, &format!("tick {found}"))), Some(70));
+        assert!(attempts.part(&divergence(50, "tick 60")));
+        assert!(!attempts.part(&divergence(50, "tick 60")));
+        // Otherwise, and elsewhere, it may happen again, but not for ever.
+        let mut attempts = Attempts::default();
+        for begun in 1..MAX_BEGINNINGS {
+            assert!(attempts.part(&divergence([70, 50][begun as usize % 2], "tick 80")));
         }
-        assert_eq!(attempts.part(&divergence(70, "tick 99")), None);
-        assert_eq!(attempts.times_parted, MAX_PARTINGS);
+        assert!(!attempts.part(&divergence(90, "tick 99")));
+        assert_eq!(attempts.times_parted, MAX_BEGINNINGS - 1);
     }
 }

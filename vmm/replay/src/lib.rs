@@ -18,7 +18,7 @@ pub use beginning::{
     Beginning, Met, Start, accessed_bits, meet_checkpoint, recorded_here, time_source, verification,
 };
 pub use error::ReplayError;
-pub use going_back::{Arrived, ConsoleOnce, MAX_ATTEMPTS, MAX_PARTINGS};
+pub use going_back::{Arrived, ConsoleOnce, MAX_ATTEMPTS, MAX_BEGINNINGS};
 pub use recorded_clock::{RecordedClock, follow_other_cpu, kept_by_software, laws_of};
 pub use replayable::{Replayable, checkpoints_path};
 pub use rewriting::{Counts as RewritingCounts, RewriteError, Rewriting, Rewritten};

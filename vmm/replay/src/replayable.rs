@@ -237,9 +237,20 @@ impl Replayable {
         start: Start,
         observe: impl FnOnce(Replaying) -> Replaying,
     ) -> Result<Machine<RecordedClock, Replaying>, ReplayError> {
+        self.soft_machine_from(self.begin(start)?, observe)
+    }
+
+    /// The same from where a replay of this recording begins.
+    ///
+    /// # Errors
+    /// If the software CPU cannot be had.
+    pub fn soft_machine_from(
+        &self,
+        beginning: Beginning,
+        observe: impl FnOnce(Replaying) -> Replaying,
+    ) -> Result<Machine<RecordedClock, Replaying>, ReplayError> {
         let header = self.recording.header();
         let verification = verification(header, self.course(), "soft");
-        let beginning = self.begin(start)?;
         let header = header.of_stretch(beginning.stretch());
         let make = |ram| RecordedClock::new(ram, &header);
         beginning.into_machine(make, |inputs| observe(inputs.verifying(verification)))

@@ -30,6 +30,9 @@ pub struct Disturbance {
     pub forget_every: Option<u64>,
     /// From one accessed bit that is set early to the next.
     pub access_every: Option<u64>,
+    /// Those accessed bits are left as they are, all else being as if they were set: where a guest then goes no
+    /// other way, it was one of them that led it there.
+    pub spares_accessed_bits: bool,
     /// From one branch that is counted too many to the next, as Zen has them unless its speculation past
     /// locks is switched off.
     pub overcount_every: Option<u64>,
@@ -51,6 +54,7 @@ impl Disturbance {
             signal_every: None,
             forget_every: None,
             access_every: None,
+            spares_accessed_bits: false,
             overcount_every: None,
             refuse_every: None,
             other_maker: false,
@@ -67,6 +71,7 @@ impl Disturbance {
             signal_every: Some(70_000),
             forget_every: Some(50_000),
             access_every: Some(5_000),
+            spares_accessed_bits: false,
             overcount_every: None,
             refuse_every: None,
             other_maker: false,

@@ -16,27 +16,32 @@ const LEVELS: u32 = 4;
 /// Entries that are looked at, to find one that is present.
 const LOOKS: u64 = 64;
 
-/// Sets the accessed bits along one translation that is there, if it finds one; gives whether the page's own was
-/// clear. Only four-level paging has any set early.
-pub(crate) fn access_early(ram: &GuestRam, state: &CpuState, random: &mut Random) -> bool {
+/// Finds a translation that is there, if it does, and sets the accessed bits along it, unless they are to be
+/// spared; gives the entry of its page, if that one's was clear. Only four-level paging has any set early.
+pub(crate) fn access_early(
+    ram: &GuestRam,
+    state: &CpuState,
+    random: &mut Random,
+    spares: bool,
+) -> Option<u64> {
     if state.cr0 & CR0_PG == 0 || state.efer & EFER_LMA == 0 {
-        return false;
+        return None;
     }
     let mut table = state.cr3 & ADDRESS;
     for level in (0..LEVELS).rev() {
         let start = random.below(ENTRIES);
         let looked_at = (0..LOOKS).map(|look| table + 8 * ((start + look) % ENTRIES));
-        let found = looked_at
+        let (address, entry) = looked_at
             .filter_map(|address| entry_at(ram, address).map(|entry| (address, entry)))
-            .find(|(_, entry)| entry & PRESENT != 0);
-        let Some((address, entry)) = found else { return false };
-        if entry & ACCESSED == 0 {
+            .find(|(_, entry)| entry & PRESENT != 0)?;
+        let is_clear = entry & ACCESSED == 0;
+        if is_clear && !spares {
             ram.memory()
                 .write_obj(entry | ACCESSED, GuestAddress(address))
                 .expect("the entry was read there");
         }
         if level == 0 || entry & LARGE != 0 {
-            return entry & ACCESSED == 0;
+            return is_clear.then_some(address);
         }
         table = entry & ADDRESS;
     }

@@ -50,7 +50,8 @@ pub struct SimulatedVcpu {
     refuse: Due,
     /// The last exit was for an instruction that was refused.
     refused: bool,
-    pages_accessed_early: u64,
+    /// Entries whose accessed bit was set.
+    accessed_early: Vec<u64>,
     /// `tsc_offset` as it was set: hardware keeps its own.
     tsc_offset: u64,
     world_clock_ns: Arc<AtomicU64>,
@@ -129,7 +130,7 @@ impl SimulatedVcpu {
             overcounted: 0,
             refuse: Due::every(disturbance.refuse_every, &mut random),
             refused: false,
-            pages_accessed_early: 0,
+            accessed_early: Vec::new(),
             disturbance,
             random,
             tsc_offset: 0,
@@ -153,10 +154,10 @@ impl SimulatedVcpu {
         self.engine.tick()
     }
 
-    /// How often the accessed bit of a page was set that no instruction had used. Hardware tells nobody: for
-    /// tests, which hold to it where a guest goes another way.
-    pub fn pages_accessed_early(&self) -> u64 {
-        self.pages_accessed_early
+    /// Page tables' entries of pages that no instruction had used when their accessed bit was set: guest-physical
+    /// addresses, in order. Hardware tells nobody: for tests.
+    pub fn accessed_early(&self) -> &[u64] {
+        &self.accessed_early
     }
 
     /// The guest ran so many instructions.
@@ -180,8 +181,9 @@ impl SimulatedVcpu {
         }
         if self.access.happens(now, &mut self.random) {
             let state = self.engine.cpu_state()?;
-            let page = access_early(self.engine.ram(), &state, &mut self.random);
-            self.pages_accessed_early += u64::from(page);
+            let spares = self.disturbance.spares_accessed_bits;
+            let early = access_early(self.engine.ram(), &state, &mut self.random, spares);
+            self.accessed_early.extend(early);
         }
         if self.signal.happens(now, &mut self.random) {
             return Ok(Some(VcpuExit::Interrupted { kicked: false }));
@@ -220,11 +222,11 @@ impl SimulatedVcpu {
         }
         let state = self.engine.cpu_state()?;
         let decoded = decode_at(self.engine.ram(), &state, state.rip);
-        // It comes back at each of them in another way.
-        let comes_back = |it: &Instruction| {
+        // INT3 and CPUID exit, and RDTSC is the processor's: none of them ever comes to an emulator.
+        let is_never = |it: &Instruction| {
             matches!(it.mnemonic(), Mnemonic::Int3 | Mnemonic::Rdtsc | Mnemonic::Cpuid)
         };
-        self.refused = !decoded.as_ref().is_none_or(comes_back);
+        self.refused = !decoded.as_ref().is_none_or(is_never);
         if self.refused {
             self.refuse.schedule(now, &mut self.random);
         }

@@ -1,5 +1,5 @@
-//! Runs a replaying machine, whatever its engine: from the place asked for to the one asked for, back at a
-//! checkpoint where the engine stopped late or the guest went another way, its console and how far it is shown on the way.
+//! Runs a replaying machine, whatever its engine: from the place asked for to the one asked for, again where the
+//! engine stopped late or the guest went another way, its console and how far it is shown on the way.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -37,7 +37,7 @@ pub(super) struct Driven<E> {
     pub(super) engine: E,
     /// How often it went back to a checkpoint, because the engine stopped late.
     pub(super) times_back: u32,
-    /// How often it did because the guest had gone another way.
+    /// How often it began anew because the guest had gone another way.
     pub(super) times_parted: u32,
 }
 

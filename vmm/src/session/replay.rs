@@ -224,21 +224,20 @@ fn replay_as_recorded(
     Ok(Replayed { report, notes, followed })
 }
 
-/// Tells that the guest went another way, and what came of going back.
+/// Tells that the guest went another way, and what came of beginning anew.
 fn parting_note(ran: &Ran) -> Option<String> {
-    let times = ran.times_parted;
-    if times == 0 {
-        return None;
-    }
-    let counted = if times == 1 { "once".to_owned() } else { format!("{times} times") };
+    let counted = match ran.times_parted {
+        0 => return None,
+        1 => "once".to_owned(),
+        times => format!("{times} times"),
+    };
     let diverged = |outcome: &Outcome| outcome.divergence().is_some();
     Some(match ran.outcome.as_ref().is_ok_and(diverged) {
-        true => {
-            format!("began again from a checkpoint or the start {counted}, and it diverges still")
-        }
+        true => format!("began anew {counted}, and it differs still"),
         false => format!(
-            "the guest went another way than recorded {counted}, and the recorded one when run again from a \
-             checkpoint or the start: this CPU did what no log has, such as setting an accessed bit early"
+            "the guest went another way than recorded {counted}, and not when it began anew: this processor did \
+             what no log has, such as setting an accessed bit early; console output shown before may be of that \
+             way; --engine soft is exact"
         ),
     })
 }
@@ -299,7 +298,7 @@ struct Ran {
     wall: Duration,
     /// How often it went back to a checkpoint, because the engine stopped late.
     times_back: u32,
-    /// How often it went back because the guest had gone another way.
+    /// How often it began anew because the guest had gone another way.
     times_parted: u32,
     /// Instructions, where the engine counts them whatever the recording does.
     executed: Option<u64>,

@@ -161,8 +161,7 @@ pub struct SessionReport {
     pub maker_dependent: Vec<MakerDependentReport>,
     /// Replay: what the comparison left out.
     pub set_aside: Vec<SetAsideReport>,
-    /// Replay on hardware: how often the guest went another way than recorded, and the replay began again before
-    /// that.
+    /// Replay on hardware: how often the guest went another way than recorded, and the replay began anew.
     pub times_parted: u32,
     /// Replay: the recording has its end.
     pub complete: Option<bool>,
@@ -324,6 +323,9 @@ impl SessionReport {
         let digest = self.final_digest.as_deref().unwrap_or("none: not at an exact moment");
         rows.push(("final digest", digest.to_owned()));
         rows.extend(self.set_aside.iter().map(|left_out| ("not compared", left_out.to_text())));
+        if self.times_parted > 0 {
+            rows.push(("began anew", counted(u64::from(self.times_parted), "time")));
+        }
         let profile = self.profile.as_ref();
         let profile = profile.map(|profile| profile.to_table(self.ticks)).unwrap_or_default();
         table(&rows) + &profile
