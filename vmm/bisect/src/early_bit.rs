@@ -10,7 +10,6 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use reprise_expand::{Control, ExpandError, Threads, Window, expand};
 use reprise_export::symbols::Symbols;
 use reprise_machine::accessed_bits::PageTables;
 use reprise_machine::engine::Engine;
@@ -28,6 +27,7 @@ use serde::Serialize;
 use crate::image::Image;
 use crate::interval::advance;
 use crate::listing::{Disassembler, Line};
+use crate::ran::{Seen, show};
 use crate::search::{BisectError, Watch};
 
 /// Suspects that are tried, the last read first: each costs a copy of RAM and a replay of the interval.
@@ -46,11 +46,7 @@ pub struct EarlyBit {
 #[derive(Clone, Debug)]
 struct Suspect {
     entry: u64,
-    number: u64,
-    cpl: u8,
-    address: u64,
-    bytes: Vec<u8>,
-    bits: u32,
+    reader: Seen,
 }
 
 /// Where the replay diverges.
@@ -138,10 +134,8 @@ pub(crate) fn find(
     let Some(base) = Base::of(replayable, parting, watch)? else { return Ok(None) };
     for suspect in suspects(&base, parting, watch)?.into_iter().rev() {
         if explains(&base, parting, &suspect, watch)? {
-            let Suspect { entry, number, cpl, address, bytes, bits } = suspect;
-            let mut disassembler = Disassembler::new(symbols.clone());
-            let line = disassembler.decoded(number, cpl, address, &bytes, bits);
-            return Ok(Some(EarlyBit { entry, line }));
+            let line = suspect.reader.line(&mut Disassembler::new(symbols.clone()));
+            return Ok(Some(EarlyBit { entry: suspect.entry, line }));
         }
     }
     Ok(None)
@@ -161,14 +155,8 @@ fn suspects(
     let (mut machine, _) = base.machine(|inputs| inputs, watch)?;
     let looking = Looking { tables, number: 0, suspects: VecDeque::new() };
     let contents = Contents { physical: true, values: true, ..Contents::default() };
-    let (window, control) = (Window { from, to }, Control::default());
-    match expand(&mut machine, window, looking, contents, Threads::One, &control) {
-        Ok(expanded) => Ok(expanded.observer.suspects),
-        Err(ExpandError::Machine(error)) => Err(error.into()),
-        Err(ExpandError::Replay(error)) => Err(error.into()),
-        // It is shown to nobody who could fail.
-        Err(_) => Ok(VecDeque::new()),
-    }
+    let looking = show(&mut machine, (from, to), contents, looking)?;
+    Ok(looking.map(|looking| looking.suspects).unwrap_or_default())
 }
 
 /// Whether the replay comes past the record if the bit is set before the read.
@@ -182,7 +170,7 @@ fn explains(
     let into = seen.clone();
     let observe = |inputs: Replaying| inputs.on_record(move |_| into.set(into.get() + 1));
     let (mut machine, records) = base.machine(observe, watch)?;
-    let over = machine.advance_to_instruction(suspect.number)?;
+    let over = machine.advance_to_instruction(suspect.reader.number)?;
     if over.is_some() || !set_accessed(&mut machine, suspect.entry) {
         return Ok(false);
     }
@@ -228,7 +216,8 @@ impl Looking {
 
     /// An entry that one instruction reads again and again, in a loop that waits say, is one suspect: its last read.
     fn suspect(&mut self, suspect: Suspect) {
-        self.suspects.retain(|it| (it.entry, it.address) != (suspect.entry, suspect.address));
+        let place = |it: &Suspect| (it.entry, it.reader.address);
+        self.suspects.retain(|it| place(it) != place(&suspect));
         if self.suspects.len() == MAX_TRIES {
             self.suspects.pop_front();
         }
@@ -248,14 +237,7 @@ impl Observer for Looking {
             let entries: Vec<u64> =
                 step.accesses().flat_map(|access| self.entries_of(access)).collect();
             for entry in entries {
-                self.suspect(Suspect {
-                    entry,
-                    number: self.number,
-                    cpl: mode.cpl,
-                    address: step.instruction.linear(),
-                    bytes: step.instruction.bytes().to_vec(),
-                    bits: mode.width.bits(),
-                });
+                self.suspect(Suspect { entry, reader: Seen::of(self.number, mode, &step) });
             }
             self.number += 1;
         }

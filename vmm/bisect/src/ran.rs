@@ -8,8 +8,12 @@ use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic};
 use reprise_cpu::latitude::{approximates, rflags_of, undefined_flags};
 use reprise_expand::{Control, ExpandError, Threads, Window, expand};
 use reprise_export::symbols::Symbols;
-use reprise_replay::{Replayable, Start};
-use reprise_trace::instructions::{Contents, Event, Observer, Position, Run, TraceError};
+use reprise_machine::inputs::Replaying;
+use reprise_machine::machine::Machine;
+use reprise_replay::{RecordedClock, Replayable, Start};
+use reprise_trace::instructions::{
+    Contents, Event, Mode, Observer, Position, Run, Step, TraceError,
+};
 use serde::Serialize;
 
 use crate::interval::advance;
@@ -85,24 +89,12 @@ pub(crate) fn between(
     if advance(&mut machine, from, to, watch)?.is_some() {
         return Ok(Ran::default());
     }
-    let window = Window { from, to };
-    let contents = Contents::default();
     let watching = Watching::default();
-    let control = Control::default();
-    let expanded = expand(&mut machine, window, watching, contents, Threads::One, &control);
-    let watching = match expanded {
-        Ok(expanded) => expanded.observer,
-        Err(ExpandError::Machine(error)) => return Err(error.into()),
-        Err(ExpandError::Replay(error)) => return Err(error.into()),
-        // It is shown to nobody who could fail.
-        Err(_) => Watching::default(),
-    };
+    let watching = show(&mut machine, (from, to), Contents::default(), watching)?;
+    let watching = watching.unwrap_or_default();
     let mut disassembler = Disassembler::new(symbols.clone());
     let mut lines = |seen: Vec<Seen>| -> Vec<Line> {
-        let shown = seen.iter().map(|seen| {
-            disassembler.decoded(seen.number, seen.cpl, seen.address, &seen.bytes, seen.bits)
-        });
-        shown.collect()
+        seen.iter().map(|seen| seen.line(&mut disassembler)).collect()
     };
     let mut flags = Vec::new();
     for (bit, writer) in ARITHMETIC_FLAGS.into_iter().zip(watching.flags) {
@@ -121,13 +113,50 @@ pub(crate) fn between(
     })
 }
 
+/// Shows an observer what a machine executes from where it stands, between two ticks; `None` if that failed, which
+/// an observer that writes nothing does not.
+pub(crate) fn show<O: Observer + Send + 'static>(
+    machine: &mut Machine<RecordedClock, Replaying>,
+    (from, to): (u64, u64),
+    contents: Contents,
+    observer: O,
+) -> Result<Option<O>, BisectError> {
+    let (window, control) = (Window { from, to }, Control::default());
+    match expand(machine, window, observer, contents, Threads::One, &control) {
+        Ok(expanded) => Ok(Some(expanded.observer)),
+        Err(ExpandError::Machine(error)) => Err(error.into()),
+        Err(ExpandError::Replay(error)) => Err(error.into()),
+        Err(_) => Ok(None),
+    }
+}
+
+/// An instruction that went by.
 #[derive(Clone, Debug)]
-struct Seen {
-    number: u64,
+pub(crate) struct Seen {
+    /// Instructions before it.
+    pub(crate) number: u64,
     cpl: u8,
-    address: u64,
+    /// Linear.
+    pub(crate) address: u64,
     bytes: Vec<u8>,
     bits: u32,
+}
+
+impl Seen {
+    pub(crate) fn of(number: u64, mode: Mode, step: &Step<'_>) -> Self {
+        Self {
+            number,
+            cpl: mode.cpl,
+            address: step.instruction.linear(),
+            bytes: step.instruction.bytes().to_vec(),
+            bits: mode.width.bits(),
+        }
+    }
+
+    pub(crate) fn line(&self, disassembler: &mut Disassembler) -> Line {
+        let Self { number, cpl, address, bytes, bits } = self;
+        disassembler.decoded(*number, *cpl, *address, bytes, *bits)
+    }
 }
 
 /// Sees instructions go by.
@@ -199,13 +228,7 @@ impl Observer for Watching {
     fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
         let mode = run.block().mode();
         for step in run.steps().filter(|step| step.retired) {
-            self.see(Seen {
-                number: self.number,
-                cpl: mode.cpl,
-                address: step.instruction.linear(),
-                bytes: step.instruction.bytes().to_vec(),
-                bits: mode.width.bits(),
-            });
+            self.see(Seen::of(self.number, mode, &step));
             self.number += 1;
             self.instructions += 1;
         }
