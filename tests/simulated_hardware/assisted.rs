@@ -2,7 +2,7 @@
 //! the run is the same.
 
 use reprise_assist::AssistedVcpu;
-use reprise_branch_clock::engine::{BranchClock, Parameters};
+use reprise_branch_clock::engine::BranchClock;
 use reprise_branch_clock::time_stamp_trap::TimeStampTrap;
 use reprise_branch_clock::vcpu::Vcpu;
 use reprise_machine::engine::EngineError;
@@ -39,10 +39,7 @@ impl Clocked for Assisted {
     }
 
     fn engine(&self, ram: GuestRam) -> Result<BranchClock<Self::Vcpu>, EngineError> {
-        let Hardware { disturbance, skid, stand } = self.0;
-        let mut vcpu = SimulatedVcpu::new(ram, disturbance)?;
-        vcpu.hide_time_stamp_counter();
-        BranchClock::new(AssistedVcpu::new(vcpu), Parameters { skid, stand })
+        self.0.engine(ram)?.with_vcpu_within(|vcpu| Ok(AssistedVcpu::new(vcpu)))
     }
 
     fn simulated(engine: &BranchClock<Self::Vcpu>) -> &SimulatedVcpu {

@@ -55,11 +55,7 @@ impl Clocked for Trapping {
     }
 
     fn engine(&self, ram: GuestRam) -> Result<BranchClock<Self::Vcpu>, EngineError> {
-        let mut vcpu = SimulatedVcpu::new(ram, self.hardware.disturbance)?;
-        vcpu.hide_time_stamp_counter();
-        let vcpu = TimeStampTrap::new(vcpu, self.kernel())?;
-        let Hardware { skid, stand, .. } = self.hardware;
-        BranchClock::new(vcpu, Parameters { skid, stand })
+        self.hardware.engine(ram)?.trapping_time_stamps(self.kernel())
     }
 
     fn simulated(engine: &BranchClock<Self::Vcpu>) -> &SimulatedVcpu {

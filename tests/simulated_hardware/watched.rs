@@ -3,7 +3,7 @@
 
 use iced_x86::{Instruction, OpKind, Register};
 use reprise_branch_clock::ask_vcpu_within;
-use reprise_branch_clock::engine::{BranchClock, Parameters};
+use reprise_branch_clock::engine::BranchClock;
 use reprise_branch_clock::guest_code::linear_of;
 use reprise_branch_clock::vcpu::{Vcpu, VcpuExit};
 use reprise_machine::engine::EngineError;
@@ -130,11 +130,8 @@ impl Clocked for WatchedHardware {
     }
 
     fn engine(&self, ram: GuestRam) -> Result<BranchClock<Self::Vcpu>, EngineError> {
-        let Hardware { disturbance, skid, stand } = self.0;
-        let mut vcpu = SimulatedVcpu::new(ram, disturbance)?;
-        vcpu.hide_time_stamp_counter();
-        let vcpu = Watched { vcpu, seen: Vec::new(), opened_at: None, events: 0 };
-        BranchClock::new(vcpu, Parameters { skid, stand })
+        let watched = |vcpu| Watched { vcpu, seen: Vec::new(), opened_at: None, events: 0 };
+        self.0.engine(ram)?.with_vcpu_within(|vcpu| Ok(watched(vcpu)))
     }
 
     fn simulated(engine: &BranchClock<Self::Vcpu>) -> &SimulatedVcpu {

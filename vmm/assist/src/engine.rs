@@ -11,26 +11,18 @@ use reprise_trace::cpu_state::CpuState;
 use reprise_trace::event::Assists;
 use reprise_trace::moment::{Moment, TickKind};
 
-use crate::assistant::{Assistant, refused_by_both};
+use crate::assistant::{Assistant, Came, Executed};
 
 /// An engine that refuses some instructions, and the software CPU that executes those.
 pub struct Assisted<E> {
     engine: E,
     assistant: Assistant,
-    /// Amid a refused instruction, of which the board is asked something.
-    amid: Option<Begun>,
-}
-
-/// A refused instruction at its start.
-struct Begun {
-    tick: u64,
-    state: Box<CpuState>,
 }
 
 impl<E: Refusing> Assisted<E> {
     /// `engine`, assisted.
     pub fn new(engine: E) -> Self {
-        Self { engine, assistant: Assistant::default(), amid: None }
+        Self { engine, assistant: Assistant::default() }
     }
 
     /// The engine itself.
@@ -45,33 +37,21 @@ impl<E: Refusing> Assisted<E> {
         if !self.engine.has_refused()? {
             return Ok(Some(Exit::Unsupported(reason)));
         }
-        let state = self.engine.cpu_state()?;
-        let tick = self.engine.tick();
-        let exit = self.assistant.begin(self.engine.ram(), tick, &state)?;
-        self.proceed(Begun { tick, state: Box::new(state) }, exit, Some(reason))
+        let (state, tick) = (self.engine.cpu_state()?, self.engine.tick());
+        let came = self.assistant.begin(self.engine.ram(), tick, state, reason)?;
+        self.proceed(came)
     }
 
-    /// The instruction has come to `exit`, or is over.
-    fn proceed(
-        &mut self,
-        begun: Begun,
-        exit: Option<Exit>,
-        reason: Option<String>,
-    ) -> Result<Option<Exit>, EngineError> {
-        match exit {
-            Some(Exit::Access(_)) => {
-                self.amid = Some(begun);
-                return Ok(exit);
+    /// Behind an instruction that is over the engine goes on.
+    fn proceed(&mut self, came: Came) -> Result<Option<Exit>, EngineError> {
+        match came {
+            Came::Exit(exit) => Ok(Some(exit)),
+            Came::Over(executed) => {
+                let Executed { before, after, retired, exit } = *executed;
+                self.engine.go_on(&before, &after, retired)?;
+                Ok(exit)
             }
-            Some(Exit::Unsupported(too)) => {
-                return Ok(Some(Exit::Unsupported(refused_by_both(reason, too))));
-            }
-            _ => {}
         }
-        let after = self.assistant.cpu().cpu_state()?;
-        let retired = self.assistant.cpu().tick() != begun.tick;
-        self.engine.go_on(&begun.state, &after, retired)?;
-        Ok(exit)
     }
 
     /// Has the engine execute until something comes of it.
@@ -79,11 +59,10 @@ impl<E: Refusing> Assisted<E> {
         &mut self,
         mut run: impl FnMut(&mut E) -> Result<Exit, EngineError>,
     ) -> Result<Exit, EngineError> {
-        if let Some(begun) = self.amid.take() {
-            let exit = self.assistant.cpu().step(false);
-            if let Some(exit) = self.proceed(begun, exit, None)? {
-                return Ok(exit);
-            }
+        if let Some(came) = self.assistant.go_on()?
+            && let Some(exit) = self.proceed(came)?
+        {
+            return Ok(exit);
         }
         loop {
             let exit = run(&mut self.engine)?;
@@ -120,28 +99,23 @@ impl<E: Refusing> Engine for Assisted<E> {
     }
 
     fn finish_access(&mut self, value: u128) -> Result<(), EngineError> {
-        let Some(begun) = self.amid.take() else {
+        if !self.assistant.is_amid() {
             return self.engine.finish_access(value);
-        };
-        let cpu = self.assistant.cpu();
-        cpu.finish_access(value)?;
-        let amid = cpu.amid_instruction();
+        }
+        let executed = self.assistant.finish_access(value)?;
         self.engine.count_access();
-        if amid {
-            // What else the instruction wants the next run hands over.
-            self.amid = Some(begun);
-        } else {
-            self.proceed(begun, None, None)?;
+        if let Some(executed) = executed {
+            self.proceed(Came::Over(executed))?;
         }
         Ok(())
     }
 
     fn amid_accesses(&mut self) -> Result<bool, EngineError> {
-        Ok(self.amid.is_some() || self.engine.amid_accesses()?)
+        Ok(self.assistant.is_amid() || self.engine.amid_accesses()?)
     }
 
     fn interruptible(&mut self) -> Result<bool, EngineError> {
-        Ok(self.amid.is_none() && self.engine.interruptible()?)
+        Ok(!self.assistant.is_amid() && self.engine.interruptible()?)
     }
 
     fn set_interrupt_request(&mut self, wanted: bool) {
@@ -166,7 +140,7 @@ impl<E: Refusing> Engine for Assisted<E> {
     }
 
     fn set_cpu_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
-        self.amid = None;
+        self.assistant.give_up();
         self.engine.set_cpu_state(state)
     }
 
@@ -187,11 +161,11 @@ impl<E: Refusing> Engine for Assisted<E> {
     }
 
     fn save(&mut self) -> Result<Option<EngineState>, EngineError> {
-        if self.amid.is_some() { Ok(None) } else { self.engine.save() }
+        if self.assistant.is_amid() { Ok(None) } else { self.engine.save() }
     }
 
     fn restore(&mut self, state: &EngineState) -> Result<(), EngineError> {
-        self.amid = None;
+        self.assistant.give_up();
         self.engine.restore(state)
     }
 

@@ -4,18 +4,16 @@ use std::ops::Range;
 
 use reprise_branch_clock::ask_vcpu_within;
 use reprise_branch_clock::vcpu::{RefusingVcpu, Vcpu, VcpuExit};
-use reprise_machine::engine::{Engine, EngineError, Exit};
+use reprise_machine::engine::{EngineError, Exit};
 use reprise_trace::cpu_state::CpuState;
 use reprise_trace::event::Assists;
 
-use crate::assistant::{Assistant, refused_by_both};
+use crate::assistant::{Assistant, Came, Executed};
 
 /// A vCPU that refuses some instructions, and the software CPU that executes those.
 pub struct AssistedVcpu<V> {
     vcpu: V,
     assistant: Assistant,
-    /// The state before a refused instruction of which the board is asked something.
-    amid: Option<Box<CpuState>>,
     /// Writes of a refused instruction that are watched, and that nobody has been told of: its last access was
     /// answered behind them.
     written: Vec<Range<u64>>,
@@ -24,7 +22,7 @@ pub struct AssistedVcpu<V> {
 impl<V: RefusingVcpu> AssistedVcpu<V> {
     /// `vcpu`, assisted.
     pub fn new(vcpu: V) -> Self {
-        Self { vcpu, assistant: Assistant::default(), amid: None, written: Vec::new() }
+        Self { vcpu, assistant: Assistant::default(), written: Vec::new() }
     }
 
     /// The vCPU itself.
@@ -32,32 +30,26 @@ impl<V: RefusingVcpu> AssistedVcpu<V> {
         &self.vcpu
     }
 
-    /// The instruction that began at this state has come to `exit`, or is over.
-    fn proceed(
-        &mut self,
-        begun: Box<CpuState>,
-        exit: Option<Exit>,
-        reason: Option<String>,
-    ) -> Result<VcpuExit, EngineError> {
-        match exit {
-            Some(Exit::Access(access)) => {
-                self.amid = Some(begun);
-                return Ok(VcpuExit::Access(access));
-            }
-            Some(Exit::Unsupported(too)) => {
-                return Ok(VcpuExit::Unsupported(refused_by_both(reason, too)));
-            }
-            _ => {}
-        }
-        let after = self.assistant.cpu().cpu_state()?;
-        self.vcpu.go_on(&begun, &after)?;
-        self.written = self.assistant.cpu().take_watched_writes();
+    fn proceed(&mut self, came: Came) -> Result<VcpuExit, EngineError> {
+        let exit = match came {
+            Came::Over(executed) => self.go_on(*executed)?,
+            Came::Exit(exit) => Some(exit),
+        };
         Ok(match exit {
+            Some(Exit::Access(access)) => VcpuExit::Access(access),
+            Some(Exit::Unsupported(reason)) => VcpuExit::Unsupported(reason),
             Some(Exit::Halt) => VcpuExit::Halt,
             Some(Exit::TripleFault) => VcpuExit::TripleFault,
             // It stands behind the instruction, as if a signal had come there.
             _ => self.watched_write().unwrap_or(VcpuExit::Interrupted { kicked: false }),
         })
+    }
+
+    /// The vCPU goes on behind an instruction.
+    fn go_on(&mut self, executed: Executed) -> Result<Option<Exit>, EngineError> {
+        self.vcpu.go_on(&executed.before, &executed.after)?;
+        self.written = self.assistant.take_watched_writes();
+        Ok(executed.exit)
     }
 
     /// The exit for a write that is watched, if there was one.
@@ -77,9 +69,8 @@ impl<V: RefusingVcpu> Vcpu for AssistedVcpu<V> {
         if let Some(exit) = self.watched_write() {
             return Ok(exit);
         }
-        if let Some(begun) = self.amid.take() {
-            let exit = self.assistant.cpu().step(false);
-            return self.proceed(begun, exit, None);
+        if let Some(came) = self.assistant.go_on()? {
+            return self.proceed(came);
         }
         let exit = self.vcpu.enter()?;
         let VcpuExit::Unsupported(reason) = exit else { return Ok(exit) };
@@ -87,23 +78,18 @@ impl<V: RefusingVcpu> Vcpu for AssistedVcpu<V> {
             return Ok(VcpuExit::Unsupported(reason));
         }
         let state = self.vcpu.state()?;
-        let exit = self.assistant.begin(self.vcpu.ram(), 0, &state)?;
-        self.proceed(Box::new(state), exit, Some(reason))
+        let came = self.assistant.begin(self.vcpu.ram(), 0, state, reason)?;
+        self.proceed(came)
     }
 
     fn finish_access(&mut self, value: u128) -> Result<bool, EngineError> {
-        let Some(begun) = self.amid.take() else { return self.vcpu.finish_access(value) };
-        let cpu = self.assistant.cpu();
-        cpu.finish_access(value)?;
-        if cpu.amid_instruction() {
-            // What else the instruction wants the next entry gives.
-            self.amid = Some(begun);
-            return Ok(false);
+        if !self.assistant.is_amid() {
+            return self.vcpu.finish_access(value);
         }
-        if let VcpuExit::WatchedWrite(written) = self.proceed(begun, None, None)? {
-            self.written = written;
-        }
-        Ok(true)
+        let executed = self.assistant.finish_access(value)?;
+        let is_over = executed.is_some();
+        executed.map(|executed| self.go_on(*executed)).transpose()?;
+        Ok(is_over)
     }
 
     fn conditional_branches(&mut self) -> Result<u64, EngineError> {
@@ -111,11 +97,12 @@ impl<V: RefusingVcpu> Vcpu for AssistedVcpu<V> {
     }
 
     fn interruptible(&mut self) -> Result<bool, EngineError> {
-        Ok(self.amid.is_none() && self.vcpu.interruptible()?)
+        Ok(!self.assistant.is_amid() && self.vcpu.interruptible()?)
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
-        (self.amid, self.written) = (None, Vec::new());
+        self.assistant.give_up();
+        self.written.clear();
         self.vcpu.set_state(state)
     }
 

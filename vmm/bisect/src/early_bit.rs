@@ -21,13 +21,13 @@ use reprise_machine::ram::GuestRam;
 use reprise_machine::stepping::Standing;
 use reprise_replay::{OnSoftware, RecordedClock, Replayable, Start};
 use reprise_trace::checkpoint::PAGE_BYTES;
-use reprise_trace::instructions::{Access, Contents, Event, Observer, Position, Run, TraceError};
+use reprise_trace::instructions::{Access, Contents, Mode, Step};
 use serde::Serialize;
 
 use crate::image::Image;
 use crate::interval::advance;
 use crate::listing::{Disassembler, Line};
-use crate::ran::{Seen, show};
+use crate::ran::{Seen, Watcher, show};
 use crate::search::{BisectError, Watch};
 
 /// Suspects that are tried, the last read first: each costs a copy of RAM and a replay of the interval.
@@ -153,7 +153,7 @@ fn suspects(
     advance(&mut machine, to, to, watch)?;
     tables.push(PageTables::of(machine.engine(), false)?);
     let (mut machine, _) = base.machine(|inputs| inputs, watch)?;
-    let looking = Looking { tables, number: 0, suspects: VecDeque::new() };
+    let looking = Looking { tables, suspects: VecDeque::new() };
     let contents = Contents { physical: true, values: true, ..Contents::default() };
     let looking = show(&mut machine, (from, to), contents, looking)?;
     Ok(looking.map(|looking| looking.suspects).unwrap_or_default())
@@ -195,7 +195,6 @@ fn set_accessed(machine: &mut Machine<RecordedClock, Replaying>, entry: u64) -> 
 struct Looking {
     /// As the interval begins and ends.
     tables: Vec<PageTables>,
-    number: u64,
     suspects: VecDeque<Suspect>,
 }
 
@@ -225,26 +224,12 @@ impl Looking {
     }
 }
 
-impl Observer for Looking {
-    fn begin(&mut self, position: &Position) -> Result<(), TraceError> {
-        self.number = position.instruction;
-        Ok(())
-    }
-
-    fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
-        let mode = run.block().mode();
-        for step in run.steps().filter(|step| step.retired) {
-            let entries: Vec<u64> =
-                step.accesses().flat_map(|access| self.entries_of(access)).collect();
-            for entry in entries {
-                self.suspect(Suspect { entry, reader: Seen::of(self.number, mode, &step) });
-            }
-            self.number += 1;
+impl Watcher for Looking {
+    fn see(&mut self, number: u64, mode: Mode, step: &Step<'_>) {
+        let entries: Vec<u64> =
+            step.accesses().flat_map(|access| self.entries_of(access)).collect();
+        for entry in entries {
+            self.suspect(Suspect { entry, reader: Seen::of(number, mode, step) });
         }
-        Ok(())
-    }
-
-    fn event(&mut self, _event: &Event) -> Result<(), TraceError> {
-        Ok(())
     }
 }

@@ -113,20 +113,53 @@ pub(crate) fn between(
     })
 }
 
-/// Shows an observer what a machine executes from where it stands, between two ticks; `None` if that failed, which
-/// an observer that writes nothing does not.
-pub(crate) fn show<O: Observer + Send + 'static>(
+/// Sees each instruction that retires.
+pub(crate) trait Watcher: Send + 'static {
+    /// So many instructions lie before it.
+    fn see(&mut self, number: u64, mode: Mode, step: &Step<'_>);
+}
+
+/// Shows a watcher what a machine executes from where it stands, between two ticks; `None` if that failed, which
+/// it does not where nothing is written.
+pub(crate) fn show<W: Watcher>(
     machine: &mut Machine<RecordedClock, Replaying>,
     (from, to): (u64, u64),
     contents: Contents,
-    observer: O,
-) -> Result<Option<O>, BisectError> {
+    watcher: W,
+) -> Result<Option<W>, BisectError> {
     let (window, control) = (Window { from, to }, Control::default());
-    match expand(machine, window, observer, contents, Threads::One, &control) {
-        Ok(expanded) => Ok(Some(expanded.observer)),
+    let shown = Shown { number: 0, watcher };
+    match expand(machine, window, shown, contents, Threads::One, &control) {
+        Ok(expanded) => Ok(Some(expanded.observer.watcher)),
         Err(ExpandError::Machine(error)) => Err(error.into()),
         Err(ExpandError::Replay(error)) => Err(error.into()),
         Err(_) => Ok(None),
+    }
+}
+
+/// Counts the instructions that a watcher sees.
+struct Shown<W> {
+    number: u64,
+    watcher: W,
+}
+
+impl<W: Watcher> Observer for Shown<W> {
+    fn begin(&mut self, position: &Position) -> Result<(), TraceError> {
+        self.number = position.instruction;
+        Ok(())
+    }
+
+    fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
+        let mode = run.block().mode();
+        for step in run.steps().filter(|step| step.retired) {
+            self.watcher.see(self.number, mode, &step);
+            self.number += 1;
+        }
+        Ok(())
+    }
+
+    fn event(&mut self, _event: &Event) -> Result<(), TraceError> {
+        Ok(())
     }
 }
 
@@ -162,7 +195,6 @@ impl Seen {
 /// Sees instructions go by.
 #[derive(Debug, Default)]
 struct Watching {
-    number: u64,
     instructions: u64,
     first: Vec<Seen>,
     last: VecDeque<Seen>,
@@ -192,7 +224,7 @@ impl Known {
 }
 
 impl Watching {
-    fn see(&mut self, seen: Seen) {
+    fn note(&mut self, seen: Seen) {
         let key = (seen.bits, seen.bytes.clone());
         let Known { kind, modified, undefined } = *self.known.entry(key).or_insert_with(|| {
             let options = DecoderOptions::NONE;
@@ -219,24 +251,10 @@ impl Watching {
     }
 }
 
-impl Observer for Watching {
-    fn begin(&mut self, position: &Position) -> Result<(), TraceError> {
-        self.number = position.instruction;
-        Ok(())
-    }
-
-    fn run(&mut self, run: &Run<'_>) -> Result<(), TraceError> {
-        let mode = run.block().mode();
-        for step in run.steps().filter(|step| step.retired) {
-            self.see(Seen::of(self.number, mode, &step));
-            self.number += 1;
-            self.instructions += 1;
-        }
-        Ok(())
-    }
-
-    fn event(&mut self, _event: &Event) -> Result<(), TraceError> {
-        Ok(())
+impl Watcher for Watching {
+    fn see(&mut self, number: u64, mode: Mode, step: &Step<'_>) {
+        self.note(Seen::of(number, mode, step));
+        self.instructions += 1;
     }
 }
 

@@ -125,18 +125,18 @@ impl<V: Vcpu> BranchClock<V> {
         self,
         kernel: KernelText,
     ) -> Result<BranchClock<TimeStampTrap<V>>, EngineError> {
-        BranchClock::new(TimeStampTrap::new(self.vcpu, kernel)?, self.parameters)
+        self.with_vcpu_within(|vcpu| TimeStampTrap::new(vcpu, kernel))
     }
 
     /// The same clock, with something around its vCPU, which has not run yet.
     ///
     /// # Errors
-    /// If the counter cannot be read.
+    /// As `wrap`, and if the counter cannot be read.
     pub fn with_vcpu_within<W: Vcpu>(
         self,
-        wrap: impl FnOnce(V) -> W,
+        wrap: impl FnOnce(V) -> Result<W, EngineError>,
     ) -> Result<BranchClock<W>, EngineError> {
-        BranchClock::new(wrap(self.vcpu), self.parameters)
+        BranchClock::new(wrap(self.vcpu)?, self.parameters)
     }
 
     /// What the clock did so far.

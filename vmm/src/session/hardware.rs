@@ -100,6 +100,6 @@ impl BranchHardware for HostHardware {
     ) -> Result<BranchClock<Self::Vcpu>, EngineError> {
         let engine = pmu_engine(ram, self.self_testing.get(), counter)?;
         self.self_testing.set(SelfTesting::Done);
-        engine.with_vcpu_within(AssistedVcpu::new)
+        engine.with_vcpu_within(|vcpu| Ok(AssistedVcpu::new(vcpu)))
     }
 }
